@@ -1,0 +1,15 @@
+"""Federated learning: simulate it, study non-IID data, take it to real machines."""
+
+from fedsim.errors import ClientError as ClientError
+from fedsim.errors import ConfigError as ConfigError
+from fedsim.errors import RoundError as RoundError
+from fedsim.local import Batch as Batch
+from fedsim.local import LocalObjective as LocalObjective
+from fedsim.local import Recipe as Recipe
+from fedsim.simulation import Simulation as Simulation
+from fedsim.strategy import Strategy as Strategy
+from fedsim.strategy import Wrapper as Wrapper
+from fedsim.task import Task as Task
+from fedsim.types import RoundInfo as RoundInfo
+from fedsim.types import State as State
+from fedsim.types import Update as Update

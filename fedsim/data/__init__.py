@@ -1,0 +1,39 @@
+"""Data: where it comes from, who holds which part, and how a batch of it reaches the device."""
+
+from fedsim.catalogue import Catalogue
+from fedsim.data.dataset import Dataset
+from fedsim.data.federated import FederatedData
+
+__all__ = ["DATASETS", "PARTITIONS", "Dataset", "FederatedData"]
+
+DATASETS = Catalogue(
+    "data",
+    "fedsim.data",
+    {
+        "digits": "digits:digits",
+        "mnist": "vision:mnist",
+        "fashion_mnist": "vision:fashion_mnist",
+        "emnist": "vision:emnist",
+        "cifar10": "vision:cifar10",
+        "cifar100": "vision:cifar100",
+        "svhn": "vision:svhn",
+        "npz": "npz:npz",
+        "image_folder": "image_folder:image_folder",
+        "synthetic": "synthetic:synthetic",
+        "synthetic_alpha_beta": "synthetic:synthetic_alpha_beta",
+        "synthetic_iid": "synthetic:synthetic_iid",
+    },
+)
+
+PARTITIONS = Catalogue(
+    "data.partition",
+    "fedsim.data",
+    {
+        "iid": "partition:iid",
+        "shards": "partition:shards",
+        "dirichlet": "partition:dirichlet",
+        "quantity": "partition:quantity",
+        "labels": "partition:labels",
+        "natural": "partition:natural",
+    },
+)

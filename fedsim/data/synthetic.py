@@ -1,0 +1,104 @@
+"""Made-up data: quick images to try things on, and the federations of the FedProx paper."""
+
+import numpy as np
+import torch
+
+from fedsim.data.dataset import Dataset, Floats, hold_back
+from fedsim.types import Count, NonNegative, Stream, random
+
+BLOCK = 2**22  # pixels made at a time: what the noise costs in memory, whatever the number of examples
+FEATURES, CLASSES = 60, 10
+
+
+def synthetic(
+    *,
+    examples: Count = 10_000,
+    test_examples: Count = 1_000,
+    classes: Count = 10,
+    shape: tuple[Count, Count, Count] = (1, 8, 8),
+    noise: NonNegative = 0.2,
+    seed: int = 0,
+) -> Dataset:
+    """One random picture a class plus noise: any number of examples, of any shape, in a moment.
+
+    `shape` is (C, height, width); pixels of the pictures are uniform, `noise` is the standard deviation added
+    to them, on the 0..1 scale. Classes are equally frequent, and take turns.
+    """
+    rng = random(seed, Stream.DATASET)
+    pictures = rng.random((classes, *shape), dtype=np.float32)
+    y = np.arange(examples + test_examples) % classes
+    x = np.empty((len(y), *shape), dtype=np.uint8)
+    step = max(1, BLOCK // pictures[0].size)
+    for start in range(0, len(y), step):
+        block = slice(start, start + step)
+        pixels = rng.standard_normal(x[block].shape, dtype=np.float32)
+        pixels *= noise
+        pixels += pictures[y[block]]
+        x[block] = np.rint(pixels.clip(0, 1, out=pixels) * 255)
+    x_all, y_all = torch.from_numpy(x), torch.from_numpy(y)
+    return Dataset(
+        x_all[:examples],
+        y_all[:examples],
+        x_all[examples:],
+        y_all[examples:],
+        classes,
+        mean=(0.5,),
+        std=(0.5,),
+    )
+
+
+def synthetic_alpha_beta(
+    *,
+    alpha: NonNegative = 1.0,
+    beta: NonNegative = 1.0,
+    devices: Count = 30,
+    seed: int = 0,
+) -> Dataset:
+    """Synthetic(alpha, beta): 60 features, 10 classes, natural clients that differ (arXiv 1812.06127).
+
+    Li et al. 2020, section 5.1, after Shamir et al. 2014. Device k: y = argmax(W_k x + b_k), entries of W_k
+    and b_k ~ N(u_k, 1), u_k ~ N(0, alpha); x ~ N(v_k, Sigma), Sigma_jj = j^-1.2, entries of v_k ~ N(B_k, 1),
+    B_k ~ N(0, beta). As in the authors' code alpha and beta are standard deviations, a device has
+    50 + lognormal(4, 2) examples, and a tenth of them are for testing. `partition: {name: natural}` keeps the
+    devices.
+    """
+    rng = random(seed, Stream.DATASET)
+    u, big_b = rng.normal(0, alpha, devices), rng.normal(0, beta, devices)
+    v = rng.normal(big_b[:, None], 1, (devices, FEATURES))
+    weights = rng.normal(u[:, None, None], 1, (devices, CLASSES, FEATURES))
+    biases = rng.normal(u[:, None], 1, (devices, CLASSES))
+    return _devices(v, weights, biases, rng)
+
+
+def synthetic_iid(*, devices: Count = 30, seed: int = 0) -> Dataset:
+    """Synthetic-IID: as synthetic_alpha_beta, with one model and one distribution of x for all devices.
+
+    Li et al. 2020, section 5.1: entries of W and b ~ N(0, 1), x ~ N(0, Sigma).
+    """
+    rng = random(seed, Stream.DATASET)
+    weights, biases = rng.normal(size=(CLASSES, FEATURES)), rng.normal(size=CLASSES)
+    v = np.zeros((devices, FEATURES))
+    return _devices(
+        v, np.broadcast_to(weights, (devices, *weights.shape)), np.tile(biases, (devices, 1)), rng
+    )
+
+
+def _devices(v: Floats, weights: Floats, biases: Floats, rng: np.random.Generator) -> Dataset:
+    """Draws the examples of each device. Shapes: v (N, 60), weights (N, 10, 60), biases (N, 10)."""
+    sizes = 50 + rng.lognormal(4, 2, len(v)).astype(np.int64)
+    owner = np.repeat(np.arange(len(v)), sizes)
+    x = rng.normal(v[owner], np.arange(1, FEATURES + 1) ** -0.6)  # the root of Sigma_jj
+    parts = np.split(x, np.cumsum(sizes)[:-1])
+    y = np.concatenate(
+        [(part @ w.T + b).argmax(1) for part, w, b in zip(parts, weights, biases, strict=True)]
+    )
+    test = hold_back(owner, 0.1, rng)
+    x_train, y_train, owner_train = (torch.from_numpy(a[~test]) for a in (x, y, owner))
+    return Dataset(
+        x_train.float(),
+        y_train,
+        torch.from_numpy(x[test]).float(),
+        torch.from_numpy(y[test]),
+        CLASSES,
+        owner=owner_train,
+    )

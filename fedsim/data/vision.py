@@ -1,0 +1,105 @@
+"""Benchmarks that torchvision fetches and reads; whole arrays, no image at a time."""
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torchvision import datasets
+
+from fedsim.data.dataset import Dataset
+from fedsim.errors import ConfigError
+
+EMNIST_CLASSES = {"byclass": 62, "bymerge": 47, "balanced": 47, "letters": 26, "digits": 10, "mnist": 10}
+TRAIN_TEST = ({"train": True}, {"train": False})
+
+
+def mnist(*, root: Path = Path("data"), download: bool = False) -> Dataset:
+    """MNIST: 60,000 + 10,000 grey digits of 28 x 28, 10 classes (LeCun et al. 1998)."""
+    about = {"classes": 10, "mean": (0.1307,), "std": (0.3081,)}
+    return _read(datasets.MNIST, root, "MNIST/raw", download, _grey, about)
+
+
+def fashion_mnist(*, root: Path = Path("data"), download: bool = False) -> Dataset:
+    """Fashion-MNIST: 60,000 + 10,000 grey clothes of 28 x 28, 10 classes (arXiv 1708.07747)."""
+    about = {"classes": 10, "mean": (0.2860,), "std": (0.3530,)}
+    return _read(datasets.FashionMNIST, root, "FashionMNIST/raw", download, _grey, about)
+
+
+def emnist(
+    *,
+    split: Literal["byclass", "bymerge", "balanced", "letters", "digits", "mnist"] = "balanced",
+    root: Path = Path("data"),
+    download: bool = False,
+) -> Dataset:
+    """EMNIST: grey letters and digits of 28 x 28, 10 to 62 classes (arXiv 1702.05373).
+
+    Images are turned upright (the files hold them transposed), letters are numbered from 0 (in the files
+    from 1). One mean and deviation, near enough, serves all splits.
+    """
+    first = 1 if split == "letters" else 0
+
+    def upright(part: Any) -> tuple[Tensor, Tensor]:
+        return part.data.transpose(1, 2).unsqueeze(1).contiguous(), part.targets - first
+
+    about = {"classes": EMNIST_CLASSES[split], "mean": (0.1751,), "std": (0.3332,)}
+    parts = [{"split": split, **part} for part in TRAIN_TEST]
+    return _read(datasets.EMNIST, root, "EMNIST/raw", download, upright, about, parts)
+
+
+def cifar10(*, root: Path = Path("data"), download: bool = False) -> Dataset:
+    """CIFAR-10: 50,000 + 10,000 colour images of 32 x 32, 10 classes (Krizhevsky 2009)."""
+    about = {"classes": 10, "mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
+    return _read(datasets.CIFAR10, root, "cifar-10-batches-py", download, _colour, about)
+
+
+def cifar100(*, root: Path = Path("data"), download: bool = False) -> Dataset:
+    """CIFAR-100: 50,000 + 10,000 colour images of 32 x 32, 100 classes (Krizhevsky 2009)."""
+    about = {"classes": 100, "mean": (0.5071, 0.4865, 0.4409), "std": (0.2673, 0.2564, 0.2762)}
+    return _read(datasets.CIFAR100, root, "cifar-100-python", download, _colour, about)
+
+
+def svhn(*, root: Path = Path("data"), download: bool = False) -> Dataset:
+    """SVHN: 73,257 + 26,032 colour house numbers of 32 x 32, 10 classes (Netzer et al. 2011)."""
+    if importlib.util.find_spec("scipy") is None:
+        raise ConfigError("data.name: svhn needs scipy; pip install 'fedsim[svhn]'")
+
+    def tensors(part: Any) -> tuple[Tensor, Tensor]:
+        return torch.from_numpy(part.data).contiguous(), torch.from_numpy(part.labels)
+
+    about = {"classes": 10, "mean": (0.4377, 0.4438, 0.4728), "std": (0.1980, 0.2010, 0.1970)}
+    return _read(datasets.SVHN, root, ".", download, tensors, about, [{"split": "train"}, {"split": "test"}])
+
+
+def _read(
+    source: Callable[..., Any],
+    root: Path,
+    folder: str,  # in root, where torchvision looks
+    download: bool,
+    tensors: Callable[[Any], tuple[Tensor, Tensor]],
+    about: dict[str, Any],
+    parts: Sequence[dict[str, Any]] = TRAIN_TEST,
+) -> Dataset:
+    try:
+        (x, y), (x_test, y_test) = (tensors(source(str(root), download=download, **part)) for part in parts)
+        return Dataset(x, y, x_test, y_test, **about)
+    except Exception as error:  # a broken file raises anything, from AssertionError to UnpicklingError
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        way_out = (
+            "delete what is broken there, or put the files there yourself"
+            if download
+            else ("set data.download=true, or put the files there yourself")
+        )
+        raise ConfigError(
+            f"data.root: files of {root / folder} are missing or broken ({reason}); {way_out}"
+        ) from error
+
+
+def _grey(part: Any) -> tuple[Tensor, Tensor]:
+    return part.data.unsqueeze(1), part.targets
+
+
+def _colour(part: Any) -> tuple[Tensor, Tensor]:
+    return torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)

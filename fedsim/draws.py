@@ -1,0 +1,74 @@
+"""Random numbers in a network's forward pass, from a generator of the client's own.
+
+torch's global generator is shared by threads: what one client draws from it depends on the others. Inside
+this mode, dropout of any kind and torch's samplers take theirs from the given generator instead.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+
+class KeyedDraws(TorchFunctionMode):
+    """While active in this thread, draws come from `generator`; `used` tells whether there were any."""
+
+    def __init__(self, generator: torch.Generator):
+        super().__init__()
+        self.generator, self.used = generator, False
+
+    def __torch_function__(  # noqa: D102
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _DROPOUTS:
+            self.used = True
+            return self._dropout(_DROPOUTS[func], *args, **kwargs)
+        if func in _SAMPLERS:
+            self.used = True
+            kwargs.setdefault("generator", self.generator)
+        return func(*args, **kwargs)
+
+    def _dropout(
+        self, whole: int | None, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> Tensor:
+        if not training or p == 0:
+            return x
+        kept = torch.empty(
+            x.shape[:whole] + (1,) * (0 if whole is None else x.dim() - whole), device=x.device
+        )
+        kept = kept.bernoulli_(1 - p, generator=self.generator).div_(1 - p if p < 1 else 1).to(x.dtype)
+        return x.mul_(kept) if inplace else x * kept
+
+
+# What is dropped as a whole: single numbers (None), or all that lies behind the first two axes (B, channels).
+_DROPOUTS: dict[Callable[..., Any], int | None] = {
+    F.dropout: None,
+    torch.dropout: None,
+    F.dropout1d: 2,
+    F.dropout2d: 2,
+    F.dropout3d: 2,
+}
+_SAMPLERS = {
+    torch.rand,
+    torch.randn,
+    torch.randint,
+    torch.randperm,
+    torch.normal,
+    torch.bernoulli,
+    torch.multinomial,
+    Tensor.bernoulli,
+    Tensor.bernoulli_,
+    Tensor.uniform_,
+    Tensor.normal_,
+    Tensor.exponential_,
+    Tensor.random_,
+    Tensor.multinomial,
+}

@@ -1,0 +1,75 @@
+"""Two CIFAR-10 networks that federated papers are measured on.
+
+cifar_cnn: the network of TensorFlow's CIFAR-10 tutorial (2016), which McMahan et al. used in Table 3 of
+Communication-Efficient Learning of Deep Networks from Decentralized Data, AISTATS 2017,
+https://arxiv.org/abs/1602.05629, on crops of 24 pixels: "about 10^6 parameters".
+Differs: no local response normalisation (it has no parameters, and the paper does not name it); weights start
+as PyTorch has them.
+
+pfl_cnn: the CIFAR-10 network of Granqvist et al., pfl-research: Simulation Framework for Accelerating
+Research in Private Federated Learning, NeurIPS 2024, https://arxiv.org/abs/2404.06430.
+Differs: the two dropout rates are options.
+"""
+
+from collections import OrderedDict
+
+from torch import nn
+
+from fedsim.models import image
+from fedsim.types import Decay
+
+
+def cifar_cnn(shape: tuple[int, ...], classes: int, /) -> nn.Module:
+    """TensorFlow's CIFAR-10 tutorial network, as McMahan 2017 used it.
+
+    1,068,298 parameters at the paper's 3 x 24 x 24, 1,756,426 at 3 x 32 x 32, with 10 classes.
+    Raises ConfigError for anything but images of 4 pixels a side or more.
+    """
+    channels, height, width = image(shape, "cifar_cnn", smallest=4)
+    return nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(channels, 64, 5, padding=2),
+            relu1=nn.ReLU(),
+            pool1=nn.MaxPool2d(3, stride=2, ceil_mode=True),  # the tutorial's windows overlap
+            conv2=nn.Conv2d(64, 64, 5, padding=2),
+            relu2=nn.ReLU(),
+            pool2=nn.MaxPool2d(3, stride=2, ceil_mode=True),
+            flatten=nn.Flatten(),
+            fc1=nn.Linear(64 * (height // 4) * (width // 4), 384),
+            relu3=nn.ReLU(),
+            fc2=nn.Linear(384, 192),
+            relu4=nn.ReLU(),
+            fc3=nn.Linear(192, classes),
+        )
+    )
+
+
+def pfl_cnn(
+    shape: tuple[int, ...], classes: int, /, *, dropout1: Decay = 0.25, dropout2: Decay = 0.5
+) -> nn.Module:
+    """pfl-research's CIFAR-10 network: two 3x3 convolutions, one pool, dropout.
+
+    `dropout1` follows the convolutions, `dropout2` the hidden layer: the probability that a value is zeroed.
+    1,626,442 parameters at 3 x 32 x 32 and 10 classes.
+    Raises ConfigError for anything but images of 6 pixels a side or more.
+    """
+    channels, height, width = image(shape, "pfl_cnn", smallest=6)
+    network = nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(channels, 32, 3),
+            relu1=nn.ReLU(),
+            conv2=nn.Conv2d(32, 64, 3),
+            relu2=nn.ReLU(),
+            pool=nn.MaxPool2d(2),
+            dropout1=nn.Dropout(dropout1),
+            flatten=nn.Flatten(),
+            fc1=nn.Linear(64 * ((height - 4) // 2) * ((width - 4) // 2), 128),
+            relu3=nn.ReLU(),
+            dropout2=nn.Dropout(dropout2),
+            fc2=nn.Linear(128, classes),
+        )
+    )
+    for layer in network:
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)  # as pfl has it
+    return network

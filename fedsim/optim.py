@@ -1,0 +1,91 @@
+"""Local optimisers, in place on lists of tensors: the same numbers as torch.optim, without its bookkeeping.
+
+A list holds either the network's parameters one by one, or the one flat vector that they are views of.
+"""
+
+from math import sqrt
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Optimizer(Protocol):
+    """What changes weights; lives for one client in one round."""
+
+    def step(self, weights: list[Tensor], gradients: list[Tensor], lr: float) -> None:
+        """One step, in place. `gradients` are only read: autograd may hand out one tensor twice."""
+
+
+class SGD:
+    """torch.optim.SGD: v = m v + g; w -= lr v, or lr (g + m v) with Nesterov; g holds the weight decay."""
+
+    def __init__(self, momentum: float, nesterov: bool, weight_decay: float):
+        self.momentum, self.nesterov, self.weight_decay = momentum, nesterov, weight_decay
+        self.velocity: list[Tensor] = []
+
+    def step(self, weights: list[Tensor], gradients: list[Tensor], lr: float) -> None:  # noqa: D102
+        if self.momentum:
+            self.velocity = self.velocity or [torch.zeros_like(w) for w in weights]
+            torch._foreach_mul_(self.velocity, self.momentum)
+            torch._foreach_add_(self.velocity, gradients)
+            if self.weight_decay:
+                torch._foreach_add_(self.velocity, weights, alpha=self.weight_decay)
+        if self.momentum and not self.nesterov:
+            torch._foreach_add_(weights, self.velocity, alpha=-lr)
+            return
+        if self.weight_decay:
+            torch._foreach_mul_(weights, 1 - lr * self.weight_decay)
+        torch._foreach_add_(weights, gradients, alpha=-lr)
+        if self.nesterov:
+            torch._foreach_add_(weights, self.velocity, alpha=-lr * self.momentum)
+
+
+class Adam:
+    """torch.optim.Adam, or AdamW where the decay is `decoupled` from the gradient."""
+
+    def __init__(self, betas: tuple[float, float], eps: float, weight_decay: float, decoupled: bool):
+        self.betas, self.eps, self.weight_decay, self.decoupled = betas, eps, weight_decay, decoupled
+        self.m: list[Tensor] = []
+        self.v: list[Tensor] = []
+        self.steps = 0
+
+    def step(self, weights: list[Tensor], gradients: list[Tensor], lr: float) -> None:  # noqa: D102
+        g, (beta1, beta2) = gradients, self.betas
+        if not self.steps:
+            self.m = [torch.zeros_like(w) for w in weights]
+            self.v = [torch.zeros_like(w) for w in weights]
+        self.steps += 1
+        if self.weight_decay and self.decoupled:
+            torch._foreach_mul_(weights, 1 - lr * self.weight_decay)
+        elif self.weight_decay:
+            g = list(torch._foreach_add(g, weights, alpha=self.weight_decay))
+        torch._foreach_lerp_(self.m, g, 1 - beta1)
+        torch._foreach_mul_(self.v, beta2)
+        torch._foreach_addcmul_(self.v, g, g, value=1 - beta2)
+        scale = torch._foreach_sqrt(self.v)
+        torch._foreach_div_(scale, sqrt(1 - beta2**self.steps))
+        torch._foreach_add_(scale, self.eps)
+        torch._foreach_addcdiv_(weights, self.m, scale, value=-lr / (1 - beta1**self.steps))
+
+
+class LossScale:
+    """Dynamic loss scaling for fp16, with the constants of torch.amp.GradScaler.
+
+    Halved where a gradient overflows, doubled after 2,000 steps that did not (Micikevicius et al. 2018,
+    https://arxiv.org/abs/1710.03740).
+    """
+
+    def __init__(self, scale: float):
+        self.scale, self.good_steps = scale, 0
+
+    def unscale(self, gradients: list[Tensor]) -> list[Tensor] | None:
+        """The gradients of the loss itself, or None where one overflowed and the step must be skipped."""
+        if not all(bool(torch.isfinite(g).all()) for g in gradients):
+            self.scale, self.good_steps = self.scale / 2, 0
+            return None
+        unscaled = list(torch._foreach_div(gradients, self.scale))
+        self.good_steps += 1
+        if self.good_steps == 2000:
+            self.scale, self.good_steps = self.scale * 2, 0
+        return unscaled

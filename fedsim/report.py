@@ -1,0 +1,209 @@
+"""What runs say when they are over: their folders read back, and set side by side."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from math import ceil, inf
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from fedsim.errors import ConfigError
+
+WIDTH = 80  # columns of a terminal
+MOST = 8  # differences listed
+ABSENT = "-"
+NUMBERS = ("round", "seconds", "bytes_up", "bytes_down")  # in every line of rounds.jsonl
+
+Best = Callable[[Iterable[float]], float]  # max or min
+Column = tuple[str, str, Best, list[float | None]]  # header, format, and a value a run where there is one
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder, read."""
+
+    folder: Path  # absolute
+    config: dict[str, Any]  # resolved
+    rounds: list[dict[str, Any]]  # the lines of rounds.jsonl
+    summary: dict[str, Any] | None  # None where the run has not finished
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.folder.name
+
+    def curve(self, key: str) -> tuple[list[int], list[float]]:
+        """The rounds, from 1, in which `key` was measured, and what it was."""
+        measured = [row for row in self.rounds if row.get(key) is not None]
+        return [row["round"] for row in measured], [row[key] for row in measured]
+
+
+def read_run(folder: Path | str) -> Run:
+    """What lies in the folder of a run, finished or not.
+
+    A last line of rounds.jsonl that was cut short, as by a kill, is left out.
+    Raises ConfigError naming the file that is missing or broken.
+    """
+    folder = Path(folder).resolve()
+    summary = folder / "summary.json"
+    return Run(
+        folder=folder,
+        config=_mapping(folder / "config.yaml", yaml.safe_load),
+        rounds=_rounds(folder / "rounds.jsonl"),
+        summary=_mapping(summary, json.loads) if summary.exists() else None,
+    )
+
+
+def rounds_to(accuracy: float, rounds: Sequence[int], accuracies: Sequence[float]) -> float | None:
+    """How many rounds it took to reach `accuracy`; None if it never was.
+
+    As McMahan et al. 2017 count them, section 3: the curve is made monotone (best so far), and the crossing
+    interpolated linearly between the evaluated rounds around it; a curve that starts above crosses at once.
+    """
+    before, best = 0, -inf
+    for number, value in zip(rounds, accuracies, strict=True):
+        if value >= accuracy:
+            share = (accuracy - best) / (value - best) if best > -inf else 1.0
+            return before + (number - before) * share
+        before, best = number, max(best, value)
+    return None
+
+
+def compare(runs: Sequence[Run], target: float | None = None) -> Table:
+    """A row a run, 80 columns wide, the best of each column bold; below, where the configs differ.
+
+    With a `target` accuracy, from 0 to 1: the rounds until it was reached, and the megabytes (10^6 bytes, up
+    and down) that they took. Without: the megabytes of the whole run.
+    """
+    curves = [run.curve("test_accuracy") for run in runs]
+    columns: list[Column] = [
+        ("best\naccuracy", "{:.2%}", max, [max(values, default=None) for _, values in curves]),
+        ("last\naccuracy", "{:.2%}", max, [values[-1] if values else None for _, values in curves]),
+    ]
+    if target is None:
+        columns += [("MB", "{:,.1f}", min, [_megabytes(run, inf) for run in runs])]
+    else:
+        reached = [rounds_to(target, *curve) for curve in curves]
+        spent = [
+            None if at is None else _megabytes(run, ceil(at)) for run, at in zip(runs, reached, strict=True)
+        ]
+        columns += [
+            (f"rounds\nto {100 * target:g}%", "{:,.1f}", min, reached),
+            (f"MB\nto {100 * target:g}%", "{:,.1f}", min, spent),
+        ]
+    columns += [("seconds", "{:,.0f}", min, [sum(row["seconds"] for row in run.rounds) for run in runs])]
+
+    table = Table(width=WIDTH, box=box.SIMPLE, caption=_caption(runs), caption_justify="left")
+    table.add_column("run", ratio=1, overflow="fold")
+    table.add_column("rounds", justify="right", no_wrap=True)
+    cells = []
+    for header, form, best, values in columns:
+        table.add_column(header, justify="right", no_wrap=True)
+        cells.append(_cells(form, best, values))
+    for label, run, *row in zip(labels(runs), runs, *cells, strict=True):
+        table.add_row(Text(label), _progress(run), *row)
+    return table
+
+
+def labels(runs: Sequence[Run]) -> list[str]:
+    """A name for each run: its folder's, behind as many of its parents' as tell it from the others."""
+    folders = [run.folder.parts for run in runs]
+    return [_label(own, [other for other in folders if other != own]) for own in folders]
+
+
+def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """The config keys, dotted, in which the runs differ, and each run's value there."""
+    configs = [dict(_flat(run.config)) for run in runs]
+    keys = dict.fromkeys(key for config in configs for key in config)
+    values = {key: [config.get(key, ABSENT) for config in configs] for key in keys}
+    return {key: found for key, found in values.items() if len(set(found)) > 1}
+
+
+def shortened(text: str, length: int) -> str:
+    """`text` in at most `length` letters: its middle goes first."""
+    kept = (length - 1) // 2
+    return text if len(text) <= length else f"{text[: length - 1 - kept]}…{text[-kept:]}"
+
+
+def _cells(form: str, best: Best, values: Sequence[float | None]) -> list[Text]:
+    winner = best(known) if (known := [value for value in values if value is not None]) else None
+    return [
+        Text(ABSENT) if value is None else Text(form.format(value), "bold" if value == winner else "")
+        for value in values
+    ]
+
+
+def _megabytes(run: Run, until: float) -> float:
+    moved = (row["bytes_up"] + row["bytes_down"] for row in run.rounds if row["round"] <= until)
+    return float(sum(moved)) / 1e6
+
+
+def _progress(run: Run) -> str:
+    done = run.rounds[-1]["round"] if run.rounds else 0
+    return f"{done}" if run.summary is not None else f"{done} of {run.config.get('rounds', '?')}"
+
+
+def _caption(runs: Sequence[Run]) -> Text | None:
+    if len(runs) < 2:
+        return None
+    lines = [
+        f"{key}: {', '.join(shortened(v, 24) for v in values)}" for key, values in differences(runs).items()
+    ]
+    more = [f"and {len(lines) - MOST} more"] if len(lines) > MOST else []
+    return Text("\n".join(["configs differ in", *lines[:MOST], *more]) if lines else "configs are the same")
+
+
+def _label(own: tuple[str, ...], others: Sequence[tuple[str, ...]]) -> str:
+    depths = range(1, len(own))
+    depth = next((d for d in depths if all(other[-d:] != own[-d:] for other in others)), len(own))
+    return "/".join(own[-depth:])
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _mapping(path: Path, parse: Callable[[bytes], Any]) -> dict[str, Any]:
+    raw = _read(path)
+    try:
+        content = parse(raw)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: broken: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: broken: not a mapping")
+    return content
+
+
+def _rounds(path: Path) -> list[dict[str, Any]]:
+    *lines, tail = _read(path).split(b"\n")
+    with suppress(ValueError):  # cut short; unless it lacks no more than its newline
+        json.loads(tail)
+        lines.append(tail)
+    return [_round(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _round(line: bytes, at: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ConfigError(f"{at}: broken: {error}") from error
+    if not isinstance(row, dict) or not all(isinstance(row.get(key), int | float) for key in NUMBERS):
+        raise ConfigError(f"{at}: broken: should hold the numbers {', '.join(NUMBERS)}")
+    return row
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; is its folder that of a run?") from error

@@ -1,0 +1,31 @@
+"""Where clients run. A runtime is one method: clients in, partial aggregates and reports out, in any order."""
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+
+from fedsim.aggregate import Aggregator, Partial
+from fedsim.catalogue import Catalogue
+from fedsim.types import Job, Report, State
+from fedsim.work import Work
+
+RUNTIMES = Catalogue("runtime", "fedsim.runtimes", {"serial": "serial:Serial", "threads": "threads:Threads"})
+
+
+class Runtime(Protocol):
+    """Runs clients one at a time or side by side; what they compute does not depend on it.
+
+    `home` is the device on which the server's state is kept.
+    """
+
+    home: torch.device
+
+    def run(
+        self, work: Work, server: State, jobs: Sequence[Job], aggregator: Aggregator, *, tolerant: bool = False
+    ) -> Iterator[tuple[Partial, list[Report]]]:
+        """Yield as clients finish: partial aggregates, to be merged, and a report for each client.
+
+        A client that fails raises ClientError; where the run is `tolerant`, it is reported with its `error`
+        instead, and its message is left out.
+        """

@@ -1,0 +1,26 @@
+"""Clients one after the other, in the calling thread: for debugging, and as the reference."""
+
+from collections.abc import Iterator, Sequence
+
+from fedsim.aggregate import Aggregator, Partial
+from fedsim.data import FederatedData
+from fedsim.runtimes.worker import Worker, devices, one_thread
+from fedsim.task import Task
+from fedsim.types import Job, Report, State
+from fedsim.work import Work
+
+
+class Serial:
+    """One client at a time, in the calling thread: a debugger and a traceback lead to the client."""
+
+    def __init__(self, task: Task, data: FederatedData, /, *, device: str = "auto"):
+        self.home = devices(device)[0]
+        self.worker = Worker(task, data.to(self.home), self.home)
+
+    def run(  # noqa: D102
+        self, work: Work, server: State, jobs: Sequence[Job], aggregator: Aggregator, *, tolerant: bool = False
+    ) -> Iterator[tuple[Partial, list[Report]]]:
+        for job in jobs:
+            with one_thread():
+                partial, report = self.worker.run(work, server, job, aggregator, tolerant)
+            yield partial, [report]

@@ -1,0 +1,86 @@
+"""Clients side by side in threads: one network a worker, shared data, no processes.
+
+PyTorch computes without the interpreter's lock, so threads keep all cores, or one GPU, busy; processes could not
+share the data, nor several of them a GPU without switching context.
+"""
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
+from itertools import count
+from typing import Literal
+
+import torch
+
+from fedsim.aggregate import Aggregator, Partial
+from fedsim.data import FederatedData
+from fedsim.runtimes.worker import Worker, devices
+from fedsim.task import Task
+from fedsim.types import Count, Job, Report, State
+from fedsim.work import Work
+
+WORKERS_PER_GPU = 4
+
+
+class Threads:
+    """Several clients at once in a pool of threads; several GPUs take turns.
+
+    Each worker has a network of its own, on the CPU one intra-op thread, on a GPU one stream. `auto` is a worker
+    a core, or four a GPU. Workers merge what their clients send, so that memory does not grow with the cohort.
+    """
+
+    def __init__(
+        self, task: Task, data: FederatedData, /, *, workers: Count | Literal["auto"] = "auto", device: str = "auto"
+    ):
+        self.devices = devices(device)
+        self.home = self.devices[0]
+        if workers == "auto":
+            on_cpu = self.home.type == "cpu"
+            workers = len(os.sched_getaffinity(0)) if on_cpu else WORKERS_PER_GPU * len(self.devices)
+        self.task, self.workers = task, workers
+        self.data = {device: data.to(device) for device in self.devices}
+        self.pool = ThreadPoolExecutor(workers, "client", initializer=self._start_worker)
+        self.local = threading.local()
+        self.number = count()  # of the next worker
+
+    def run(  # noqa: D102
+        self, work: Work, server: State, jobs: Sequence[Job], aggregator: Aggregator, *, tolerant: bool = False
+    ) -> Iterator[tuple[Partial, list[Report]]]:
+        on_device = {device: {n: t.to(device) for n, t in server.items()} for device in self.devices}
+        partials: dict[int, Partial] = {}  # by thread
+
+        def run_one(job: Job) -> Report:
+            worker, stream = self.local.worker, self.local.stream
+            with torch.cuda.stream(stream) if stream else nullcontext():
+                partial, report = worker.run(work, on_device[worker.replica.device], job, aggregator, tolerant)
+                me = threading.get_ident()
+                partials[me] = aggregator.merge(partials[me], partial) if me in partials else partial
+            return report
+
+        running: set[Future[Report]] = set()
+        upcoming = iter(jobs)
+        try:
+            while True:
+                for job in upcoming:  # a bounded window: what is finished does not pile up
+                    running.add(self.pool.submit(run_one, job))
+                    if len(running) >= 2 * self.workers:
+                        break
+                if not running:
+                    break
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                yield aggregator.fold([]), [future.result() for future in done]
+        finally:  # of an error or an interrupt: start no more, wait for those under way
+            for future in running:
+                future.cancel()
+            wait(running)
+        for partial in partials.values():
+            yield partial, []
+
+    def _start_worker(self) -> None:
+        device = self.devices[next(self.number) % len(self.devices)]
+        if device.type == "cpu":
+            torch.set_num_threads(1)  # this thread's
+        self.local.worker = Worker(self.task, self.data[device], device)
+        self.local.stream = torch.cuda.Stream(device) if device.type == "cuda" else None

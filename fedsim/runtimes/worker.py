@@ -1,0 +1,71 @@
+"""One worker: a network, the data and a device, and one client at a time on them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import isfinite
+from time import perf_counter
+
+import torch
+
+from fedsim.aggregate import Aggregator, Partial, largest
+from fedsim.data import FederatedData
+from fedsim.errors import ClientError, ConfigError
+from fedsim.task import Replica, Task
+from fedsim.types import Job, Report, State, Update
+from fedsim.work import Work
+
+
+class Worker:
+    """Runs clients in turn on a replica of its own. Not for two threads at once."""
+
+    def __init__(self, task: Task, data: FederatedData, device: torch.device):
+        self.replica, self.data = Replica(task, device), data
+
+    def run(
+        self, work: Work, server: State, job: Job, aggregator: Aggregator, tolerant: bool
+    ) -> tuple[Partial, Report]:
+        """What one client adds to the aggregate, and its report; raises ClientError unless `tolerant`."""
+        start = perf_counter()
+        try:
+            update = work(self.replica, self.data, server, job)
+            metrics = {name: float(value) for name, value in update.metrics.items()}
+            _check_finite(update, metrics)
+            weight = float(update.weight)
+            partial = aggregator.fold([(job.client_id, update.message, weight)])
+        except Exception as error:
+            cause = str(error) if isinstance(error, ClientError) else f"{type(error).__name__}: {error}"
+            if not tolerant:
+                raise ClientError(f"round {job.round + 1}, client {job.client_id}: {cause}") from error
+            return aggregator.fold([]), Report(job.client_id, 0.0, {}, {}, perf_counter() - start, 0, cause)
+        client = {name: value.cpu() for name, value in update.client.items()}
+        size = sum(value.nbytes for value in update.message.values())
+        return partial, Report(job.client_id, weight, metrics, client, perf_counter() - start, size)
+
+
+def _check_finite(update: Update, metrics: dict[str, float]) -> None:
+    wrong = [name for name, value in metrics.items() if not isfinite(value)]
+    wrong += [name for name, value in update.message.items() if not isfinite(largest(value))]
+    if wrong:
+        raise ClientError(f"{wrong[0]} is not finite; lower local.lr, or drop such clients with failures.policy=drop")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One intra-op thread, in which CPU results do not depend on the machine's number of cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def devices(name: str) -> list[torch.device]:
+    """`auto` is every GPU, or the CPU; otherwise the device of that name. Raises ConfigError."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return [torch.device("cuda", i) for i in range(gpus)] or [torch.device("cpu")]
+    allowed = ["auto", "cpu", *(["cuda"] if gpus else []), *(f"cuda:{i}" for i in range(gpus))]
+    if name not in allowed:
+        raise ConfigError(f"runtime.device: {name!r} is not on this machine; allowed: {', '.join(allowed)}")
+    return [torch.device("cuda", 0) if name == "cuda" else torch.device(name)]

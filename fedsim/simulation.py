@@ -1,0 +1,181 @@
+"""The round: sample, train, aggregate, update. The one object here is the one thing that changes."""
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from math import ceil, fsum
+from time import perf_counter
+from typing import Literal, NamedTuple
+
+import torch
+
+from fedsim.aggregate import Aggregator, WeightedMean
+from fedsim.cohort import Cohort
+from fedsim.data import FederatedData
+from fedsim.errors import ConfigError, RoundError
+from fedsim.local import Recipe
+from fedsim.runtimes import Runtime
+from fedsim.runtimes.worker import one_thread
+from fedsim.strategy import Strategy
+from fedsim.task import Task
+from fedsim.types import Count, Job, Report, RoundInfo, State, Stream, random, torch_generator
+from fedsim.work import EvaluateClient, EvaluateGlobal, Train, Work
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failures:
+    """What a failing client does: `raise` stops the run, `drop` goes on while `min_clients` answered."""
+
+    policy: Literal["raise", "drop"] = "raise"
+    min_clients: Count = 1
+
+
+class Round(NamedTuple):
+    """What is known of a round when it is over."""
+
+    round: int  # from 1
+    cohort: list[int]
+    train_loss: float  # mean over all mini-batches of the objective that the clients lowered
+    fingerprint: str  # SHA-256 of the global model's bytes
+    seconds: float
+    steps: int  # of all clients
+    bytes_up: int
+    bytes_down: int
+    failed: dict[int, str]  # why, by client
+
+
+class Evaluation(NamedTuple):
+    """Means over examples."""
+
+    loss: float
+    accuracy: float  # from 0 to 1
+
+
+class Simulation:
+    """A federation between two rounds: `server`, `clients` and `number` are all that changes.
+
+    `server` is the strategy's state and the batch-norm statistics; `clients` what each client keeps that has
+    taken part; `number` the next round's, from 0. Nothing else is needed to go on, since randomness has a key:
+    (seed, use, round, client).
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        task: Task,
+        data: FederatedData,
+        runtime: Runtime,
+        cohort: Cohort,
+        recipe: Recipe,
+        *,
+        aggregator: Aggregator | None = None,
+        failures: Failures = Failures(),
+        seed: int = 0,
+    ):
+        recipe.check()
+        strategy.check(recipe, task.layout)
+        cohort(data.num_clients, random(seed, Stream.COHORT, 0))  # which refuses what it cannot draw
+        self.strategy, self.task, self.data, self.runtime, self.cohort = strategy, task, data, runtime, cohort
+        self.recipe, self.failures, self.seed = recipe, failures, seed
+        self.aggregator = aggregator or WeightedMean()
+        model, buffers = task.initial_model.to(runtime.home), {"buffers": task.initial_buffers.to(runtime.home)}
+        self.server: State = strategy.init_server(model) | buffers
+        self.newcomer: State = strategy.init_client(task.initial_model, task.layout)
+        if strategy.buffers == "private":
+            self.newcomer |= {"buffers": task.initial_buffers}
+        self.clients: dict[int, State] = {}
+        self.number = 0
+
+    def round(self, on_report: Callable[[Report], None] = lambda report: None) -> Round:
+        """Run one round; `on_report` is told of each client as it finishes. Raises ClientError, RoundError."""
+        start, number, strategy = perf_counter(), self.number, self.strategy
+        cohort = self.cohort(self.data.num_clients, random(self.seed, Stream.COHORT, number))
+        download = {name: self.server[name] for name in (*strategy.broadcast, "buffers")}
+        reports, kept, total = [], {}, self.aggregator.fold([])
+        tolerant = self.failures.policy == "drop"
+        with one_thread():
+            for partial, finished in self.runtime.run(
+                Train(strategy, self.recipe, self.seed),
+                download,
+                [self._job(k) for k in cohort],
+                self.aggregator,
+                tolerant=tolerant,
+            ):
+                total = self.aggregator.merge(total, partial)
+                for report in finished:
+                    if report.error is None and report.client:
+                        kept[report.client_id] = report.client
+                    reports.append(report._replace(client={}))
+                    on_report(report)
+            reports.sort(key=lambda report: report.client_id)
+            failed = {r.client_id: r.error for r in reports if r.error is not None}
+            answered = [r.client_id for r in reports if r.error is None]
+            self._check_floor(answered, failed)
+            mean = self.aggregator.result(total)
+            buffers = {"buffers": mean.pop("buffers")} if "buffers" in mean else {}
+            share = float(self.data.sizes[answered].sum() / self.data.sizes.sum())
+            generator = torch_generator(self.seed, Stream.SERVER, number)
+            info = RoundInfo(number, answered, self.data.num_clients, generator, share)
+            self.server = self.server | strategy.server_update(self.server, mean, info) | buffers
+        self.clients.update(kept)
+        self.number += 1
+        sums = _sums(reports)
+        size = sum(tensor.nbytes for tensor in download.values())
+        return Round(
+            round=self.number,
+            cohort=cohort,
+            train_loss=sums["loss"] / sums["examples"],
+            fingerprint=self.fingerprint(),
+            seconds=perf_counter() - start,
+            steps=int(sums["steps"]),
+            bytes_up=sum(r.bytes_up for r in reports),
+            bytes_down=size * len(cohort),
+            failed=failed,
+        )
+
+    def evaluate(self, batch_size: int = 500) -> Evaluation:
+        """The global model on the whole test set, in eval mode; the same numbers in every runtime."""
+        work = EvaluateGlobal(batch_size)
+        chunks = [Job(k, self.number, None) for k in range(ceil(self.data.num_test / batch_size))]
+        sums = _sums(self._reports(work, chunks))
+        return Evaluation(sums["loss"] / sums["examples"], sums["correct"] / sums["examples"])
+
+    def evaluate_clients(self, clients: Iterable[int] | None = None, batch_size: int = 500) -> dict[int, Evaluation]:
+        """Each client's own model on its own examples, by client; all of them unless some are named.
+
+        On what it holds out, or where it holds out nothing, on what it trains on.
+        """
+        ids = range(self.data.num_clients) if clients is None else clients
+        work = EvaluateClient(self.strategy, batch_size)
+        sums = {r.client_id: r.metrics for r in self._reports(work, [self._job(k) for k in ids])}
+        return {
+            k: Evaluation(sums[k]["loss"] / sums[k]["examples"], sums[k]["correct"] / sums[k]["examples"]) for k in ids
+        }
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the global model's bytes, batch-norm statistics included."""
+        digest = hashlib.sha256(self.server["model"].cpu().numpy())
+        digest.update(self.server["buffers"].cpu().numpy())
+        return digest.hexdigest()
+
+    def _job(self, client: int) -> Job:
+        return Job(client, self.number, self.clients.get(client, self.newcomer))
+
+    def _reports(self, work: Work, jobs: list[Job]) -> list[Report]:
+        with one_thread():
+            batches = [reports for _, reports in self.runtime.run(work, self.server, jobs, self.aggregator)]
+        return sorted((r for batch in batches for r in batch), key=lambda report: report.client_id)
+
+    def _check_floor(self, answered: list[int], failed: dict[int, str]) -> None:
+        if len(answered) < self.failures.min_clients:
+            causes = "; ".join(f"client {k}: {cause}" for k, cause in list(failed.items())[:3])
+            raise RoundError(
+                f"round {self.number + 1}: {len(answered)} clients answered, "
+                f"failures.min_clients is {self.failures.min_clients}; {causes}"
+            )
+
+
+def _sums(reports: list[Report]) -> dict[str, float]:
+    """Of the metrics: exact, so that neither order nor number of workers shows."""
+    names = {name for report in reports for name in report.metrics}
+    return {name: fsum(r.metrics[name] for r in reports if name in r.metrics) for name in names}

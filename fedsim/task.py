@@ -1,0 +1,174 @@
+"""What is learned: a network as a function of one flat parameter vector."""
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from fedsim.draws import KeyedDraws
+from fedsim.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each named tensor lies in a flat vector.
+
+    With `channels_last`, a convolution's weight lies there in the order (out, height, width, in), which is
+    the order that convolutions over channels-last images read.
+    """
+
+    shapes: dict[str, torch.Size]
+    channels_last: bool = False
+
+    @property
+    def sizes(self) -> list[int]:
+        return [prod(shape) for shape in self.shapes.values()]
+
+    def split(self, vector: Tensor) -> dict[str, Tensor]:
+        """Views of `vector` (P,), by name."""
+        parts = torch.split(vector, self.sizes)
+        return {name: self._shaped(p, s) for (name, s), p in zip(self.shapes.items(), parts, strict=True)}
+
+    def flatten(self, tensors: dict[str, Tensor]) -> Tensor:
+        """(P,) the tensors, each at its place."""
+        dtype = next(iter(tensors.values())).dtype if tensors else torch.get_default_dtype()
+        vector = torch.empty(sum(self.sizes), dtype=dtype)
+        for name, view in self.split(vector).items():
+            view.copy_(tensors[name].detach())
+        return vector
+
+    def mask(self, keep: Callable[[str], bool]) -> Tensor:
+        """(P,) bool: True where the tensor's name is kept."""
+        parts = [torch.full((size,), keep(name)) for name, size in zip(self.shapes, self.sizes, strict=True)]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.bool)
+
+    def _shaped(self, part: Tensor, shape: torch.Size) -> Tensor:
+        if self.channels_last and len(shape) == 4:
+            out, channels, height, width = shape
+            return part.view(out, height, width, channels).permute(0, 3, 1, 2)
+        return part.view(shape)
+
+
+class Task:
+    """A network and its loss. The network is a template: its own weights are only where training starts.
+
+    Parameters that require no gradient, and buffers that are no floating-point numbers, are constants.
+    Batch-norm statistics are the buffers (Q,), apart from the model (P,): no algorithm but the averaging of
+    buffers itself may touch them.
+    """
+
+    def __init__(
+        self, network: nn.Module, shape: tuple[int, ...], classes: int, *, channels_last: bool = False
+    ):
+        self.shape, self.classes, self.channels_last = shape, classes, channels_last
+        self.draws = _probe(network, shape, classes)
+        self.network = network
+        parameters = {n: p for n, p in network.named_parameters() if p.requires_grad}
+        statistics = {n: b for n, b in network.named_buffers() if b.is_floating_point()}
+        if not parameters:
+            raise ConfigError("model: has no parameter that requires a gradient")
+        self.layout = Layout({n: p.shape for n, p in parameters.items()}, channels_last)
+        self.buffer_layout = Layout({n: b.shape for n, b in statistics.items()})
+        self.initial_model = self.layout.flatten(parameters)
+        self.initial_buffers = self.buffer_layout.flatten(statistics).to(self.initial_model.dtype)
+
+    def losses(self, logits: Tensor, y: Tensor) -> Tensor:
+        """(B,) one loss per example."""
+        return F.cross_entropy(logits, y, reduction="none")
+
+    def state_dict(self, server: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The global model as `network.load_state_dict` takes it."""
+        named = self.layout.split(server["model"]) | self.buffer_layout.split(server["buffers"])
+        return self.network.state_dict() | {name: value.contiguous().clone() for name, value in named.items()}
+
+
+class Replica:
+    """One worker's copy of the network, laid over one flat vector.
+
+    The network's parameters are views of `w` (P,) and its statistics views of `buffers` (Q,), so that loading
+    a model is one copy and an optimiser's step one pass.
+    """
+
+    def __init__(self, task: Task, device: torch.device | str = "cpu"):
+        self.task, self.device = task, torch.device(device)
+        self.network = copy.deepcopy(task.network).to(self.device)
+        self.buffers = task.initial_buffers.to(self.device, copy=True)
+        self.flat = task.initial_model.to(self.device, copy=True)
+        self.w = (
+            self.flat.detach().requires_grad_()
+        )  # the same numbers, as a leaf for a loss term over all of w
+        named = dict(self.network.named_parameters())
+        self.gradient = torch.empty_like(self.flat)
+        self.views = task.layout.split(self.flat)
+        self.gradient_views = list(task.layout.split(self.gradient).values())
+        for name, view in self.views.items():
+            named[name].data = view
+        self.parameters = [named[name] for name in self.views]
+        statistics = task.buffer_layout.split(self.buffers)
+        self._counters: list[tuple[Tensor, Tensor]] = []
+        for name, buffer in self.network.named_buffers():
+            if name in statistics:
+                buffer.data = statistics[name]
+            else:
+                self._counters.append((buffer, buffer.clone()))
+        self.generator = torch.Generator(self.device)
+        self._draws: AbstractContextManager[object] = (
+            KeyedDraws(self.generator) if task.draws else nullcontext()
+        )
+
+    def enter(self, buffers: Tensor, seed: int) -> None:
+        """Forget the last client: its statistics, counters and random numbers."""
+        with torch.no_grad():
+            self.buffers.copy_(buffers)
+            for counter, initial in self._counters:
+                counter.copy_(initial)
+        self.generator.manual_seed(seed)
+
+    def load(self, model: Tensor) -> None:
+        """Make `model` (P,) the point `w` at which the network stands."""
+        with torch.no_grad():
+            self.flat.copy_(model)
+
+    def logits(self, w: Tensor, x: Tensor, *, train: bool) -> Tensor:
+        """(B, classes) at `w` (P,): at the replica's own `w` in place, elsewhere as a function of it.
+
+        In place, a training pass moves the batch-norm statistics; elsewhere it leaves them.
+        """
+        self.network.train(train)
+        if self.task.channels_last and x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        with self._draws:
+            if w is self.w:
+                return self.network(x)  # type: ignore[no-any-return]
+            own = self.task.buffer_layout.split(self.buffers.clone())
+            return functional_call(self.network, self.task.layout.split(w) | own, (x,))  # type: ignore[no-any-return]
+
+
+def _probe(network: nn.Module, shape: tuple[int, ...], classes: int) -> bool:
+    """Whether a forward pass draws random numbers; raises ConfigError where the network does not fit the data."""
+    dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+    network = copy.deepcopy(network).train()
+    draws = KeyedDraws(torch.Generator())
+    before = torch.get_rng_state()
+    try:
+        with draws, torch.no_grad():
+            logits = network(torch.zeros(2, *shape, dtype=dtype))
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ConfigError(
+            f"model: cannot take examples of shape {shape}: {str(error).splitlines()[0]}"
+        ) from error
+    if tuple(logits.shape) != (2, classes):
+        raise ConfigError(
+            f"model: gives {tuple(logits.shape)} for 2 examples; {classes} classes need (2, {classes})"
+        )
+    if not torch.equal(before, torch.get_rng_state()):
+        raise ConfigError(
+            "model: draws from torch's global generator, which threads share; use nn.Dropout or F.dropout"
+        )
+    return draws.used

@@ -1,0 +1,89 @@
+"""The few values that cross a boundary, and randomness that depends on nothing but its key.
+
+Shape letters, everywhere: P parameters, Q buffer entries, E epochs, S steps per epoch, B batch,
+C clients in a cohort, N clients in the population, K steps of one client.
+"""
+
+from enum import IntEnum
+from typing import Annotated, NamedTuple
+
+import numpy as np
+import torch
+from annotated_types import Ge, Gt, Le, Lt
+from torch import Tensor
+
+State = dict[str, Tensor]  # named tensors: what the server keeps, a client keeps, or a message carries
+
+# Ranges of hyper-parameters, checked wherever a config names them.
+Count = Annotated[int, Ge(1)]
+Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+Share = Annotated[float, Gt(0), Le(1)]  # of a whole, 0 excluded
+Decay = Annotated[float, Ge(0), Lt(1)]  # of a running mean
+
+
+class Job(NamedTuple):
+    """One client's work in one round: tiny, it may cross a network."""
+
+    client_id: int
+    round: int
+    client: State | None  # what it kept; None where the client keeps it itself
+
+
+class Update(NamedTuple):
+    """What one client computes."""
+
+    message: State  # uploaded; the server sees only the aggregate
+    weight: Tensor | float  # n_k, or 1.0
+    client: State = {}  # stays with the client until it is sampled again
+    metrics: State = {}  # sums over examples; divided once, at the end
+
+
+class Report(NamedTuple):
+    """What the round loop learns of one client besides the aggregate."""
+
+    client_id: int
+    weight: float
+    metrics: dict[str, float]
+    client: State
+    seconds: float
+    bytes_up: int
+    error: str | None = None
+
+
+class RoundInfo(NamedTuple):
+    """What the server knows of a round besides the aggregate."""
+
+    number: int  # from 0
+    cohort: list[int]  # ids of the clients whose updates count
+    num_clients: int  # N
+    generator: torch.Generator  # for server-side noise
+    share: float  # of all examples, how many the cohort holds: the sum of n_k / n over it
+
+    @property
+    def participation(self) -> float:
+        """|S| / N, the share of the population that took part."""
+        return len(self.cohort) / self.num_clients
+
+
+class Stream(IntEnum):
+    """What a random number is for: no two uses share a stream."""
+
+    MODEL = 0
+    PARTITION = 1
+    HOLDOUT = 2
+    COHORT = 3
+    BATCHES = 4
+    NETWORK = 5  # dropout and whatever else a forward pass draws
+    SERVER = 6
+    DATASET = 7
+
+
+def random(seed: int, stream: Stream, *key: int) -> np.random.Generator:
+    """A stream that depends on nothing but its key, e.g. (seed, Stream.BATCHES, round, client)."""
+    return np.random.default_rng((seed, stream, *key))
+
+
+def torch_generator(seed: int, stream: Stream, *key: int) -> torch.Generator:
+    """The same for torch, on the CPU."""
+    return torch.Generator().manual_seed(int(random(seed, stream, *key).integers(2**63)))

@@ -1,0 +1,51 @@
+"""FedBN: normalisation layers never leave the client.
+
+Li et al., FedBN: Federated Learning on Non-IID Features via Local Batch Normalization, ICLR 2021.
+https://arxiv.org/abs/2102.07623
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedsim import ConfigError, LocalObjective, Recipe, State, Update
+from fedsim.strategy import Buffers
+from fedsim.task import Layout
+
+from .fedavg import FedAvg
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedBN(FedAvg):
+    """FedBN: FedAvg of all layers but the normalisation layers, which stay with each client (Li 2021).
+
+    A layer is private where its name holds one of `private`; only those entries are kept, not a whole model.
+    """
+
+    private: tuple[str, ...] = ("bn", "norm")
+
+    buffers: ClassVar[Buffers] = "private"
+
+    def check(self, recipe: Recipe, layout: Layout) -> None:
+        if not len(self.entries(layout)):
+            raise ConfigError(f"strategy.private: no layer's name holds any of {', '.join(self.private)}")
+
+    def init_client(self, model: Tensor, layout: Layout) -> State:
+        return {"private": model[self.entries(layout)]}
+
+    def client_model(self, server: State, client: State, layout: Layout) -> Tensor:
+        entries = self.entries(layout).to(server["model"].device)
+        return server["model"].index_copy(0, entries, client["private"].to(entries.device))
+
+    def client_update(self, server: State, client: State, local: LocalObjective) -> Update:
+        entries = self.entries(local.layout).to(server["model"].device)
+        x = self.client_model(server, client, local.layout)
+        y = local.train(x)
+        delta = (y - x).index_fill(0, entries, 0)
+        return Update({"delta": delta}, weight=local.num_examples, client={"private": y[entries]})
+
+    def entries(self, layout: Layout) -> Tensor:
+        """The private entries of the model, as positions."""
+        return layout.mask(lambda name: any(part in name for part in self.private)).nonzero().squeeze(1)

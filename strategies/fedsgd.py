@@ -1,0 +1,36 @@
+"""FedSGD: one gradient a client, one step a round.
+
+McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data, AISTATS 2017,
+section 2. https://arxiv.org/abs/1602.05629
+"""
+
+from dataclasses import dataclass
+
+from fedsim import ConfigError, LocalObjective, Recipe, RoundInfo, State, Strategy, Update
+from fedsim.task import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedSGD(Strategy):
+    """FedSGD: average the gradients of F_k at the global model, take one step (McMahan 2017).
+
+    The same as FedAvg with one epoch and the full batch; `local.batch_size` only bounds a client's memory.
+    """
+
+    def check(self, recipe: Recipe, layout: Layout) -> None:
+        plain = Recipe(recipe.schedule)
+        for name in ("optimizer", "epochs", "steps", "momentum", "weight_decay", "clip_norm"):
+            if getattr(recipe, name) != getattr(plain, name):
+                raise ConfigError(
+                    f"local.{name}: fedsgd takes one plain gradient step a round, so this must be "
+                    f"{getattr(plain, name)}; fedavg with local.batch_size full has the rest"
+                )
+        if recipe.precision == "fp16":
+            raise ConfigError("local.precision: fedsgd sends gradients unscaled; use bf16 or fp32")
+
+    def client_update(self, server: State, client: State, local: LocalObjective) -> Update:
+        g_k, _ = local.gradient(server["model"])
+        return Update({"step": local.lr * g_k}, weight=local.num_examples)
+
+    def server_update(self, server: State, mean: State, info: RoundInfo) -> State:
+        return {"model": server["model"] - mean["step"]}  # w - eta sum of n_k / n g_k

@@ -1,0 +1,51 @@
+"""SCAFFOLD: correct each client's drift with control variates (option II).
+
+Karimireddy et al., SCAFFOLD: Stochastic Controlled Averaging for Federated Learning, ICML 2020, Algorithm 1.
+https://arxiv.org/abs/1910.06378
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedsim import ConfigError, LocalObjective, Recipe, RoundInfo, State, Strategy, Update
+from fedsim.task import Layout
+from fedsim.types import Positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scaffold(Strategy):
+    """SCAFFOLD: control variates correct the clients' drift; averages uniformly (Karimireddy 2020)."""
+
+    server_lr: Positive = 1.0
+
+    broadcast: ClassVar[tuple[str, ...]] = ("model", "c")
+
+    def check(self, recipe: Recipe, layout: Layout) -> None:
+        if recipe.optimizer != "sgd":
+            raise ConfigError("local.optimizer: scaffold: (x - y) / (K lr) is a mean gradient only with sgd")
+        for name in ("momentum", "weight_decay", "clip_norm"):
+            if getattr(recipe, name):
+                raise ConfigError(f"local.{name}: scaffold: (x - y) / (K lr) is a mean gradient only without it")
+        if recipe.precision == "fp16":
+            raise ConfigError("local.precision: scaffold counts K steps, and fp16 skips some; use bf16 or fp32")
+
+    def init_server(self, model: Tensor) -> State:
+        return {"model": model, "c": torch.zeros_like(model)}
+
+    def init_client(self, model: Tensor, layout: Layout) -> State:
+        return {"c": torch.zeros_like(model)}
+
+    def client_update(self, server: State, client: State, local: LocalObjective) -> Update:
+        x, c, c_k = server["model"], server["c"], client["c"].to(server["c"].device)
+        y = local.train(x, correct=lambda g, w: g - c_k + c)  # line 10
+        c_new = c_k - c + (x - y) / (local.num_steps * local.lr)  # line 12
+        return Update({"delta": y - x, "delta_c": c_new - c_k}, weight=1.0, client={"c": c_new})
+
+    def server_update(self, server: State, mean: State, info: RoundInfo) -> State:
+        return {
+            "model": server["model"] + self.server_lr * mean["delta"],
+            "c": server["c"] + info.participation * mean["delta_c"],  # |S| / N, line 17
+        }
