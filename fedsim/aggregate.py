@@ -54,13 +54,13 @@ class Sum:
 class WeightedMean:
     """sum of w_k m_k / sum of w_k, entry by entry (McMahan 2017, Algorithm 1)."""
 
-    def fold(self, updates: Iterable[tuple[int, State, float]]) -> Sum:  # noqa: D102
+    def fold(self, updates: Iterable[tuple[int, State, float]]) -> Sum:
         total = Sum()
         for client, message, weight in updates:
             total = self.merge(total, _one(client, message, weight))
         return total
 
-    def merge(self, a: Sum, b: Sum) -> Sum:  # noqa: D102
+    def merge(self, a: Sum, b: Sum) -> Sum:
         if not a.messages or not b.messages:
             return a if a.messages else b
         if {n: t.shape for n, t in a.high.items()} != {n: t.shape for n, t in b.high.items()}:
@@ -76,7 +76,7 @@ class WeightedMean:
             raise OverflowError(f"more than {MOST} messages in one round")
         return a
 
-    def result(self, total: Sum) -> State:  # noqa: D102
+    def result(self, total: Sum) -> State:
         if not total.weight:
             raise ValueError("no message has a weight above 0")
         scale = 1 / (HIGH * float(total.weight))
@@ -94,7 +94,9 @@ def _one(client: int, message: State, weight: float) -> Sum:
         magnitude = largest(value) * weight
         if not magnitude <= LARGEST:
             raise ClientError(f"client {client}: {name} has a value that is not finite, or too large to be summed")
-        product = value.detach().double().mul_(weight * HIGH) if value.dtype != torch.double else value * weight * HIGH
+        product = (
+            value.detach().double().mul_(weight * HIGH) if value.dtype != torch.double else value * weight * HIGH
+        )
         one.high[name] = product.long()
         one.low[name] = product.sub_(one.high[name]).mul_(LOW).long()
         one.magnitude[name], one.dtype[name] = magnitude, value.dtype

@@ -128,18 +128,17 @@ def _one_line(error: ValidationError, schema: type[BaseModel], values: Mapping[s
     if first["type"] == "missing":
         return f"{'.'.join([key, str(first['loc'][-1])])}: missing"
     wanted = [first["msg"]] + [e["msg"] for e in others if _locate(e["loc"], values)[0] == path]
-    return f"{key}: {value!r} {', or '.join(m.removeprefix('Input ').removeprefix('Value error, ') for m in wanted)}"
+    rules = (message.removeprefix("Input ").removeprefix("Value error, ") for message in wanted)
+    return f"{key}: {value!r} {', or '.join(rules)}"
 
 
 def _locate(loc: tuple[int | str, ...], values: Any) -> tuple[list[str], Any]:
     """The part of an error's location that stands in the input, and the value there."""
     path: list[str] = []
     for part in loc:
-        if isinstance(values, Mapping) and part in values:
+        try:
             values = values[part]
-        elif isinstance(values, list) and isinstance(part, int) and part < len(values):
-            values = values[part]
-        else:
+        except (KeyError, IndexError, TypeError):
             break  # the name of a branch of a union, or of a key that is missing
         path.append(str(part))
     return path, values

@@ -12,11 +12,16 @@ from fedsim.types import Count, Share
 class Cohort(Protocol):
     """Ids of the clients of one round, ascending, drawn from a stream that is the round's own."""
 
-    def __call__(self, num_clients: int, stream: np.random.Generator, /) -> list[int]: ...  # noqa: D102
+    def __call__(self, num_clients: int, stream: np.random.Generator, /) -> list[int]: ...
 
 
 def uniform(
-    num_clients: int, stream: np.random.Generator, /, *, fraction: Share | None = None, size: Count | None = None
+    num_clients: int,
+    stream: np.random.Generator,
+    /,
+    *,
+    fraction: Share | None = None,
+    size: Count | None = None,
 ) -> list[int]:
     """A random `fraction` C of all, m = max(round(C N), 1), or `size` clients; without replacement."""
     if (fraction is None) == (size is None):

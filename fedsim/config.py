@@ -1,4 +1,4 @@
-"""An experiment: YAML to validated settings to objects. What is wrong is said in one line, before anything runs."""
+"""An experiment: YAML to validated settings to objects; what is wrong is one line, before anything runs."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -91,15 +91,15 @@ def build_data(config: Config) -> FederatedData:
     dataset = DATASETS.bind({k: v for k, v in config.data.items() if k not in shared})()
     stream = random(config.seed, Stream.PARTITION)
     owners = PARTITIONS.bind(shared["partition"])(dataset, shared["clients"], stream)
-    return FederatedData(
-        dataset, owners, clients=shared["clients"], holdout=shared["holdout"], seed=config.seed
-    )
+    return FederatedData(dataset, owners, clients=shared["clients"], holdout=shared["holdout"], seed=config.seed)
 
 
 def build(config: Config) -> Simulation:
     """The simulation that a resolved config describes; raises ConfigError."""
     data = build_data(config)
-    settings = dict(validated(options_of(Recipe), {k: v for k, v in config.local.items() if k != "schedule"}, "local"))
+    settings = dict(
+        validated(options_of(Recipe), {k: v for k, v in config.local.items() if k != "schedule"}, "local")
+    )
     recipe = Recipe(SCHEDULES.bind(config.local["schedule"]), **settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(random(config.seed, Stream.MODEL).integers(2**63)))

@@ -20,7 +20,7 @@ class KeyedDraws(TorchFunctionMode):
         super().__init__()
         self.generator, self.used = generator, False
 
-    def __torch_function__(  # noqa: D102
+    def __torch_function__(
         self,
         func: Callable[..., Any],
         types: Any,
@@ -41,9 +41,7 @@ class KeyedDraws(TorchFunctionMode):
     ) -> Tensor:
         if not training or p == 0:
             return x
-        kept = torch.empty(
-            x.shape[:whole] + (1,) * (0 if whole is None else x.dim() - whole), device=x.device
-        )
+        kept = torch.empty(x.shape[:whole] + (1,) * (0 if whole is None else x.dim() - whole), device=x.device)
         kept = kept.bernoulli_(1 - p, generator=self.generator).div_(1 - p if p < 1 else 1).to(x.dtype)
         return x.mul_(kept) if inplace else x * kept
 

@@ -118,7 +118,7 @@ class LocalObjective:
         stream, steps = random(*self._key), None if epochs else self.recipe.steps
         passes = count() if steps else range(epochs or self.recipe.epochs)
         epoch_rows = (torch.from_numpy(stream.permutation(self._rows)) for _ in passes)
-        batch_rows = (rows for epoch in epoch_rows for rows in epoch.split(self._batch_size))
+        batch_rows = (rows for epoch in epoch_rows for rows in torch.split(epoch, self._batch_size))
         return (Batch(*self.data.batch(rows)) for rows in islice(batch_rows, steps))
 
     def logits(self, w: Tensor, x: Tensor, *, train: bool = True) -> Tensor:
@@ -194,7 +194,9 @@ class LocalObjective:
         """The gradient of `f`: a tensor a parameter, or all in one (P,) that the next call overwrites."""
         replica = self.replica
         whole, *parts = torch.autograd.grad(f, [replica.w, *replica.parameters], allow_unused=True)
-        gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(replica.parameters, parts, strict=True)]
+        gradients = [
+            torch.zeros_like(p) if g is None else g for p, g in zip(replica.parameters, parts, strict=True)
+        ]
         if not flat:
             return gradients
         torch._foreach_copy_(replica.gradient_views, gradients)
@@ -204,5 +206,9 @@ class LocalObjective:
 
     def _record(self, total: Tensor, examples: int, steps: int) -> None:
         """Sums over all mini-batches; the mean is taken once, over the whole cohort."""
-        for name, value in {"loss": total, "examples": examples, "steps": steps}.items():
-            self.metrics[name] = self.metrics.get(name, torch.zeros_like(total)) + value
+        for name, value in {
+            "loss": total,
+            "examples": total.new_tensor(examples),
+            "steps": total.new_tensor(steps),
+        }.items():
+            self.metrics[name] = self.metrics[name] + value if name in self.metrics else value

@@ -24,7 +24,7 @@ class SGD:
         self.momentum, self.nesterov, self.weight_decay = momentum, nesterov, weight_decay
         self.velocity: list[Tensor] = []
 
-    def step(self, weights: list[Tensor], gradients: list[Tensor], lr: float) -> None:  # noqa: D102
+    def step(self, weights: list[Tensor], gradients: list[Tensor], lr: float) -> None:
         if self.momentum:
             self.velocity = self.velocity or [torch.zeros_like(w) for w in weights]
             torch._foreach_mul_(self.velocity, self.momentum)
@@ -50,7 +50,7 @@ class Adam:
         self.v: list[Tensor] = []
         self.steps = 0
 
-    def step(self, weights: list[Tensor], gradients: list[Tensor], lr: float) -> None:  # noqa: D102
+    def step(self, weights: list[Tensor], gradients: list[Tensor], lr: float) -> None:
         g, (beta1, beta2) = gradients, self.betas
         if not self.steps:
             self.m = [torch.zeros_like(w) for w in weights]

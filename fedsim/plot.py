@@ -77,8 +77,6 @@ def _legend(figure: Figure, entries: Sequence[tuple[str, Look]]) -> None:
     width, height = figure.get_size_inches()
     figure.set_size_inches(width, height + 0.2 * ceil(len(entries) / columns))
     lines = [Line2D([], [], label=name, **look) for name, look in entries]
-    legend = figure.legend(
-        handles=lines, loc="outside lower center", ncols=columns, frameon=False, fontsize=9
-    )
+    legend = figure.legend(handles=lines, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     for text in legend.get_texts():
         text.set_parse_math(False)  # a dollar in a name is a dollar

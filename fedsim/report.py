@@ -90,9 +90,7 @@ def compare(runs: Sequence[Run], target: float | None = None) -> Table:
         columns += [("MB", "{:,.1f}", min, [_megabytes(run, inf) for run in runs])]
     else:
         reached = [rounds_to(target, *curve) for curve in curves]
-        spent = [
-            None if at is None else _megabytes(run, ceil(at)) for run, at in zip(runs, reached, strict=True)
-        ]
+        spent = [None if at is None else _megabytes(run, ceil(at)) for run, at in zip(runs, reached, strict=True)]
         columns += [
             (f"rounds\nto {100 * target:g}%", "{:,.1f}", min, reached),
             (f"MB\nto {100 * target:g}%", "{:,.1f}", min, spent),
@@ -152,9 +150,7 @@ def _progress(run: Run) -> str:
 def _caption(runs: Sequence[Run]) -> Text | None:
     if len(runs) < 2:
         return None
-    lines = [
-        f"{key}: {', '.join(shortened(v, 24) for v in values)}" for key, values in differences(runs).items()
-    ]
+    lines = [f"{key}: {', '.join(shortened(v, 24) for v in values)}" for key, values in differences(runs).items()]
     more = [f"and {len(lines) - MOST} more"] if len(lines) > MOST else []
     return Text("\n".join(["configs differ in", *lines[:MOST], *more]) if lines else "configs are the same")
 

@@ -10,7 +10,7 @@ from fedsim.types import Count, Positive
 class Schedule(Protocol):
     """A factor for each round, counted from 0."""
 
-    def __call__(self, number: int, /) -> float: ...  # noqa: D102
+    def __call__(self, number: int, /) -> float: ...
 
 
 def constant(number: int, /) -> float:

@@ -7,12 +7,10 @@ from math import ceil, fsum
 from time import perf_counter
 from typing import Literal, NamedTuple
 
-import torch
-
 from fedsim.aggregate import Aggregator, WeightedMean
 from fedsim.cohort import Cohort
 from fedsim.data import FederatedData
-from fedsim.errors import ConfigError, RoundError
+from fedsim.errors import RoundError
 from fedsim.local import Recipe
 from fedsim.runtimes import Runtime
 from fedsim.runtimes.worker import one_thread
@@ -74,22 +72,29 @@ class Simulation:
     ):
         recipe.check()
         strategy.check(recipe, task.layout)
-        cohort(data.num_clients, random(seed, Stream.COHORT, 0))  # which refuses what it cannot draw
         self.strategy, self.task, self.data, self.runtime, self.cohort = strategy, task, data, runtime, cohort
         self.recipe, self.failures, self.seed = recipe, failures, seed
         self.aggregator = aggregator or WeightedMean()
-        model, buffers = task.initial_model.to(runtime.home), {"buffers": task.initial_buffers.to(runtime.home)}
+        model, buffers = (
+            task.initial_model.to(runtime.home),
+            {"buffers": task.initial_buffers.to(runtime.home)},
+        )
         self.server: State = strategy.init_server(model) | buffers
         self.newcomer: State = strategy.init_client(task.initial_model, task.layout)
         if strategy.buffers == "private":
             self.newcomer |= {"buffers": task.initial_buffers}
         self.clients: dict[int, State] = {}
         self.number = 0
+        self.sample()  # which refuses a cohort that cannot be drawn
+
+    def sample(self) -> list[int]:
+        """The cohort of the next round."""
+        return self.cohort(self.data.num_clients, random(self.seed, Stream.COHORT, self.number))
 
     def round(self, on_report: Callable[[Report], None] = lambda report: None) -> Round:
         """Run one round; `on_report` is told of each client as it finishes. Raises ClientError, RoundError."""
         start, number, strategy = perf_counter(), self.number, self.strategy
-        cohort = self.cohort(self.data.num_clients, random(self.seed, Stream.COHORT, number))
+        cohort = self.sample()
         download = {name: self.server[name] for name in (*strategy.broadcast, "buffers")}
         reports, kept, total = [], {}, self.aggregator.fold([])
         tolerant = self.failures.policy == "drop"
@@ -140,7 +145,9 @@ class Simulation:
         sums = _sums(self._reports(work, chunks))
         return Evaluation(sums["loss"] / sums["examples"], sums["correct"] / sums["examples"])
 
-    def evaluate_clients(self, clients: Iterable[int] | None = None, batch_size: int = 500) -> dict[int, Evaluation]:
+    def evaluate_clients(
+        self, clients: Iterable[int] | None = None, batch_size: int = 500
+    ) -> dict[int, Evaluation]:
         """Each client's own model on its own examples, by client; all of them unless some are named.
 
         On what it holds out, or where it holds out nothing, on what it trains on.
@@ -149,13 +156,15 @@ class Simulation:
         work = EvaluateClient(self.strategy, batch_size)
         sums = {r.client_id: r.metrics for r in self._reports(work, [self._job(k) for k in ids])}
         return {
-            k: Evaluation(sums[k]["loss"] / sums[k]["examples"], sums[k]["correct"] / sums[k]["examples"]) for k in ids
+            k: Evaluation(sums[k]["loss"] / sums[k]["examples"], sums[k]["correct"] / sums[k]["examples"])
+            for k in ids
         }
 
     def fingerprint(self) -> str:
         """SHA-256 of the global model's bytes, batch-norm statistics included."""
-        digest = hashlib.sha256(self.server["model"].cpu().numpy())
-        digest.update(self.server["buffers"].cpu().numpy())
+        digest = hashlib.sha256()
+        for name in ("model", "buffers"):
+            digest.update(self.server[name].cpu().numpy().data)
         return digest.hexdigest()
 
     def _job(self, client: int) -> Job:

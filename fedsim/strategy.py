@@ -25,7 +25,7 @@ class Strategy(ABC):
     broadcast: ClassVar[tuple[str, ...]] = ("model",)
     buffers: ClassVar[Buffers] = "average"
 
-    def check(self, recipe: Recipe, layout: Layout) -> None:
+    def check(self, recipe: Recipe, layout: Layout) -> None:  # noqa: B027 - most have nothing to refuse
         """Raise ConfigError, naming the setting, where recipe or network break the algorithm's derivation."""
 
     def init_server(self, model: Tensor) -> State:
@@ -65,20 +65,20 @@ class Wrapper(Strategy):
         """As the inner strategy has it."""
         return self.inner.buffers
 
-    def check(self, recipe: Recipe, layout: Layout) -> None:  # noqa: D102
+    def check(self, recipe: Recipe, layout: Layout) -> None:
         self.inner.check(recipe, layout)
 
-    def init_server(self, model: Tensor) -> State:  # noqa: D102
+    def init_server(self, model: Tensor) -> State:
         return self.inner.init_server(model)
 
-    def init_client(self, model: Tensor, layout: Layout) -> State:  # noqa: D102
+    def init_client(self, model: Tensor, layout: Layout) -> State:
         return self.inner.init_client(model, layout)
 
-    def client_update(self, server: State, client: State, local: LocalObjective) -> Update:  # noqa: D102
+    def client_update(self, server: State, client: State, local: LocalObjective) -> Update:
         return self.inner.client_update(server, client, local)
 
-    def server_update(self, server: State, mean: State, info: RoundInfo) -> State:  # noqa: D102
+    def server_update(self, server: State, mean: State, info: RoundInfo) -> State:
         return self.inner.server_update(server, mean, info)
 
-    def client_model(self, server: State, client: State, layout: Layout) -> Tensor:  # noqa: D102
+    def client_model(self, server: State, client: State, layout: Layout) -> Tensor:
         return self.inner.client_model(server, client, layout)

@@ -1,7 +1,7 @@
 """What is learned: a network as a function of one flat parameter vector."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import prod
@@ -35,7 +35,7 @@ class Layout:
         parts = torch.split(vector, self.sizes)
         return {name: self._shaped(p, s) for (name, s), p in zip(self.shapes.items(), parts, strict=True)}
 
-    def flatten(self, tensors: dict[str, Tensor]) -> Tensor:
+    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """(P,) the tensors, each at its place."""
         dtype = next(iter(tensors.values())).dtype if tensors else torch.get_default_dtype()
         vector = torch.empty(sum(self.sizes), dtype=dtype)
@@ -63,9 +63,7 @@ class Task:
     buffers itself may touch them.
     """
 
-    def __init__(
-        self, network: nn.Module, shape: tuple[int, ...], classes: int, *, channels_last: bool = False
-    ):
+    def __init__(self, network: nn.Module, shape: tuple[int, ...], classes: int, *, channels_last: bool = False):
         self.shape, self.classes, self.channels_last = shape, classes, channels_last
         self.draws = _probe(network, shape, classes)
         self.network = network
@@ -100,9 +98,7 @@ class Replica:
         self.network = copy.deepcopy(task.network).to(self.device)
         self.buffers = task.initial_buffers.to(self.device, copy=True)
         self.flat = task.initial_model.to(self.device, copy=True)
-        self.w = (
-            self.flat.detach().requires_grad_()
-        )  # the same numbers, as a leaf for a loss term over all of w
+        self.w = self.flat.detach().requires_grad_()  # the same numbers, as a leaf for a loss term over all of w
         named = dict(self.network.named_parameters())
         self.gradient = torch.empty_like(self.flat)
         self.views = task.layout.split(self.flat)
@@ -118,9 +114,7 @@ class Replica:
             else:
                 self._counters.append((buffer, buffer.clone()))
         self.generator = torch.Generator(self.device)
-        self._draws: AbstractContextManager[object] = (
-            KeyedDraws(self.generator) if task.draws else nullcontext()
-        )
+        self._draws: AbstractContextManager[object] = KeyedDraws(self.generator) if task.draws else nullcontext()
 
     def enter(self, buffers: Tensor, seed: int) -> None:
         """Forget the last client: its statistics, counters and random numbers."""
@@ -160,9 +154,7 @@ def _probe(network: nn.Module, shape: tuple[int, ...], classes: int) -> bool:
         with draws, torch.no_grad():
             logits = network(torch.zeros(2, *shape, dtype=dtype))
     except (RuntimeError, ValueError, IndexError) as error:
-        raise ConfigError(
-            f"model: cannot take examples of shape {shape}: {str(error).splitlines()[0]}"
-        ) from error
+        raise ConfigError(f"model: cannot take examples of shape {shape}: {str(error).splitlines()[0]}") from error
     if tuple(logits.shape) != (2, classes):
         raise ConfigError(
             f"model: gives {tuple(logits.shape)} for 2 examples; {classes} classes need (2, {classes})"

@@ -46,9 +46,9 @@ class EvaluateClient:
     def __call__(self, replica: Replica, data: FederatedData, server: State, job: Job) -> Update:
         client = job.client or {}
         model = self.strategy.client_model(server, client, replica.task.layout)
-        rows = data.held_out(job.client_id)
-        rows = torch.from_numpy(rows if len(rows) else data.rows(job.client_id))
-        batches = (data.batch(part) for part in rows.split(self.batch_size))
+        held = data.held_out(job.client_id)
+        rows = torch.from_numpy(held if len(held) else data.rows(job.client_id))
+        batches = (data.batch(part) for part in torch.split(rows, self.batch_size))
         return _evaluate(replica, model, client.get("buffers", server["buffers"]), batches)
 
 
@@ -64,7 +64,9 @@ class EvaluateGlobal:
         return _evaluate(replica, server["model"], server["buffers"], [data.test_batch(rows)])
 
 
-def _evaluate(replica: Replica, model: Tensor, buffers: Tensor, batches: Iterable[tuple[Tensor, Tensor]]) -> Update:
+def _evaluate(
+    replica: Replica, model: Tensor, buffers: Tensor, batches: Iterable[tuple[Tensor, Tensor]]
+) -> Update:
     """Sums over examples, in eval mode; the message is empty."""
     replica.enter(buffers, seed=0)
     replica.load(model)

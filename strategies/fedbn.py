@@ -7,7 +7,6 @@ https://arxiv.org/abs/2102.07623
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from fedsim import ConfigError, LocalObjective, Recipe, State, Update

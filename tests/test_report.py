@@ -41,9 +41,7 @@ def cells(runs: list[Run], target: float | None = None) -> list[list[str]]:
     """The table's rows, the bold ones in asterisks."""
     columns = [column.cells for column in compare(runs, target).columns]
     texts = [[Text(cell) if isinstance(cell, str) else cell for cell in column] for column in columns]
-    return [
-        [f"*{t.plain}*" if t.style == "bold" else t.plain for t in row] for row in zip(*texts, strict=True)
-    ]
+    return [[f"*{t.plain}*" if t.style == "bold" else t.plain for t in row] for row in zip(*texts, strict=True)]
 
 
 def printed(runs: list[Run], target: float | None = None, columns: int = 200) -> str:

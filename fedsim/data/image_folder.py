@@ -25,7 +25,7 @@ from fedsim.errors import ConfigError
 from fedsim.types import Count, Stream, random
 
 Sample = tuple[str, int]  # file and class
-BLOCK = 512  # images between two looks at the clock
+BLOCK = 512  # images handed to the threads at a time
 PATIENCE = 2.0  # seconds before a progress bar is worth showing
 
 
@@ -47,10 +47,15 @@ def image_folder(
     when a file, `size` or the split changes. The default `mean` and `std` are ImageNet's.
     """
     train, test, classes = _samples(root, test_share, seed)
+    if not test:
+        raise ConfigError(f"data.root: {root} has no images left for testing")
     if cache is None:
-        x, x_test = (_decode(part, np.empty((len(part), 3, size, size), np.uint8)) for part in (train, test))
-        tensors = [torch.from_numpy(array) for array in (x, _labels(train), x_test, _labels(test))]
-        return Dataset(tensors[0], tensors[1], tensors[2], tensors[3], classes, mean, std)
+        x, x_test = (
+            torch.from_numpy(_decode(part, np.empty((len(part), 3, size, size), np.uint8)))
+            for part in (train, test)
+        )
+        y, y_test = (torch.from_numpy(_labels(part)) for part in (train, test))
+        return Dataset(x, y, x_test, y_test, classes, mean, std)
     folder = cache / _fingerprint(root, train, test, size)
     if not folder.exists():
         try:
@@ -63,14 +68,10 @@ def image_folder(
 def _samples(root: Path, test_share: float | None, seed: int) -> tuple[list[Sample], list[Sample], int]:
     split = [part for part in ("train", "test") if (root / part).is_dir()]
     if len(split) == 1:
-        raise ConfigError(
-            f"data.root: {root} has {split[0]}/ only; it should have train/ and test/, or neither"
-        )
+        raise ConfigError(f"data.root: {root} has {split[0]}/ only; it should have train/ and test/, or neither")
     if bool(split) == (test_share is not None):
         folders = "has train/ and test/" if split else "has no train/ and test/"
-        raise ConfigError(
-            f"data.test_share: {root} {folders}, so it should be {'left out' if split else 'set'}"
-        )
+        raise ConfigError(f"data.test_share: {root} {folders}, so it should be {'left out' if split else 'set'}")
     try:
         names, index = find_classes(root / "train" if split else root)
         if split:
@@ -142,9 +143,7 @@ def _image(path: str, size: int) -> npt.NDArray[np.uint8]:
         with Image.open(path) as image:
             square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
     except Exception as error:  # decoders raise anything, and a decompression bomb is a warning
-        raise ConfigError(
-            f"data.root: {path} is no readable image ({type(error).__name__}: {error})"
-        ) from error
+        raise ConfigError(f"data.root: {path} is no readable image ({type(error).__name__}: {error})") from error
     return np.asarray(square).transpose(2, 0, 1)
 
 

@@ -50,19 +50,19 @@ def npz(
             y["y_train"],
             _examples("x_test", arrays["x_test"], channels, mapped),
             y["y_test"],
-            classes=classes or int(torch.cat((y["y_train"], y["y_test"])).numpy().max(initial=0)) + 1,
+            classes=classes or 1 + max(int(y[name].numpy().max(initial=0)) for name in ("y_train", "y_test")),
             mean=mean,
             std=std,
             owner=y.get("owner"),
             mapped=mapped,
         )
-    except (ConfigError, ValueError) as error:
+    except ValueError as error:
         raise ConfigError(f"data.path: {path}: {error}") from None
 
 
 def _file(path: Path) -> dict[str, Array]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in (*NAMES, "owner") if name in archive}
     except FileNotFoundError:
         raise ConfigError(f"data.path: {path}: no such file or folder") from None

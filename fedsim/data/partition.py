@@ -95,9 +95,7 @@ def labels(data: Dataset, clients: int, rng: np.random.Generator, /, *, per_clie
         )
     rank = rng.random((len(stock), clients))
     turn = np.arange(max(len(stock), clients))
-    rank[
-        rng.permutation(len(stock))[turn % len(stock)], turn % clients
-    ] = -1  # no label, no client is left out
+    rank[rng.permutation(len(stock))[turn % len(stock)], turn % clients] = -1  # every label, every client
     held = rank.argsort(0).argsort(0) < per_client
     upto = held.cumsum(1) * stock[:, None] // held.sum(1, keepdims=True)
     counts = np.diff(upto, axis=1, prepend=0)

@@ -3,6 +3,7 @@
 Shapes: N clients, L labels.
 """
 
+from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,8 @@ def draw(labels: Ints, owners: Ints, classes: int, path: Path) -> None:
         _heat(figure, mix, counts)
         _size_histogram(sizes, counts.sum(1))
     mix.set_ylabel("label")
-    mix.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=min(classes, 12), min_n_ticks=1))
+    if classes <= BUBBLES:
+        mix.set_yticks(range(classes))
     figure.savefig(path)
 
 
@@ -131,7 +133,7 @@ def _heat(figure: Figure, axes: Axes, counts: Ints) -> None:
 
 def _size_histogram(axes: Axes, sizes: Ints) -> None:
     low, high = int(sizes.min()), int(sizes.max())
-    step = max(1, -(-(high - low + 1) // 50))
+    step = ceil((high - low + 1) / min(50, 10 + len(sizes) // 10))
     axes.hist(sizes, bins=(np.arange(low, high + step + 1, step) - 0.5).tolist(), color=INK, rwidth=0.9)
     axes.set_xlabel(f"examples a client (from {low:,} to {high:,}, median {np.median(sizes):,.0f})")
     axes.set_ylabel("clients")

@@ -78,9 +78,7 @@ def synthetic_iid(*, devices: Count = 30, seed: int = 0) -> Dataset:
     rng = random(seed, Stream.DATASET)
     weights, biases = rng.normal(size=(CLASSES, FEATURES)), rng.normal(size=CLASSES)
     v = np.zeros((devices, FEATURES))
-    return _devices(
-        v, np.broadcast_to(weights, (devices, *weights.shape)), np.tile(biases, (devices, 1)), rng
-    )
+    return _devices(v, np.broadcast_to(weights, (devices, *weights.shape)), np.tile(biases, (devices, 1)), rng)
 
 
 def _devices(v: Floats, weights: Floats, biases: Floats, rng: np.random.Generator) -> Dataset:
@@ -89,9 +87,7 @@ def _devices(v: Floats, weights: Floats, biases: Floats, rng: np.random.Generato
     owner = np.repeat(np.arange(len(v)), sizes)
     x = rng.normal(v[owner], np.arange(1, FEATURES + 1) ** -0.6)  # the root of Sigma_jj
     parts = np.split(x, np.cumsum(sizes)[:-1])
-    y = np.concatenate(
-        [(part @ w.T + b).argmax(1) for part, w, b in zip(parts, weights, biases, strict=True)]
-    )
+    y = np.concatenate([(part @ w.T + b).argmax(1) for part, w, b in zip(parts, weights, biases, strict=True)])
     test = hold_back(owner, 0.1, rng)
     x_train, y_train, owner_train = (torch.from_numpy(a[~test]) for a in (x, y, owner))
     return Dataset(

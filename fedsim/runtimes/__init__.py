@@ -22,7 +22,13 @@ class Runtime(Protocol):
     home: torch.device
 
     def run(
-        self, work: Work, server: State, jobs: Sequence[Job], aggregator: Aggregator, *, tolerant: bool = False
+        self,
+        work: Work,
+        server: State,
+        jobs: Sequence[Job],
+        aggregator: Aggregator,
+        *,
+        tolerant: bool = False,
     ) -> Iterator[tuple[Partial, list[Report]]]:
         """Yield as clients finish: partial aggregates, to be merged, and a report for each client.
 

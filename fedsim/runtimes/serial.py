@@ -17,8 +17,14 @@ class Serial:
         self.home = devices(device)[0]
         self.worker = Worker(task, data.to(self.home), self.home)
 
-    def run(  # noqa: D102
-        self, work: Work, server: State, jobs: Sequence[Job], aggregator: Aggregator, *, tolerant: bool = False
+    def run(
+        self,
+        work: Work,
+        server: State,
+        jobs: Sequence[Job],
+        aggregator: Aggregator,
+        *,
+        tolerant: bool = False,
     ) -> Iterator[tuple[Partial, list[Report]]]:
         for job in jobs:
             with one_thread():

@@ -32,7 +32,13 @@ class Threads:
     """
 
     def __init__(
-        self, task: Task, data: FederatedData, /, *, workers: Count | Literal["auto"] = "auto", device: str = "auto"
+        self,
+        task: Task,
+        data: FederatedData,
+        /,
+        *,
+        workers: Count | Literal["auto"] = "auto",
+        device: str = "auto",
     ):
         self.devices = devices(device)
         self.home = self.devices[0]
@@ -45,14 +51,21 @@ class Threads:
         self.local = threading.local()
         self.number = count()  # of the next worker
 
-    def run(  # noqa: D102
-        self, work: Work, server: State, jobs: Sequence[Job], aggregator: Aggregator, *, tolerant: bool = False
+    def run(
+        self,
+        work: Work,
+        server: State,
+        jobs: Sequence[Job],
+        aggregator: Aggregator,
+        *,
+        tolerant: bool = False,
     ) -> Iterator[tuple[Partial, list[Report]]]:
         on_device = {device: {n: t.to(device) for n, t in server.items()} for device in self.devices}
         partials: dict[int, Partial] = {}  # by thread
 
         def run_one(job: Job) -> Report:
-            worker, stream = self.local.worker, self.local.stream
+            worker: Worker = self.local.worker
+            stream: torch.cuda.Stream | None = self.local.stream
             with torch.cuda.stream(stream) if stream else nullcontext():
                 partial, report = worker.run(work, on_device[worker.replica.device], job, aggregator, tolerant)
                 me = threading.get_ident()
@@ -83,4 +96,4 @@ class Threads:
         if device.type == "cpu":
             torch.set_num_threads(1)  # this thread's
         self.local.worker = Worker(self.task, self.data[device], device)
-        self.local.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.local.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]

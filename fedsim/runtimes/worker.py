@@ -46,7 +46,9 @@ def _check_finite(update: Update, metrics: dict[str, float]) -> None:
     wrong = [name for name, value in metrics.items() if not isfinite(value)]
     wrong += [name for name, value in update.message.items() if not isfinite(largest(value))]
     if wrong:
-        raise ClientError(f"{wrong[0]} is not finite; lower local.lr, or drop such clients with failures.policy=drop")
+        raise ClientError(
+            f"{wrong[0]} is not finite; lower local.lr, or drop such clients with failures.policy=drop"
+        )
 
 
 @contextmanager

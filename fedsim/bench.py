@@ -1,0 +1,216 @@
+"""How fast clients train: fedsim's runtimes against plain PyTorch loops, sides in turn in one run.
+
+Every side takes the same client steps: those of the config's first round. The plain loops are what one writes
+without a framework (nn.Module, torch.optim, float tensors sliced per batch), in one process with all cores and in
+one process a core, the data already there. They neither average nor hash nor report; fedsim's sides do all of it.
+"""
+
+import copy
+import json
+import multiprocessing
+import os
+import platform
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch.nn import functional as F
+
+from fedsim.catalogue import Spec
+from fedsim.config import Config, build
+from fedsim.errors import ConfigError
+from fedsim.local import LocalObjective
+from fedsim.simulation import Simulation
+from fedsim.strategy import Strategy
+from fedsim.types import RoundInfo, State, Stream, Update, random
+
+Side = Callable[[], object]  # one pass over the round's client steps
+
+FP32: Spec = {"precision": "fp32", "channels_last": False}
+IDLE = "fedsim threads, clients that take no step"
+
+
+def bench(config: Config, repeats: int, console: Console, out: Path | None = None) -> None:
+    """Time a config's first round; prints a table and, with `out`, writes the seconds of every pass as JSON."""
+    if out is not None and out.exists():
+        raise ConfigError(f"--out: {out} exists; name another file")
+    simulation = _simulation(config, "serial", FP32)
+    steps, home = sum(_steps(simulation, k) for k in simulation.sample()), simulation.runtime.home
+    with ExitStack() as stack:
+        sides = {name: stack.enter_context(side) for name, side in _sides(config, simulation).items()}
+        seconds = _in_turn(sides, repeats, console)
+    plain = min((name for name in seconds if name.startswith("plain")), key=lambda name: median(seconds[name]))
+    machine = torch.cuda.get_device_name(home) if home.type == "cuda" else f"{_cores()} CPU cores"
+    title = f"{steps} client steps a pass; {machine}, torch {torch.__version__}"
+    table = Table(
+        "side", title=title, caption=f"ratio: times as fast as '{plain}', turn by turn", box=box.SIMPLE_HEAD
+    )
+    for heading in ("seconds", "steps/s", "ratio"):
+        table.add_column(heading, justify="right")
+    for name, times in seconds.items():
+        ratio = median(p / t for p, t in zip(seconds[plain], times, strict=True))
+        speed = ("", "") if name == IDLE else (f"{steps / median(times):,.0f}", f"{ratio:.2f}")
+        table.add_row(name, f"{median(times):.3f}", *speed)
+    console.print(table)
+    if out is not None:
+        found = {
+            "steps": steps,
+            "machine": machine,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        }
+        out.write_text(json.dumps(found | {"seconds": seconds}, indent=1) + "\n")
+
+
+def _sides(config: Config, simulation: Simulation) -> dict[str, AbstractContextManager[Side]]:
+    sides: dict[str, AbstractContextManager[Side]] = {"plain loop, one process": _one_process(simulation)}
+    if simulation.runtime.home.type == "cpu":
+        sides["plain loop, a process a core"] = _processes(config)
+    sides["fedsim serial"] = _runtime(config, "serial", FP32)
+    sides["fedsim threads"] = _runtime(config, "threads", FP32)
+    if len(simulation.task.shape) == 3:
+        sides["fedsim threads, channels-last"] = _runtime(config, "threads", {**FP32, "channels_last": True})
+        bf16 = {"precision": "bf16", "channels_last": True}
+        sides["fedsim threads, channels-last, bf16"] = _runtime(config, "threads", bf16)
+    return sides | {IDLE: _runtime(config, "threads", FP32, Idle())}
+
+
+def _in_turn(sides: dict[str, Side], repeats: int, console: Console) -> dict[str, list[float]]:
+    """Seconds a pass, after one that is not counted; the sides take turns, so that noise falls on all."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    with Progress(console=console, transient=True) as progress:
+        bar = progress.add_task("passes", total=(repeats + 1) * len(sides))
+        for turn in range(repeats + 1):
+            for name, side in sides.items():
+                start = perf_counter()
+                side()
+                if turn:
+                    seconds[name].append(perf_counter() - start)
+                progress.advance(bar)
+    return seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Idle(Strategy):
+    """Clients send what FedAvg's send but take no step: what it takes is the round's own cost."""
+
+    def client_update(self, server: State, client: State, local: LocalObjective) -> Update:
+        local.metrics |= {"loss": local.num_examples, "examples": local.num_examples, "steps": local.num_steps}
+        return Update({"delta": server["model"] - server["model"]}, weight=local.num_examples)
+
+    def server_update(self, server: State, mean: State, info: RoundInfo) -> State:
+        return {"model": server["model"] + mean["delta"]}
+
+
+@contextmanager
+def _runtime(config: Config, name: str, local: Spec, strategy: Strategy | None = None) -> Iterator[Side]:
+    simulation = _simulation(config, name, local)
+    simulation.strategy = strategy or simulation.strategy
+    server = simulation.server
+
+    def side() -> None:
+        simulation.number, simulation.server, simulation.clients = 0, server, {}
+        simulation.round()
+
+    yield side
+
+
+def _simulation(config: Config, runtime: str, local: Spec) -> Simulation:
+    device = config.runtime["device"] if isinstance(config.runtime, dict) else "auto"
+    update = {"runtime": {"name": runtime, "device": device}, "local": config.local | local}
+    return build(config.model_copy(update=update))
+
+
+class PlainLoop:
+    """The clients of the first round, each trained from the initial weights, as one would without a framework."""
+
+    def __init__(self, simulation: Simulation):
+        data, task, self.recipe = simulation.data, simulation.task, simulation.recipe
+        home, self.seed = simulation.runtime.home, simulation.seed
+        self.net = copy.deepcopy(task.network).to(home).train()
+        self.initial = copy.deepcopy(self.net.state_dict())
+        self.clients = {k: _moved(data.batch(torch.from_numpy(data.rows(k))), home) for k in simulation.sample()}
+
+    def __call__(self, clients: Iterable[int]) -> None:
+        """Train each of them."""
+        for client in clients:
+            self.train(client)
+
+    def train(self, client: int) -> None:
+        """The client's epochs or steps."""
+        recipe, (x, y) = self.recipe, self.clients[client]
+        self.net.load_state_dict(self.initial)
+        optimizer = self.optimizer()
+        size = len(y) if recipe.batch_size == "full" else recipe.batch_size
+        stream, left = (
+            random(self.seed, Stream.BATCHES, 0, client),
+            recipe.steps or recipe.epochs * ceil(len(y) / size),
+        )
+        while left:
+            for rows in torch.split(torch.from_numpy(stream.permutation(len(y))).to(x.device), size)[:left]:
+                optimizer.zero_grad()
+                F.cross_entropy(self.net(x[rows]), y[rows]).backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                left -= 1
+        if x.device.type == "cuda":
+            torch.cuda.synchronize(x.device)
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """torch.optim's for the recipe."""
+        r, parameters = self.recipe, self.net.parameters()
+        if r.optimizer == "sgd":
+            return torch.optim.SGD(parameters, r.lr, r.momentum, weight_decay=r.weight_decay, nesterov=r.nesterov)
+        kind = torch.optim.Adam if r.optimizer == "adam" else torch.optim.AdamW
+        return kind(parameters, r.lr, r.betas, r.eps, r.weight_decay)
+
+
+@contextmanager
+def _one_process(simulation: Simulation) -> Iterator[Side]:
+    loop = PlainLoop(simulation)
+    yield lambda: loop(loop.clients)
+
+
+@contextmanager
+def _processes(config: Config) -> Iterator[Side]:
+    """Clients dealt to one process a core, each with one thread, network and data of its own."""
+    cores = _cores()
+    clients = _simulation(config, "serial", FP32).sample()
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(cores, spawn, initializer=_start_process, initargs=(config,)) as pool:
+        yield lambda: list(pool.map(_in_process, clients))
+
+
+def _start_process(config: Config) -> None:
+    global _loop
+    torch.set_num_threads(1)
+    _loop = PlainLoop(_simulation(config, "serial", FP32))
+
+
+def _in_process(client: int) -> None:
+    _loop.train(client)
+
+
+_loop: PlainLoop  # of a process of the pool
+
+
+def _steps(simulation: Simulation, client: int) -> int:
+    recipe, n = simulation.recipe, int(simulation.data.sizes[client])
+    return recipe.steps or recipe.epochs * (1 if recipe.batch_size == "full" else ceil(n / recipe.batch_size))
+
+
+def _moved(batch: tuple[torch.Tensor, torch.Tensor], home: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    return batch[0].to(home), batch[1].to(home)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,145 @@
+"""One command, `fedsim`. Exit status: 0 done, 1 failed, 2 wrong usage or config, 130 interrupted."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from fedsim.errors import ClientError, ConfigError, RoundError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Federated learning: simulate it, study non-IID data, take it to real machines.",
+)
+console = Console(soft_wrap=True)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file, such as configs/quickstart.yaml")]
+Settings = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="overrides, such as strategy.mu=0.1")
+]
+
+
+@app.command()
+def run(
+    config: ConfigPath,
+    settings: Settings = None,
+    out: Annotated[
+        Path | None, typer.Option(help="a new folder for the results; runs/NAME-1 and so on if not given")
+    ] = None,
+) -> None:
+    """Train a federation, and leave a folder with what came out."""
+    from fedsim.config import build, load, parse_overrides
+    from fedsim.experiment import execute
+    from fedsim.folder import next_free
+    from fedsim.progress import Bar, Plain
+
+    loaded = load(config, parse_overrides(settings or []))
+    simulation = build(loaded)
+    out = out or next_free(config.stem)
+    watcher = (
+        Bar(console, loaded.rounds, len(simulation.sample()))
+        if console.is_terminal
+        else Plain(console, loaded.rounds)
+    )
+    with watcher:
+        result = execute(loaded, simulation, out, watcher)
+    found = result.summary
+    if found["test_accuracy"] is not None:
+        console.out(
+            f"test accuracy {found['test_accuracy']:.2%} (best {found['best_test_accuracy']:.2%}) "
+            f"after {found['rounds']} rounds, {found['client_steps_per_second']:,.0f} client steps a second"
+        )
+    console.out(f"picture: {out / 'curves.png'}\nresults: {out}")
+    if result.interrupted:
+        print(f"fedsim: interrupted after round {found['rounds']} of {loaded.rounds}", file=sys.stderr)
+        raise typer.Exit(130)
+
+
+@app.command()
+def partition(
+    config: ConfigPath,
+    settings: Settings = None,
+    out: Annotated[Path | None, typer.Option(help="the picture; NAME-partition.png if not given")] = None,
+) -> None:
+    """Show who holds what: a table, and a picture of labels and sizes by client."""
+    from fedsim.config import build_data, load, parse_overrides
+    from fedsim.data.partition import content_hash
+    from fedsim.data.picture import draw, label_table
+
+    data = build_data(load(config, parse_overrides(settings or [])))
+    out = out or Path(f"{config.stem}-partition.png")
+    console.print(label_table(data))
+    draw(data.labels.numpy(), data.owners, data.num_classes, out)
+    console.out(f"hash:    {content_hash(data.owners)}\npicture: {out}")
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders of runs")],
+    target: Annotated[
+        float | None, typer.Option(help="an accuracy from 0 to 1: how long did each take to it?")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="the picture")] = Path("compare.png"),
+) -> None:
+    """Set runs side by side: curves over each other, rounds and bytes to a target accuracy."""
+    from fedsim.plot import curves
+    from fedsim.report import compare as table
+    from fedsim.report import read_run
+
+    if target is not None and not 0 < target < 1:
+        raise ConfigError(f"--target: {target} should be between 0 and 1, such as 0.99")
+    read = [read_run(folder) for folder in runs]
+    console.print(table(read, target))
+    curves(read, out, target)
+    console.out(f"picture: {out}")
+
+
+@app.command(name="list")
+def list_(
+    kind: Annotated[
+        str | None, typer.Argument(metavar="KIND", help="strategies, models, datasets, ...; all if not given")
+    ] = None,
+    pattern: Annotated[
+        str, typer.Argument(metavar="PATTERN", help="such as 'fed*'; one name shows its options")
+    ] = "*",
+) -> None:
+    """List what a config can name: strategies, models, datasets, partitions and so on."""
+    from fedsim.listing import listing
+
+    for table in listing(kind, pattern):
+        console.print(table)
+
+
+@app.command()
+def bench(
+    config: ConfigPath,
+    settings: Settings = None,
+    repeats: Annotated[int, typer.Option(min=1, help="rounds a side, the sides in turn")] = 5,
+    out: Annotated[Path | None, typer.Option(help="a JSON file for the figures")] = None,
+) -> None:
+    """Time a config's client steps against plain PyTorch loops, sides in turn, and print ratios."""
+    from fedsim.bench import bench as measure
+    from fedsim.config import load, parse_overrides
+
+    measure(load(config, parse_overrides(settings or [])), repeats, console, out)
+
+
+def main() -> None:
+    """The console script."""
+    try:
+        app()
+    except ConfigError as error:
+        _leave(str(error), 2)
+    except (ClientError, RoundError) as error:
+        _leave(str(error), 1)
+    except KeyboardInterrupt:
+        _leave("interrupted", 130)
+
+
+def _leave(message: str, status: int) -> None:
+    print(f"fedsim: {message}", file=sys.stderr)
+    raise SystemExit(status)

@@ -1,0 +1,56 @@
+"""What a config can name, from the catalogues themselves."""
+
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from fedsim.catalogue import Catalogue, options_of, unknown
+from fedsim.cohort import COHORTS
+from fedsim.data import DATASETS, PARTITIONS
+from fedsim.errors import ConfigError
+from fedsim.models import MODELS
+from fedsim.runtimes import RUNTIMES
+from fedsim.schedules import SCHEDULES
+from fedsim.strategies import CATALOGUE as STRATEGIES
+
+KINDS: dict[str, Catalogue] = {
+    "strategies": STRATEGIES,
+    "models": MODELS,
+    "datasets": DATASETS,
+    "partitions": PARTITIONS,
+    "cohorts": COHORTS,
+    "schedules": SCHEDULES,
+    "runtimes": RUNTIMES,
+}
+
+
+def listing(kind: str | None, pattern: str) -> Iterator[Table]:
+    """A table a kind, a line an entry; for a single entry its options too. Raises ConfigError."""
+    if kind is not None and kind not in KINDS:
+        raise ConfigError(f"list: {unknown(kind, KINDS)}")
+    for name in [kind] if kind else KINDS:
+        catalogue = KINDS[name]
+        matches = [entry for entry in catalogue if fnmatch(entry, pattern)]
+        if not matches:
+            raise ConfigError(f"list: none of the {name} matches {pattern!r}; there are {', '.join(catalogue)}")
+        table = Table(name, f"{catalogue.kind}: {{name: ...}}", width=80, box=box.SIMPLE_HEAD)
+        for entry in matches:
+            table.add_row(entry, catalogue.summary(entry))
+        yield table
+        if len(matches) == 1:
+            yield _options(catalogue, matches[0])
+
+
+def _options(catalogue: Catalogue, entry: str) -> Table:
+    table = Table("option", "default", "type", width=80, box=box.SIMPLE_HEAD)
+    for name, field in options_of(catalogue.load(entry)).model_fields.items():
+        table.add_row(name, "required" if field.is_required() else str(field.default), _type(field))
+    return table
+
+
+def _type(field: Any) -> str:
+    bounds = ", ".join(str(bound) for bound in field.metadata)
+    return f"{getattr(field.annotation, '__name__', field.annotation)}{f' ({bounds})' if bounds else ''}"
