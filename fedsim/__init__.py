@@ -3,6 +3,8 @@
 from fedsim.errors import ClientError as ClientError
 from fedsim.errors import ConfigError as ConfigError
 from fedsim.errors import RoundError as RoundError
+from fedsim.experiment import Result as Result
+from fedsim.experiment import run as run
 from fedsim.local import Batch as Batch
 from fedsim.local import LocalObjective as LocalObjective
 from fedsim.local import Recipe as Recipe

@@ -63,8 +63,8 @@ class WeightedMean:
     def merge(self, a: Sum, b: Sum) -> Sum:
         if not a.messages or not b.messages:
             return a if a.messages else b
-        if {n: t.shape for n, t in a.high.items()} != {n: t.shape for n, t in b.high.items()}:
-            raise ValueError(f"messages differ: {_shapes(a)} and {_shapes(b)}")
+        if (forms := _forms(a)) != _forms(b):
+            raise ValueError(f"messages differ: {forms} and {_forms(b)}")
         for name, high in a.high.items():
             high.add_(b.high[name].to(high.device))
             a.low[name].add_(b.low[name].to(high.device))
@@ -108,5 +108,5 @@ def largest(value: Tensor) -> float:
     return float(value.abs().amax()) if value.numel() else 0.0
 
 
-def _shapes(total: Sum) -> str:
-    return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in total.high.items())
+def _forms(total: Sum) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    return {name: (total.dtype[name], tuple(high.shape)) for name, high in total.high.items()}

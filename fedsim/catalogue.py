@@ -11,14 +11,31 @@ import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache, partial
-from typing import Any, TypeVar, get_type_hints
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic.fields import FieldInfo
 
 from fedsim.errors import ConfigError
 
 Spec = dict[str, Any]  # {"name": ..., **options}
 Schema = TypeVar("Schema", bound=BaseModel)
+Made = TypeVar("Made")
+
+WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    dict: "a mapping",
+    Path: "a path",
+    NoneType: "null",
+    Any: "anything",
+}
+SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
 class Catalogue:
@@ -36,7 +53,7 @@ class Catalogue:
         module, _, attribute = self.entries.get(name, name).partition(":")
         if name in self.entries:
             return _attribute(importlib.import_module(f"{self.package}.{module}"), attribute, at)
-        if not attribute:
+        if not (attribute and all(part.isidentifier() for part in module.split("."))):
             raise ConfigError(f"{at}: {unknown(name, self.entries)}, or your own package.module:attribute")
         try:
             return _attribute(importlib.import_module(module), attribute, at)
@@ -45,18 +62,23 @@ class Catalogue:
                 raise  # the user's module is there, and imports one that is not
             raise ConfigError(f"{at}: no module {module!r}; is its folder on PYTHONPATH?") from error
 
-    def resolve(self, spec: object, at: str = "") -> Spec:
-        """`spec`, or a bare name, with its defaults filled in; raises ConfigError naming the key."""
+    def resolve(self, spec: object, at: str = "", also: type["Options"] | None = None) -> Spec:
+        """`spec`, or a bare name, with its defaults filled in; raises ConfigError naming the key.
+
+        `also` has options that stand in the same mapping and are not the entry's.
+        """
         at = at or self.kind
         spec = {"name": spec} if isinstance(spec, str) else spec
         if not isinstance(spec, Mapping):
-            raise ConfigError(f"{at}: {spec!r} should be a mapping such as {{name: {next(iter(self))}}}")
+            raise ConfigError(f"{at}: {_shown(spec)} should be a mapping such as {{name: {next(iter(self))}}}")
         if not isinstance(spec.get("name"), str):
             raise ConfigError(f"{at}.name: missing; allowed: {', '.join(self)}")
         options = {key: value for key, value in spec.items() if key != "name"}
         if "inner" in options:
             options["inner"] = self.resolve(options["inner"], f"{at}.inner")
         schema = options_of(self.load(spec["name"], f"{at}.name"))
+        if also:
+            schema = create_model("Options", __base__=(also, schema))
         return {"name": spec["name"]} | validated(schema, options, at).model_dump(mode="json")
 
     def bind(self, spec: object, at: str = "") -> Callable[..., Any]:
@@ -67,6 +89,18 @@ class Catalogue:
         if "inner" in settings:
             settings["inner"] = self.bind(settings["inner"])()
         return partial(target, **settings)
+
+    def make(self, spec: object, gives: type[Made], *given: object) -> Made:
+        """What the callable of `spec` returns; raises ConfigError where it is of another kind."""
+        at, make = f"{self.kind}.name: {self.resolve(spec)['name']}", self.bind(spec)
+        try:
+            inspect.signature(make).bind(*given)
+        except TypeError as error:
+            raise ConfigError(f"{at} cannot be called as a {gives.__name__} is made: {error}") from None
+        made = make(*given)
+        if not isinstance(made, gives):
+            raise ConfigError(f"{at} gives a {type(made).__name__}; it should give a {gives.__name__}")
+        return made
 
     def summary(self, name: str) -> str:
         """The first line of the entry's docstring."""
@@ -99,7 +133,11 @@ def validated(schema: type[Schema], values: Mapping[str, Any], at: str = "") -> 
     truth value, but a tuple from a list and a path from a text.
     """
     try:
-        return schema.model_validate_json(json.dumps(values, default=str), strict=True)
+        text = json.dumps(values, default=lambda v: v.item() if isinstance(v, np.generic) else str(v))
+    except (TypeError, ValueError, RecursionError) as error:  # a date as a key, or an alias of what it is in
+        raise ConfigError(f"{at or 'config'}: {error}") from None
+    try:
+        return schema.model_validate_json(text, strict=True)
     except ValidationError as error:
         raise ConfigError(_one_line(error, schema, values, at)) from None
 
@@ -119,32 +157,51 @@ def _attribute(module: Any, attribute: str, at: str) -> Callable[..., Any]:
     return found  # type: ignore[no-any-return]
 
 
-def _one_line(error: ValidationError, schema: type[BaseModel], values: Mapping[str, Any], at: str) -> str:
-    first, *others = error.errors()
-    path, value = _locate(first["loc"], values)
-    key = ".".join([at, *path] if at else path)
-    if first["type"] == "extra_forbidden":
-        return f"{key}: {unknown(path[-1], _fields(schema, path[:-1]))}"
-    if first["type"] == "missing":
-        return f"{'.'.join([key, str(first['loc'][-1])])}: missing"
-    wanted = [first["msg"]] + [e["msg"] for e in others if _locate(e["loc"], values)[0] == path]
-    rules = (message.removeprefix("Input ").removeprefix("Value error, ") for message in wanted)
-    return f"{key}: {value!r} {', or '.join(rules)}"
+def allowed(field: FieldInfo) -> str:
+    """What a field of a schema takes, in words: "a whole number >= 1, or full"."""
+    return _words(field.annotation, field.metadata)
 
 
-def _locate(loc: tuple[int | str, ...], values: Any) -> tuple[list[str], Any]:
-    """The part of an error's location that stands in the input, and the value there."""
-    path: list[str] = []
-    for part in loc:
-        try:
-            values = values[part]
-        except (KeyError, IndexError, TypeError):
-            break  # the name of a branch of a union, or of a key that is missing
-        path.append(str(part))
-    return path, values
+def _words(kind: Any, bounds: Iterable[Any] = ()) -> str:
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _words(parts[0], parts[1:])
+    if origin in (Union, UnionType):
+        return ", or ".join(map(_words, parts))
+    if origin is Literal:
+        return " or ".join(filter(None, [", ".join(map(str, parts[:-1])), str(parts[-1])]))
+    if origin in (list, tuple):
+        length = "" if origin is list or parts[-1] is ... else f" of {len(parts)}"
+        return f"a list{length}, each {' or '.join(dict.fromkeys(_words(p) for p in parts if p is not ...))}"
+    base = WORDS.get(origin or kind) or ("a mapping" if _is_schema(kind) else getattr(kind, "__name__", str(kind)))
+    limits = [f"{sign} {getattr(b, name)}" for b in bounds for name, sign in SIGNS.items() if hasattr(b, name)]
+    return " ".join(filter(None, [base, " and ".join(limits)]))
 
 
-def _fields(schema: Any, path: list[str]) -> list[str]:
-    for part in path:
-        schema = schema.model_fields[part].annotation
-    return list(schema.model_fields)
+def _is_schema(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _one_line(error: ValidationError, schema: Any, values: Any, at: str) -> str:
+    """The first thing that is wrong; but first of all an unknown key, which another may be missing for."""
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    key, kind, field = at, schema, FieldInfo()
+    for part in map(str, first["loc"]):
+        if not _is_schema(kind):
+            break  # inside a value, which is told as a whole
+        key, fields = f"{key}.{part}".lstrip("."), kind.model_fields
+        if part not in fields:
+            return f"{key}: {unknown(part, fields)}"
+        field = fields[part]
+        if part not in values:
+            return f"{key}: missing; it should be {allowed(field)}"
+        kind, values = field.annotation, values[part]
+    if first["type"] == "value_error":  # a validator's own words
+        return f"{key}: {first['ctx']['error']}"
+    finite = "finite, " if first["type"] == "finite_number" else ""
+    return f"{key}: {_shown(values)} should be {finite}{allowed(field)}"
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -7,11 +7,12 @@ from typing import Annotated, Any
 
 import torch
 import yaml
-from annotated_types import Ge
+from annotated_types import Ge, Lt
+from torch import nn
 
 from fedsim.catalogue import Options, Spec, options_of, validated
 from fedsim.cohort import COHORTS
-from fedsim.data import DATASETS, PARTITIONS, FederatedData
+from fedsim.data import DATASETS, PARTITIONS, Dataset, FederatedData
 from fedsim.errors import ConfigError
 from fedsim.local import Recipe
 from fedsim.models import MODELS
@@ -19,6 +20,7 @@ from fedsim.runtimes import RUNTIMES
 from fedsim.schedules import SCHEDULES
 from fedsim.simulation import Failures, Simulation
 from fedsim.strategies import CATALOGUE as STRATEGIES
+from fedsim.strategy import Strategy
 from fedsim.task import Task
 from fedsim.types import Count, Stream, random
 
@@ -36,7 +38,7 @@ class Federation(Options):
 
     clients: Count
     partition: Spec | str = "iid"
-    holdout: Annotated[float, Ge(0)] = 0.0
+    holdout: Annotated[float, Ge(0), Lt(1)] = 0.0
 
 
 class Config(Options):
@@ -65,16 +67,13 @@ def load(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | 
 def resolve(values: Mapping[str, Any]) -> Config:
     """The config with all defaults filled in."""
     config = validated(Config, values)
-    federation = {k: v for k, v in config.data.items() if k in Federation.model_fields}
-    dataset = {k: v for k, v in config.data.items() if k not in Federation.model_fields}
-    shared = validated(Federation, federation, "data").model_dump()
-    shared["partition"] = PARTITIONS.resolve(shared["partition"])
+    data = DATASETS.resolve(config.data, also=Federation)
     local = {key: value for key, value in config.local.items() if key != "schedule"}
     recipe = validated(options_of(Recipe), local, "local").model_dump(mode="json")
     schedule = _run_long(config.local.get("schedule", "constant"), config.rounds - recipe["warmup"])
     return config.model_copy(
         update={
-            "data": DATASETS.resolve(dataset) | shared,
+            "data": data | {"partition": PARTITIONS.resolve(data["partition"])},
             "model": MODELS.resolve(config.model),
             "strategy": STRATEGIES.resolve(config.strategy),
             "cohort": COHORTS.resolve(config.cohort),
@@ -88,7 +87,7 @@ def resolve(values: Mapping[str, Any]) -> Config:
 def build_data(config: Config) -> FederatedData:
     """The dataset of a resolved config, and who holds what; raises ConfigError."""
     shared = {key: config.data[key] for key in Federation.model_fields}
-    dataset = DATASETS.bind({k: v for k, v in config.data.items() if k not in shared})()
+    dataset = DATASETS.make({k: v for k, v in config.data.items() if k not in shared}, Dataset)
     stream = random(config.seed, Stream.PARTITION)
     owners = PARTITIONS.bind(shared["partition"])(dataset, shared["clients"], stream)
     return FederatedData(dataset, owners, clients=shared["clients"], holdout=shared["holdout"], seed=config.seed)
@@ -103,10 +102,10 @@ def build(config: Config) -> Simulation:
     recipe = Recipe(SCHEDULES.bind(config.local["schedule"]), **settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(random(config.seed, Stream.MODEL).integers(2**63)))
-        network = MODELS.bind(config.model)(data.shape, data.num_classes)
+        network = MODELS.make(config.model, nn.Module, data.shape, data.num_classes)
     task = Task(network, data.shape, data.num_classes, channels_last=recipe.channels_last)
     return Simulation(
-        STRATEGIES.bind(config.strategy)(),
+        STRATEGIES.make(config.strategy, Strategy),
         task,
         data,
         RUNTIMES.bind(config.runtime)(task, data),
@@ -120,11 +119,12 @@ def build(config: Config) -> Simulation:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a file; raises ConfigError naming file and line."""
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not a text in UTF-8") from None
+    values = _parse(text, str(path))
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: should hold a mapping of settings, such as `rounds: 100`")
     return values
@@ -135,13 +135,13 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
     overrides = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
-        if not (key and equals):
+        if not (all(key.split(".")) and equals):
             raise ConfigError(f"{pair!r} should be KEY=VALUE, such as local.lr=0.1")
-        try:
-            overrides[key] = yaml.load(value, Loader)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{key}: {value!r} is not YAML: {' '.join(str(error).split())}") from None
+        overrides[key] = _parse(value, f"{key}: {value!r}")
     return overrides
+
+
+MERGE = "tag:yaml.org,2002:merge"  # of the key <<
 
 
 class Loader(yaml.SafeLoader):
@@ -149,7 +149,7 @@ class Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Refuse what a plain loader would silently let the last one win."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != MERGE]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
@@ -159,6 +159,16 @@ class Loader(yaml.SafeLoader):
 Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
+
+
+def _parse(text: str, at: str) -> Any:
+    try:
+        return yaml.load(text, Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark and "\n" in text.strip() else ""
+        raise ConfigError(f"{at}{line}: is not YAML: {' '.join(str(error.problem).split())}") from None
+    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:  # of dates and numbers too
+        raise ConfigError(f"{at}: is not YAML: {str(error).splitlines()[0]}") from None
 
 
 def _override(values: Mapping[str, Any], path: list[str], value: Any, key: str) -> dict[str, Any]:

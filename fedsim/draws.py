@@ -42,7 +42,7 @@ class KeyedDraws(TorchFunctionMode):
         if not training or p == 0:
             return x
         kept = torch.empty(x.shape[:whole] + (1,) * (0 if whole is None else x.dim() - whole), device=x.device)
-        kept = kept.bernoulli_(1 - p, generator=self.generator).div_(1 - p if p < 1 else 1).to(x.dtype)
+        kept = kept.bernoulli_(1 - p, generator=self.generator).to(x.dtype).div_(1 - p if p < 1 else 1)
         return x.mul_(kept) if inplace else x * kept
 
 

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from fedsim.config import Config
 from fedsim.data import FederatedData
-from fedsim.data.partition import content_hash
-from fedsim.data.picture import label_counts
+from fedsim.data.partition import content_hash, label_counts
 from fedsim.errors import ConfigError
 
 SCALARS = {  # in TensorBoard's words

@@ -1,13 +1,13 @@
 """What a config can name, from the catalogues themselves."""
 
+import json
 from collections.abc import Iterator
 from fnmatch import fnmatch
-from typing import Any
 
 from rich import box
 from rich.table import Table
 
-from fedsim.catalogue import Catalogue, options_of, unknown
+from fedsim.catalogue import Catalogue, allowed, options_of, unknown
 from fedsim.cohort import COHORTS
 from fedsim.data import DATASETS, PARTITIONS
 from fedsim.errors import ConfigError
@@ -45,12 +45,12 @@ def listing(kind: str | None, pattern: str) -> Iterator[Table]:
 
 
 def _options(catalogue: Catalogue, entry: str) -> Table:
-    table = Table("option", "default", "type", width=80, box=box.SIMPLE_HEAD)
+    table = Table("option", "default", "allowed", width=80, box=box.SIMPLE_HEAD)
     for name, field in options_of(catalogue.load(entry)).model_fields.items():
-        table.add_row(name, "required" if field.is_required() else str(field.default), _type(field))
+        table.add_row(name, "required" if field.is_required() else _shown(field.default), allowed(field))
     return table
 
 
-def _type(field: Any) -> str:
-    bounds = ", ".join(str(bound) for bound in field.metadata)
-    return f"{getattr(field.annotation, '__name__', field.annotation)}{f' ({bounds})' if bounds else ''}"
+def _shown(default: object) -> str:
+    """As a config would have it."""
+    return default if isinstance(default, str) else json.dumps(default, default=str)

@@ -140,14 +140,16 @@ class LocalObjective:
         F_k goes batch by batch: there `batch_size` bounds the memory and changes nothing else.
         """
         replica = self.replica
-        iterate = replica.flat.clone()
+        iterate, in_use = replica.flat.clone(), replica.gradient.clone()  # by `train`, if `correct` asks
         replica.load(w)
         g, total, n, steps = torch.zeros_like(iterate), iterate.new_zeros(()), 0, 0
         for part in [batch] if batch else self.batches(epochs=1):
-            f = self.loss(replica.w, part)
+            with torch.enable_grad():
+                f = self.loss(replica.w, part)
             g.add_(self._backward(f, flat=True)[0], alpha=len(part.y))
             total, n, steps = total + f.detach() * len(part.y), n + len(part.y), steps + 1
         replica.load(iterate)
+        replica.gradient.copy_(in_use)
         if batch is None:
             self._record(total, n, steps)
         return g.div_(n), total / n
@@ -167,21 +169,23 @@ class LocalObjective:
         scaling = LossScale(recipe.loss_scale) if recipe.precision == "fp16" else None
         total, n, steps = replica.flat.new_zeros(()), 0, 0
         for batch in self.batches():
-            buffers = replica.buffers.clone() if scaling else replica.buffers
+            before = replica.snapshot() if scaling else None
             f = loss(replica.w, batch)
             total, n, steps = total + f.detach() * len(batch.y), n + len(batch.y), steps + 1
             gradients = self._backward(f * scaling.scale if scaling else f, flat)
             with torch.no_grad():
-                if scaling:
+                if scaling and before:
                     unscaled = scaling.unscale(gradients)
                     if unscaled is None:
-                        replica.buffers.copy_(buffers)
+                        replica.restore(before)
                         continue
                     gradients = unscaled
                 if correct:
+                    after = replica.snapshot()
                     gradients = [correct(gradients[0], replica.flat)]
+                    replica.restore(after)
                 if recipe.clip_norm:
-                    shrink = (recipe.clip_norm / get_total_norm(gradients)).clamp(max=1)
+                    shrink = (recipe.clip_norm / (get_total_norm(gradients) + 1e-6)).clamp(max=1)  # as torch has it
                     gradients = list(torch._foreach_mul(gradients, shrink))
                 optimizer.step(weights, gradients, self.lr)
         self._record(total, n, steps)

@@ -82,8 +82,16 @@ class Task:
 
     def state_dict(self, server: dict[str, Tensor]) -> dict[str, Tensor]:
         """The global model as `network.load_state_dict` takes it."""
+        network = copy.deepcopy(self.network)  # where tied parameters, which have several names there, stay tied
+        own = dict(network.named_parameters()) | dict(network.named_buffers())
         named = self.layout.split(server["model"]) | self.buffer_layout.split(server["buffers"])
-        return self.network.state_dict() | {name: value.contiguous().clone() for name, value in named.items()}
+        with torch.no_grad():
+            for name, value in named.items():
+                own[name].copy_(value)
+        return network.state_dict()
+
+
+Snapshot = tuple[Tensor, dict[str, Tensor]]  # what a training pass moves in a network besides its weights
 
 
 class Replica:
@@ -107,22 +115,32 @@ class Replica:
             named[name].data = view
         self.parameters = [named[name] for name in self.views]
         statistics = task.buffer_layout.split(self.buffers)
-        self._counters: list[tuple[Tensor, Tensor]] = []
+        self._counters: dict[str, Tensor] = {}
         for name, buffer in self.network.named_buffers():
             if name in statistics:
                 buffer.data = statistics[name]
             else:
-                self._counters.append((buffer, buffer.clone()))
+                self._counters[name] = buffer
+        _, self._initial_counters = self.snapshot()
         self.generator = torch.Generator(self.device)
         self._draws: AbstractContextManager[object] = KeyedDraws(self.generator) if task.draws else nullcontext()
 
     def enter(self, buffers: Tensor, seed: int) -> None:
         """Forget the last client: its statistics, counters and random numbers."""
+        self.restore((buffers, self._initial_counters))
+        self.generator.manual_seed(seed)
+
+    def snapshot(self) -> Snapshot:
+        """Copies of the batch-norm statistics (Q,) and of the counters."""
+        return self.buffers.clone(), {name: counter.clone() for name, counter in self._counters.items()}
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Make statistics and counters what they were."""
+        buffers, counters = snapshot
         with torch.no_grad():
             self.buffers.copy_(buffers)
-            for counter, initial in self._counters:
-                counter.copy_(initial)
-        self.generator.manual_seed(seed)
+            for name, counter in counters.items():
+                self._counters[name].copy_(counter)
 
     def load(self, model: Tensor) -> None:
         """Make `model` (P,) the point `w` at which the network stands."""
@@ -140,8 +158,9 @@ class Replica:
         with self._draws:
             if w is self.w:
                 return self.network(x)  # type: ignore[no-any-return]
-            own = self.task.buffer_layout.split(self.buffers.clone())
-            return functional_call(self.network, self.task.layout.split(w) | own, (x,))  # type: ignore[no-any-return]
+            buffers, counters = self.snapshot()
+            own = self.task.layout.split(w) | self.task.buffer_layout.split(buffers) | counters
+            return functional_call(self.network, own, (x,))  # type: ignore[no-any-return]
 
 
 def _probe(network: nn.Module, shape: tuple[int, ...], classes: int) -> bool:

@@ -22,8 +22,7 @@ def parameters(network: nn.Module) -> int:
     [
         ("2nn", (1, 28, 28), 199_210),  # McMahan 2017, section 3
         ("cnn", (1, 28, 28), 1_663_370),  # McMahan 2017, section 3
-        ("cifar_cnn", (3, 24, 24), 1_068_298),  # McMahan 2017: about 10^6
-        ("cifar_cnn", (3, 32, 32), 1_756_426),
+        ("cifar_cnn", (3, 32, 32), 1_068_298),  # McMahan 2017: about 10^6
         ("pfl_cnn", (3, 32, 32), 1_626_442),
         ("cnn_bn", (1, 28, 28), 20_586),
     ],

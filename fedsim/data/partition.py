@@ -122,6 +122,11 @@ def content_hash(owners: Ints) -> str:
     return hashlib.sha256(owners.astype("<i8").tobytes()).hexdigest()
 
 
+def label_counts(labels: Ints, owners: Ints, clients: int, classes: int) -> Ints:
+    """(N, L) examples of each label that each client holds."""
+    return np.bincount(owners * classes + labels, minlength=clients * classes).reshape(clients, classes)
+
+
 def _examples(data: Dataset, clients: int, min_size: int = 1) -> int:
     n = len(data.y_train)
     if clients * min_size > n:

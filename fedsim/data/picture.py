@@ -15,6 +15,7 @@ from rich.table import Table
 
 from fedsim.data.dataset import Ints
 from fedsim.data.federated import FederatedData
+from fedsim.data.partition import label_counts
 
 LISTED = 20  # clients with a row of their own in the table
 BUBBLES = 30  # clients and labels up to which a pair has a disc, its area the number of examples
@@ -75,11 +76,6 @@ def draw(labels: Ints, owners: Ints, classes: int, path: Path) -> None:
     if classes <= BUBBLES:
         mix.set_yticks(range(classes))
     figure.savefig(path)
-
-
-def label_counts(labels: Ints, owners: Ints, clients: int, classes: int) -> Ints:
-    """(N, L) examples of each label that each client holds."""
-    return np.bincount(owners * classes + labels, minlength=clients * classes).reshape(clients, classes)
 
 
 def _bars(counts: Ints) -> str:
