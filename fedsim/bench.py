@@ -126,7 +126,7 @@ def _runtime(config: Config, name: str, local: Spec, strategy: Strategy | None =
 
 
 def _simulation(config: Config, runtime: str, local: Spec) -> Simulation:
-    device = config.runtime["device"] if isinstance(config.runtime, dict) else "auto"
+    device = config.runtime.get("device", "auto") if isinstance(config.runtime, dict) else "auto"
     update = {"runtime": {"name": runtime, "device": device}, "local": config.local | local}
     return build(config.model_copy(update=update))
 
@@ -160,6 +160,8 @@ class PlainLoop:
             for rows in torch.split(torch.from_numpy(stream.permutation(len(y))).to(x.device), size)[:left]:
                 optimizer.zero_grad()
                 F.cross_entropy(self.net(x[rows]), y[rows]).backward()  # type: ignore[no-untyped-call]
+                if recipe.clip_norm:
+                    torch.nn.utils.clip_grad_norm_(self.net.parameters(), recipe.clip_norm)
                 optimizer.step()
                 left -= 1
         if x.device.type == "cuda":
@@ -167,11 +169,11 @@ class PlainLoop:
 
     def optimizer(self) -> torch.optim.Optimizer:
         """torch.optim's for the recipe."""
-        r, parameters = self.recipe, self.net.parameters()
+        r, parameters, lr = self.recipe, self.net.parameters(), self.recipe.lr_at(0)
         if r.optimizer == "sgd":
-            return torch.optim.SGD(parameters, r.lr, r.momentum, weight_decay=r.weight_decay, nesterov=r.nesterov)
+            return torch.optim.SGD(parameters, lr, r.momentum, weight_decay=r.weight_decay, nesterov=r.nesterov)
         kind = torch.optim.Adam if r.optimizer == "adam" else torch.optim.AdamW
-        return kind(parameters, r.lr, r.betas, r.eps, r.weight_decay)
+        return kind(parameters, lr, r.betas, r.eps, r.weight_decay)
 
 
 @contextmanager

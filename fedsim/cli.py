@@ -34,12 +34,12 @@ def run(
     """Train a federation, and leave a folder with what came out."""
     from fedsim.config import build, load, parse_overrides
     from fedsim.experiment import execute
-    from fedsim.folder import next_free
+    from fedsim.folder import make, make_next
     from fedsim.progress import Bar, Plain
 
     loaded = load(config, parse_overrides(settings or []))
     simulation = build(loaded)
-    out = out or next_free(config.stem)
+    out = make(out) if out else make_next(config.stem)
     watcher = (
         Bar(console, loaded.rounds, len(simulation.sample()))
         if console.is_terminal
@@ -54,6 +54,8 @@ def run(
             f"after {found['rounds']} rounds, {found['client_steps_per_second']:,.0f} client steps a second"
         )
     console.out(f"picture: {out / 'curves.png'}\nresults: {out}")
+    if not (out / "tensorboard").exists():
+        console.out("no TensorBoard events; pip install 'fedsim[tensorboard]' for them")
     if result.interrupted:
         print(f"fedsim: interrupted after round {found['rounds']} of {loaded.rounds}", file=sys.stderr)
         raise typer.Exit(130)
@@ -136,6 +138,8 @@ def main() -> None:
         _leave(str(error), 2)
     except (ClientError, RoundError) as error:
         _leave(str(error), 1)
+    except OSError as error:
+        _leave(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
     except KeyboardInterrupt:
         _leave("interrupted", 130)
 

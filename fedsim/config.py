@@ -22,7 +22,7 @@ from fedsim.simulation import Failures, Simulation
 from fedsim.strategies import CATALOGUE as STRATEGIES
 from fedsim.strategy import Strategy
 from fedsim.task import Task
-from fedsim.types import Count, Stream, random
+from fedsim.types import Count, Seed, Stream, random
 
 
 class Evaluate(Options):
@@ -44,7 +44,7 @@ class Federation(Options):
 class Config(Options):
     """A whole experiment; the mappings are `{name, ...}` of their catalogues, resolved."""
 
-    seed: Annotated[int, Ge(0)] = 0
+    seed: Seed = 0
     rounds: Count
     data: Spec
     model: Spec | str
@@ -149,15 +149,18 @@ class Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Refuse what a plain loader would silently let the last one win."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != MERGE]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
+        keys = list[Any]()
+        for key in (key for key, _ in node.value if key.tag != MERGE):
+            keys.append(self.construct_object(key, deep=True))
+            if keys.count(keys[-1]) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {keys[-1]!r} stands twice", key.start_mark
+                )
         return super().construct_mapping(node, deep)
 
 
 Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
 

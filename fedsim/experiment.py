@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fedsim.config import Config, build, load
-from fedsim.folder import RunFolder
+from fedsim.folder import RunFolder, make
 from fedsim.simulation import Simulation
 from fedsim.types import Report
 
@@ -55,18 +55,22 @@ def run(
     for wrong settings, ClientError or RoundError for a run that failed.
     """
     loaded = load(config, overrides)
-    return execute(loaded, build(loaded), None if out is None else Path(out))
+    simulation = build(loaded)
+    return execute(loaded, simulation, None if out is None else make(Path(out)))
 
 
 def execute(config: Config, simulation: Simulation, out: Path | None, watcher: Watcher | None = None) -> Result:
-    """Run what was built. An interrupt (Ctrl-C) ends it after the clients under way, and is told in the result."""
+    """Run what was built, and leave what came out in `out`, a new and empty folder.
+
+    An interrupt (Ctrl-C) ends the run after the clients under way, and is told in the result. Whatever else ends
+    it early is raised, and leaves the rounds before it.
+    """
     watcher = watcher or Silent()
     folder = RunFolder(out, config, simulation.data) if out is not None else None
-    start, steps, records, interrupted = perf_counter(), 0, list[Record](), False
+    start, records, finished = perf_counter(), list[Record](), False
     try:
         while simulation.number < config.rounds:
             done = simulation.round(watcher.client)
-            steps += done.steps
             last = done.round == config.rounds
             record = done._asdict() | (
                 _tests(config, simulation) if last or done.round % config.evaluate.every == 0 else {}
@@ -75,12 +79,14 @@ def execute(config: Config, simulation: Simulation, out: Path | None, watcher: W
             if folder:
                 folder.round(record)
             watcher.round(record)
+        finished = True
     except KeyboardInterrupt:
-        interrupted = True
-    summary = _summary(records, simulation, perf_counter() - start)
-    if folder:
-        folder.close(simulation.task.state_dict(simulation.server), None if interrupted else summary)
-    return Result(summary, records, out, interrupted)
+        pass
+    finally:
+        summary = _summary(records, simulation, perf_counter() - start)
+        if folder:
+            folder.close(simulation.task.state_dict(simulation.server), summary if finished else None)
+    return Result(summary, records, out, interrupted=not finished)
 
 
 def _tests(config: Config, simulation: Simulation) -> Record:

@@ -1,6 +1,8 @@
 """The folder of a run: what it is, what it did round by round, and what came out."""
 
+import importlib.util
 import json
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -27,30 +29,28 @@ LISTED = 1000  # clients up to which partition.json counts each one's labels
 class RunFolder:
     """Writes config.yaml and partition.json at once, a line of rounds.jsonl a round, and the rest at the end.
 
-    The folder is made here and never before existed; raises ConfigError where it did, or cannot be made.
+    The folder is new, and empty.
     """
 
     def __init__(self, path: Path, config: Config, data: FederatedData):
-        make(path)
         self.path = path
         (path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         (path / "partition.json").write_text(json.dumps(describe(data), indent=1))
-        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-
-        self._events = SummaryWriter(str(path / "tensorboard"))
+        self._events = _events(path / "tensorboard")
         self._rounds = (path / "rounds.jsonl").open("w", buffering=1)
 
     def round(self, record: dict[str, Any]) -> None:
         """A line, and the same as TensorBoard events."""
         self._rounds.write(json.dumps(record) + "\n")
         for key, tag in SCALARS.items():
-            if record.get(key) is not None:
+            if self._events and record.get(key) is not None:
                 self._events.add_scalar(tag, record[key], record["round"])
 
     def close(self, model: dict[str, Tensor], summary: dict[str, Any] | None) -> None:
         """The global model, a picture, and where the run reached its end, summary.json."""
         self._rounds.close()
-        self._events.close()
+        if self._events:
+            self._events.close()
         save_file(model, self.path / "model.safetensors")
         if summary is not None:
             (self.path / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
@@ -60,25 +60,39 @@ class RunFolder:
         curves([read_run(self.path)], self.path / "curves.png")
 
 
-def make(path: Path) -> None:
+def _events(path: Path) -> Any:
+    """A writer of TensorBoard events; None where tensorboard, an extra, is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+    return SummaryWriter(str(path))
+
+
+def make(path: Path) -> Path:
     """A new folder; raises ConfigError where there is one, for a run is never overwritten."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.mkdir()
+        path.mkdir(parents=True)
     except FileExistsError:
         raise ConfigError(f"{path}: exists, and a run is never overwritten; name another folder") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be made: {error.strerror}") from None
+    return path
 
 
-def next_free(stem: str) -> Path:
-    """runs/STEM-1, or the first such folder that does not exist."""
-    numbers = (
-        int(p.name.removeprefix(f"{stem}-"))
-        for p in Path("runs").glob(f"{stem}-*")
-        if p.name.removeprefix(f"{stem}-").isdigit()
-    )
-    return Path("runs") / f"{stem}-{max(numbers, default=0) + 1}"
+def make_next(stem: str) -> Path:
+    """A new folder runs/STEM-N, N above those of all that are there, whoever else is making one."""
+    while True:
+        names = [path.name.removeprefix(f"{stem}-") for path in Path("runs").glob(f"{escape(stem)}-*")]
+        number = max((int(name) for name in names if name.isdecimal()), default=0) + 1
+        path = Path("runs") / f"{stem}-{number}"
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue  # another run was first
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be made: {error.strerror}; name a folder with --out") from None
+        return path
 
 
 def describe(data: FederatedData) -> dict[str, Any]:

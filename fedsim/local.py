@@ -185,7 +185,8 @@ class LocalObjective:
                     gradients = [correct(gradients[0], replica.flat)]
                     replica.restore(after)
                 if recipe.clip_norm:
-                    shrink = (recipe.clip_norm / (get_total_norm(gradients) + 1e-6)).clamp(max=1)  # as torch has it
+                    norm = get_total_norm(gradients) + 1e-6  # as torch.nn.utils.clip_grad_norm_ has it
+                    shrink = (recipe.clip_norm / norm).clamp(max=1)
                     gradients = list(torch._foreach_mul(gradients, shrink))
                 optimizer.step(weights, gradients, self.lr)
         self._record(total, n, steps)

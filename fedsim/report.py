@@ -116,11 +116,16 @@ def labels(runs: Sequence[Run]) -> list[str]:
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """The config keys, dotted, in which the runs differ, and each run's value there."""
+    """The config keys, dotted, in which the runs differ, and each run's value there.
+
+    Where a component has another name, its options are not compared.
+    """
     configs = [dict(_flat(run.config)) for run in runs]
     keys = dict.fromkeys(key for config in configs for key in config)
     values = {key: [config.get(key, ABSENT) for config in configs] for key in keys}
-    return {key: found for key, found in values.items() if len(set(found)) > 1}
+    found = {key: each for key, each in values.items() if len(set(each)) > 1}
+    renamed = tuple(key.removesuffix("name") for key in found if key.endswith(".name"))
+    return {key: each for key, each in found.items() if key.endswith(".name") or not key.startswith(renamed)}
 
 
 def shortened(text: str, length: int) -> str:

@@ -7,10 +7,10 @@ from math import ceil, fsum
 from time import perf_counter
 from typing import Literal, NamedTuple
 
-from fedsim.aggregate import Aggregator, WeightedMean
+from fedsim.aggregate import Aggregator, Partial, WeightedMean
 from fedsim.cohort import Cohort
 from fedsim.data import FederatedData
-from fedsim.errors import RoundError
+from fedsim.errors import ClientError, RoundError
 from fedsim.local import Recipe
 from fedsim.runtimes import Runtime
 from fedsim.runtimes.worker import one_thread
@@ -39,7 +39,7 @@ class Round(NamedTuple):
     steps: int  # of all clients
     bytes_up: int
     bytes_down: int
-    failed: dict[int, str]  # why, by client
+    failed: dict[str, str]  # why, by client
 
 
 class Evaluation(NamedTuple):
@@ -83,6 +83,7 @@ class Simulation:
         self.newcomer: State = strategy.init_client(task.initial_model, task.layout)
         if strategy.buffers == "private":
             self.newcomer |= {"buffers": task.initial_buffers}
+        self.num_examples = int(data.sizes.sum())
         self.clients: dict[int, State] = {}
         self.number = 0
         self.sample()  # which refuses a cohort that cannot be drawn
@@ -93,39 +94,22 @@ class Simulation:
 
     def round(self, on_report: Callable[[Report], None] = lambda report: None) -> Round:
         """Run one round; `on_report` is told of each client as it finishes. Raises ClientError, RoundError."""
-        start, number, strategy = perf_counter(), self.number, self.strategy
-        cohort = self.sample()
-        download = {name: self.server[name] for name in (*strategy.broadcast, "buffers")}
-        reports, kept, total = [], {}, self.aggregator.fold([])
-        tolerant = self.failures.policy == "drop"
+        start, cohort = perf_counter(), self.sample()
+        download = {name: self.server[name] for name in (*self.strategy.broadcast, "buffers")}
         with one_thread():
-            for partial, finished in self.runtime.run(
-                Train(strategy, self.recipe, self.seed),
-                download,
-                [self._job(k) for k in cohort],
-                self.aggregator,
-                tolerant=tolerant,
-            ):
-                total = self.aggregator.merge(total, partial)
-                for report in finished:
-                    if report.error is None and report.client:
-                        kept[report.client_id] = report.client
-                    reports.append(report._replace(client={}))
-                    on_report(report)
-            reports.sort(key=lambda report: report.client_id)
+            total, reports, kept = self._train(cohort, download, on_report)
             failed = {r.client_id: r.error for r in reports if r.error is not None}
             answered = [r.client_id for r in reports if r.error is None]
             self._check_floor(answered, failed)
             mean = self.aggregator.result(total)
             buffers = {"buffers": mean.pop("buffers")} if "buffers" in mean else {}
-            share = float(self.data.sizes[answered].sum() / self.data.sizes.sum())
-            generator = torch_generator(self.seed, Stream.SERVER, number)
-            info = RoundInfo(number, answered, self.data.num_clients, generator, share)
-            self.server = self.server | strategy.server_update(self.server, mean, info) | buffers
+            share = float(self.data.sizes[answered].sum() / self.num_examples)
+            noise = torch_generator(self.seed, Stream.SERVER, self.number)
+            info = RoundInfo(self.number, answered, self.data.num_clients, noise, share)
+            self.server = self.server | self.strategy.server_update(self.server, mean, info) | buffers
         self.clients.update(kept)
         self.number += 1
         sums = _sums(reports)
-        size = sum(tensor.nbytes for tensor in download.values())
         return Round(
             round=self.number,
             cohort=cohort,
@@ -134,16 +118,18 @@ class Simulation:
             seconds=perf_counter() - start,
             steps=int(sums["steps"]),
             bytes_up=sum(r.bytes_up for r in reports),
-            bytes_down=size * len(cohort),
-            failed=failed,
+            bytes_down=sum(tensor.nbytes for tensor in download.values()) * len(cohort),
+            failed={str(client): cause for client, cause in failed.items()},
         )
 
     def evaluate(self, batch_size: int = 500) -> Evaluation:
         """The global model on the whole test set, in eval mode; the same numbers in every runtime."""
         work = EvaluateGlobal(batch_size)
         chunks = [Job(k, self.number, None) for k in range(ceil(self.data.num_test / batch_size))]
-        sums = _sums(self._reports(work, chunks))
-        return Evaluation(sums["loss"] / sums["examples"], sums["correct"] / sums["examples"])
+        try:
+            return _mean(_sums(self._reports(work, chunks)))
+        except ClientError as error:  # of a chunk of the test set, which is no client
+            raise RoundError(f"test after round {self.number}: {error.__cause__}") from error
 
     def evaluate_clients(
         self, clients: Iterable[int] | None = None, batch_size: int = 500
@@ -155,10 +141,7 @@ class Simulation:
         ids = range(self.data.num_clients) if clients is None else clients
         work = EvaluateClient(self.strategy, batch_size)
         sums = {r.client_id: r.metrics for r in self._reports(work, [self._job(k) for k in ids])}
-        return {
-            k: Evaluation(sums[k]["loss"] / sums[k]["examples"], sums[k]["correct"] / sums[k]["examples"])
-            for k in ids
-        }
+        return {client: _mean(sums[client]) for client in ids}
 
     def fingerprint(self) -> str:
         """SHA-256 of the global model's bytes, batch-norm statistics included."""
@@ -166,6 +149,22 @@ class Simulation:
         for name in ("model", "buffers"):
             digest.update(self.server[name].cpu().numpy().data)
         return digest.hexdigest()
+
+    def _train(
+        self, cohort: list[int], download: State, on_report: Callable[[Report], None]
+    ) -> tuple[Partial, list[Report], dict[int, State]]:
+        """The merged sums, the reports by client, and what each client keeps."""
+        total, reports, kept = self.aggregator.fold([]), list[Report](), dict[int, State]()
+        work, jobs = Train(self.strategy, self.recipe, self.seed), [self._job(k) for k in cohort]
+        tolerant = self.failures.policy == "drop"
+        for partial, finished in self.runtime.run(work, download, jobs, self.aggregator, tolerant=tolerant):
+            total = self.aggregator.merge(total, partial)
+            for report in finished:
+                if report.client:
+                    kept[report.client_id] = report.client
+                reports.append(report._replace(client={}))
+                on_report(report)
+        return total, sorted(reports, key=lambda report: report.client_id), kept
 
     def _job(self, client: int) -> Job:
         return Job(client, self.number, self.clients.get(client, self.newcomer))
@@ -182,6 +181,10 @@ class Simulation:
                 f"round {self.number + 1}: {len(answered)} clients answered, "
                 f"failures.min_clients is {self.failures.min_clients}; {causes}"
             )
+
+
+def _mean(sums: dict[str, float]) -> Evaluation:
+    return Evaluation(sums["loss"] / sums["examples"], sums["correct"] / sums["examples"])
 
 
 def _sums(reports: list[Report]) -> dict[str, float]:

@@ -16,6 +16,7 @@ State = dict[str, Tensor]  # named tensors: what the server keeps, a client keep
 
 # Ranges of hyper-parameters, checked wherever a config names them.
 Count = Annotated[int, Ge(1)]
+Seed = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Gt(0), Le(1)]  # of a whole, 0 excluded

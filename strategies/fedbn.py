@@ -36,7 +36,7 @@ class FedBN(FedAvg):
 
     def client_model(self, server: State, client: State, layout: Layout) -> Tensor:
         entries = self.entries(layout).to(server["model"].device)
-        return server["model"].index_copy(0, entries, client["private"].to(entries.device))
+        return server["model"].index_copy(0, entries, client["private"])
 
     def client_update(self, server: State, client: State, local: LocalObjective) -> Update:
         entries = self.entries(local.layout).to(server["model"].device)

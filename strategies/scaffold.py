@@ -39,7 +39,7 @@ class Scaffold(Strategy):
         return {"c": torch.zeros_like(model)}
 
     def client_update(self, server: State, client: State, local: LocalObjective) -> Update:
-        x, c, c_k = server["model"], server["c"], client["c"].to(server["c"].device)
+        x, c, c_k = server["model"], server["c"], client["c"]
         y = local.train(x, correct=lambda g, w: g - c_k + c)  # line 10
         c_new = c_k - c + (x - y) / (local.num_steps * local.lr)  # line 12
         return Update({"delta": y - x, "delta_c": c_new - c_k}, weight=1.0, client={"c": c_new})

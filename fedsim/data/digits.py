@@ -5,10 +5,10 @@ import torch
 
 from fedsim.data.dataset import Dataset, Part, hold_back
 from fedsim.errors import ConfigError
-from fedsim.types import Stream, random
+from fedsim.types import Seed, Stream, random
 
 
-def digits(*, test_share: Part = 0.2, seed: int = 0) -> Dataset:
+def digits(*, test_share: Part = 0.2, seed: Seed = 0) -> Dataset:
     """Handwritten digits, 1,797 grey images of 8 x 8, 10 classes; comes with scikit-learn.
 
     The test set is a random `test_share` of each class, the same for one seed. The original's 17 grey levels

@@ -35,6 +35,7 @@ class FederatedData:
         part = 2 * owners + held  # what client k trains on is part 2k, what it holds back part 2k + 1
         self._order = np.argsort(part, kind="stable")
         self._bounds = np.concatenate([[0], np.cumsum(np.bincount(part, minlength=2 * clients))])
+        self.sizes: Ints = self._bounds[1::2] - self._bounds[:-1:2]  # (N,) held-out examples not counted
         self.owners = owners
         self.num_clients = clients
         self.num_classes = dataset.classes
@@ -45,12 +46,6 @@ class FederatedData:
         self._x_test, self._y_test = dataset.x_test, dataset.y_test
         self._scale, self._shift = _normalisation(dataset, dtype)
         self._mapped, self._dtype, self._device = dataset.mapped, dtype, torch.device("cpu")
-
-    @property
-    def sizes(self) -> Ints:
-        """(N,) training examples a client, held-out ones not counted; at least 1."""
-        sizes: Ints = self._bounds[1::2] - self._bounds[:-1:2]
-        return sizes
 
     def rows(self, client: int) -> Ints:
         """(n_k,) the rows that `client` trains on, ascending; a view."""

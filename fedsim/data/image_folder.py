@@ -22,7 +22,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_datas
 from fedsim.data.dataset import Dataset, Ints, Part, hold_back
 from fedsim.data.npz import npz
 from fedsim.errors import ConfigError
-from fedsim.types import Count, Stream, random
+from fedsim.types import Count, Seed, Stream, random
 
 Sample = tuple[str, int]  # file and class
 BLOCK = 512  # images handed to the threads at a time
@@ -34,7 +34,7 @@ def image_folder(
     root: Path,
     size: Count = 224,
     test_share: Part | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     cache: Path | None = None,
     mean: tuple[float, ...] = (0.485, 0.456, 0.406),
     std: tuple[float, ...] = (0.229, 0.224, 0.225),

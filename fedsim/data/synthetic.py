@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from fedsim.data.dataset import Dataset, Floats, hold_back
-from fedsim.types import Count, NonNegative, Stream, random
+from fedsim.types import Count, NonNegative, Seed, Stream, random
 
 BLOCK = 2**22  # pixels made at a time: what the noise costs in memory, whatever the number of examples
 FEATURES, CLASSES = 60, 10
@@ -17,7 +17,7 @@ def synthetic(
     classes: Count = 10,
     shape: tuple[Count, Count, Count] = (1, 8, 8),
     noise: NonNegative = 0.2,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Dataset:
     """One random picture a class plus noise: any number of examples, of any shape, in a moment.
 
@@ -52,7 +52,7 @@ def synthetic_alpha_beta(
     alpha: NonNegative = 1.0,
     beta: NonNegative = 1.0,
     devices: Count = 30,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Dataset:
     """Synthetic(alpha, beta): 60 features, 10 classes, natural clients that differ (arXiv 1812.06127).
 
@@ -70,7 +70,7 @@ def synthetic_alpha_beta(
     return _devices(v, weights, biases, rng)
 
 
-def synthetic_iid(*, devices: Count = 30, seed: int = 0) -> Dataset:
+def synthetic_iid(*, devices: Count = 30, seed: Seed = 0) -> Dataset:
     """Synthetic-IID: as synthetic_alpha_beta, with one model and one distribution of x for all devices.
 
     Li et al. 2020, section 5.1: entries of W and b ~ N(0, 1), x ~ N(0, Sigma).

@@ -87,13 +87,11 @@ def _read(
         return Dataset(x, y, x_test, y_test, **about)
     except Exception as error:  # a broken file raises anything, from AssertionError to UnpicklingError
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        way_out = (
-            "delete what is broken there, or put the files there yourself"
-            if download
-            else ("set data.download=true, or put the files there yourself")
-        )
+        reason = reason.removesuffix(" You can use download=True to download it")
+        way_out = "delete what is broken there" if download else "set data.download=true"
         raise ConfigError(
-            f"data.root: files of {root / folder} are missing or broken ({reason}); {way_out}"
+            f"data.root: files of {root / folder} are missing or broken ({reason}); "
+            f"{way_out}, or put them there yourself"
         ) from error
 
 

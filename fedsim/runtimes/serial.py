@@ -26,7 +26,9 @@ class Serial:
         *,
         tolerant: bool = False,
     ) -> Iterator[tuple[Partial, list[Report]]]:
+        total = aggregator.fold([])
         for job in jobs:
             with one_thread():
-                partial, report = self.worker.run(work, server, job, aggregator, tolerant)
-            yield partial, [report]
+                total, report = self.worker.run(work, server, job, aggregator, tolerant, total)
+            yield aggregator.fold([]), [report]
+        yield total, []

@@ -66,10 +66,14 @@ class Threads:
         def run_one(job: Job) -> Report:
             worker: Worker = self.local.worker
             stream: torch.cuda.Stream | None = self.local.stream
+            if stream:
+                stream.wait_stream(torch.cuda.default_stream(stream.device))  # which holds the broadcast
             with torch.cuda.stream(stream) if stream else nullcontext():
-                partial, report = worker.run(work, on_device[worker.replica.device], job, aggregator, tolerant)
-                me = threading.get_ident()
-                partials[me] = aggregator.merge(partials[me], partial) if me in partials else partial
+                me, broadcast = threading.get_ident(), on_device[worker.replica.device]
+                so_far = partials.get(me)
+                partials[me], report = worker.run(work, broadcast, job, aggregator, tolerant, so_far)
+            if stream:
+                stream.synchronize()
             return report
 
         running: set[Future[Report]] = set()

@@ -7,11 +7,11 @@ from time import perf_counter
 
 import torch
 
-from fedsim.aggregate import Aggregator, Partial, largest
+from fedsim.aggregate import Aggregator, Partial
 from fedsim.data import FederatedData
 from fedsim.errors import ClientError, ConfigError
 from fedsim.task import Replica, Task
-from fedsim.types import Job, Report, State, Update
+from fedsim.types import Job, Report, State
 from fedsim.work import Work
 
 
@@ -22,33 +22,36 @@ class Worker:
         self.replica, self.data = Replica(task, device), data
 
     def run(
-        self, work: Work, server: State, job: Job, aggregator: Aggregator, tolerant: bool
+        self,
+        work: Work,
+        server: State,
+        job: Job,
+        aggregator: Aggregator,
+        tolerant: bool,
+        start: Partial | None = None,
     ) -> tuple[Partial, Report]:
-        """What one client adds to the aggregate, and its report; raises ClientError unless `tolerant`."""
-        start = perf_counter()
+        """`start` and what one client adds to it, and its report; raises ClientError unless `tolerant`."""
+        began, device = perf_counter(), self.replica.device
         try:
+            if job.client:
+                job = job._replace(client={name: value.to(device) for name, value in job.client.items()})
             update = work(self.replica, self.data, server, job)
             metrics = {name: float(value) for name, value in update.metrics.items()}
-            _check_finite(update, metrics)
+            for name, value in metrics.items():
+                if not isfinite(value):
+                    raise ArithmeticError(f"{name} is not finite")
             weight = float(update.weight)
-            partial = aggregator.fold([(job.client_id, update.message, weight)])
+            partial = aggregator.fold([(job.client_id, update.message, weight)], start)
         except Exception as error:
-            cause = str(error) if isinstance(error, ClientError) else f"{type(error).__name__}: {error}"
+            cause = str(error) if isinstance(error, ArithmeticError) else f"{type(error).__name__}: {error}"
             if not tolerant:
-                raise ClientError(f"round {job.round + 1}, client {job.client_id}: {cause}") from error
-            return aggregator.fold([]), Report(job.client_id, 0.0, {}, {}, perf_counter() - start, 0, cause)
+                advice = "; lower local.lr, or set failures.policy=drop" if "not finite" in cause else ""
+                raise ClientError(f"round {job.round + 1}, client {job.client_id}: {cause}{advice}") from error
+            report = Report(job.client_id, 0.0, {}, {}, perf_counter() - began, 0, cause)
+            return aggregator.fold([], start), report
         client = {name: value.cpu() for name, value in update.client.items()}
         size = sum(value.nbytes for value in update.message.values())
-        return partial, Report(job.client_id, weight, metrics, client, perf_counter() - start, size)
-
-
-def _check_finite(update: Update, metrics: dict[str, float]) -> None:
-    wrong = [name for name, value in metrics.items() if not isfinite(value)]
-    wrong += [name for name, value in update.message.items() if not isfinite(largest(value))]
-    if wrong:
-        raise ClientError(
-            f"{wrong[0]} is not finite; lower local.lr, or drop such clients with failures.policy=drop"
-        )
+        return partial, Report(job.client_id, weight, metrics, client, perf_counter() - began, size)
 
 
 @contextmanager

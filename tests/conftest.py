@@ -1,0 +1,115 @@
+"""A small federation that every law is tried on, made of the parts a config would name."""
+
+import hashlib
+from collections import OrderedDict
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedsim import LocalObjective, Recipe, Simulation, Strategy, Task
+from fedsim.catalogue import options_of
+from fedsim.cohort import COHORTS
+from fedsim.data import Dataset, FederatedData
+from fedsim.runtimes import RUNTIMES
+from fedsim.strategies import CATALOGUE
+from fedsim.task import Replica
+from fedsim.types import Job
+
+SIZES = (3, 8, 5, 13, 2, 6)  # examples a client
+SHAPE, CLASSES = (1, 4, 4), 3
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """A test's own loops compute as fedsim's clients do; on networks this small more threads only wait."""
+    torch.set_num_threads(1)
+
+
+def make_data(sizes=SIZES, *, shape=SHAPE, classes=CLASSES, noise=0.5, dtype=torch.float32):
+    """A picture a class, plus noise; classes take turns, clients hold rows at random."""
+    rng, n, tests = np.random.default_rng(0), sum(sizes), 17
+    y = torch.arange(n + tests) % classes
+    x = torch.from_numpy(rng.normal(size=(classes, *shape))[y] + noise * rng.normal(size=(len(y), *shape))).float()
+    owners = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
+    return FederatedData(Dataset(x[:n], y[:n], x[n:], y[n:], classes), owners, clients=len(sizes), dtype=dtype)
+
+
+def conv_net(dropout=0.5, bn_momentum=0.1):
+    """Convolution, batch norm, dropout, and names such as the shared models have."""
+    return nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(1, 3, 3, padding=1),
+            bn1=nn.BatchNorm2d(3, momentum=bn_momentum),
+            relu1=nn.ReLU(),
+            dropout=nn.Dropout(dropout),
+            flatten=nn.Flatten(),
+            fc=nn.Linear(3 * 16, CLASSES),
+        )
+    )
+
+
+def make_task(network=conv_net, *, dtype=torch.float32, shape=SHAPE, classes=CLASSES, channels_last=False, seed=0):
+    """A task whose network always starts with the same weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Task(network().to(dtype), shape, classes, channels_last=channels_last)
+
+
+def make_strategy(name, **settings) -> Strategy:
+    """By its name, as a config does; what needs another strategy inside gets fedavg."""
+    inner = {"inner": "fedavg"} if "inner" in options_of(CATALOGUE.load(name)).model_fields else {}
+    return CATALOGUE.bind({"name": name} | inner | settings)()
+
+
+def make_simulation(
+    strategy="fedavg", *, task=None, data=None, runtime="serial", cohort="all", seed=0, failures=None, **recipe
+):
+    """All parts have a default; what is left over is the recipe's."""
+    recipe = Recipe(**{"lr": 0.05, "batch_size": 4} | recipe)
+    dtype = task.initial_model.dtype if task else torch.float32
+    task, data = task or make_task(channels_last=recipe.channels_last), data or make_data(dtype=dtype)
+    runtime = {"name": runtime} if isinstance(runtime, str) else runtime
+    return Simulation(
+        make_strategy(strategy) if isinstance(strategy, str) else strategy,
+        task,
+        data,
+        RUNTIMES.bind(runtime | {"device": "cpu"})(task, data),
+        COHORTS.bind(cohort),
+        recipe,
+        seed=seed,
+        **({"failures": failures} if failures else {}),
+    )
+
+
+def make_local(task, data=None, *, client=0, number=0, seed=0, replica=None, **recipe) -> LocalObjective:
+    """One client in one round, outside any simulation."""
+    data = data or make_data(dtype=task.initial_model.dtype)
+    recipe = Recipe(**{"lr": 0.05, "batch_size": 4} | recipe)
+    replica = replica or Replica(task)
+    return LocalObjective(replica, data, Job(client, number, {}), task.initial_buffers, recipe, seed)
+
+
+def trace(simulation, rounds=3):
+    """All that a run shows, to the bit: one record a round."""
+    return [_record(simulation, simulation.round()) for _ in range(rounds)]
+
+
+def _record(simulation, done):
+    shown = done._asdict() | {
+        "server": _digests(simulation.server),
+        "clients": {k: _digests(state) for k, state in simulation.clients.items()},
+        "test": simulation.evaluate(batch_size=7),
+        "own": simulation.evaluate_clients(batch_size=5),
+    }
+    del shown["seconds"]
+    return shown
+
+
+def _digests(state):
+    return {name: hashlib.sha256(tensor.numpy().data).hexdigest()[:16] for name, tensor in state.items()}
+
+
+close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-12)

@@ -1,0 +1,144 @@
+"""Laws of the weighted mean: any order and grouping gives the same bits, and those are the right ones."""
+
+from fractions import Fraction
+from math import inf, nan
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+from fedsim.aggregate import LARGEST, WeightedMean
+
+MEAN = WeightedMean()
+LENGTH = 3
+
+
+def message(*values, dtype=torch.float32):
+    return {"w": torch.tensor(values, dtype=dtype)}
+
+
+def updates_of(*pairs, dtype=torch.float32):
+    """(client, message, weight), from (values, weight)."""
+    return [(k, message(*values, dtype=dtype), weight) for k, (values, weight) in enumerate(pairs)]
+
+
+def numbers(width):
+    bound = float(np.float32(1e6))
+    return st.floats(-bound, bound, width=width) | st.floats(-1, 1, width=width).map(lambda v: v * 2**-30)
+
+
+def updates(width):
+    """Messages as clients send them: weights are numbers of examples, or any other."""
+    dtype = torch.float32 if width == 32 else torch.float64
+    weights = st.integers(0, 10_000).map(float) | st.floats(0, 100)
+    pair = st.tuples(st.lists(numbers(width), min_size=LENGTH, max_size=LENGTH), weights)
+    return st.lists(pair, min_size=1, max_size=8).map(lambda pairs: updates_of(*pairs, dtype=dtype))
+
+
+def exact(updates):
+    """The mean as fractions, and the same of magnitudes."""
+    weights = [Fraction(weight) for _, _, weight in updates]
+    columns = list(zip(*([Fraction(v) for v in m["w"].tolist()] for _, m, _ in updates), strict=True))
+    means = [sum(w * v for w, v in zip(weights, column, strict=True)) / sum(weights) for column in columns]
+    sizes = [sum(w * abs(v) for w, v in zip(weights, column, strict=True)) / sum(weights) for column in columns]
+    return means, sizes
+
+
+@given(updates(32) | updates(64), st.randoms(use_true_random=False))
+def test_any_order_and_grouping_gives_the_same_bits(updates, rng):
+    assume(any(weight for _, _, weight in updates))
+    expected = MEAN.result(MEAN.fold(updates))["w"]
+    rng.shuffle(updates)
+    parts = [MEAN.fold([])]
+    for update in updates:
+        start = parts.pop() if rng.random() < 0.5 and parts else None
+        parts.append(MEAN.fold([update], start))
+    while len(parts) > 1:
+        rng.shuffle(parts)
+        parts.append(MEAN.merge(parts.pop(), parts.pop()))
+    found = MEAN.result(parts[0])["w"]
+    assert found.dtype == expected.dtype
+    assert found.numpy().tobytes() == expected.numpy().tobytes()
+
+
+@example(updates_of(([1e-12] * 3, 1.0), ([3e-12] * 3, 2.0), ([-2e-12] * 3, 5.0)))
+@example(updates_of(([1e-6] * 3, 1.0), ([1e3] * 3, 7.0), ([-1e3] * 3, 7.0)))
+@example(updates_of(([1e9, 1e-9, 1.0], 600.0), ([1e9, -1e-9, 1.0], 600.0)))
+@given(updates(32) | updates(64))
+def test_the_mean_is_exact_to_the_last_rounding(updates):
+    """To one rounding of the result's type, and units of 2^-62; float64 products are themselves rounded."""
+    total = sum(weight for _, _, weight in updates)
+    assume(total >= 1)
+    found = MEAN.result(MEAN.fold(updates))["w"]
+    double = found.dtype == torch.float64
+    for value, mean, size in zip(found.tolist(), *exact(updates), strict=True):
+        rounding = (
+            size * Fraction(2) ** -50 if double else abs(mean) * Fraction(2) ** -24 + size * Fraction(2) ** -52
+        )
+        units = Fraction(len(updates), 2**62) / Fraction(total)
+        assert abs(Fraction(value) - mean) <= rounding + units + Fraction(2) ** -149
+
+
+def test_small_values_keep_their_digits():
+    """1e-12 is far below 1, and has seven digits all the same."""
+    found = MEAN.result(MEAN.fold(updates_of(([1e-12], 1.0), ([1e-12], 3.0))))["w"]
+    torch.testing.assert_close(found, torch.tensor([1e-12]), rtol=1e-6, atol=0)
+
+
+def test_every_name_has_a_mean_of_its_own():
+    a = {"x": torch.tensor([1.0]), "y": torch.tensor([[2.0, 4.0]])}
+    b = {"y": torch.tensor([[6.0, 0.0]]), "x": torch.tensor([5.0])}
+    mean = MEAN.result(MEAN.fold([(0, a, 3.0), (1, b, 1.0)]))
+    assert {name: value.tolist() for name, value in mean.items()} == {"x": [2.0], "y": [[3.0, 3.0]]}
+
+
+def test_messages_are_only_read():
+    for dtype in (torch.float32, torch.float64):
+        update = updates_of(([1.5, -2.5], 3.0), dtype=dtype)
+        MEAN.result(MEAN.merge(MEAN.fold(update), MEAN.fold(update)))
+        assert update[0][1]["w"].tolist() == [1.5, -2.5]
+
+
+def test_who_has_no_weight_does_not_count():
+    assert MEAN.result(MEAN.fold(updates_of(([2.0], 1.0), ([9.0], 0.0))))["w"].tolist() == [2.0]
+
+
+REFUSED = {
+    "nan": (message(0.0, nan), 1.0, "w is not finite"),
+    "inf": (message(0.0, inf), 1.0, "w is not finite"),
+    "inf of no weight": (message(0.0, -inf), 0.0, "w is not finite"),
+    "huge": (message(0.0, 1e38), 1.0, "w is too large"),
+    "huge by its weight": (message(0.0, LARGEST), 1.5, "w is too large"),
+    "negative weight": (message(1.0, 2.0), -1.0, "weight is -1.0"),
+    "weight nan": (message(1.0, 2.0), nan, "weight is nan"),
+    "weight inf": (message(1.0, 2.0), inf, "weight is inf"),
+    "length": (message(1.0), 1.0, "message is w"),
+    "dtype": (message(1.0, 2.0, dtype=torch.float64), 1.0, "message is w"),
+    "shape": ({"w": torch.ones(2, 1)}, 1.0, "message is w"),
+    "name": ({"v": torch.ones(2)}, 1.0, "message is v"),
+    "one more": ({"w": torch.ones(2), "v": torch.ones(1)}, 1.0, "message is v"),
+}
+
+
+@pytest.mark.parametrize(("bad", "weight", "named"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_summed_is_refused_and_leaves_the_sum(bad, weight, named):
+    good = updates_of(([1.0, 2.0], 1.0), ([4.0, 8.0], 2.0))
+    total = MEAN.fold(good)
+    with pytest.raises(ArithmeticError, match=named):
+        MEAN.fold([(2, bad, weight)], total)
+    assert MEAN.result(total)["w"].tolist() == [3.0, 6.0]
+
+
+def test_a_sum_that_overflows_is_an_error():
+    half = updates_of(([LARGEST / 2], 1.0))
+    total = MEAN.merge(MEAN.fold(half), MEAN.fold(half))
+    with pytest.raises(OverflowError, match="w is too large"):
+        MEAN.merge(total, MEAN.fold(updates_of(([1.0], 1.0))))
+
+
+@pytest.mark.parametrize("updates", [[], updates_of(([1.0], 0.0), ([2.0], 0.0))], ids=["nobody", "no weight"])
+def test_nothing_has_no_mean(updates):
+    with pytest.raises(ArithmeticError, match="weight above 0"):
+        MEAN.result(MEAN.fold(updates))

@@ -1,0 +1,277 @@
+"""The command: what it prints, where, and how it exits."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from rich.cells import cell_len
+from rich.console import Console
+
+import fedsim.cli
+from fedsim.catalogue import options_of
+from fedsim.listing import KINDS
+from fedsim.progress import Bar
+
+COMMAND = [sys.executable, "-P", "-c", "from fedsim.cli import main; main()"]
+PNG = b"\x89PNG\r\n\x1a\n"
+CONFIG = {
+    "rounds": 3,
+    "data": {"name": "synthetic", "examples": 40, "test_examples": 20, "classes": 4, "clients": 4},
+    "model": "2nn",
+    "strategy": "fedavg",
+    "cohort": {"name": "uniform", "fraction": 0.5},
+    "local": {"lr": 0.1},
+    "evaluate": {"every": 2},
+    "runtime": "serial",
+}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A working directory with a config in it, and nothing else."""
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text(yaml.safe_dump(CONFIG))
+    return tmp_path
+
+
+@pytest.fixture
+def fedsim_(place, monkeypatch, capsys):
+    """Calls the command in this process."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fedsim", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            fedsim.cli.main()
+        out, err = capsys.readouterr()
+        return SimpleNamespace(status=caught.value.code, out=out, err=err)
+
+    return call
+
+
+def narrow(text):
+    assert max(map(cell_len, text.splitlines())) <= 80, text
+    return text
+
+
+# Wrong input: status 2, one line, nothing left behind
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "no.yaml"], "no.yaml: cannot be read: No such file or directory"),
+        (["run", "."], ".: cannot be read: Is a directory"),
+        (["run", "c.yaml", "rounds"], "'rounds' should be KEY=VALUE, such as local.lr=0.1"),
+        (["run", "c.yaml", "rounds.x=1"], "rounds.x: rounds is 3, which has no keys below it"),
+        (["run", "c.yaml", "local.lr=[1"], "local.lr: '[1': is not YAML: "),
+        (["run", "c.yaml", "local.lr=abc"], 'local.lr: "abc" should be a number > 0'),
+        (["run", "c.yaml", "local.lr="], "local.lr: null should be a number > 0"),
+        (["run", "c.yaml", "local.epoch=2"], "local.epoch: 'epoch' is unknown; did you mean 'epochs'?"),
+        (["run", "c.yaml", "strategy=scaffold", "local.momentum=0.9"], "local.momentum: scaffold"),
+        (["run", "c.yaml", "--out", "c.yaml"], "c.yaml: exists, and a run is never overwritten"),
+        (["run", "c.yaml", "--out", "c.yaml/sub/run"], "c.yaml/sub/run: cannot be made: Not a directory"),
+        (["run", "c.yaml", "--out", "."], ".: exists, and a run is never overwritten"),
+        (["partition", "c.yaml", "data.clients=99"], "data.clients: 99 is too many for 40 examples"),
+        (["compare", "no-run"], "config.yaml: No such file or directory; is its folder that of a run?"),
+        (["compare", ".", "--target", "99"], "--target: 99.0 should be between 0 and 1, such as 0.99"),
+        (["list", "modles"], "list: 'modles' is unknown; did you mean 'models'?"),
+        (["list", "models", "zzz*"], "list: none of the models matches 'zzz*'; there are 2nn,"),
+        (["bench", "c.yaml", "rounds=0"], "rounds: 0 should be a whole number >= 1"),
+        (["bench", "c.yaml", "--out", "c.yaml"], "--out: c.yaml exists; name another file"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_input_is_one_line(fedsim_, place, arguments, message):
+    done = fedsim_(*arguments)
+    assert (done.status, done.out) == (2, "")
+    assert done.err.startswith("fedsim: ")
+    assert message in done.err
+    assert done.err.count("\n") == 1
+    assert [path.name for path in place.iterdir()] == ["c.yaml"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(fedsim_):
+    done = fedsim_("run", "c.yaml", "runtime.device=cuda")
+    assert (done.status, done.err) == (
+        2,
+        "fedsim: runtime.device: 'cuda' is not on this machine; allowed: auto, cpu\n",
+    )
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder that even root may not write to")
+def test_a_place_that_is_read_only(fedsim_):
+    done = fedsim_("run", "c.yaml", "--out", "/proc/run")
+    assert (done.status, done.out) == (2, "")
+    assert done.err.startswith("fedsim: /proc/run: cannot be made: ")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["rn"], ["run"], ["run", "c.yaml", "--outt", "x"], ["compare"], ["bench", "c.yaml", "--repeats", "0"]],
+    ids=" ".join,
+)
+def test_wrong_usage(fedsim_, place, arguments):
+    done = fedsim_(*arguments)
+    assert done.status == 2
+    assert "Usage: " in done.out + done.err
+    assert [path.name for path in place.iterdir()] == ["c.yaml"]
+
+
+@pytest.mark.parametrize("setting", ["seed=-1", "model=no_such:Net", "data.name=minst"])
+def test_wrong_input_in_a_process_of_its_own(place, setting):
+    done = subprocess.run([*COMMAND, "run", "c.yaml", setting], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"fedsim: \S+: [^\n]+\n", done.stderr)
+    assert [path.name for path in place.iterdir()] == ["c.yaml"]
+
+
+# A run
+
+
+def test_a_run_on_no_terminal_is_a_plain_line_a_round(fedsim_):
+    done = fedsim_("run", "c.yaml", "--out", "deep/er/run")
+    lines = done.out.splitlines()
+    assert (done.status, done.err) == (0, "")
+    assert "\x1b" not in done.out
+    assert re.fullmatch(r"round 1/3  train_loss \d\.\d{4}  \d+\.\d\d s", lines[0])
+    tested = r"  test_loss \d\.\d{4}  test_accuracy \d+\.\d\d%  \d+\.\d\d s"
+    assert re.fullmatch(r"round 2/3  train_loss \d\.\d{4}" + tested, lines[1])
+    assert re.fullmatch(r"round 3/3  train_loss \d\.\d{4}" + tested, lines[2])
+    assert re.match(
+        r"test accuracy \d+\.\d\d% \(best \d+\.\d\d%\) after 3 rounds, [\d,]+ client steps a", lines[3]
+    )
+    assert lines[4:] == ["picture: deep/er/run/curves.png", "results: deep/er/run"]
+    assert Path("deep/er/run/curves.png").read_bytes().startswith(PNG)
+
+
+def test_runs_are_numbered(fedsim_):
+    for number in (1, 2):
+        assert fedsim_("run", "c.yaml", "rounds=1").out.endswith(f"results: runs/c-{number}\n")
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["c-1", "c-2"]
+
+
+def test_a_run_on_a_terminal_has_a_bar(fedsim_, monkeypatch):
+    terminal = io.StringIO()
+    console = Console(file=terminal, force_terminal=True, width=80, soft_wrap=True, _environ={})
+    monkeypatch.setattr(fedsim.cli, "console", console)
+    assert fedsim_("run", "c.yaml").status == 0
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue()).replace("\r", "\n")
+    assert re.search(r"rounds  ━+ 3/3 .* loss \d\.\d{4} \d+\.\d\d%", narrow(shown))
+    assert re.search(r"clients ━+ 2/2", shown)
+    assert "results: runs/c-1" in shown
+
+
+def test_a_bar_is_narrow_even_when_its_numbers_are_wide():
+    terminal = io.StringIO()
+    console = Console(file=terminal, force_terminal=True, width=80, soft_wrap=True, _environ={})
+    with Bar(console, rounds=100_000, cohort=100_000) as bar:
+        bar.round({"round": 99_999, "train_loss": 12345.678, "test_accuracy": 1.0})
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue()).replace("\r", "\n")
+    assert "loss 12345.6780 100.00%" in narrow(shown)
+    assert "…" not in shown
+
+
+def test_a_run_that_fails_exits_with_1_and_one_line(fedsim_):
+    done = fedsim_("run", "c.yaml", "local.lr=1e30", "local.steps=3", "--out", "run")
+    assert done.status == 1
+    assert re.fullmatch(r"fedsim: round 1, client \d: [^\n]+\n", done.err)
+    assert Path("run/rounds.jsonl").read_text() == ""
+    assert not Path("run/summary.json").exists()
+
+
+def test_without_tensorboard_a_run_says_how_to_have_it(fedsim_, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    done = fedsim_("run", "c.yaml", "rounds=1")
+    assert done.status == 0
+    assert done.out.endswith("no TensorBoard events; pip install 'fedsim[tensorboard]' for them\n")
+
+
+# What there is
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_entry_is_listed_with_a_line_about_it(fedsim_, kind):
+    done = fedsim_("list", kind)
+    assert done.status == 0
+    rows = dict(re.findall(r"^  (\S+) {2,}(\S.*)$", narrow(done.out), re.MULTILINE))
+    for entry in KINDS[kind]:
+        summary = KINDS[kind].summary(entry)
+        assert summary.endswith(".")
+        assert summary.startswith(rows[entry].strip())
+
+
+def test_everything_is_listed(fedsim_):
+    done = fedsim_("list")
+    assert all(f" {entry} " in narrow(done.out) for catalogue in KINDS.values() for entry in catalogue)
+
+
+def test_a_pattern_picks(fedsim_):
+    done = fedsim_("list", "models", "*cnn*")
+    assert done.status == 0
+    assert {name for name in KINDS["models"] if f" {name} " in done.out} == {
+        "cnn",
+        "cifar_cnn",
+        "pfl_cnn",
+        "cnn_bn",
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_entry_shows_its_options(fedsim_, kind):
+    for entry in KINDS[kind]:
+        shown = narrow(fedsim_("list", kind, entry).out)
+        assert not [noise for noise in ("typing", "Union", "<class", "Ge(", "None", "PosixPath") if noise in shown]
+        for option in options_of(KINDS[kind].load(entry)).model_fields:
+            assert f" {option} " in shown
+
+
+def test_an_option_is_told_in_words(fedsim_):
+    words = " ".join(fedsim_("list", "runtimes", "threads").out.split())
+    assert "workers auto a whole number >= 1, or auto" in words
+    words = " ".join(fedsim_("list", "partitions", "dirichlet").out.split())
+    assert "alpha required a number > 0 balanced false true or false min_size 1 a whole number >= 1" in words
+
+
+# Who holds what, and which run was better
+
+
+def test_a_partition_is_a_table_and_a_picture(fedsim_):
+    done = fedsim_("partition", "c.yaml", "data.clients=30")
+    assert done.status == 0
+    assert "30 clients, 40 examples, 4 labels" in narrow(done.out)
+    assert re.search(r"hash: +[0-9a-f]{64}\npicture: c-partition.png", done.out)
+    assert Path("c-partition.png").read_bytes().startswith(PNG)
+
+
+def test_the_hash_of_a_partition_is_the_run_s(fedsim_):
+    fedsim_("run", "c.yaml", "seed=5", "rounds=1", "--out", "run")
+    assert (
+        json.loads(Path("run/partition.json").read_text())["hash"] in fedsim_("partition", "c.yaml", "seed=5").out
+    )
+
+
+def test_two_runs_side_by_side(fedsim_):
+    fedsim_("run", "c.yaml", "--out", "plain")
+    fedsim_("run", "c.yaml", "strategy=fedprox", "strategy.mu=0.5", "--out", "prox")
+    done = fedsim_("compare", "plain", "prox", "--target", "0.3", "--out", "both.png")
+    assert done.status == 0
+    shown = narrow(done.out)
+    assert "plain" in shown
+    assert "prox" in shown
+    assert "strategy.name: fedavg, fedprox" in shown
+    assert Path("both.png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize("arguments", [["partition", "c.yaml"], ["compare", "run"]])
+def test_a_picture_that_cannot_be_written_is_one_line(fedsim_, arguments):
+    fedsim_("run", "c.yaml", "rounds=1", "--out", "run")
+    done = fedsim_(*arguments, "--out", "c.yaml/x.png")
+    assert (done.status, done.err) == (1, "fedsim: c.yaml/x.png: Not a directory\n")

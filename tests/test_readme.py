@@ -1,0 +1,69 @@
+"""What the README shows works as it stands."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from fedsim.cli import app
+from fedsim.config import resolve
+from fedsim.listing import KINDS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SHORTER = {"run": ["rounds=2"], "bench": ["rounds=2", "--repeats", "1"]}  # the same commands, in less time
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A folder in which the README's paths are right, and what is written is thrown away."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def fedsim(line):
+    _, *arguments = shlex.split(line, comments=True)
+    return CliRunner().invoke(app, [*arguments, *SHORTER.get(arguments[0], [])], catch_exceptions=False)
+
+
+def test_the_commands(checkout):
+    lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("fedsim ")]
+    assert {shlex.split(line)[1] for line in lines} == {"run", "partition", "compare", "list", "bench"}
+    for line in lines:
+        result = fedsim(line)
+        assert result.exit_code == 0, (line, result.output)
+
+
+def test_a_strategy_of_your_own(checkout, monkeypatch):
+    code = next(block for block in blocks("python") if "my_strategy.py" in block)
+    (checkout / "my_strategy.py").write_text(code)
+    monkeypatch.syspath_prepend(checkout)
+    line = next(line for block in blocks("bash") for line in block.splitlines() if "my_strategy" in line)
+    assert len(code.splitlines()) <= 30
+    assert fedsim(line.removeprefix("PYTHONPATH=. ")).exit_code == 0
+
+
+def test_the_python_examples(checkout):
+    examples = [block for block in blocks("python") if "my_strategy.py" not in block]
+    assert len(examples) == 2
+    for code in examples:
+        exec(code, {})
+
+
+def test_the_config_is_valid():
+    (text,) = blocks("yaml")
+    resolve(yaml.safe_load(text))
+
+
+def test_every_catalogue_entry_is_named():
+    for catalogue in KINDS.values():
+        for name in catalogue:
+            assert re.search(rf"\b{name}\b", README), name
