@@ -1,9 +1,10 @@
 """Aggregators: how messages become one, in any order and grouping, with the same bits.
 
-Floating-point sums depend on their order, and clients finish in any. The weighted mean is therefore summed as
-integers: weight times value, exact in float64 for float32 values and weights below 2^29, is split into units of
-2^-20 and what is left of it into units of 2^-62, each an int64. Integer sums are exact, so they may be taken in
-any order; at 2^-62 the fixed point is finer than a float32's last bit for all values above 2^-38.
+Floating-point sums depend on their order, and clients finish in any. They do not where every term is a multiple
+of one unit and no sum reaches 2^53 units: then float64 adds exactly. So each product of weight and value, itself
+exact for float32 values and weights below 2^29, is split into a multiple of 2^-18 and a multiple of 2^-55, and
+the two are summed apart. Adding a large constant and taking it away again is what rounds to a multiple (Demmel &
+Nguyen, Parallel Reproducible Summation, 2015). Half of 2^-55 is what a product may lose.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fedsim.errors import RoundError
 from fedsim.types import State
 
 Partial = Any  # what an aggregator makes of some of the messages; opaque to everyone else
@@ -26,19 +28,21 @@ class Aggregator(Protocol):
     def fold(self, updates: Iterable[tuple[int, State, float]], start: Partial | None = None) -> Partial:
         """`start`, or nothing, and the updates (client, message, weight) on top; `start` is not used again.
 
-        Raises ArithmeticError for a message that cannot be aggregated, and leaves it out.
+        Raises ArithmeticError for a message that is wrong by itself, and RoundError where messages do not add
+        up, which is no single client's doing; `start` is then as it was.
         """
 
     def merge(self, a: Partial, b: Partial) -> Partial:
-        """Of all that went into either; neither is used again."""
+        """Of all that went into either; neither is used again. Raises RoundError."""
 
     def result(self, total: Partial) -> State:
-        """The aggregate; raises ArithmeticError where no message has a weight."""
+        """The aggregate; raises RoundError where no message has a weight."""
 
 
-HIGH, LOW = 2.0**20, 2.0**42  # units in 1, and low units in a high one
-LARGEST = 2.0**42  # of a sum of magnitudes: 2^62 high units
-MOST = 2**20  # messages: each has fewer than 2^42 low units
+COARSE, FINE = 1.5 * 2.0 ** (52 - 18), 1.5 * 2.0 ** (52 - 55)  # adding them rounds to 2^-18, to 2^-55
+LARGEST = 2.0**33  # of a sum of magnitudes: 2^51 coarse units
+MOST = 2**17  # messages: each leaves up to half a coarse unit, so that all make up to 2^53 fine ones
+TOGETHER = 5  # messages added at a time: reading and writing the sums is what it costs
 BLOCK = 2**16  # entries at a time on a CPU, so that what is between two passes stays in the cache
 
 
@@ -46,10 +50,11 @@ BLOCK = 2**16  # entries at a time on a CPU, so that what is between two passes 
 class Sum:
     """Exact sums of weight times value, by name, and of the weights."""
 
-    high: State = field(default_factory=dict)  # int64
-    low: State = field(default_factory=dict)  # int64
+    coarse: State = field(default_factory=dict)  # float64, multiples of 2^-18
+    fine: State = field(default_factory=dict)  # float64, multiples of 2^-55
+    waiting: list[tuple[State, float]] = field(default_factory=list)  # counted below, and not in the sums yet
+    form: dict[str, tuple[torch.Size, torch.dtype]] = field(default_factory=dict)  # of every message
     magnitude: dict[str, float] = field(default_factory=dict)  # of the largest entry, summed: bounds every entry
-    dtype: dict[str, torch.dtype] = field(default_factory=dict)
     weight: Fraction = Fraction(0)
     messages: int = 0
 
@@ -60,38 +65,29 @@ class WeightedMean:
     def fold(self, updates: Iterable[tuple[int, State, float]], start: Sum | None = None) -> Sum:
         total = start or Sum()
         for _, message, weight in updates:
-            one = _described(message, weight)
-            _check(total, one)
-            for name, value in message.items():
-                if name not in total.high:
-                    total.high[name] = torch.zeros(value.shape, dtype=torch.int64, device=value.device)
-                    total.low[name] = total.high[name].clone()
-                for v, high, low in _blocks(value.detach(), total.high[name], total.low[name]):
-                    product = v.to(torch.double, copy=True).mul_(weight * HIGH)
-                    units = product.long()
-                    high.add_(units)
-                    low.add_(product.sub_(units).mul_(LOW).long())
-            _count(total, one)
+            _count(total, _one(message, weight))
+            if len(total.waiting) == TOGETHER:
+                _settle(total)
         return total
 
     def merge(self, a: Sum, b: Sum) -> Sum:
-        if not a.messages or not b.messages:
-            return a if a.messages else b
-        _check(a, b)
-        for name, high in a.high.items():
-            high.add_(b.high[name].to(high.device))
-            a.low[name].add_(b.low[name].to(high.device))
+        if not a.messages:
+            return b
         _count(a, b)
+        for mine, theirs in ((a.coarse, b.coarse), (a.fine, b.fine)):
+            for name, value in theirs.items():
+                mine[name] = mine[name].add_(value.to(mine[name].device)) if name in mine else value
         return a
 
     def result(self, total: Sum) -> State:
         if not total.weight:
-            raise ArithmeticError("no message has a weight above 0")
-        scale, mean = 1 / (HIGH * float(total.weight)), {}
-        for name, sums in total.high.items():
-            mean[name] = torch.empty_like(sums, dtype=total.dtype[name])
-            for high, low, out in _blocks(sums, total.low[name], mean[name]):
-                out.copy_(high.double().add_(low.double().div_(LOW)).mul_(scale))
+            raise RoundError("no client's message has a weight above 0")
+        _settle(total)
+        mean: State = {}
+        for name, (shape, dtype) in total.form.items():
+            mean[name] = torch.empty(shape, dtype=dtype, device=total.coarse[name].device)
+            for coarse, fine, out in _blocks(total.coarse[name], total.fine[name], mean[name]):
+                out.copy_((coarse + fine).div_(float(total.weight)))
         return mean
 
 
@@ -99,40 +95,58 @@ def largest(value: Tensor) -> float:
     """The largest magnitude in a tensor; nan or inf where one of its entries is."""
     if not value.numel():
         return 0.0
-    low, high = torch.aminmax(value.detach())
+    low, high = torch.aminmax(value)
     return float(torch.maximum(-low, high))
 
 
-def _described(message: State, weight: float) -> Sum:
-    """What a message will count as; its tensors stand for the sums' shapes."""
+def _one(message: State, weight: float) -> Sum:
     if not (isfinite(weight) and weight >= 0):
         raise ArithmeticError(f"the weight is {weight}, which is no finite number from 0 on")
+    message = {name: value.detach() for name, value in message.items()}
     magnitude = {name: largest(value) * weight for name, value in message.items()}
     for name, value in magnitude.items():
         if not isfinite(value):
             raise ArithmeticError(f"{name} is not finite")
-    return Sum(message, message, magnitude, {n: v.dtype for n, v in message.items()}, Fraction(weight), 1)
-
-
-def _check(total: Sum, more: Sum) -> None:
-    """Raise where the sum of both would be wrong."""
-    if total.messages and _shapes(total) != _shapes(more):
-        raise ArithmeticError(f"the message is {_shapes(more)}, and others are {_shapes(total)}")
-    if total.messages + more.messages > MOST:
-        raise OverflowError(f"more than {MOST} messages in one round")
-    for name, magnitude in more.magnitude.items():
-        if total.magnitude.get(name, 0.0) + magnitude > LARGEST:
-            raise OverflowError(f"{name} is too large: weights times values add up to more than {LARGEST:.3g}")
+        if value > LARGEST:
+            raise ArithmeticError(f"{name} is too large: weight times value is {value:.3g}, above {LARGEST:.3g}")
+    form = {name: (value.shape, value.dtype) for name, value in message.items()}
+    return Sum({}, {}, [(message, weight)], form, magnitude, Fraction(weight), 1)
 
 
 def _count(total: Sum, more: Sum) -> None:
-    total.magnitude = {n: total.magnitude.get(n, 0.0) + value for n, value in more.magnitude.items()}
-    total.dtype = more.dtype
+    """Let what `more` has waiting wait in `total`; raise, and change nothing, where the sum would be wrong."""
+    if total.messages and more.messages and total.form != more.form:
+        raise RoundError(f"clients sent different things: {total.form} and {more.form}")
+    if total.messages + more.messages > MOST:
+        raise RoundError(f"more than {MOST} messages in one round")
+    magnitude = {n: total.magnitude.get(n, 0.0) + value for n, value in more.magnitude.items()}
+    for name, value in magnitude.items():
+        if value > LARGEST:
+            raise RoundError(f"{name} is too large: weights times values add up to more than {LARGEST:.3g}")
+    total.magnitude |= magnitude
+    total.form |= more.form
+    total.waiting += more.waiting
     total.weight, total.messages = total.weight + more.weight, total.messages + more.messages
 
 
-def _shapes(total: Sum) -> str:
-    return ", ".join(f"{name} {total.dtype[name]} {tuple(t.shape)}" for name, t in sorted(total.high.items()))
+def _settle(total: Sum) -> None:
+    """Add what waits to the sums, exactly."""
+    weights = torch.tensor([[weight] for _, weight in total.waiting], dtype=torch.double)
+    for name in total.form if total.waiting else ():
+        values = [message[name] for message, _ in total.waiting]
+        if name not in total.coarse:
+            total.coarse[name] = torch.zeros(values[0].shape, dtype=torch.double, device=values[0].device)
+            total.fine[name] = torch.zeros_like(total.coarse[name])
+        products, parts = (total.coarse[name].new_empty(len(values), BLOCK) for _ in range(2))
+        for coarse, fine, *blocks in _blocks(total.coarse[name], total.fine[name], *values):
+            product, part = products[:, : len(coarse)], parts[:, : len(coarse)]
+            for row, block in zip(product, blocks, strict=True):
+                row.copy_(block)
+            product.mul_(weights)
+            torch.add(product, COARSE, out=part).sub_(COARSE)
+            coarse.add_(part.sum(0))
+            fine.add_(product.sub_(part).add_(FINE).sub_(FINE).sum(0))
+    total.waiting.clear()
 
 
 def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -105,7 +105,6 @@ class Idle(Strategy):
     """Clients send what FedAvg's send but take no step: what it takes is the round's own cost."""
 
     def client_update(self, server: State, client: State, local: LocalObjective) -> Update:
-        local.metrics |= {"loss": local.num_examples, "examples": local.num_examples, "steps": local.num_steps}
         return Update({"delta": server["model"] - server["model"]}, weight=local.num_examples)
 
     def server_update(self, server: State, mean: State, info: RoundInfo) -> State:

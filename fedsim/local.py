@@ -10,13 +10,12 @@ from typing import Annotated, Literal, NamedTuple
 import torch
 from annotated_types import Ge
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
 from fedsim.data import FederatedData
 from fedsim.errors import ConfigError
-from fedsim.optim import SGD, Adam, LossScale, Optimizer
+from fedsim.optim import SGD, Adam, LossScale, Optimizer, clipped
 from fedsim.schedules import Schedule, constant
-from fedsim.task import Layout, Replica
+from fedsim.task import Layout, Replica, blocks
 from fedsim.types import Count, Decay, Job, NonNegative, Positive, State, Stream, random
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -66,6 +65,12 @@ class Recipe:
             return self.lr * (number + 1) / (self.warmup + 1)
         return self.lr * self.schedule(number - self.warmup)
 
+    @property
+    def adds_half_gradients(self) -> bool:
+        """Whether gradients may stay in the precision they come in: true of a bf16 one that SGD adds to fp32."""
+        plain = self.optimizer == "sgd" and self.clip_norm is None
+        return self.precision == "fp32" or (self.precision == "bf16" and plain)
+
     def make_optimizer(self) -> Optimizer:
         """A fresh one: clients keep no optimiser state between rounds."""
         if self.optimizer == "sgd":
@@ -106,12 +111,12 @@ class LocalObjective:
         self.metrics: State = {}
         dtype = AUTOCAST.get(recipe.precision)
         self._autocast = torch.autocast(replica.device.type, dtype) if dtype else nullcontext()
-        replica.enter(buffers, int(random(seed, Stream.NETWORK, job.round, job.client_id).integers(2**63)))
+        replica.enter(buffers, int(random(seed, Stream.NETWORK, job.round, job.client_id).integers(2**63)), dtype)
 
     @property
     def buffers(self) -> Tensor:
-        """(Q,) batch-norm statistics, as the last training pass left them."""
-        return self.replica.buffers
+        """(Q,) batch-norm statistics, as the last training pass left them; a copy."""
+        return self.replica.buffers.clone()
 
     def batches(self, epochs: int | None = None) -> Iterator[Batch]:
         """The round's mini-batches in their order, or those of its first `epochs` epochs."""
@@ -150,8 +155,7 @@ class LocalObjective:
             total, n, steps = total + f.detach() * len(part.y), n + len(part.y), steps + 1
         replica.load(iterate)
         replica.gradient.copy_(in_use)
-        if batch is None:
-            self._record(total, n, steps)
+        self._record(total, n, steps)
         return g.div_(n), total / n
 
     def train(self, start: Tensor, *, loss: Loss | None = None, correct: Correction | None = None) -> Tensor:
@@ -162,9 +166,10 @@ class LocalObjective:
         """
         replica, recipe = self.replica, self.recipe
         replica.load(start)
-        flat = loss is not None or correct is not None
+        flat = loss is not None or correct is not None or not recipe.adds_half_gradients
         loss = loss or self.loss
-        weights = [replica.flat] if flat else list(replica.views.values())
+        views = list(replica.views.values())
+        weights = [replica.flat] if flat else blocks(views, views)
         optimizer = recipe.make_optimizer()
         scaling = LossScale(recipe.loss_scale) if recipe.precision == "fp16" else None
         total, n, steps = replica.flat.new_zeros(()), 0, 0
@@ -185,10 +190,9 @@ class LocalObjective:
                     gradients = [correct(gradients[0], replica.flat)]
                     replica.restore(after)
                 if recipe.clip_norm:
-                    norm = get_total_norm(gradients) + 1e-6  # as torch.nn.utils.clip_grad_norm_ has it
-                    shrink = (recipe.clip_norm / norm).clamp(max=1)
-                    gradients = list(torch._foreach_mul(gradients, shrink))
-                optimizer.step(weights, gradients, self.lr)
+                    gradients = clipped(gradients, recipe.clip_norm)
+                optimizer.step(weights, gradients if flat else blocks(gradients, views), self.lr)
+            replica.refresh()
         self._record(total, n, steps)
         return replica.flat.clone()
 
@@ -210,7 +214,7 @@ class LocalObjective:
         return [replica.gradient]
 
     def _record(self, total: Tensor, examples: int, steps: int) -> None:
-        """Sums over all mini-batches; the mean is taken once, over the whole cohort."""
+        """Sums over all mini-batch gradients that were taken; the mean is taken once, over the whole cohort."""
         for name, value in {
             "loss": total,
             "examples": total.new_tensor(examples),

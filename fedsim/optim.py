@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 
 class Optimizer(Protocol):
@@ -67,6 +68,12 @@ class Adam:
         torch._foreach_div_(scale, sqrt(1 - beta2**self.steps))
         torch._foreach_add_(scale, self.eps)
         torch._foreach_addcdiv_(weights, self.m, scale, value=-lr / (1 - beta1**self.steps))
+
+
+def clipped(gradients: list[Tensor], norm: float) -> list[Tensor]:
+    """Shrunk together to the L2 norm `norm`, where theirs is larger; as torch.nn.utils.clip_grad_norm_ has it."""
+    shrink = (norm / (get_total_norm(gradients) + 1e-6)).clamp(max=1)
+    return list(torch._foreach_mul(gradients, shrink))
 
 
 class LossScale:

@@ -67,10 +67,11 @@ class Bar(Plain):
 
 def figures(record: dict[str, Any], short: bool = False) -> str:
     """Losses and accuracy, those that were measured."""
+    loss = "-" if record["train_loss"] is None else f"{record['train_loss']:.4f}"
     if short:
         accuracy = f" {record['test_accuracy']:.2%}" if "test_accuracy" in record else ""
-        return f"loss {record['train_loss']:.4f}{accuracy}"
-    parts = [f"train_loss {record['train_loss']:.4f}"]
+        return f"loss {loss}{accuracy}"
+    parts = [f"train_loss {loss}"]
     if "test_accuracy" in record:
         parts += [f"test_loss {record['test_loss']:.4f}", f"test_accuracy {record['test_accuracy']:.2%}"]
     return "  ".join(parts)

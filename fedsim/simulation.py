@@ -33,7 +33,7 @@ class Round(NamedTuple):
 
     round: int  # from 1
     cohort: list[int]
-    train_loss: float  # mean over all mini-batches of the objective that the clients lowered
+    train_loss: float | None  # mean over all mini-batch gradients that clients took, of what they minimised
     fingerprint: str  # SHA-256 of the global model's bytes
     seconds: float
     steps: int  # of all clients
@@ -113,10 +113,10 @@ class Simulation:
         return Round(
             round=self.number,
             cohort=cohort,
-            train_loss=sums["loss"] / sums["examples"],
+            train_loss=sums["loss"] / sums["examples"] if sums.get("examples") else None,
             fingerprint=self.fingerprint(),
             seconds=perf_counter() - start,
-            steps=int(sums["steps"]),
+            steps=int(sums.get("steps", 0)),
             bytes_up=sum(r.bytes_up for r in reports),
             bytes_down=sum(tensor.nbytes for tensor in download.values()) * len(cohort),
             failed={str(client): cause for client, cause in failed.items()},

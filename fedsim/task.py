@@ -14,6 +14,9 @@ from torch.nn import functional as F
 from fedsim.draws import KeyedDraws
 from fedsim.errors import ConfigError
 
+CASTABLE: set[type] = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d}  # whose weights autocast casts
+BLOCK = 2**17  # entries
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -98,7 +101,8 @@ class Replica:
     """One worker's copy of the network, laid over one flat vector.
 
     The network's parameters are views of `w` (P,) and its statistics views of `buffers` (Q,), so that loading
-    a model is one copy and an optimiser's step one pass.
+    a model is one copy and an optimiser's step one pass. In low precision, `refresh` casts the convolution and
+    linear weights once a step, block by block in the cache, which autocast would do whole in every pass.
     """
 
     def __init__(self, task: Task, device: torch.device | str = "cpu"):
@@ -114,6 +118,8 @@ class Replica:
         for name, view in self.views.items():
             named[name].data = view
         self.parameters = [named[name] for name in self.views]
+        self._cast: tuple[list[Tensor], list[Tensor]] = [], []  # half-precision blocks, and what they copy
+        self._dtype: torch.dtype | None = None
         statistics = task.buffer_layout.split(self.buffers)
         self._counters: dict[str, Tensor] = {}
         for name, buffer in self.network.named_buffers():
@@ -125,10 +131,18 @@ class Replica:
         self.generator = torch.Generator(self.device)
         self._draws: AbstractContextManager[object] = KeyedDraws(self.generator) if task.draws else nullcontext()
 
-    def enter(self, buffers: Tensor, seed: int) -> None:
-        """Forget the last client: its statistics, counters and random numbers."""
+    def enter(self, buffers: Tensor, seed: int, dtype: torch.dtype | None = None) -> None:
+        """Forget the last client: its statistics, counters and random numbers; compute in `dtype`, or fp32."""
         self.restore((buffers, self._initial_counters))
         self.generator.manual_seed(seed)
+        if dtype != self._dtype:
+            castable = _weights_of(self.network, CASTABLE) if dtype else set()
+            pairs = [(p, view) for p, view in zip(self.parameters, self.views.values(), strict=True)]
+            for parameter, view in pairs:
+                parameter.data = torch.empty_like(view, dtype=dtype) if parameter in castable else view
+            halves = [p.data for p, _ in pairs if p in castable]
+            views = [view for p, view in pairs if p in castable]
+            self._cast, self._dtype = (blocks(halves, views), blocks(views, views)), dtype
 
     def snapshot(self) -> Snapshot:
         """Copies of the batch-norm statistics (Q,) and of the counters."""
@@ -146,6 +160,13 @@ class Replica:
         """Make `model` (P,) the point `w` at which the network stands."""
         with torch.no_grad():
             self.flat.copy_(model)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Have the half-precision weights, where there are some, follow a change of `flat`."""
+        halves, originals = self._cast
+        if halves:
+            torch._foreach_copy_(halves, originals)
 
     def logits(self, w: Tensor, x: Tensor, *, train: bool) -> Tensor:
         """(B, classes) at `w` (P,): at the replica's own `w` in place, elsewhere as a function of it.
@@ -161,6 +182,21 @@ class Replica:
             buffers, counters = self.snapshot()
             own = self.task.layout.split(w) | self.task.buffer_layout.split(buffers) | counters
             return functional_call(self.network, own, (x,))  # type: ignore[no-any-return]
+
+
+def blocks(tensors: list[Tensor], like: list[Tensor]) -> list[Tensor]:
+    """The tensors, flat and in blocks that fit a CPU's cache, where those they are `like` lie in one piece."""
+    pieces: list[Tensor] = []
+    for tensor, other in zip(tensors, like, strict=True):
+        cut = other.device.type == "cpu" and other.is_contiguous() and other.numel() > BLOCK
+        pieces += torch.split(tensor.reshape(-1), BLOCK) if cut else [tensor]
+    return pieces
+
+
+def _weights_of(network: nn.Module, kinds: set[type]) -> set[nn.Parameter]:
+    """The parameters of modules of exactly these kinds, and of no other module."""
+    owned = [(type(m) in kinds, p) for m in network.modules() for p in m.parameters(recurse=False)]
+    return {p for inside, p in owned if inside} - {p for inside, p in owned if not inside}
 
 
 def _probe(network: nn.Module, shape: tuple[int, ...], classes: int) -> bool:

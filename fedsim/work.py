@@ -28,7 +28,7 @@ class Train:
         home = client if self.strategy.buffers == "private" else server
         local = LocalObjective(replica, data, job, home["buffers"], self.recipe, self.seed)
         update = self.strategy.client_update(server, client, local)
-        buffers = {"buffers": local.buffers.clone()}
+        buffers = {"buffers": local.buffers}
         if self.strategy.buffers == "average":
             return update._replace(message=update.message | buffers, metrics=local.metrics)
         if self.strategy.buffers == "private":

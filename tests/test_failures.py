@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import SIZES, make_simulation, make_strategy, trace
 
-from fedsim import ClientError, RoundError, Wrapper
+from fedsim import ClientError, RoundError, Strategy, Update, Wrapper
 from fedsim.simulation import Failures
 from fedsim.strategies import CATALOGUE
 
@@ -168,3 +168,21 @@ def test_reports_tell_of_every_client_once(runtime):
     make_simulation(faulty(4), runtime=runtime, failures=DROP).round(reports.append)
     assert sorted(report.client_id for report in reports) == list(range(len(SIZES)))
     assert {report.client_id for report in reports if report.error} == {4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Huge(Strategy):
+    """Each message can be summed, two of them cannot."""
+
+    def client_update(self, server, client, local):
+        return Update({"delta": torch.full_like(server["model"], 2.0**41.5)}, weight=1.0)
+
+    def server_update(self, server, mean, info):
+        return {}
+
+
+@runtimes
+def test_what_does_not_add_up_is_no_clients_failure(runtime):
+    simulation = make_simulation(Huge(), runtime=runtime, failures=DROP)
+    with pytest.raises(RoundError, match="delta is too large"):
+        simulation.round()

@@ -40,18 +40,24 @@ class Worker:
             for name, value in metrics.items():
                 if not isfinite(value):
                     raise ArithmeticError(f"{name} is not finite")
-            weight = float(update.weight)
-            partial = aggregator.fold([(job.client_id, update.message, weight)], start)
         except Exception as error:
-            cause = str(error) if isinstance(error, ArithmeticError) else f"{type(error).__name__}: {error}"
-            if not tolerant:
-                advice = "; lower local.lr, or set failures.policy=drop" if "not finite" in cause else ""
-                raise ClientError(f"round {job.round + 1}, client {job.client_id}: {cause}{advice}") from error
-            report = Report(job.client_id, 0.0, {}, {}, perf_counter() - began, 0, cause)
-            return aggregator.fold([], start), report
+            return aggregator.fold([], start), _failed(job, error, tolerant, perf_counter() - began)
+        weight = float(update.weight)
+        try:
+            partial = aggregator.fold([(job.client_id, update.message, weight)], start)
+        except ArithmeticError as error:
+            return aggregator.fold([], start), _failed(job, error, tolerant, perf_counter() - began)
         client = {name: value.cpu() for name, value in update.client.items()}
         size = sum(value.nbytes for value in update.message.values())
         return partial, Report(job.client_id, weight, metrics, client, perf_counter() - began, size)
+
+
+def _failed(job: Job, error: Exception, tolerant: bool, seconds: float) -> Report:
+    cause = str(error) if isinstance(error, ArithmeticError) else f"{type(error).__name__}: {error}"
+    if tolerant:
+        return Report(job.client_id, 0.0, {}, {}, seconds, 0, cause)
+    advice = "; lower local.lr, or set failures.policy=drop" if "not finite" in cause else ""
+    raise ClientError(f"round {job.round + 1}, client {job.client_id}: {cause}{advice}") from error
 
 
 @contextmanager
