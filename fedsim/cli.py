@@ -54,8 +54,6 @@ def run(
             f"after {found['rounds']} rounds, {found['client_steps_per_second']:,.0f} client steps a second"
         )
     console.out(f"picture: {out / 'curves.png'}\nresults: {out}")
-    if not (out / "tensorboard").exists():
-        console.out("no TensorBoard events; pip install 'fedsim[tensorboard]' for them")
     if result.interrupted:
         print(f"fedsim: interrupted after round {found['rounds']} of {loaded.rounds}", file=sys.stderr)
         raise typer.Exit(130)

@@ -1,6 +1,5 @@
 """The folder of a run: what it is, what it did round by round, and what came out."""
 
-import importlib.util
 import json
 from glob import escape
 from pathlib import Path
@@ -36,21 +35,22 @@ class RunFolder:
         self.path = path
         (path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         (path / "partition.json").write_text(json.dumps(describe(data), indent=1))
-        self._events = _events(path / "tensorboard")
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+        self._events = SummaryWriter(str(path / "tensorboard"))
         self._rounds = (path / "rounds.jsonl").open("w", buffering=1)
 
     def round(self, record: dict[str, Any]) -> None:
         """A line, and the same as TensorBoard events."""
         self._rounds.write(json.dumps(record) + "\n")
         for key, tag in SCALARS.items():
-            if self._events and record.get(key) is not None:
+            if record.get(key) is not None:
                 self._events.add_scalar(tag, record[key], record["round"])
 
     def close(self, model: dict[str, Tensor], summary: dict[str, Any] | None) -> None:
         """The global model, a picture, and where the run reached its end, summary.json."""
         self._rounds.close()
-        if self._events:
-            self._events.close()
+        self._events.close()
         save_file(model, self.path / "model.safetensors")
         if summary is not None:
             (self.path / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
@@ -58,15 +58,6 @@ class RunFolder:
         from fedsim.report import read_run
 
         curves([read_run(self.path)], self.path / "curves.png")
-
-
-def _events(path: Path) -> Any:
-    """A writer of TensorBoard events; None where tensorboard, an extra, is not installed."""
-    if importlib.util.find_spec("tensorboard") is None:
-        return None
-    from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-
-    return SummaryWriter(str(path))
 
 
 def make(path: Path) -> Path:

@@ -76,7 +76,7 @@ def make_simulation(
         make_strategy(strategy) if isinstance(strategy, str) else strategy,
         task,
         data,
-        RUNTIMES.bind(runtime | {"device": "cpu"})(task, data),
+        RUNTIMES.bind({"device": "cpu"} | runtime)(task, data),
         COHORTS.bind(cohort),
         recipe,
         seed=seed,
@@ -109,7 +109,7 @@ def _record(simulation, done):
 
 
 def _digests(state):
-    return {name: hashlib.sha256(tensor.numpy().data).hexdigest()[:16] for name, tensor in state.items()}
+    return {name: hashlib.sha256(tensor.cpu().numpy().data).hexdigest()[:16] for name, tensor in state.items()}
 
 
 close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-12)

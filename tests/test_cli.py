@@ -187,13 +187,6 @@ def test_a_run_that_fails_exits_with_1_and_one_line(fedsim_):
     assert not Path("run/summary.json").exists()
 
 
-def test_without_tensorboard_a_run_says_how_to_have_it(fedsim_, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
-    done = fedsim_("run", "c.yaml", "rounds=1")
-    assert done.status == 0
-    assert done.out.endswith("no TensorBoard events; pip install 'fedsim[tensorboard]' for them\n")
-
-
 # What there is
 
 

@@ -192,12 +192,6 @@ def test_a_wrong_config_leaves_no_folder(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_tensorboard_need_not_be_installed(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
-    fedsim.run(CONFIG, {"rounds": 1}, out=tmp_path / "run")
-    assert {path.name for path in (tmp_path / "run").iterdir()} == FILES - {"tensorboard"} | {"summary.json"}
-
-
 # Clients, each counting once
 
 

@@ -1,5 +1,6 @@
 """One worker: a network, the data and a device, and one client at a time on them."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import isfinite
@@ -19,6 +20,8 @@ class Worker:
     """Runs clients in turn on a replica of its own. Not for two threads at once."""
 
     def __init__(self, task: Task, data: FederatedData, device: torch.device):
+        if device.type == "cuda":
+            _repeat_on_gpus()
         self.replica, self.data = Replica(task, device), data
 
     def run(
@@ -58,6 +61,13 @@ def _failed(job: Job, error: Exception, tolerant: bool, seconds: float) -> Repor
         return Report(job.client_id, 0.0, {}, {}, seconds, 0, cause)
     advice = "; lower local.lr, or set failures.policy=drop" if "not finite" in cause else ""
     raise ClientError(f"round {job.round + 1}, client {job.client_id}: {cause}{advice}") from error
+
+
+def _repeat_on_gpus() -> None:
+    """Have CUDA's libraries choose kernels that give the same bits each time; torch warns where there is none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 @contextmanager
