@@ -54,7 +54,7 @@ class Sum:
     fine: State = field(default_factory=dict)  # float64, multiples of 2^-55
     waiting: list[tuple[State, float]] = field(default_factory=list)  # counted below, and not in the sums yet
     form: dict[str, tuple[torch.Size, torch.dtype]] = field(default_factory=dict)  # of every message
-    magnitude: dict[str, float] = field(default_factory=dict)  # of the largest entry, summed: bounds every entry
+    magnitude: dict[str, Fraction] = field(default_factory=dict)  # of the largest entry, summed
     weight: Fraction = Fraction(0)
     messages: int = 0
 
@@ -95,20 +95,24 @@ def largest(value: Tensor) -> float:
     """The largest magnitude in a tensor; nan or inf where one of its entries is."""
     if not value.numel():
         return 0.0
-    low, high = torch.aminmax(value)
+    low, high = torch.aminmax(value.detach())
     return float(torch.maximum(-low, high))
 
 
 def _one(message: State, weight: float) -> Sum:
     if not (isfinite(weight) and weight >= 0):
         raise ArithmeticError(f"the weight is {weight}, which is no finite number from 0 on")
-    message = {name: value.detach() for name, value in message.items()}
-    magnitude = {name: largest(value) * weight for name, value in message.items()}
-    for name, value in magnitude.items():
-        if not isfinite(value):
+    magnitude = dict[str, Fraction]()
+    for name, value in message.items():
+        if not value.is_floating_point():
+            raise ArithmeticError(f"{name} is {value.dtype}, and has no mean; send floating-point numbers")
+        entry = largest(value)
+        if not isfinite(entry):
             raise ArithmeticError(f"{name} is not finite")
-        if value > LARGEST:
-            raise ArithmeticError(f"{name} is too large: weight times value is {value:.3g}, above {LARGEST:.3g}")
+        magnitude[name] = Fraction(entry) * Fraction(weight)
+        if magnitude[name] > LARGEST:
+            raise ArithmeticError(f"{name} is too large: weight times value is above {LARGEST:.3g}")
+    message = {name: value.detach() for name, value in message.items()}
     form = {name: (value.shape, value.dtype) for name, value in message.items()}
     return Sum({}, {}, [(message, weight)], form, magnitude, Fraction(weight), 1)
 
@@ -119,10 +123,12 @@ def _count(total: Sum, more: Sum) -> None:
         raise RoundError(f"clients sent different things: {total.form} and {more.form}")
     if total.messages + more.messages > MOST:
         raise RoundError(f"more than {MOST} messages in one round")
-    magnitude = {n: total.magnitude.get(n, 0.0) + value for n, value in more.magnitude.items()}
+    magnitude = {n: total.magnitude.get(n, 0) + value for n, value in more.magnitude.items()}
     for name, value in magnitude.items():
         if value > LARGEST:
-            raise RoundError(f"{name} is too large: weights times values add up to more than {LARGEST:.3g}")
+            raise RoundError(
+                f"{name} is too large: weights times values add up to more than {LARGEST:.3g}; send it scaled down"
+            )
     total.magnitude |= magnitude
     total.form |= more.form
     total.waiting += more.waiting
@@ -131,13 +137,13 @@ def _count(total: Sum, more: Sum) -> None:
 
 def _settle(total: Sum) -> None:
     """Add what waits to the sums, exactly."""
-    weights = torch.tensor([[weight] for _, weight in total.waiting], dtype=torch.double)
     for name in total.form if total.waiting else ():
         values = [message[name] for message, _ in total.waiting]
         if name not in total.coarse:
             total.coarse[name] = torch.zeros(values[0].shape, dtype=torch.double, device=values[0].device)
             total.fine[name] = torch.zeros_like(total.coarse[name])
-        products, parts = (total.coarse[name].new_empty(len(values), BLOCK) for _ in range(2))
+        weights = total.coarse[name].new_tensor([[weight] for _, weight in total.waiting])
+        products, parts = (total.coarse[name].new_empty(len(values), _block(total.coarse[name])) for _ in range(2))
         for coarse, fine, *blocks in _blocks(total.coarse[name], total.fine[name], *values):
             product, part = products[:, : len(coarse)], parts[:, : len(coarse)]
             for row, block in zip(product, blocks, strict=True):
@@ -149,6 +155,9 @@ def _settle(total: Sum) -> None:
     total.waiting.clear()
 
 
+def _block(tensor: Tensor) -> int:
+    return BLOCK if tensor.device.type == "cpu" else max(tensor.numel(), 1)
+
+
 def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    size = BLOCK if tensors[0].device.type == "cpu" else max(tensors[0].numel(), 1)
-    return zip(*(torch.split(tensor.reshape(-1), size) for tensor in tensors), strict=True)
+    return zip(*(torch.split(tensor.reshape(-1), _block(tensor)) for tensor in tensors), strict=True)

@@ -59,7 +59,7 @@ class Config(Options):
 def load(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Config:
     """Read, override by dotted keys, validate and resolve; raises ConfigError."""
     values = dict(source) if isinstance(source, Mapping) else read_yaml(Path(source))
-    for key, value in (overrides or {}).items():
+    for key, value in sorted((overrides or {}).items(), key=lambda pair: pair[0].count(".")):
         values = _override(values, key.split("."), value, key)
     return resolve(values)
 

@@ -10,4 +10,4 @@ class ClientError(RuntimeError):
 
 
 class RoundError(RuntimeError):
-    """Too few clients of a cohort answered for the round to count."""
+    """A round cannot count: too few clients answered, or what they sent does not add up."""

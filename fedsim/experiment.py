@@ -72,13 +72,15 @@ def execute(config: Config, simulation: Simulation, out: Path | None, watcher: W
         while simulation.number < config.rounds:
             done = simulation.round(watcher.client)
             last = done.round == config.rounds
-            record = done._asdict() | (
-                _tests(config, simulation) if last or done.round % config.evaluate.every == 0 else {}
-            )
-            records.append(record)
-            if folder:
-                folder.round(record)
-            watcher.round(record)
+            record = done._asdict()
+            try:
+                if last or done.round % config.evaluate.every == 0:
+                    record |= _tests(config, simulation)
+            finally:  # the round counts, whatever its test came to
+                records.append(record)
+                if folder:
+                    folder.round(record)
+                watcher.round(record)
         finished = True
     except KeyboardInterrupt:
         pass

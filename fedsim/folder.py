@@ -51,9 +51,10 @@ class RunFolder:
         """The global model, a picture, and where the run reached its end, summary.json."""
         self._rounds.close()
         self._events.close()
-        save_file(model, self.path / "model.safetensors")
         if summary is not None:
             (self.path / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        apart = {name: value.clone().contiguous() for name, value in model.items()}  # not tied
+        save_file(apart, self.path / "model.safetensors")
         from fedsim.plot import curves
         from fedsim.report import read_run
 

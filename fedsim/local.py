@@ -54,8 +54,9 @@ class Recipe:
         """Raise ConfigError where two settings contradict each other."""
         if self.steps and self.epochs != 1:
             raise ConfigError(f"local.epochs: {self.epochs} and local.steps {self.steps}: set one of the two")
-        if self.optimizer != "sgd" and self.momentum:
-            raise ConfigError(f"local.momentum: belongs to sgd; {self.optimizer} has local.betas")
+        for name in ("momentum", "nesterov") if self.optimizer != "sgd" else ():
+            if getattr(self, name):
+                raise ConfigError(f"local.{name}: belongs to sgd; {self.optimizer} has local.betas")
         if self.nesterov and not self.momentum:
             raise ConfigError("local.nesterov: needs local.momentum above 0")
 
@@ -104,7 +105,8 @@ class LocalObjective:
         self.client_id, self.lr = job.client_id, recipe.lr_at(job.round)
         self._key = (seed, Stream.BATCHES, job.round, job.client_id)
         self._rows = data.rows(job.client_id)
-        self._batch_size = len(self._rows) if recipe.batch_size == "full" else recipe.batch_size
+        n = len(self._rows)
+        self._batch_size = n if recipe.batch_size == "full" else min(recipe.batch_size, n)
         steps = recipe.steps or recipe.epochs * ceil(len(self._rows) / self._batch_size)
         self.num_examples = replica.flat.new_tensor(len(self._rows), device="cpu")
         self.num_steps = replica.flat.new_tensor(steps, device="cpu")
@@ -142,7 +144,7 @@ class LocalObjective:
     def gradient(self, w: Tensor, batch: Batch | None = None) -> tuple[Tensor, Tensor]:
         """(P,) gradient and () loss at `w` (P,), of a mini-batch or of F_k, in training mode.
 
-        F_k goes batch by batch: there `batch_size` bounds the memory and changes nothing else.
+        F_k goes batch by batch: without batch norm and dropout, `batch_size` there only bounds the memory.
         """
         replica = self.replica
         iterate, in_use = replica.flat.clone(), replica.gradient.clone()  # by `train`, if `correct` asks

@@ -3,14 +3,14 @@
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from math import ceil, fsum
+from math import ceil, fsum, isfinite
 from time import perf_counter
 from typing import Literal, NamedTuple
 
-from fedsim.aggregate import Aggregator, Partial, WeightedMean
+from fedsim.aggregate import Aggregator, Partial, WeightedMean, largest
 from fedsim.cohort import Cohort
 from fedsim.data import FederatedData
-from fedsim.errors import ClientError, RoundError
+from fedsim.errors import ClientError, ConfigError, RoundError
 from fedsim.local import Recipe
 from fedsim.runtimes import Runtime
 from fedsim.runtimes.worker import one_thread
@@ -86,7 +86,11 @@ class Simulation:
         self.num_examples = int(data.sizes.sum())
         self.clients: dict[int, State] = {}
         self.number = 0
-        self.sample()  # which refuses a cohort that cannot be drawn
+        cohort_size = len(self.sample())  # which refuses a cohort that cannot be drawn
+        if failures.min_clients > cohort_size:
+            raise ConfigError(
+                f"failures.min_clients: {failures.min_clients}, and a cohort has {cohort_size} clients"
+            )
 
     def sample(self) -> list[int]:
         """The cohort of the next round."""
@@ -106,7 +110,9 @@ class Simulation:
             share = float(self.data.sizes[answered].sum() / self.num_examples)
             noise = torch_generator(self.seed, Stream.SERVER, self.number)
             info = RoundInfo(self.number, answered, self.data.num_clients, noise, share)
-            self.server = self.server | self.strategy.server_update(self.server, mean, info) | buffers
+            update = self.strategy.server_update(self.server, mean, info)
+            self._check_update(update)
+            self.server = self.server | update | buffers
         self.clients.update(kept)
         self.number += 1
         sums = _sums(reports)
@@ -140,7 +146,7 @@ class Simulation:
         """
         ids = range(self.data.num_clients) if clients is None else clients
         work = EvaluateClient(self.strategy, batch_size)
-        sums = {r.client_id: r.metrics for r in self._reports(work, [self._job(k) for k in ids])}
+        sums = {r.client_id: r.metrics for r in self._reports(work, [self._job(k, self.number - 1) for k in ids])}
         return {client: _mean(sums[client]) for client in ids}
 
     def fingerprint(self) -> str:
@@ -160,19 +166,30 @@ class Simulation:
         for partial, finished in self.runtime.run(work, download, jobs, self.aggregator, tolerant=tolerant):
             total = self.aggregator.merge(total, partial)
             for report in finished:
+                if report.error is None and report.client.keys() != self.newcomer.keys():
+                    keeps, made = (", ".join(state) or "nothing" for state in (report.client, self.newcomer))
+                    raise RoundError(f"client_update keeps {keeps} for the client, and init_client made {made}")
                 if report.client:
                     kept[report.client_id] = report.client
                 reports.append(report._replace(client={}))
                 on_report(report)
         return total, sorted(reports, key=lambda report: report.client_id), kept
 
-    def _job(self, client: int) -> Job:
-        return Job(client, self.number, self.clients.get(client, self.newcomer))
+    def _job(self, client: int, number: int | None = None) -> Job:
+        return Job(client, self.number if number is None else number, self.clients.get(client, self.newcomer))
 
     def _reports(self, work: Work, jobs: list[Job]) -> list[Report]:
         with one_thread():
             batches = [reports for _, reports in self.runtime.run(work, self.server, jobs, self.aggregator)]
         return sorted((r for batch in batches for r in batch), key=lambda report: report.client_id)
+
+    def _check_update(self, update: State) -> None:
+        """Raise where server_update did not do what its name says."""
+        if strange := [name for name in update if name not in self.server]:
+            made = ", ".join(name for name in self.server if name != "buffers")
+            raise RoundError(f"server_update gave {strange[0]!r}, which init_server did not make; it made {made}")
+        if "model" in update and not isfinite(largest(update["model"])):
+            raise RoundError(f"round {self.number + 1}: server_update gave a model that is not finite")
 
     def _check_floor(self, answered: list[int], failed: dict[int, str]) -> None:
         if len(answered) < self.failures.min_clients:

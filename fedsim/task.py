@@ -1,11 +1,13 @@
 """What is learned: a network as a function of one flat parameter vector."""
 
 import copy
+import random
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -14,6 +16,7 @@ from torch.nn import functional as F
 from fedsim.draws import KeyedDraws
 from fedsim.errors import ConfigError
 
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 CASTABLE: set[type] = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d}  # whose weights autocast casts
 BLOCK = 2**17  # entries
 
@@ -28,6 +31,7 @@ class Layout:
 
     shapes: dict[str, torch.Size]
     channels_last: bool = False
+    norms: frozenset[str] = frozenset()  # the names of normalisation layers' parameters
 
     @property
     def sizes(self) -> list[int]:
@@ -61,20 +65,22 @@ class Layout:
 class Task:
     """A network and its loss. The network is a template: its own weights are only where training starts.
 
-    Parameters that require no gradient, and buffers that are no floating-point numbers, are constants.
-    Batch-norm statistics are the buffers (Q,), apart from the model (P,): no algorithm but the averaging of
-    buffers itself may touch them.
+    Parameters that require no gradient are constants, and so are the buffers of modules whose floating-point
+    buffers no training pass changes. The others, batch-norm statistics, are the buffers (Q,), apart from the model
+    (P,): no algorithm but the averaging of buffers itself may touch them.
     """
 
     def __init__(self, network: nn.Module, shape: tuple[int, ...], classes: int, *, channels_last: bool = False):
         self.shape, self.classes, self.channels_last = shape, classes, channels_last
-        self.draws = _probe(network, shape, classes)
+        self.draws, moving = _probe(network, shape, classes)
         self.network = network
         parameters = {n: p for n, p in network.named_parameters() if p.requires_grad}
-        statistics = {n: b for n, b in network.named_buffers() if b.is_floating_point()}
+        statistics = {n: b for n, b in network.named_buffers() if n in moving}
         if not parameters:
             raise ConfigError("model: has no parameter that requires a gradient")
-        self.layout = Layout({n: p.shape for n, p in parameters.items()}, channels_last)
+        norms = {id(p) for m in network.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
+        private = frozenset(n for n, p in parameters.items() if id(p) in norms)
+        self.layout = Layout({n: p.shape for n, p in parameters.items()}, channels_last, private)
         self.buffer_layout = Layout({n: b.shape for n, b in statistics.items()})
         self.initial_model = self.layout.flatten(parameters)
         self.initial_buffers = self.buffer_layout.flatten(statistics).to(self.initial_model.dtype)
@@ -195,27 +201,43 @@ def blocks(tensors: list[Tensor], like: list[Tensor]) -> list[Tensor]:
 
 def _weights_of(network: nn.Module, kinds: set[type]) -> set[nn.Parameter]:
     """The parameters of modules of exactly these kinds, and of no other module."""
-    owned = [(type(m) in kinds, p) for m in network.modules() for p in m.parameters(recurse=False)]
+    plain = {"weight", "bias"}  # and not those of which a parametrisation makes a weight
+    owned = [
+        (type(m) in kinds and name in plain, p)
+        for m in network.modules()
+        for name, p in m.named_parameters(recurse=False)
+    ]
     return {p for inside, p in owned if inside} - {p for inside, p in owned if not inside}
 
 
-def _probe(network: nn.Module, shape: tuple[int, ...], classes: int) -> bool:
-    """Whether a forward pass draws random numbers; raises ConfigError where the network does not fit the data."""
+def _probe(network: nn.Module, shape: tuple[int, ...], classes: int) -> tuple[bool, set[str]]:
+    """Whether a training pass draws random numbers, and the names of the buffers that are statistics.
+
+    Raises ConfigError where the network does not fit the data, or draws where fedsim has no say.
+    """
     dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
     network = copy.deepcopy(network).train()
-    draws = KeyedDraws(torch.Generator())
-    before = torch.get_rng_state()
+    draws, noise = KeyedDraws(torch.Generator()), torch.Generator().manual_seed(0)
+    states, before = _global_states(), {n: b.clone() for n, b in network.named_buffers()}
     try:
         with draws, torch.no_grad():
-            logits = network(torch.zeros(2, *shape, dtype=dtype))
+            logits = network(torch.randn(2, *shape, dtype=dtype, generator=noise))
     except (RuntimeError, ValueError, IndexError) as error:
         raise ConfigError(f"model: cannot take examples of shape {shape}: {str(error).splitlines()[0]}") from error
     if tuple(logits.shape) != (2, classes):
         raise ConfigError(
             f"model: gives {tuple(logits.shape)} for 2 examples; {classes} classes need (2, {classes})"
         )
-    if not torch.equal(before, torch.get_rng_state()):
+    if states != _global_states():
         raise ConfigError(
-            "model: draws from torch's global generator, which threads share; use nn.Dropout or F.dropout"
+            "model: draws from a global generator, which threads share; nn.Dropout, F.dropout and torch.rand are "
+            "keyed, but not inside attention, nor numpy's and Python's own"
         )
-    return draws.used
+    moved = {n for n, b in network.named_buffers() if not torch.equal(b, before[n])}
+    modules = {name.rpartition(".")[0] for name in moved}
+    floating = (n for n, b in network.named_buffers() if b.is_floating_point())
+    return draws.used, {n for n in floating if n.rpartition(".")[0] in modules}
+
+
+def _global_states() -> tuple[bytes, object, str]:
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), repr(np.random.get_state())  # noqa: NPY002 - what a network may use

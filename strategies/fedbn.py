@@ -20,16 +20,18 @@ from .fedavg import FedAvg
 class FedBN(FedAvg):
     """FedBN: FedAvg of all layers but the normalisation layers, which stay with each client (Li 2021).
 
-    A layer is private where its name holds one of `private`; only those entries are kept, not a whole model.
+    Private are the parameters of normalisation layers, or with `private` those that have one of these parts in
+    their dotted names; a client keeps only these entries, not a whole model.
     """
 
-    private: tuple[str, ...] = ("bn", "norm")
+    private: tuple[str, ...] = ()
 
     buffers: ClassVar[Buffers] = "private"
 
     def check(self, recipe: Recipe, layout: Layout) -> None:
         if not len(self.entries(layout)):
-            raise ConfigError(f"strategy.private: no layer's name holds any of {', '.join(self.private)}")
+            which = f"with {' or '.join(self.private)} in its name" if self.private else "of a normalisation layer"
+            raise ConfigError(f"strategy.private: the network has no parameter {which}; model cnn_bn has")
 
     def init_client(self, model: Tensor, layout: Layout) -> State:
         return {"private": model[self.entries(layout)]}
@@ -47,4 +49,6 @@ class FedBN(FedAvg):
 
     def entries(self, layout: Layout) -> Tensor:
         """The private entries of the model, as positions."""
-        return layout.mask(lambda name: any(part in name for part in self.private)).nonzero().squeeze(1)
+        chosen = set(self.private)
+        kept = layout.mask(lambda name: bool(chosen & set(name.split("."))) if chosen else name in layout.norms)
+        return kept.nonzero().squeeze(1)

@@ -14,7 +14,8 @@ from fedsim.task import Layout
 class FedSGD(Strategy):
     """FedSGD: average the gradients of F_k at the global model, take one step (McMahan 2017).
 
-    The same as FedAvg with one epoch and the full batch; `local.batch_size` only bounds a client's memory.
+    The same as FedAvg with one epoch and the full batch. The gradient goes batch by batch: in a network without
+    batch norm and dropout, `local.batch_size` only bounds a client's memory.
     """
 
     def check(self, recipe: Recipe, layout: Layout) -> None:

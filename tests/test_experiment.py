@@ -340,3 +340,18 @@ def test_strategy_model_and_data_of_your_own_in_both_doors(tmp_path, monkeypatch
     assert found.summary["fingerprint"] == by_python.summary["fingerprint"]
     assert [r["fingerprint"] for r in found.rounds] == [r["fingerprint"] for r in by_python.rounds]
     assert (tmp_path / "mine/config.yaml").read_text() == (tmp_path / "runs/own-1/config.yaml").read_text()
+
+
+def test_tied_weights_survive_a_run(tmp_path, monkeypatch):
+    (tmp_path / "tied.py").write_text(
+        "from torch import nn\n"
+        "def net(shape, classes, /):\n"
+        "    first, again, last = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, classes)\n"
+        "    again.weight = first.weight\n"
+        "    return nn.Sequential(nn.Flatten(), first, nn.ReLU(), again, nn.ReLU(), last)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = {"rounds": 1, "data": {"name": "digits", "clients": 5}, "strategy": "fedavg", "cohort": "all"}
+    result = fedsim.run(config | {"model": "tied:net"}, out=tmp_path / "run")
+    saved = load_file(result.folder / "model.safetensors")
+    assert torch.equal(saved["1.weight"], saved["3.weight"])

@@ -75,7 +75,7 @@ def draw(labels: Ints, owners: Ints, classes: int, path: Path) -> None:
     mix.set_ylabel("label")
     if classes <= BUBBLES:
         mix.set_yticks(range(classes))
-    figure.savefig(path)
+    figure.savefig(path, format="png")
 
 
 def _bars(counts: Ints) -> str:

@@ -47,7 +47,7 @@ class Threads:
             workers = len(os.sched_getaffinity(0)) if on_cpu else WORKERS_PER_GPU * len(self.devices)
         self.task, self.workers = task, workers
         self.data = {device: data.to(device) for device in self.devices}
-        self.pool = ThreadPoolExecutor(workers, "client", initializer=self._start_worker)
+        self.pool = ThreadPoolExecutor(workers, "client")
         self.local = threading.local()
         self.number = count()  # of the next worker
 
@@ -64,6 +64,8 @@ class Threads:
         partials: dict[int, Partial] = {}  # by thread
 
         def run_one(job: Job) -> Report:
+            if not hasattr(self.local, "worker"):  # no initializer: the pool would keep this object alive for ever
+                self._start_worker()
             worker: Worker = self.local.worker
             stream: torch.cuda.Stream | None = self.local.stream
             if stream:

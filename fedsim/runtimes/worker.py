@@ -4,9 +4,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import isfinite
+from pathlib import Path
 from time import perf_counter
+from traceback import extract_tb
 
 import torch
+from torch import Tensor
 
 from fedsim.aggregate import Aggregator, Partial
 from fedsim.data import FederatedData
@@ -38,28 +41,38 @@ class Worker:
         try:
             if job.client:
                 job = job._replace(client={name: value.to(device) for name, value in job.client.items()})
+            states = {**(job.client or {}), **server}
+            versions = {name: value._version for name, value in states.items()}
             update = work(self.replica, self.data, server, job)
+            if written := [name for name, value in states.items() if value._version != versions[name]]:
+                raise RuntimeError(f"{written[0]!r} was written in place; states are only read")
             metrics = {name: float(value) for name, value in update.metrics.items()}
             for name, value in metrics.items():
                 if not isfinite(value):
                     raise ArithmeticError(f"{name} is not finite")
+            weight = float(update.weight)
+            if strange := [name for name, value in update.message.items() if not isinstance(value, Tensor)]:
+                raise TypeError(f"message {strange[0]!r} is no tensor")
         except Exception as error:
             return aggregator.fold([], start), _failed(job, error, tolerant, perf_counter() - began)
-        weight = float(update.weight)
         try:
             partial = aggregator.fold([(job.client_id, update.message, weight)], start)
         except ArithmeticError as error:
             return aggregator.fold([], start), _failed(job, error, tolerant, perf_counter() - began)
-        client = {name: value.cpu() for name, value in update.client.items()}
+        client = {name: _own(value.cpu()) for name, value in update.client.items()}
         size = sum(value.nbytes for value in update.message.values())
         return partial, Report(job.client_id, weight, metrics, client, perf_counter() - began, size)
 
 
 def _failed(job: Job, error: Exception, tolerant: bool, seconds: float) -> Report:
-    cause = str(error) if isinstance(error, ArithmeticError) else f"{type(error).__name__}: {error}"
+    cause = str(error)
+    if not isinstance(error, ArithmeticError):
+        where = extract_tb(error.__traceback__)[-1]
+        cause = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
     if tolerant:
         return Report(job.client_id, 0.0, {}, {}, seconds, 0, cause)
-    advice = "; lower local.lr, or set failures.policy=drop" if "not finite" in cause else ""
+    diverged = isinstance(error, ArithmeticError) and ("not finite" in cause or "too large" in cause)
+    advice = "; lower local.lr, or set failures.policy=drop" if diverged else ""
     raise ClientError(f"round {job.round + 1}, client {job.client_id}: {cause}{advice}") from error
 
 
@@ -68,6 +81,13 @@ def _repeat_on_gpus() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # Which that turns on, at the price of a kernel an allocation.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _own(value: Tensor) -> Tensor:
+    """Without the rest of the tensor that it is a view of."""
+    return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
 
 
 @contextmanager
