@@ -37,7 +37,7 @@ format: $(DEV) ## rewrite the code as ruff wants it
 
 clean: ## remove builds and caches; the environment, data/ and runs/ stay
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
-	find $(wildcard fedsim strategies tests launch) -name __pycache__ -prune -exec rm -rf {} +
+	find fedsim strategies tests -name __pycache__ -prune -exec rm -rf {} +
 
 # Editable here too: a copy would displace a developer's editable install.
 $(DEMO): pyproject.toml

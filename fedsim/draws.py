@@ -29,7 +29,6 @@ class KeyedDraws(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in _DROPOUTS:
-            self.used = True
             return self._dropout(_DROPOUTS[func], *args, **kwargs)
         if func in _SAMPLERS:
             self.used = True
@@ -41,6 +40,7 @@ class KeyedDraws(TorchFunctionMode):
     ) -> Tensor:
         if not training or p == 0:
             return x
+        self.used = True
         kept = torch.empty(x.shape[:whole] + (1,) * (0 if whole is None else x.dim() - whole), device=x.device)
         kept = kept.bernoulli_(1 - p, generator=self.generator).to(x.dtype).div_(1 - p if p < 1 else 1)
         return x.mul_(kept) if inplace else x * kept

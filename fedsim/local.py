@@ -171,7 +171,8 @@ class LocalObjective:
         flat = loss is not None or correct is not None or not recipe.adds_half_gradients
         loss = loss or self.loss
         views = list(replica.views.values())
-        weights = [replica.flat] if flat else blocks(views, views)
+        cut = recipe.precision != "fp32" and not flat
+        weights = [replica.flat] if flat else blocks(views, views) if cut else views
         optimizer = recipe.make_optimizer()
         scaling = LossScale(recipe.loss_scale) if recipe.precision == "fp16" else None
         total, n, steps = replica.flat.new_zeros(()), 0, 0
@@ -193,7 +194,7 @@ class LocalObjective:
                     replica.restore(after)
                 if recipe.clip_norm:
                     gradients = clipped(gradients, recipe.clip_norm)
-                optimizer.step(weights, gradients if flat else blocks(gradients, views), self.lr)
+                optimizer.step(weights, blocks(gradients, views) if cut else gradients, self.lr)
             replica.refresh()
         self._record(total, n, steps)
         return replica.flat.clone()

@@ -74,4 +74,6 @@ def figures(record: dict[str, Any], short: bool = False) -> str:
     parts = [f"train_loss {loss}"]
     if "test_accuracy" in record:
         parts += [f"test_loss {record['test_loss']:.4f}", f"test_accuracy {record['test_accuracy']:.2%}"]
+    if "client_accuracy_mean" in record:
+        parts += [f"client_accuracy {record['client_accuracy_mean']:.2%}"]
     return "  ".join(parts)

@@ -113,7 +113,7 @@ class Replica:
 
     def __init__(self, task: Task, device: torch.device | str = "cpu"):
         self.task, self.device = task, torch.device(device)
-        self.network = copy.deepcopy(task.network).to(self.device)
+        self.network = copy.deepcopy(task.network).to(self.device).train()
         self.buffers = task.initial_buffers.to(self.device, copy=True)
         self.flat = task.initial_model.to(self.device, copy=True)
         self.w = self.flat.detach().requires_grad_()  # the same numbers, as a leaf for a loss term over all of w
@@ -179,7 +179,8 @@ class Replica:
 
         In place, a training pass moves the batch-norm statistics; elsewhere it leaves them.
         """
-        self.network.train(train)
+        if self.network.training != train:  # which walks through all modules
+            self.network.train(train)
         if self.task.channels_last and x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         with self._draws:
@@ -218,10 +219,11 @@ def _probe(network: nn.Module, shape: tuple[int, ...], classes: int) -> tuple[bo
     dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
     network = copy.deepcopy(network).train()
     draws, noise = KeyedDraws(torch.Generator()), torch.Generator().manual_seed(0)
+    examples = torch.randn(2, *shape, dtype=dtype, generator=noise)
     states, before = _global_states(), {n: b.clone() for n, b in network.named_buffers()}
     try:
         with draws, torch.no_grad():
-            logits = network(torch.randn(2, *shape, dtype=dtype, generator=noise))
+            logits = network(examples)
     except (RuntimeError, ValueError, IndexError) as error:
         raise ConfigError(f"model: cannot take examples of shape {shape}: {str(error).splitlines()[0]}") from error
     if tuple(logits.shape) != (2, classes):

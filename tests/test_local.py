@@ -422,3 +422,9 @@ def test_bf16_is_autocast():
         optimizer.step()
     expected = torch.cat([p.detach().reshape(-1) for p in network.parameters()])
     close(local.train(task.initial_model), expected, rtol=0, atol=0)
+
+
+def test_a_network_that_draws_nothing_is_not_watched():
+    """Keyed draws cost every operation of a forward pass a call."""
+    assert make_task(lambda: conv_net(dropout=0.5)).draws
+    assert not make_task(lambda: conv_net(dropout=0)).draws
