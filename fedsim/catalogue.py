@@ -117,9 +117,15 @@ class Options(BaseModel):
 def options_of(target: Callable[..., Any]) -> type[Options]:
     """The schema of a callable's keyword-only parameters."""
     annotated: Any = vars(target).get("__init__", target) if isinstance(target, type) else target
+    try:
+        parameters = inspect.signature(target).parameters
+    except ValueError:
+        raise ConfigError(
+            f"{target.__name__}: cannot be configured, for it does not tell its parameters"
+        ) from None
     hints = get_type_hints(annotated, include_extras=True)
     fields: dict[str, Any] = {}
-    for name, parameter in inspect.signature(target).parameters.items():
+    for name, parameter in parameters.items():
         if parameter.kind is parameter.KEYWORD_ONLY:
             default = ... if parameter.default is parameter.empty else parameter.default
             fields[name] = (Spec if name == "inner" else hints.get(name, Any), default)

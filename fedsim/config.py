@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import yaml
 from annotated_types import Ge, Lt
@@ -89,7 +90,7 @@ def build_data(config: Config) -> FederatedData:
     shared = {key: config.data[key] for key in Federation.model_fields}
     dataset = DATASETS.make({k: v for k, v in config.data.items() if k not in shared}, Dataset)
     stream = random(config.seed, Stream.PARTITION)
-    owners = PARTITIONS.bind(shared["partition"])(dataset, shared["clients"], stream)
+    owners = PARTITIONS.make(shared["partition"], np.ndarray, dataset, shared["clients"], stream)
     return FederatedData(dataset, owners, clients=shared["clients"], holdout=shared["holdout"], seed=config.seed)
 
 

@@ -94,7 +94,11 @@ class Simulation:
 
     def sample(self) -> list[int]:
         """The cohort of the next round."""
-        return self.cohort(self.data.num_clients, random(self.seed, Stream.COHORT, self.number))
+        cohort = self.cohort(self.data.num_clients, random(self.seed, Stream.COHORT, self.number))
+        last = self.data.num_clients - 1
+        if not (isinstance(cohort, list) and cohort and min(cohort) >= 0 and max(cohort) <= last):
+            raise ConfigError(f"cohort: gave {cohort!r}; it should give a list of ids from 0 to {last}")
+        return cohort
 
     def round(self, on_report: Callable[[Report], None] = lambda report: None) -> Round:
         """Run one round; `on_report` is told of each client as it finishes. Raises ClientError, RoundError."""

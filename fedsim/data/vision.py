@@ -64,7 +64,7 @@ def cifar100(*, root: Path = Path("data"), download: bool = False) -> Dataset:
 def svhn(*, root: Path = Path("data"), download: bool = False) -> Dataset:
     """SVHN: 73,257 + 26,032 colour house numbers of 32 x 32, 10 classes (Netzer et al. 2011)."""
     if importlib.util.find_spec("scipy") is None:
-        raise ConfigError("data.name: svhn needs scipy; pip install 'fedsim[svhn]'")
+        raise ConfigError("data.name: svhn needs scipy; pip install -e '.[svhn]' brings it")
 
     def tensors(part: Any) -> tuple[Tensor, Tensor]:
         return torch.from_numpy(part.data).contiguous(), torch.from_numpy(part.labels)
