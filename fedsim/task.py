@@ -139,16 +139,34 @@ class Replica:
 
     def enter(self, buffers: Tensor, seed: int, dtype: torch.dtype | None = None) -> None:
         """Forget the last client: its statistics, counters and random numbers; compute in `dtype`, or fp32."""
+        if dtype != self._dtype:
+            self._lay(dtype)
+            if dtype and not self._runs_in(dtype):
+                self._lay(None)  # it leaves autocast somewhere, and there needs fp32 weights: autocast casts them
+            self._dtype = dtype
         self.restore((buffers, self._initial_counters))
         self.generator.manual_seed(seed)
-        if dtype != self._dtype:
-            castable = _weights_of(self.network, CASTABLE) if dtype else set()
-            pairs = [(p, view) for p, view in zip(self.parameters, self.views.values(), strict=True)]
-            for parameter, view in pairs:
-                parameter.data = torch.empty_like(view, dtype=dtype) if parameter in castable else view
-            halves = [p.data for p, _ in pairs if p in castable]
-            views = [view for p, view in pairs if p in castable]
-            self._cast, self._dtype = (blocks(halves, views), blocks(views, views)), dtype
+
+    def _lay(self, dtype: torch.dtype | None) -> None:
+        """Put copies in `dtype` in the place of convolution and linear weights, or the views of `flat`."""
+        castable = _weights_of(self.network, CASTABLE) if dtype else set()
+        halves, views = [], []
+        for parameter, view in zip(self.parameters, self.views.values(), strict=True):
+            parameter.data = torch.empty_like(view, dtype=dtype) if parameter in castable else view
+            if parameter in castable:
+                halves.append(parameter.data)
+                views.append(view)
+        self._cast = blocks(halves, views), blocks(views, views)
+        self.refresh()
+
+    def _runs_in(self, dtype: torch.dtype) -> bool:
+        x = torch.zeros(2, *self.task.shape, device=self.device)
+        try:
+            with torch.no_grad(), torch.autocast(self.device.type, dtype):
+                self.logits(self.w, x, train=False)
+        except RuntimeError:
+            return False
+        return True
 
     def snapshot(self) -> Snapshot:
         """Copies of the batch-norm statistics (Q,) and of the counters."""
@@ -172,7 +190,8 @@ class Replica:
         """Have the half-precision weights, where there are some, follow a change of `flat`."""
         halves, originals = self._cast
         if halves:
-            torch._foreach_copy_(halves, originals)
+            with torch.no_grad():
+                torch._foreach_copy_(halves, originals)
 
     def logits(self, w: Tensor, x: Tensor, *, train: bool) -> Tensor:
         """(B, classes) at `w` (P,): at the replica's own `w` in place, elsewhere as a function of it.

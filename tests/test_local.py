@@ -428,3 +428,22 @@ def test_a_network_that_draws_nothing_is_not_watched():
     """Keyed draws cost every operation of a forward pass a call."""
     assert make_task(lambda: conv_net(dropout=0.5)).draws
     assert not make_task(lambda: conv_net(dropout=0)).draws
+
+
+class Island(nn.Module):
+    """Leaves autocast for its last layer, as for a loss of many classes."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 16), nn.Linear(16, CLASSES)
+
+    def forward(self, x):
+        x = torch.relu(self.first(x.flatten(1)))
+        with torch.autocast("cpu", enabled=False):
+            return self.last(x.float())
+
+
+def test_bf16_with_an_island_of_fp32():
+    task = make_task(Island)
+    learnt = make_local(task, precision="bf16").train(task.initial_model)
+    close(learnt, make_local(task).train(task.initial_model), rtol=0.05, atol=0.01)
