@@ -66,8 +66,6 @@ class WeightedMean:
         total = start or Sum()
         for _, message, weight in updates:
             _count(total, _one(message, weight))
-            if len(total.waiting) == TOGETHER:
-                _settle(total)
         return total
 
     def merge(self, a: Sum, b: Sum) -> Sum:
@@ -118,7 +116,7 @@ def _one(message: State, weight: float) -> Sum:
 
 
 def _count(total: Sum, more: Sum) -> None:
-    """Let what `more` has waiting wait in `total`; raise, and change nothing, where the sum would be wrong."""
+    """Let `total` have what waits in `more`; raise, and change nothing, where the sum would be wrong."""
     if total.messages and more.messages and total.form != more.form:
         raise RoundError(f"clients sent different things: {total.form} and {more.form}")
     if total.messages + more.messages > MOST:
@@ -133,6 +131,8 @@ def _count(total: Sum, more: Sum) -> None:
     total.form |= more.form
     total.waiting += more.waiting
     total.weight, total.messages = total.weight + more.weight, total.messages + more.messages
+    if len(total.waiting) >= TOGETHER:
+        _settle(total)
 
 
 def _settle(total: Sum) -> None:

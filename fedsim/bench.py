@@ -8,7 +8,6 @@ one process a core, the data already there. They neither average nor hash nor re
 import copy
 import json
 import multiprocessing
-import os
 import platform
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -30,6 +29,7 @@ from fedsim.catalogue import Spec
 from fedsim.config import Config, build
 from fedsim.errors import ConfigError
 from fedsim.local import LocalObjective
+from fedsim.runtimes.worker import cores
 from fedsim.simulation import Simulation
 from fedsim.strategy import Strategy
 from fedsim.types import RoundInfo, State, Stream, Update, random
@@ -50,7 +50,7 @@ def bench(config: Config, repeats: int, console: Console, out: Path | None = Non
         sides = {name: stack.enter_context(side) for name, side in _sides(config, simulation).items()}
         seconds = _in_turn(sides, repeats, console)
     plain = min((name for name in seconds if name.startswith("plain")), key=lambda name: median(seconds[name]))
-    machine = torch.cuda.get_device_name(home) if home.type == "cuda" else f"{_cores()} CPU cores"
+    machine = torch.cuda.get_device_name(home) if home.type == "cuda" else f"{cores()} CPU cores"
     title = f"{steps} client steps a pass; {machine}, torch {torch.__version__}"
     table = Table(
         "side", title=title, caption=f"ratio: times as fast as '{plain}', turn by turn", box=box.SIMPLE_HEAD
@@ -184,10 +184,10 @@ def _one_process(simulation: Simulation) -> Iterator[Side]:
 @contextmanager
 def _processes(config: Config) -> Iterator[Side]:
     """Clients dealt to one process a core, each with one thread, network and data of its own."""
-    cores = _cores()
+    processes = cores()
     clients = _simulation(config, "serial", FP32).sample()
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(cores, spawn, initializer=_start_process, initargs=(config,)) as pool:
+    with ProcessPoolExecutor(processes, spawn, initializer=_start_process, initargs=(config,)) as pool:
         yield lambda: list(pool.map(_in_process, clients))
 
 
@@ -211,7 +211,3 @@ def _steps(simulation: Simulation, client: int) -> int:
 
 def _moved(batch: tuple[torch.Tensor, torch.Tensor], home: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return batch[0].to(home), batch[1].to(home)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))

@@ -69,8 +69,7 @@ def resolve(values: Mapping[str, Any]) -> Config:
     """The config with all defaults filled in."""
     config = validated(Config, values)
     data = DATASETS.resolve(config.data, also=Federation)
-    local = {key: value for key, value in config.local.items() if key != "schedule"}
-    recipe = validated(options_of(Recipe), local, "local").model_dump(mode="json")
+    recipe = _recipe_options(config).model_dump(mode="json")
     schedule = _run_long(config.local.get("schedule", "constant"), config.rounds - recipe["warmup"])
     return config.model_copy(
         update={
@@ -97,10 +96,7 @@ def build_data(config: Config) -> FederatedData:
 def build(config: Config) -> Simulation:
     """The simulation that a resolved config describes; raises ConfigError."""
     data = build_data(config)
-    settings = dict(
-        validated(options_of(Recipe), {k: v for k, v in config.local.items() if k != "schedule"}, "local")
-    )
-    recipe = Recipe(SCHEDULES.bind(config.local["schedule"]), **settings)
+    recipe = Recipe(SCHEDULES.bind(config.local["schedule"]), **dict(_recipe_options(config)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(random(config.seed, Stream.MODEL).integers(2**63)))
         network = MODELS.make(config.model, nn.Module, data.shape, data.num_classes)
@@ -184,6 +180,12 @@ def _override(values: Mapping[str, Any], path: list[str], value: Any, key: str) 
     if not isinstance(below, Mapping):
         raise ConfigError(f"{key}: {head} is {below!r}, which has no keys below it")
     return {**values, head: _override(below, rest, value, key)}
+
+
+def _recipe_options(config: Config) -> Options:
+    """What `local` says besides its schedule, which is a component of its own."""
+    local = {key: value for key, value in config.local.items() if key != "schedule"}
+    return validated(options_of(Recipe), local, "local")
 
 
 def _run_long(schedule: Any, rounds: int) -> Any:

@@ -107,8 +107,8 @@ class LocalObjective:
         self._rows = data.rows(job.client_id)
         n = len(self._rows)
         self._batch_size = n if recipe.batch_size == "full" else min(recipe.batch_size, n)
-        steps = recipe.steps or recipe.epochs * ceil(len(self._rows) / self._batch_size)
-        self.num_examples = replica.flat.new_tensor(len(self._rows), device="cpu")
+        steps = recipe.steps or recipe.epochs * ceil(n / self._batch_size)
+        self.num_examples = replica.flat.new_tensor(n, device="cpu")
         self.num_steps = replica.flat.new_tensor(steps, device="cpu")
         self.metrics: State = {}
         dtype = AUTOCAST.get(recipe.precision)

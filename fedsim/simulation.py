@@ -183,8 +183,7 @@ class Simulation:
         return Job(client, self.number if number is None else number, self.clients.get(client, self.newcomer))
 
     def _reports(self, work: Work, jobs: list[Job]) -> list[Report]:
-        with one_thread():
-            batches = [reports for _, reports in self.runtime.run(work, self.server, jobs, self.aggregator)]
+        batches = [reports for _, reports in self.runtime.run(work, self.server, jobs, self.aggregator)]
         return sorted((r for batch in batches for r in batch), key=lambda report: report.client_id)
 
     def _check_update(self, update: State) -> None:

@@ -78,9 +78,9 @@ class Task:
         statistics = {n: b for n, b in network.named_buffers() if n in moving}
         if not parameters:
             raise ConfigError("model: has no parameter that requires a gradient")
-        norms = {id(p) for m in network.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
-        private = frozenset(n for n, p in parameters.items() if id(p) in norms)
-        self.layout = Layout({n: p.shape for n, p in parameters.items()}, channels_last, private)
+        normal = {id(p) for m in network.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
+        norms = frozenset(n for n, p in parameters.items() if id(p) in normal)
+        self.layout = Layout({n: p.shape for n, p in parameters.items()}, channels_last, norms)
         self.buffer_layout = Layout({n: b.shape for n, b in statistics.items()})
         self.initial_model = self.layout.flatten(parameters)
         self.initial_buffers = self.buffer_layout.flatten(statistics).to(self.initial_model.dtype)
@@ -198,7 +198,7 @@ class Replica:
 
         In place, a training pass moves the batch-norm statistics; elsewhere it leaves them.
         """
-        if self.network.training != train:  # which walks through all modules
+        if self.network.training != train:  # only then: it walks through all modules
             self.network.train(train)
         if self.task.channels_last and x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)

@@ -10,7 +10,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from fedsim import RoundError
-from fedsim.aggregate import LARGEST, WeightedMean
+from fedsim.aggregate import LARGEST, TOGETHER, WeightedMean
 
 MEAN = WeightedMean()
 LENGTH = 3
@@ -143,3 +143,13 @@ def test_a_sum_that_overflows_is_an_error():
 def test_nothing_has_no_mean(updates):
     with pytest.raises(RoundError, match="weight above 0"):
         MEAN.result(MEAN.fold(updates))
+
+
+def test_few_messages_wait_however_sums_are_merged():
+    """What waits is held in memory: after a merge too, the next message does not let it grow."""
+    total = MEAN.fold([])
+    for _ in range(10):
+        total = MEAN.merge(total, MEAN.fold(updates_of(*[([1.0], 1.0)] * (TOGETHER - 1))))
+        total = MEAN.fold(updates_of(([1.0], 1.0)), total)
+        assert len(total.waiting) < TOGETHER
+    assert MEAN.result(total)["w"].tolist() == [1.0]

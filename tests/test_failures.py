@@ -242,3 +242,18 @@ def test_threads_end_with_their_simulation():
         gc.collect()
     sleep(0.1)
     assert threading.active_count() <= before + 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class InPlaceAtHome(Wrapper):
+    """Writes to what the client keeps; scaffold's server has an entry of the same name."""
+
+    def client_update(self, server, client, local):
+        client["c"].mul_(1)
+        return super().client_update(server, client, local)
+
+
+@runtimes
+def test_a_client_state_too_is_only_read(runtime):
+    with pytest.raises(ClientError, match="'c' was written in place"):
+        make_simulation(InPlaceAtHome(inner=make_strategy("scaffold")), runtime=runtime).round()

@@ -4,7 +4,6 @@ PyTorch computes without the interpreter's lock, so threads keep all cores, or o
 share the data, nor several of them a GPU without switching context.
 """
 
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -16,7 +15,7 @@ import torch
 
 from fedsim.aggregate import Aggregator, Partial
 from fedsim.data import FederatedData
-from fedsim.runtimes.worker import Worker, devices
+from fedsim.runtimes.worker import Worker, cores, devices
 from fedsim.task import Task
 from fedsim.types import Count, Job, Report, State
 from fedsim.work import Work
@@ -44,7 +43,7 @@ class Threads:
         self.home = self.devices[0]
         if workers == "auto":
             on_cpu = self.home.type == "cpu"
-            workers = len(os.sched_getaffinity(0)) if on_cpu else WORKERS_PER_GPU * len(self.devices)
+            workers = cores() if on_cpu else WORKERS_PER_GPU * len(self.devices)
         self.task, self.workers = task, workers
         self.data = {device: data.to(device) for device in self.devices}
         self.pool = ThreadPoolExecutor(workers, "client")

@@ -41,10 +41,10 @@ class Worker:
         try:
             if job.client:
                 job = job._replace(client={name: value.to(device) for name, value in job.client.items()})
-            states = {**(job.client or {}), **server}
-            versions = {name: value._version for name, value in states.items()}
+            states = [*server.items(), *(job.client or {}).items()]  # both may have an entry of one name
+            versions = [value._version for _, value in states]
             update = work(self.replica, self.data, server, job)
-            if written := [name for name, value in states.items() if value._version != versions[name]]:
+            if written := [n for (n, value), v in zip(states, versions, strict=True) if value._version != v]:
                 raise RuntimeError(f"{written[0]!r} was written in place; states are only read")
             metrics = {name: float(value) for name, value in update.metrics.items()}
             for name, value in metrics.items():
@@ -99,6 +99,11 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def devices(name: str) -> list[torch.device]:
