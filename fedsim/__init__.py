@@ -4,7 +4,9 @@ from fedsim.errors import ClientError as ClientError
 from fedsim.errors import ConfigError as ConfigError
 from fedsim.errors import RoundError as RoundError
 from fedsim.experiment import Result as Result
+from fedsim.experiment import resume as resume
 from fedsim.experiment import run as run
+from fedsim.hooks import Hook as Hook
 from fedsim.local import Batch as Batch
 from fedsim.local import LocalObjective as LocalObjective
 from fedsim.local import Recipe as Recipe

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedsim.errors import RoundError
-from fedsim.types import State
+from fedsim.types import Form, State, described, form_of
 
 Partial = Any  # what an aggregator makes of some of the messages; opaque to everyone else
 
@@ -34,6 +34,9 @@ class Aggregator(Protocol):
 
     def merge(self, a: Partial, b: Partial) -> Partial:
         """Of all that went into either; neither is used again. Raises RoundError."""
+
+    def odd(self, total: Partial) -> dict[int, str]:
+        """The clients whose messages do not fit those of most, and how; they do not count in the result."""
 
     def result(self, total: Partial) -> State:
         """The aggregate; raises RoundError where no message has a weight."""
@@ -53,40 +56,62 @@ class Sum:
     coarse: State = field(default_factory=dict)  # float64, multiples of 2^-18
     fine: State = field(default_factory=dict)  # float64, multiples of 2^-55
     waiting: list[tuple[State, float]] = field(default_factory=list)  # counted below, and not in the sums yet
-    form: dict[str, tuple[torch.Size, torch.dtype]] = field(default_factory=dict)  # of every message
+    clients: list[int] = field(default_factory=list)
     magnitude: dict[str, Fraction] = field(default_factory=dict)  # of the largest entry, summed
     weight: Fraction = Fraction(0)
-    messages: int = 0
+
+
+Sums = dict[Form, Sum]  # messages of different forms do not add up, and are summed apart
 
 
 class WeightedMean:
     """sum of w_k m_k / sum of w_k, entry by entry (McMahan 2017, Algorithm 1)."""
 
-    def fold(self, updates: Iterable[tuple[int, State, float]], start: Sum | None = None) -> Sum:
-        total = start or Sum()
-        for _, message, weight in updates:
-            _count(total, _one(message, weight))
+    def fold(self, updates: Iterable[tuple[int, State, float]], start: Sums | None = None) -> Sums:
+        total = {} if start is None else start
+        for client, message, weight in updates:
+            one = _one(client, message, weight)
+            _count(total.setdefault(form_of(message), Sum()), one)
         return total
 
-    def merge(self, a: Sum, b: Sum) -> Sum:
-        if not a.messages:
-            return b
-        _count(a, b)
-        for mine, theirs in ((a.coarse, b.coarse), (a.fine, b.fine)):
-            for name, value in theirs.items():
-                mine[name] = mine[name].add_(value.to(mine[name].device)) if name in mine else value
+    def merge(self, a: Sums, b: Sums) -> Sums:
+        for form, theirs in b.items():
+            if form not in a:
+                a[form] = theirs
+                continue
+            mine = a[form]
+            _count(mine, theirs)
+            for total, more in ((mine.coarse, theirs.coarse), (mine.fine, theirs.fine)):
+                for name, value in more.items():
+                    total[name] = total[name].add_(value.to(total[name].device)) if name in total else value
         return a
 
-    def result(self, total: Sum) -> State:
-        if not total.weight:
+    def odd(self, total: Sums) -> dict[int, str]:
+        usual = _usual(total)
+        return {
+            client: f"sent {described(form)}, and most clients sent {described(usual)}"
+            for form, sums in total.items()
+            if form != usual
+            for client in sums.clients
+        }
+
+    def result(self, total: Sums) -> State:
+        form = _usual(total)
+        sums = total.get(form, Sum())
+        if not sums.weight:
             raise RoundError("no client's message has a weight above 0")
-        _settle(total)
+        _settle(sums)
         mean: State = {}
-        for name, (shape, dtype) in total.form.items():
-            mean[name] = torch.empty(shape, dtype=dtype, device=total.coarse[name].device)
-            for coarse, fine, out in _blocks(total.coarse[name], total.fine[name], mean[name]):
-                out.copy_((coarse + fine).div_(float(total.weight)))
+        for name, shape, dtype in form:
+            mean[name] = torch.empty(shape, dtype=dtype, device=sums.coarse[name].device)
+            for coarse, fine, out in _blocks(sums.coarse[name], sums.fine[name], mean[name]):
+                out.copy_((coarse + fine).div_(float(sums.weight)))
         return mean
+
+
+def _usual(total: Sums) -> Form:
+    """The form of most messages; of two as frequent, that of the client with the lowest id."""
+    return min(total, key=lambda form: (-len(total[form].clients), min(total[form].clients)), default=())
 
 
 def largest(value: Tensor) -> float:
@@ -97,7 +122,7 @@ def largest(value: Tensor) -> float:
     return float(torch.maximum(-low, high))
 
 
-def _one(message: State, weight: float) -> Sum:
+def _one(client: int, message: State, weight: float) -> Sum:
     if not (isfinite(weight) and weight >= 0):
         raise ArithmeticError(f"the weight is {weight}, which is no finite number from 0 on")
     magnitude = dict[str, Fraction]()
@@ -111,15 +136,12 @@ def _one(message: State, weight: float) -> Sum:
         if magnitude[name] > LARGEST:
             raise ArithmeticError(f"{name} is too large: weight times value is above {LARGEST:.3g}")
     message = {name: value.detach() for name, value in message.items()}
-    form = {name: (value.shape, value.dtype) for name, value in message.items()}
-    return Sum({}, {}, [(message, weight)], form, magnitude, Fraction(weight), 1)
+    return Sum({}, {}, [(message, weight)], [client], magnitude, Fraction(weight))
 
 
 def _count(total: Sum, more: Sum) -> None:
     """Let `total` have what waits in `more`; raise, and change nothing, where the sum would be wrong."""
-    if total.messages and more.messages and total.form != more.form:
-        raise RoundError(f"clients sent different things: {total.form} and {more.form}")
-    if total.messages + more.messages > MOST:
+    if len(total.clients) + len(more.clients) > MOST:
         raise RoundError(f"more than {MOST} messages in one round")
     magnitude = {n: total.magnitude.get(n, 0) + value for n, value in more.magnitude.items()}
     for name, value in magnitude.items():
@@ -128,16 +150,16 @@ def _count(total: Sum, more: Sum) -> None:
                 f"{name} is too large: weights times values add up to more than {LARGEST:.3g}; send it scaled down"
             )
     total.magnitude |= magnitude
-    total.form |= more.form
     total.waiting += more.waiting
-    total.weight, total.messages = total.weight + more.weight, total.messages + more.messages
+    total.clients += more.clients
+    total.weight += more.weight
     if len(total.waiting) >= TOGETHER:
         _settle(total)
 
 
 def _settle(total: Sum) -> None:
     """Add what waits to the sums, exactly."""
-    for name in total.form if total.waiting else ():
+    for name in total.waiting[0][0] if total.waiting else ():
         values = [message[name] for message, _ in total.waiting]
         if name not in total.coarse:
             total.coarse[name] = torch.zeros(values[0].shape, dtype=torch.double, device=values[0].device)

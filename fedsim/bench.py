@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from time import perf_counter
 
 import torch
@@ -26,18 +27,23 @@ from rich.table import Table
 from torch.nn import functional as F
 
 from fedsim.catalogue import Spec
+from fedsim.checkpoint import Checkpoints
 from fedsim.config import Config, build
 from fedsim.errors import ConfigError
+from fedsim.files import File
 from fedsim.local import LocalObjective
 from fedsim.runtimes.worker import cores
 from fedsim.simulation import Simulation
+from fedsim.store import ClientStore
 from fedsim.strategy import Strategy
 from fedsim.types import RoundInfo, State, Stream, Update, random
 
 Side = Callable[[], object]  # one pass over the round's client steps
 
 FP32: Spec = {"precision": "fp32", "channels_last": False}
+THREADS = "fedsim threads"
 IDLE = "fedsim threads, clients that take no step"
+CHECKPOINT = "a checkpoint of what a round changed"
 
 
 def bench(config: Config, repeats: int, console: Console, out: Path | None = None) -> None:
@@ -59,9 +65,11 @@ def bench(config: Config, repeats: int, console: Console, out: Path | None = Non
         table.add_column(heading, justify="right")
     for name, times in seconds.items():
         ratio = median(p / t for p, t in zip(seconds[plain], times, strict=True))
-        speed = ("", "") if name == IDLE else (f"{steps / median(times):,.0f}", f"{ratio:.2f}")
+        speed = ("", "") if name in (IDLE, CHECKPOINT) else (f"{steps / median(times):,.0f}", f"{ratio:.2f}")
         table.add_row(name, f"{median(times):.3f}", *speed)
     console.print(table)
+    share = median(c / t for c, t in zip(seconds[CHECKPOINT], seconds[THREADS], strict=True))
+    console.out(f"a checkpoint takes {share:.1%} of a round of '{THREADS}'")
     if out is not None:
         found = {
             "steps": steps,
@@ -77,12 +85,12 @@ def _sides(config: Config, simulation: Simulation) -> dict[str, AbstractContextM
     if simulation.runtime.home.type == "cpu":
         sides["plain loop, a process a core"] = _processes(config)
     sides["fedsim serial"] = _runtime(config, "serial", FP32)
-    sides["fedsim threads"] = _runtime(config, "threads", FP32)
+    sides[THREADS] = _runtime(config, "threads", FP32)
     if len(simulation.task.shape) == 3:
         sides["fedsim threads, channels-last"] = _runtime(config, "threads", {**FP32, "channels_last": True})
         bf16 = {"precision": "bf16", "channels_last": True}
         sides["fedsim threads, channels-last, bf16"] = _runtime(config, "threads", bf16)
-    return sides | {IDLE: _runtime(config, "threads", FP32, Idle())}
+    return sides | {IDLE: _runtime(config, "threads", FP32, Idle()), CHECKPOINT: _checkpoint(config)}
 
 
 def _in_turn(sides: dict[str, Side], repeats: int, console: Console) -> dict[str, list[float]]:
@@ -105,7 +113,7 @@ class Idle(Strategy):
     """Clients send what FedAvg's send but take no step: what it takes is the round's own cost."""
 
     def client_update(self, server: State, client: State, local: LocalObjective) -> Update:
-        return Update({"delta": server["model"] - server["model"]}, weight=local.num_examples)
+        return Update({"delta": server["model"] - server["model"]}, weight=local.num_examples, client=client)
 
     def server_update(self, server: State, mean: State, info: RoundInfo) -> State:
         return {"model": server["model"] + mean["delta"]}
@@ -118,10 +126,29 @@ def _runtime(config: Config, name: str, local: Spec, strategy: Strategy | None =
     server = simulation.server
 
     def side() -> None:
-        simulation.number, simulation.server, simulation.clients = 0, server, {}
+        simulation.number, simulation.server, simulation.clients = 0, server, ClientStore()
         simulation.round()
 
     yield side
+
+
+@contextmanager
+def _checkpoint(config: Config) -> Iterator[Side]:
+    """After a round, of the server and the clients that took part; in the working folder, where runs lie."""
+    simulation = _simulation(config, "threads", FP32)
+    simulation.round()
+    changed, about = dict(simulation.clients), {"config": config.model_dump(mode="json"), "data": ""}
+    with TemporaryDirectory(prefix=".fedsim-bench-", dir=".") as folder:
+        checkpoints = Checkpoints(Path(folder))
+        checkpoints.start(simulation)
+
+        def side() -> None:
+            for client, state in changed.items():
+                simulation.clients.stage(client, state)
+            simulation.clients.commit()
+            checkpoints.save(simulation, File("rounds.jsonl", 0, ""), 3, last=None, seconds=0.0, **about)
+
+        yield side
 
 
 def _simulation(config: Config, runtime: str, local: Spec) -> Simulation:

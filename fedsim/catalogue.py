@@ -16,7 +16,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ByteSize, ConfigDict, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
 from fedsim.errors import ConfigError
@@ -32,6 +32,7 @@ WORDS = {
     str: "a text",
     dict: "a mapping",
     Path: "a path",
+    ByteSize: "a size such as 2GiB",
     NoneType: "null",
     Any: "anything",
 }
@@ -90,9 +91,9 @@ class Catalogue:
             settings["inner"] = self.bind(settings["inner"])()
         return partial(target, **settings)
 
-    def make(self, spec: object, gives: type[Made], *given: object) -> Made:
+    def make(self, spec: object, gives: type[Made], *given: object, at: str = "") -> Made:
         """What the callable of `spec` returns; raises ConfigError where it is of another kind."""
-        at, make = f"{self.kind}.name: {self.resolve(spec)['name']}", self.bind(spec)
+        at, make = f"{at or self.kind}.name: {self.resolve(spec, at)['name']}", self.bind(spec, at)
         try:
             inspect.signature(make).bind(*given)
         except TypeError as error:

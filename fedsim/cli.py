@@ -1,13 +1,17 @@
 """One command, `fedsim`. Exit status: 0 done, 1 failed, 2 wrong usage or config, 130 interrupted."""
 
+import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from fedsim.errors import ClientError, ConfigError, RoundError
+
+if TYPE_CHECKING:
+    from fedsim.experiment import Run
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,29 +37,58 @@ def run(
 ) -> None:
     """Train a federation, and leave a folder with what came out."""
     from fedsim.config import build, load, parse_overrides
-    from fedsim.experiment import execute
-    from fedsim.folder import make, make_next
-    from fedsim.progress import Bar, Plain
+    from fedsim.experiment import Run
+    from fedsim.folder import RunFolder
 
     loaded = load(config, parse_overrides(settings or []))
     simulation = build(loaded)
-    out = make(out) if out else make_next(config.stem)
-    watcher = (
-        Bar(console, loaded.rounds, len(simulation.sample()))
-        if console.is_terminal
-        else Plain(console, loaded.rounds)
-    )
-    with watcher:
-        result = execute(loaded, simulation, out, watcher)
+    if out:
+        folder = RunFolder.create(out, loaded, simulation.data)
+    else:
+        folder = RunFolder.number(config.stem, loaded, simulation.data)
+    folder.checkpoints.start(simulation)
+    _execute(Run(loaded, simulation, folder), folder.path)
+
+
+@app.command()
+def resume(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a run")],
+    settings: Settings = None,
+    force: Annotated[bool, typer.Option(help="take settings that change the result, too")] = False,
+) -> None:
+    """Go on with a run that was stopped or killed, as if it had not been; rounds=200 makes it longer."""
+    from fedsim.config import parse_overrides
+    from fedsim.experiment import Run
+
+    resumed = Run.resume(folder, parse_overrides(settings or []), force)
+    for note in resumed.notes:
+        print(f"fedsim: {note}", file=sys.stderr)
+    _execute(resumed, folder)
+
+
+def _execute(run: "Run", folder: Path) -> None:
+    from fedsim.experiment import execute
+    from fedsim.progress import Bar, Plain
+
+    try:
+        result = execute(run, [Bar(console) if console.is_terminal else Plain(console)])
+    except (ClientError, RoundError, OSError):
+        console.out(f"rounds that are done: {len(run.records)}; fedsim resume {folder} goes on after them")
+        raise
     found = result.summary
     if found["test_accuracy"] is not None:
         console.out(
             f"test accuracy {found['test_accuracy']:.2%} (best {found['best_test_accuracy']:.2%}) "
             f"after {found['rounds']} rounds, {found['client_steps_per_second']:,.0f} client steps a second"
         )
-    console.out(f"picture: {out / 'curves.png'}\nresults: {out}")
+    if run.stopped:
+        console.out(f"stopped: {run.stopped}")
+    if (folder / "curves.png").exists():
+        console.out(f"picture: {folder / 'curves.png'}")
+    console.out(f"results: {folder}")
     if result.interrupted:
-        print(f"fedsim: interrupted after round {found['rounds']} of {loaded.rounds}", file=sys.stderr)
+        done = f"interrupted after round {found['rounds']} of {run.config.rounds}"
+        print(f"fedsim: {done}; fedsim resume {folder} goes on", file=sys.stderr)
         raise typer.Exit(130)
 
 
@@ -130,6 +163,7 @@ def bench(
 
 def main() -> None:
     """The console script."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     try:
         app()
     except ConfigError as error:

@@ -1,25 +1,28 @@
 """An experiment: YAML to validated settings to objects; what is wrong is one line, before anything runs."""
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
-import yaml
 from annotated_types import Ge, Lt
 from torch import nn
 
+from fedsim.availability import Availability
 from fedsim.catalogue import Options, Spec, options_of, validated
 from fedsim.cohort import COHORTS
 from fedsim.data import DATASETS, PARTITIONS, Dataset, FederatedData
 from fedsim.errors import ConfigError
+from fedsim.hooks import HOOKS, Hook
+from fedsim.hooks.checkpointing import Checkpointing
 from fedsim.local import Recipe
 from fedsim.models import MODELS
+from fedsim.reading import parse, read_yaml
 from fedsim.runtimes import RUNTIMES
 from fedsim.schedules import SCHEDULES
 from fedsim.simulation import Failures, Simulation
+from fedsim.store import ClientStore
 from fedsim.strategies import CATALOGUE as STRATEGIES
 from fedsim.strategy import Strategy
 from fedsim.task import Task
@@ -55,6 +58,10 @@ class Config(Options):
     evaluate: Evaluate = Evaluate()
     runtime: Spec | str = "threads"
     failures: Spec = {}
+    availability: Spec | None = None
+    checkpoint: Spec = {}
+    client_store: Spec = {}
+    hooks: list[Spec | str] = ["stop_on_non_finite", "tensorboard", "curves"]
 
 
 def load(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Config:
@@ -79,7 +86,13 @@ def resolve(values: Mapping[str, Any]) -> Config:
             "cohort": COHORTS.resolve(config.cohort),
             "local": recipe | {"schedule": SCHEDULES.resolve(schedule)},
             "runtime": RUNTIMES.resolve(config.runtime),
-            "failures": validated(options_of(Failures), config.failures, "failures").model_dump(),
+            "failures": _options(Failures, config.failures, "failures"),
+            "availability": None
+            if config.availability is None
+            else _options(Availability, config.availability, "availability"),
+            "checkpoint": _options(Checkpointing, config.checkpoint, "checkpoint"),
+            "client_store": _options(ClientStore, config.client_store, "client_store"),
+            "hooks": [HOOKS.resolve(hook, f"hooks[{i}]") for i, hook in enumerate(config.hooks)],
         }
     )
 
@@ -95,6 +108,7 @@ def build_data(config: Config) -> FederatedData:
 
 def build(config: Config) -> Simulation:
     """The simulation that a resolved config describes; raises ConfigError."""
+    build_hooks(config)  # which refuses what is none before there is a folder
     data = build_data(config)
     recipe = Recipe(SCHEDULES.bind(config.local["schedule"]), **dict(_recipe_options(config)))
     with torch.random.fork_rng(devices=[]):
@@ -109,22 +123,16 @@ def build(config: Config) -> Simulation:
         COHORTS.bind(config.cohort),
         recipe,
         failures=Failures(**config.failures),
+        availability=None if config.availability is None else Availability(**config.availability),
+        clients=ClientStore(**config.client_store),
         seed=config.seed,
     )
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a file; raises ConfigError naming file and line."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: is not a text in UTF-8") from None
-    values = _parse(text, str(path))
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: should hold a mapping of settings, such as `rounds: 100`")
-    return values
+def build_hooks(config: Config) -> list[Hook]:
+    """The hooks that a resolved config names, and the one that saves checkpoints."""
+    named = (HOOKS.make(hook, Hook, at=f"hooks[{i}]") for i, hook in enumerate(config.hooks))
+    return [Checkpointing(**config.checkpoint), *named]
 
 
 def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
@@ -134,52 +142,23 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
         key, equals, value = pair.partition("=")
         if not (all(key.split(".")) and equals):
             raise ConfigError(f"{pair!r} should be KEY=VALUE, such as local.lr=0.1")
-        overrides[key] = _parse(value, f"{key}: {value!r}")
+        overrides[key] = parse(value, f"{key}: {value!r}")
     return overrides
-
-
-MERGE = "tag:yaml.org,2002:merge"  # of the key <<
-
-
-class Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-3 is a number, as in YAML 1.2, and a key may stand once."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Refuse what a plain loader would silently let the last one win."""
-        keys = list[Any]()
-        for key in (key for key, _ in node.value if key.tag != MERGE):
-            keys.append(self.construct_object(key, deep=True))
-            if keys.count(keys[-1]) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {keys[-1]!r} stands twice", key.start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def _parse(text: str, at: str) -> Any:
-    try:
-        return yaml.load(text, Loader)
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark and "\n" in text.strip() else ""
-        raise ConfigError(f"{at}{line}: is not YAML: {' '.join(str(error.problem).split())}") from None
-    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:  # of dates and numbers too
-        raise ConfigError(f"{at}: is not YAML: {str(error).splitlines()[0]}") from None
 
 
 def _override(values: Mapping[str, Any], path: list[str], value: Any, key: str) -> dict[str, Any]:
     head, *rest = path
     if not rest:
         return {**values, head: value}
-    below = values.get(head, {})
-    below = {"name": below} if isinstance(below, str) else below
+    below = values.get(head)
+    below = {} if below is None else {"name": below} if isinstance(below, str) else below
     if not isinstance(below, Mapping):
         raise ConfigError(f"{key}: {head} is {below!r}, which has no keys below it")
     return {**values, head: _override(below, rest, value, key)}
+
+
+def _options(target: Callable[..., Any], values: Spec, at: str) -> Spec:
+    return validated(options_of(target), values, at).model_dump(mode="json")
 
 
 def _recipe_options(config: Config) -> Options:

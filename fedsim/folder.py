@@ -1,90 +1,122 @@
 """The folder of a run: what it is, what it did round by round, and what came out."""
 
+import hashlib
 import json
+import os
+import shutil
 from glob import escape
+from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+from uuid import uuid4
 
 import yaml
-from safetensors.torch import save_file
+from filelock import FileLock, Timeout
+from safetensors.torch import save
 from torch import Tensor
 
+from fedsim.checkpoint import Checkpoints
 from fedsim.config import Config
 from fedsim.data import FederatedData
 from fedsim.data.partition import content_hash, label_counts
 from fedsim.errors import ConfigError
+from fedsim.files import DRAFT, File, apart, read, sync_folder, write
 
-SCALARS = {  # in TensorBoard's words
-    "train_loss": "loss/train",
-    "test_loss": "loss/test",
-    "test_accuracy": "accuracy/test",
-    "client_accuracy_mean": "accuracy/clients",
-    "client_accuracy_worst_decile": "accuracy/clients_worst_decile",
-    "seconds": "seconds/round",
-}
 LISTED = 1000  # clients up to which partition.json counts each one's labels
 
 
 class RunFolder:
-    """Writes config.yaml and partition.json at once, a line of rounds.jsonl a round, and the rest at the end.
+    """One process at a time has it; raises ConfigError where another one does.
 
-    The folder is new, and empty.
+    From the start it holds config.yaml and partition.json; rounds.jsonl gains a line a round, and the rest comes
+    at the end.
     """
 
-    def __init__(self, path: Path, config: Config, data: FederatedData):
-        self.path = path
-        (path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-        (path / "partition.json").write_text(json.dumps(describe(data), indent=1))
-        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-
-        self._events = SummaryWriter(str(path / "tensorboard"))
-        self._rounds = (path / "rounds.jsonl").open("w", buffering=1)
-
-    def round(self, record: dict[str, Any]) -> None:
-        """A line, and the same as TensorBoard events."""
-        self._rounds.write(json.dumps(record) + "\n")
-        for key, tag in SCALARS.items():
-            if record.get(key) is not None:
-                self._events.add_scalar(tag, record[key], record["round"])
-
-    def close(self, model: dict[str, Tensor], summary: dict[str, Any] | None) -> None:
-        """The global model, a picture, and where the run reached its end, summary.json."""
-        self._rounds.close()
-        self._events.close()
-        if summary is not None:
-            (self.path / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-        apart = {name: value.clone().contiguous() for name, value in model.items()}  # not tied
-        save_file(apart, self.path / "model.safetensors")
-        from fedsim.plot import curves
-        from fedsim.report import read_run
-
-        curves([read_run(self.path)], self.path / "curves.png")
-
-
-def make(path: Path) -> Path:
-    """A new folder; raises ConfigError where there is one, for a run is never overwritten."""
-    try:
-        path.mkdir(parents=True)
-    except FileExistsError:
-        raise ConfigError(f"{path}: exists, and a run is never overwritten; name another folder") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be made: {error.strerror}") from None
-    return path
-
-
-def make_next(stem: str) -> Path:
-    """A new folder runs/STEM-N, N above those of all that are there, whoever else is making one."""
-    while True:
-        names = [path.name.removeprefix(f"{stem}-") for path in Path("runs").glob(f"{escape(stem)}-*")]
-        number = max((int(name) for name in names if name.isdecimal()), default=0) + 1
-        path = Path("runs") / f"{stem}-{number}"
+    def __init__(self, path: Path):
+        self.path, self.checkpoints = path, Checkpoints(path / "checkpoints")
+        self._lock = FileLock(path / ".lock")
         try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            continue  # another run was first
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            raise ConfigError(f"{path}: another process is running it") from None
+        self._bytes, self._digest = 0, hashlib.sha256()  # of rounds.jsonl
+        self._rounds = (path / "rounds.jsonl").open("ab", buffering=0)
+
+    @classmethod
+    def create(cls, path: Path, config: Config, data: FederatedData) -> Self:
+        """A new folder; raises ConfigError where there is one, for a run is never overwritten."""
+        if path.exists():
+            raise ConfigError(f"{path}: exists, and a run is never overwritten; name another folder")
+        draft = path.with_name(f".{path.name}.{uuid4().hex[:8]}{DRAFT}")
+        try:
+            draft.mkdir(parents=True)
+            try:
+                write(draft / "config.yaml", _yaml(config))
+                write(draft / "partition.json", json.dumps(describe(data), indent=1).encode())
+                draft.rename(path)  # a folder is there as a whole, or not at all
+            except BaseException:
+                shutil.rmtree(draft, ignore_errors=True)
+                raise
+            sync_folder(path.parent)
         except OSError as error:
             raise ConfigError(f"{path}: cannot be made: {error.strerror}; name a folder with --out") from None
-        return path
+        return cls(path)
+
+    @classmethod
+    def number(cls, stem: str, config: Config, data: FederatedData) -> Self:
+        """A new folder runs/STEM-N, N above those of all that are there, whoever else is making one."""
+        while True:
+            names = [path.name.removeprefix(f"{stem}-") for path in Path("runs").glob(f"{escape(stem)}-*")]
+            number = max((int(name) for name in names if name.isdecimal()), default=0) + 1
+            path = Path("runs") / f"{stem}-{number}"
+            try:
+                return cls.create(path, config, data)
+            except ConfigError:
+                if not path.exists():
+                    raise
+                # another run was first
+
+    def go_on(self, config: Config, log: File | None) -> list[dict[str, Any]]:
+        """Have a config, and of rounds.jsonl what a checkpoint knows of; returns that. Raises OSError."""
+        content = read(self.path, log) if log else b""
+        self._rounds.truncate(len(content))
+        self._bytes, self._digest = len(content), hashlib.sha256(content)
+        if (self.path / "config.yaml").read_bytes() != _yaml(config):
+            write(self.path / "config.yaml", _yaml(config))
+        (self.path / "summary.json").unlink(missing_ok=True)
+        return [json.loads(line) for line in content.splitlines()]
+
+    def round(self, record: dict[str, Any]) -> None:
+        """Add a line to rounds.jsonl."""
+        line = rest = json.dumps(record).encode() + b"\n"
+        try:
+            while rest:  # a disk that fills takes a part, and says so only when asked again
+                rest = rest[self._rounds.write(rest) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path / "rounds.jsonl")) from None
+        self._bytes += len(line)
+        self._digest.update(line)
+
+    def log(self) -> File:
+        """All of rounds.jsonl so far, on disk."""
+        os.fsync(self._rounds.fileno())
+        return File("rounds.jsonl", self._bytes, self._digest.hexdigest())
+
+    def finish(self, model: dict[str, Tensor], summary: dict[str, Any] | None) -> None:
+        """The global model, and where the run reached its end, summary.json."""
+        write(self.path / "model.safetensors", save(apart(model)))
+        if summary is not None:
+            write(self.path / "summary.json", json.dumps(summary, indent=1).encode() + b"\n")
+
+    def close(self) -> None:
+        """Let another process have it."""
+        self._rounds.close()
+        self._lock.release()
+
+
+def finite(record: dict[str, Any]) -> dict[str, Any]:
+    """A record that JSON can hold: a number that is not finite is null."""
+    return {k: None if isinstance(v, float) and not isfinite(v) else v for k, v in record.items()}
 
 
 def describe(data: FederatedData) -> dict[str, Any]:
@@ -103,3 +135,7 @@ def describe(data: FederatedData) -> dict[str, Any]:
         },
         "labels_by_client": labels.tolist() if data.num_clients <= LISTED else None,
     }
+
+
+def _yaml(config: Config) -> bytes:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode()

@@ -11,6 +11,7 @@ from fedsim.catalogue import Catalogue, allowed, options_of, unknown
 from fedsim.cohort import COHORTS
 from fedsim.data import DATASETS, PARTITIONS
 from fedsim.errors import ConfigError
+from fedsim.hooks import HOOKS
 from fedsim.models import MODELS
 from fedsim.runtimes import RUNTIMES
 from fedsim.schedules import SCHEDULES
@@ -24,6 +25,7 @@ KINDS: dict[str, Catalogue] = {
     "cohorts": COHORTS,
     "schedules": SCHEDULES,
     "runtimes": RUNTIMES,
+    "hooks": HOOKS,
 }
 
 

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass
 from itertools import count, islice
 from math import ceil
+from time import perf_counter
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -66,6 +67,11 @@ class Recipe:
             return self.lr * (number + 1) / (self.warmup + 1)
         return self.lr * self.schedule(number - self.warmup)
 
+    def num_steps(self, examples: int) -> int:
+        """K, the steps of a client that holds so many examples."""
+        batch_size = examples if self.batch_size == "full" else self.batch_size
+        return self.steps or self.epochs * ceil(examples / batch_size)
+
     @property
     def adds_half_gradients(self) -> bool:
         """Whether gradients may stay in the precision they come in: true of a bf16 one that SGD adds to fp32."""
@@ -98,7 +104,14 @@ class LocalObjective:
     """
 
     def __init__(
-        self, replica: Replica, data: FederatedData, job: Job, buffers: Tensor, recipe: Recipe, seed: int = 0
+        self,
+        replica: Replica,
+        data: FederatedData,
+        job: Job,
+        buffers: Tensor,
+        recipe: Recipe,
+        seed: int = 0,
+        time_limit: float | None = None,
     ):
         self.replica, self.data, self.recipe = replica, data, recipe
         self.layout: Layout = replica.task.layout
@@ -107,9 +120,9 @@ class LocalObjective:
         self._rows = data.rows(job.client_id)
         n = len(self._rows)
         self._batch_size = n if recipe.batch_size == "full" else min(recipe.batch_size, n)
-        steps = recipe.steps or recipe.epochs * ceil(n / self._batch_size)
         self.num_examples = replica.flat.new_tensor(n, device="cpu")
-        self.num_steps = replica.flat.new_tensor(steps, device="cpu")
+        self.num_steps = replica.flat.new_tensor(recipe.num_steps(n), device="cpu")
+        self._began, self._time_limit = perf_counter(), time_limit
         self.metrics: State = {}
         dtype = AUTOCAST.get(recipe.precision)
         self._autocast = torch.autocast(replica.device.type, dtype) if dtype else nullcontext()
@@ -126,7 +139,14 @@ class LocalObjective:
         passes = count() if steps else range(epochs or self.recipe.epochs)
         epoch_rows = (torch.from_numpy(stream.permutation(self._rows)) for _ in passes)
         batch_rows = (rows for epoch in epoch_rows for rows in torch.split(epoch, self._batch_size))
-        return (Batch(*self.data.batch(rows)) for rows in islice(batch_rows, steps))
+        for rows in islice(batch_rows, steps):
+            self.check_time()
+            yield Batch(*self.data.batch(rows))
+
+    def check_time(self) -> None:
+        """Raise TimeoutError where the client is over its time limit; `batches` asks before each batch."""
+        if self._time_limit and perf_counter() - self._began > self._time_limit:
+            raise TimeoutError(f"was over its time limit of {self._time_limit:g} s")
 
     def logits(self, w: Tensor, x: Tensor, *, train: bool = True) -> Tensor:
         """(B, classes) at the weights `w` (P,), in the recipe's precision."""

@@ -1,32 +1,32 @@
 """What a run shows while it goes: a bar on a terminal, a plain line a round elsewhere."""
 
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fedsim.hooks import Hook
 from fedsim.types import Report
 
+if TYPE_CHECKING:
+    from fedsim.experiment import Run
 
-class Plain:
+
+class Plain(Hook):
     """One line a round, and nothing that a log file would not keep."""
 
-    def __init__(self, console: Console, rounds: int):
-        self.console, self.rounds = console, rounds
+    def __init__(self, console: Console):
+        super().__init__()
+        self.console = console
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None: ...
-
-    def client(self, report: Report) -> None:
+    def after_client(self, run: "Run", report: Report) -> None:
         if report.error:
             self.console.out(f"client {report.client_id} dropped: {report.error}", highlight=False)
 
-    def round(self, record: dict[str, Any]) -> None:
-        width = len(str(self.rounds))
+    def after_round(self, run: "Run", record: dict[str, Any]) -> None:
+        total = run.config.rounds
         self.console.out(
-            f"round {record['round']:>{width}}/{self.rounds}  {figures(record)}  {record['seconds']:.2f} s",
+            f"round {record['round']:>{len(str(total))}}/{total}  {figures(record)}  {record['seconds']:.2f} s",
             highlight=False,
         )
 
@@ -34,35 +34,32 @@ class Plain:
 class Bar(Plain):
     """A bar of rounds with the time left, and one of the clients in this round."""
 
-    def __init__(self, console: Console, rounds: int, cohort: int):
-        super().__init__(console, rounds)
-        self.cohort = cohort
+    def before_run(self, run: "Run") -> None:
         self.bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=18),
             MofNCompleteColumn(),
             TimeRemainingColumn(elapsed_when_finished=True),
             TextColumn("{task.fields[figures]}"),
-            console=console,
+            console=self.console,
         )
-        self.by_round = self.bars.add_task("rounds ", total=rounds, figures="")
+        done, cohort = len(run.records), len(run.simulation.sample())
+        self.by_round = self.bars.add_task("rounds ", total=run.config.rounds, completed=done, figures="")
         self.by_client = self.bars.add_task("clients", total=cohort, figures="")
-
-    def __enter__(self) -> Self:
         self.bars.start()
-        return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.bars.stop()
+    def before_round(self, run: "Run") -> None:
+        self.bars.reset(self.by_client, total=len(run.simulation.sample()))
 
-    def client(self, report: Report) -> None:
-        super().client(report)
+    def after_client(self, run: "Run", report: Report) -> None:
+        super().after_client(run, report)
         self.bars.advance(self.by_client)
 
-    def round(self, record: dict[str, Any]) -> None:
+    def after_round(self, run: "Run", record: dict[str, Any]) -> None:
         self.bars.update(self.by_round, advance=1, figures=figures(record, short=True))
-        if record["round"] < self.rounds:
-            self.bars.reset(self.by_client, total=self.cohort)
+
+    def after_run(self, run: "Run") -> None:
+        self.bars.stop()
 
 
 def figures(record: dict[str, Any], short: bool = False) -> str:
@@ -73,7 +70,8 @@ def figures(record: dict[str, Any], short: bool = False) -> str:
         return f"loss {loss}{accuracy}"
     parts = [f"train_loss {loss}"]
     if "test_accuracy" in record:
-        parts += [f"test_loss {record['test_loss']:.4f}", f"test_accuracy {record['test_accuracy']:.2%}"]
+        test_loss = "-" if record["test_loss"] is None else f"{record['test_loss']:.4f}"
+        parts += [f"test_loss {test_loss}", f"test_accuracy {record['test_accuracy']:.2%}"]
     if "client_accuracy_mean" in record:
         parts += [f"client_accuracy {record['client_accuracy_mean']:.2%}"]
     return "  ".join(parts)

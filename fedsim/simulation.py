@@ -1,31 +1,41 @@
 """The round: sample, train, aggregate, update. The one object here is the one thing that changes."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import ceil, fsum, isfinite
 from time import perf_counter
 from typing import Literal, NamedTuple
 
-from fedsim.aggregate import Aggregator, Partial, WeightedMean, largest
+import numpy as np
+
+from fedsim.aggregate import Aggregator, WeightedMean, largest
+from fedsim.availability import Attempt, Availability
 from fedsim.cohort import Cohort
 from fedsim.data import FederatedData
 from fedsim.errors import ClientError, ConfigError, RoundError
+from fedsim.files import uninterrupted
 from fedsim.local import Recipe
 from fedsim.runtimes import Runtime
 from fedsim.runtimes.worker import one_thread
+from fedsim.store import ClientStore
 from fedsim.strategy import Strategy
 from fedsim.task import Task
-from fedsim.types import Count, Job, Report, RoundInfo, State, Stream, random, torch_generator
+from fedsim.types import Count, Job, Positive, Report, RoundInfo, State, Stream, random, torch_generator
 from fedsim.work import EvaluateClient, EvaluateGlobal, Train, Work
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failures:
-    """What a failing client does: `raise` stops the run, `drop` goes on while `min_clients` answered."""
+    """What a failing client does: `raise` stops the run, `drop` goes on while `min_clients` answered.
+
+    A client fails that raises an exception, sends or keeps what is not finite or of another form than most, or is
+    over its `time_limit`, in seconds; it is asked before each of its batches, and at its end.
+    """
 
     policy: Literal["raise", "drop"] = "raise"
     min_clients: Count = 1
+    time_limit: Positive | None = None
 
 
 class Round(NamedTuple):
@@ -40,6 +50,8 @@ class Round(NamedTuple):
     bytes_up: int
     bytes_down: int
     failed: dict[str, str]  # why, by client
+    absent: dict[str, str]  # the same for those that availability kept away
+    clock: float  # virtual seconds since the start of the first round; 0 without availability
 
 
 class Evaluation(NamedTuple):
@@ -50,11 +62,11 @@ class Evaluation(NamedTuple):
 
 
 class Simulation:
-    """A federation between two rounds: `server`, `clients` and `number` are all that changes.
+    """A federation between two rounds: `server`, `clients`, `number` and `clock` are all that changes.
 
     `server` is the strategy's state and the batch-norm statistics; `clients` what each client keeps that has
-    taken part; `number` the next round's, from 0. Nothing else is needed to go on, since randomness has a key:
-    (seed, use, round, client).
+    taken part; `number` the next round's, from 0; `clock` the virtual seconds so far. Nothing else is needed to go
+    on, since randomness has a key: (seed, use, round, client). `last` is the last round's result.
     """
 
     def __init__(
@@ -68,12 +80,16 @@ class Simulation:
         *,
         aggregator: Aggregator | None = None,
         failures: Failures = Failures(),
+        availability: Availability | None = None,
+        clients: ClientStore | None = None,
         seed: int = 0,
     ):
         recipe.check()
         strategy.check(recipe, task.layout)
+        if availability:
+            availability.check(data.num_clients)
         self.strategy, self.task, self.data, self.runtime, self.cohort = strategy, task, data, runtime, cohort
-        self.recipe, self.failures, self.seed = recipe, failures, seed
+        self.recipe, self.failures, self.availability, self.seed = recipe, failures, availability, seed
         self.aggregator = aggregator or WeightedMean()
         model, buffers = (
             task.initial_model.to(runtime.home),
@@ -84,8 +100,9 @@ class Simulation:
         if strategy.buffers == "private":
             self.newcomer |= {"buffers": task.initial_buffers}
         self.num_examples = int(data.sizes.sum())
-        self.clients: dict[int, State] = {}
-        self.number = 0
+        self.clients = clients if clients is not None else ClientStore()
+        self.number, self.clock = 0, 0.0
+        self.last: Round | None = None
         cohort_size = len(self.sample())  # which refuses a cohort that cannot be drawn
         if failures.min_clients > cohort_size:
             raise ConfigError(
@@ -98,39 +115,49 @@ class Simulation:
         last = self.data.num_clients - 1
         if not (isinstance(cohort, list) and cohort and min(cohort) >= 0 and max(cohort) <= last):
             raise ConfigError(f"cohort: gave {cohort!r}; it should give a list of ids from 0 to {last}")
+        if len(set(cohort)) < len(cohort):
+            raise ConfigError(f"cohort: gave {cohort!r}, in which an id stands twice")
         return cohort
 
-    def round(self, on_report: Callable[[Report], None] = lambda report: None) -> Round:
-        """Run one round; `on_report` is told of each client as it finishes. Raises ClientError, RoundError."""
-        start, cohort = perf_counter(), self.sample()
+    def round(
+        self,
+        after_client: Callable[[Report], None] = lambda report: None,
+        before_client: Callable[[int], None] = lambda client: None,
+    ) -> Round:
+        """Run one round, telling of each client as it finishes and as it is handed out.
+
+        Raises ClientError or RoundError, and is then as it was before.
+        """
+        start, goal = perf_counter(), self.sample()
+        selected, attempt = self._attempt(goal)
         download = {name: self.server[name] for name in (*self.strategy.broadcast, "buffers")}
-        with one_thread():
-            total, reports, kept = self._train(cohort, download, on_report)
-            failed = {r.client_id: r.error for r in reports if r.error is not None}
-            answered = [r.client_id for r in reports if r.error is None]
-            self._check_floor(answered, failed)
-            mean = self.aggregator.result(total)
-            buffers = {"buffers": mean.pop("buffers")} if "buffers" in mean else {}
-            share = float(self.data.sizes[answered].sum() / self.num_examples)
-            noise = torch_generator(self.seed, Stream.SERVER, self.number)
-            info = RoundInfo(self.number, answered, self.data.num_clients, noise, share)
-            update = self.strategy.server_update(self.server, mean, info)
-            self._check_update(update)
-            self.server = self.server | update | buffers
-        self.clients.update(kept)
-        self.number += 1
-        sums = _sums(reports)
-        return Round(
-            round=self.number,
-            cohort=cohort,
-            train_loss=sums["loss"] / sums["examples"] if sums.get("examples") else None,
-            fingerprint=self.fingerprint(),
-            seconds=perf_counter() - start,
-            steps=int(sums.get("steps", 0)),
-            bytes_up=sum(r.bytes_up for r in reports),
-            bytes_down=sum(tensor.nbytes for tensor in download.values()) * len(cohort),
-            failed={str(client): cause for client, cause in failed.items()},
-        )
+        server, reports, failed = self.server, list[Report](), dict[int, str]()
+        try:
+            if len(attempt.reporting) >= self.failures.min_clients or not attempt.absent:
+                with one_thread():
+                    server, reports, failed = self._train(attempt.reporting, download, after_client, before_client)
+            sums = _sums([report for report in reports if report.client_id not in failed])
+            done = Round(
+                round=self.number + 1,
+                cohort=selected,
+                train_loss=sums["loss"] / sums["examples"] if sums.get("examples") else None,
+                fingerprint=_fingerprint(server),
+                seconds=perf_counter() - start,
+                steps=int(sums.get("steps", 0)),
+                bytes_up=sum(r.bytes_up for r in reports),
+                bytes_down=sum(tensor.nbytes for tensor in download.values()) * len(selected),
+                failed={str(client): cause for client, cause in failed.items()},
+                absent={str(client): cause for client, cause in attempt.absent.items()},
+                clock=self.clock + attempt.seconds,
+            )
+            with uninterrupted():
+                self.clients.commit()
+                self.server, self.number, self.clock, self.last = server, done.round, done.clock, done
+        except BaseException:
+            self.clients.discard()
+            raise
+        self.clients.tidy()
+        return done
 
     def evaluate(self, batch_size: int = 500) -> Evaluation:
         """The global model on the whole test set, in eval mode; the same numbers in every runtime."""
@@ -150,39 +177,72 @@ class Simulation:
         """
         ids = range(self.data.num_clients) if clients is None else clients
         work = EvaluateClient(self.strategy, batch_size)
-        sums = {r.client_id: r.metrics for r in self._reports(work, [self._job(k, self.number - 1) for k in ids])}
+        sums = {r.client_id: r.metrics for r in self._reports(work, (self._job(k, self.number - 1) for k in ids))}
         return {client: _mean(sums[client]) for client in ids}
 
     def fingerprint(self) -> str:
         """SHA-256 of the global model's bytes, batch-norm statistics included."""
-        digest = hashlib.sha256()
-        for name in ("model", "buffers"):
-            digest.update(self.server[name].cpu().numpy().data)
-        return digest.hexdigest()
+        return _fingerprint(self.server)
+
+    def _attempt(self, cohort: list[int]) -> tuple[list[int], Attempt]:
+        """Who is selected, and what becomes of them."""
+        if not self.availability:
+            return cohort, Attempt(cohort, {}, 0.0)
+        about = self.data.num_clients, self.seed, self.number
+        selected = self.availability.select(cohort, *about)
+        steps = np.array([self.recipe.num_steps(int(n)) for n in self.data.sizes[selected]])
+        return selected, self.availability.attempt(selected, steps, len(cohort), *about)
 
     def _train(
-        self, cohort: list[int], download: State, on_report: Callable[[Report], None]
-    ) -> tuple[Partial, list[Report], dict[int, State]]:
-        """The merged sums, the reports by client, and what each client keeps."""
-        total, reports, kept = self.aggregator.fold([]), list[Report](), dict[int, State]()
-        work, jobs = Train(self.strategy, self.recipe, self.seed), [self._job(k) for k in cohort]
+        self,
+        cohort: list[int],
+        download: State,
+        after_client: Callable[[Report], None],
+        before_client: Callable[[int], None],
+    ) -> tuple[State, list[Report], dict[int, str]]:
+        """The new server's state, the reports by client, and who failed; what clients keep is staged."""
+        total, reports = self.aggregator.fold([]), list[Report]()
+        work = Train(self.strategy, self.recipe, self.seed, self.failures.time_limit)
+
+        def jobs() -> Iterator[Job]:
+            for client in cohort:
+                before_client(client)
+                yield self._job(client)
+
         tolerant = self.failures.policy == "drop"
-        for partial, finished in self.runtime.run(work, download, jobs, self.aggregator, tolerant=tolerant):
+        for partial, finished in self.runtime.run(work, download, jobs(), self.aggregator, tolerant=tolerant):
             total = self.aggregator.merge(total, partial)
             for report in finished:
-                if report.error is None and report.client.keys() != self.newcomer.keys():
-                    keeps, made = (", ".join(state) or "nothing" for state in (report.client, self.newcomer))
-                    raise RoundError(f"client_update keeps {keeps} for the client, and init_client made {made}")
                 if report.client:
-                    kept[report.client_id] = report.client
+                    self.clients.stage(report.client_id, report.client)
                 reports.append(report._replace(client={}))
-                on_report(report)
-        return total, sorted(reports, key=lambda report: report.client_id), kept
+                after_client(report)
+        reports.sort(key=lambda report: report.client_id)
+        failed = {r.client_id: r.error for r in reports if r.error is not None}
+        odd = self.aggregator.odd(total)
+        if odd and not tolerant:
+            client, cause = min(odd.items())
+            raise ClientError(f"round {self.number + 1}, client {client}: {cause}")
+        for client in odd:
+            self.clients.discard(client)
+        failed = dict(sorted((failed | odd).items()))
+        answered = [client for client in cohort if client not in failed]
+        self._check_floor(answered, failed)
+        return self._server_update(self.aggregator.result(total), answered), reports, failed
+
+    def _server_update(self, mean: State, answered: list[int]) -> State:
+        buffers = {"buffers": mean.pop("buffers")} if "buffers" in mean else {}
+        share = float(self.data.sizes[answered].sum() / self.num_examples)
+        noise = torch_generator(self.seed, Stream.SERVER, self.number)
+        info = RoundInfo(self.number, answered, self.data.num_clients, noise, share)
+        update = self.strategy.server_update(self.server, mean, info)
+        self._check_update(update)
+        return self.server | update | buffers
 
     def _job(self, client: int, number: int | None = None) -> Job:
         return Job(client, self.number if number is None else number, self.clients.get(client, self.newcomer))
 
-    def _reports(self, work: Work, jobs: list[Job]) -> list[Report]:
+    def _reports(self, work: Work, jobs: Iterable[Job]) -> list[Report]:
         batches = [reports for _, reports in self.runtime.run(work, self.server, jobs, self.aggregator)]
         return sorted((r for batch in batches for r in batch), key=lambda report: report.client_id)
 
@@ -201,6 +261,13 @@ class Simulation:
                 f"round {self.number + 1}: {len(answered)} clients answered, "
                 f"failures.min_clients is {self.failures.min_clients}; {causes}"
             )
+
+
+def _fingerprint(server: State) -> str:
+    digest = hashlib.sha256()
+    for name in ("model", "buffers"):
+        digest.update(server[name].cpu().numpy().data)
+    return digest.hexdigest()
 
 
 def _mean(sums: dict[str, float]) -> Evaluation:

@@ -23,6 +23,19 @@ Share = Annotated[float, Gt(0), Le(1)]  # of a whole, 0 excluded
 Decay = Annotated[float, Ge(0), Lt(1)]  # of a running mean
 
 
+Form = tuple[tuple[str, torch.Size, torch.dtype], ...]  # of a state: names in order, with shape and type
+
+
+def form_of(state: State) -> Form:
+    """What two states have in common that add up."""
+    return tuple((name, value.shape, value.dtype) for name, value in sorted(state.items()))
+
+
+def described(form: Form) -> str:
+    """In words: "c float32 (10,), delta float32 (10,)"."""
+    return ", ".join(f"{n} {str(t).removeprefix('torch.')} {tuple(shape)}" for n, shape, t in form) or "nothing"
+
+
 class Job(NamedTuple):
     """One client's work in one round: tiny, it may cross a network."""
 
@@ -78,6 +91,7 @@ class Stream(IntEnum):
     NETWORK = 5  # dropout and whatever else a forward pass draws
     SERVER = 6
     DATASET = 7
+    AVAILABILITY = 8
 
 
 def random(seed: int, stream: Stream, *key: int) -> np.random.Generator:

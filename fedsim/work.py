@@ -2,15 +2,17 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
 
+from fedsim.aggregate import largest
 from fedsim.data import FederatedData
 from fedsim.local import LocalObjective, Recipe
 from fedsim.strategy import Strategy
 from fedsim.task import Replica
-from fedsim.types import Job, State, Update
+from fedsim.types import Job, State, Update, described, form_of
 
 Work = Callable[[Replica, FederatedData, State, Job], Update]
 
@@ -22,18 +24,33 @@ class Train:
     strategy: Strategy
     recipe: Recipe
     seed: int
+    time_limit: float | None = None  # seconds
 
     def __call__(self, replica: Replica, data: FederatedData, server: State, job: Job) -> Update:
         client = job.client or {}
         home = client if self.strategy.buffers == "private" else server
-        local = LocalObjective(replica, data, job, home["buffers"], self.recipe, self.seed)
+        local = LocalObjective(replica, data, job, home["buffers"], self.recipe, self.seed, self.time_limit)
         update = self.strategy.client_update(server, client, local)
+        local.check_time()
         buffers = {"buffers": local.buffers}
         if self.strategy.buffers == "average":
-            return update._replace(message=update.message | buffers, metrics=local.metrics)
+            update = update._replace(message=update.message | buffers)
         if self.strategy.buffers == "private":
-            return update._replace(client=update.client | buffers, metrics=local.metrics)
+            update = update._replace(client=update.client | buffers)
+        _check_kept(update.client, client)
+        for name, value in local.metrics.items():
+            if not isfinite(value):
+                raise ArithmeticError(f"{name} is not finite")
         return update._replace(metrics=local.metrics)
+
+
+def _check_kept(kept: State, before: State) -> None:
+    """Raise ArithmeticError where a client could not go on from what it keeps."""
+    if form_of(kept) != form_of(before):
+        raise ArithmeticError(f"keeps {described(form_of(kept))}, and had {described(form_of(before))}")
+    for name, value in kept.items():
+        if value.is_floating_point() and not isfinite(largest(value)):
+            raise ArithmeticError(f"keeps {name}, which is not finite")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import pytest
 import torch
@@ -65,6 +66,12 @@ def test_the_plain_loop_starts_each_client_anew():
     assert all(torch.equal(alone[name], value) for name, value in loop.net.state_dict().items())
 
 
+def test_a_strategy_that_keeps_something_is_timed_too():
+    shown = io.StringIO()
+    bench(load(CONFIG, {"cohort": "all", "strategy": "scaffold"}), 1, Console(file=shown, width=80))
+    assert re.search(r"a checkpoint takes \d+\.\d% of a round", shown.getvalue())
+
+
 def test_every_side_is_timed_and_told(tmp_path):
     shown, out = io.StringIO(), tmp_path / "bench.json"
     bench(load(CONFIG, {"cohort": "all"}), 2, Console(file=shown, width=80), out)
@@ -72,7 +79,7 @@ def test_every_side_is_timed_and_told(tmp_path):
     assert found.keys() == {"steps", "machine", "python", "torch", "seconds"}
     simulation = build(load(CONFIG, {"cohort": "all"}))
     assert found["steps"] == simulation.round().steps
-    assert len(found["seconds"]) == (7 if "CPU" in found["machine"] else 6)
+    assert len(found["seconds"]) == (8 if "CPU" in found["machine"] else 7)
     assert all(len(times) == 2 and min(times) > 0 for times in found["seconds"].values())
     assert max(map(cell_len, shown.getvalue().splitlines())) <= 80
     assert all(side in shown.getvalue() for side in found["seconds"])

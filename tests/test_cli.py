@@ -172,8 +172,12 @@ def test_a_run_on_a_terminal_has_a_bar(fedsim_, monkeypatch):
 def test_a_bar_is_narrow_even_when_its_numbers_are_wide():
     terminal = io.StringIO()
     console = Console(file=terminal, force_terminal=True, width=80, soft_wrap=True, _environ={})
-    with Bar(console, rounds=100_000, cohort=100_000) as bar:
-        bar.round({"round": 99_999, "train_loss": 12345.678, "test_accuracy": 1.0})
+    simulation = SimpleNamespace(sample=lambda: range(100_000))
+    run = SimpleNamespace(config=SimpleNamespace(rounds=100_000), simulation=simulation, records=range(99_998))
+    bar = Bar(console)
+    bar.before_run(run)
+    bar.after_round(run, {"round": 99_999, "train_loss": 12345.678, "test_accuracy": 1.0})
+    bar.after_run(run)
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue()).replace("\r", "\n")
     assert "loss 12345.6780 100.00%" in narrow(shown)
     assert "…" not in shown

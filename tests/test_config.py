@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fedsim.catalogue import Catalogue, allowed, options_of
 from fedsim.config import build, load, parse_overrides, read_yaml, resolve
 from fedsim.errors import ConfigError
-from fedsim.experiment import execute
+from fedsim.experiment import Run, execute
 from fedsim.listing import KINDS
 
 ROOT = Path(__file__).parent.parent
@@ -456,7 +456,7 @@ def test_every_config_loads_and_runs_when_made_tiny(path, tmp_path):
     config = load(path)
     assert resolve(config.model_dump(mode="json")) == config
     small = load(path, tiny(config) | {"runtime": "serial"})
-    result = execute(small, build(small), None)
+    result = execute(Run(small, build(small)))
     assert len(result.rounds) == 1
     assert 0 <= result.summary["test_accuracy"] <= 1
 

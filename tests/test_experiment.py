@@ -22,7 +22,8 @@ from fedsim.config import build, load
 from fedsim.data.partition import content_hash
 from fedsim.errors import ClientError, ConfigError
 from fedsim.experiment import spread
-from fedsim.folder import SCALARS, make_next
+from fedsim.folder import RunFolder
+from fedsim.hooks.tensorboard import SCALARS
 from fedsim.models import MODELS
 from fedsim.report import read_run
 
@@ -47,13 +48,17 @@ CONFIG = {
     "runtime": "serial",
 }
 BREAKS = {"local.schedule": {"name": "step", "every": 2, "factor": 1e36}, "local.batch_size": 1}  # in round 3
-FILES = {"config.yaml", "rounds.jsonl", "partition.json", "model.safetensors", "curves.png", "tensorboard"}
+FILES = {
+    *("config.yaml", "rounds.jsonl", "partition.json", "model.safetensors", "curves.png", "tensorboard"),
+    *("checkpoints", ".lock"),
+}
 ROUND = {
     *("round", "cohort", "train_loss", "fingerprint", "seconds", "steps", "bytes_up", "bytes_down", "failed"),
+    *("absent", "clock"),
 }
 SUMMARY = {
     *("rounds", "test_accuracy", "test_loss", "best_test_accuracy", "fingerprint", "seconds"),
-    *("client_steps_per_second", "bytes_up", "bytes_down", "peak_memory_bytes"),
+    *("client_steps_per_second", "bytes_up", "bytes_down", "peak_memory_bytes", "stopped"),
 }
 
 
@@ -253,7 +258,8 @@ def test_an_interrupt_ends_promptly_and_leaves_what_was_done(tmp_path):
     run = read_run(tmp_path / "run")
     assert run.summary is None
     assert len(run.rounds) >= 3
-    assert complaint == f"fedsim: interrupted after round {len(run.rounds)} of 1000000\n"
+    said = f"fedsim: interrupted after round {len(run.rounds)} of 1000000; fedsim resume run goes on\n"
+    assert complaint == said
     assert fingerprint(saved_network(tmp_path / "run")[0]) == run.rounds[-1]["fingerprint"]
 
 
@@ -261,11 +267,15 @@ def test_runs_that_start_at_once_have_folders_of_their_own(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/c[1]-9").mkdir(parents=True)
     (tmp_path / "runs/c[1]-x").mkdir()
+    config = load(CONFIG)
+    data = build(config).data
     made, gate = [], threading.Barrier(8)
 
     def start():
         gate.wait()
-        made.append(make_next("c[1]"))
+        folder = RunFolder.number("c[1]", config, data)
+        made.append(folder.path)
+        folder.close()
 
     threads = [threading.Thread(target=start) for _ in range(8)]
     for thread in threads:

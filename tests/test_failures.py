@@ -1,23 +1,30 @@
 """Laws of failure: it names its client, drops it without a trace, or leaves everything as it was."""
 
 import gc
+import random
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import count
 from time import sleep
 
 import pytest
 import torch
 from conftest import SIZES, make_simulation, make_strategy, trace
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from fedsim import ClientError, RoundError, Strategy, Update, Wrapper
+from fedsim import ClientError, ConfigError, RoundError, Strategy, Update, Wrapper
 from fedsim.simulation import Failures
 from fedsim.strategies import CATALOGUE
 
 RUNTIMES = ["serial", *({"name": "threads", "workers": workers} for workers in (1, 2, 3))]
 DROP = Failures(policy="drop")
 
-runtimes = pytest.mark.parametrize(
-    "runtime", RUNTIMES, ids=lambda s: s if s == "serial" else f"threads-{s['workers']}"
+runtimes, both = (
+    pytest.mark.parametrize("runtime", some, ids=lambda s: s if s == "serial" else f"threads-{s['workers']}")
+    for some in (RUNTIMES, RUNTIMES[::3])
 )
 
 
@@ -95,19 +102,35 @@ def test_nothing_runs_on_after_a_failure(runtime):
     assert strategy.begun == strategy.ended
 
 
+def left_no_trace(dropped, usual, *who):
+    """Two traces are the same but for the record of who failed; returns why."""
+    causes = []
+    for a, b in zip(dropped, usual, strict=True):
+        causes += a["failed"].values()
+        assert a.pop("failed").keys() == set(map(str, who))
+        assert a.pop("cohort") == list(range(len(SIZES)))
+        assert a.pop("bytes_down") == b["bytes_down"] * len(SIZES) / (len(SIZES) - len(who))
+        assert a.pop("bytes_up") >= b["bytes_up"]
+        assert a == {key: b[key] for key in a}
+    return causes
+
+
+OTHERS = {"name": "fixed", "clients": [0, 2, 3, 5]}  # than 1 and 4
+
+
+@cache
+def without(name):
+    """What a strategy does in two rounds of a cohort without clients 1 and 4."""
+    return trace(make_simulation(name, cohort=OTHERS), rounds=2)
+
+
 @pytest.mark.parametrize("name", list(CATALOGUE))
 @runtimes
 def test_who_is_dropped_leaves_no_trace(runtime, name):
     """The model is that of a cohort without them, and they keep what they had."""
-    others = {"name": "fixed", "clients": [0, 2, 3, 5]}
     dropped = trace(make_simulation(faulty(1, 4, name=name), runtime=runtime, failures=DROP), rounds=2)
-    without = trace(make_simulation(name, cohort=others), rounds=2)
-    for a, b in zip(dropped, without, strict=True):
-        assert all("no space left (test_failures.py:" in cause for cause in a["failed"].values())
-        assert a.pop("failed").keys() == {"1", "4"}
-        assert a.pop("cohort") == list(range(len(SIZES)))
-        assert a.pop("bytes_down") == b["bytes_down"] * len(SIZES) / 4
-        assert a == {key: b[key] for key in a}
+    causes = left_no_trace(dropped, without(name), 1, 4)
+    assert all("no space left (test_failures.py:" in cause for cause in causes)
 
 
 @runtimes
@@ -139,12 +162,15 @@ class Sends(Wrapper):
 
     weight: float = 1.0
     value: float = 0.0
+    kind: torch.dtype = torch.float32
+    name: object = "delta"
 
     def client_update(self, server, client, local):
         update = super().client_update(server, client, local)
         if local.client_id != 2:
             return update
-        return update._replace(message={"delta": torch.full_like(server["model"], self.value)}, weight=self.weight)
+        message = {self.name: torch.full(server["model"].shape, self.value).to(self.kind)}
+        return update._replace(message=message, weight=self.weight)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +180,11 @@ class Sends(Wrapper):
         ({"value": 1e30}, "delta is too large"),
         ({"weight": -1.0}, "weight is -1.0"),
         ({"weight": float("inf")}, "weight is inf"),
+        ({"kind": torch.int64}, r"delta is torch\.int64, and has no mean"),
+        ({"kind": torch.complex64}, r"delta is torch\.complex64, and has no mean"),
+        ({"kind": torch.float8_e4m3fn}, "Float8_e4m3fn"),
+        ({"name": 1}, "message 1 is no name"),
+        ({"name": None}, "message None is no name"),
     ],
     ids=str,
 )
@@ -222,7 +253,7 @@ class Forgetful(Wrapper):
     [
         (InPlace, "'model' was written in place"),
         (Misspelt, "'modle', which init_server did not make; it made model"),
-        (Forgetful, "keeps kept for the client, and init_client made nothing"),
+        (Forgetful, r"round 1, client \d: keeps kept float32 \(183,\), and had nothing"),
     ],
 )
 def test_a_strategy_that_breaks_the_rules_is_told(runtime, wrong, said):
@@ -257,3 +288,296 @@ class InPlaceAtHome(Wrapper):
 def test_a_client_state_too_is_only_read(runtime):
     with pytest.raises(ClientError, match="'c' was written in place"):
         make_simulation(InPlaceAtHome(inner=make_strategy("scaffold")), runtime=runtime).round()
+
+
+# Messages of another form than most
+
+
+@dataclass(frozen=True, kw_only=True)
+class Odd(Wrapper):
+    """Some clients train, and send or keep something else then."""
+
+    change: Callable[[Update], Update]
+    bad: set[int] = field(default_factory=set)
+
+    def client_update(self, server, client, local):
+        update = super().client_update(server, client, local)
+        return self.change(update) if local.client_id in self.bad else update
+
+
+def sends(change):
+    return lambda update: update._replace(message=change(update.message))
+
+
+NUMBERS = count()
+ODD = {
+    "shorter": sends(lambda m: m | {"delta": m["delta"][:-1]}),
+    "a matrix": sends(lambda m: m | {"delta": m["delta"][None]}),
+    "one number": sends(lambda m: m | {"delta": m["delta"].sum()}),
+    "empty": sends(lambda m: m | {"delta": m["delta"][:0]}),
+    "doubles": sends(lambda m: m | {"delta": m["delta"].double()}),
+    "halves": sends(lambda m: m | {"delta": m["delta"].half()}),
+    "renamed": sends(lambda m: {name.upper(): value for name, value in m.items()}),
+    "one less": sends(lambda m: {"delta": m["delta"]}),
+    "one more": sends(lambda m: m | {"more": torch.ones(3)}),
+    "nothing": sends(lambda m: {}),
+    "all different": sends(lambda m: {"delta": torch.ones(next(NUMBERS))}),
+}
+odd_forms = pytest.mark.parametrize("change", ODD.values(), ids=ODD)
+
+
+@odd_forms
+@both
+def test_who_sends_another_form_than_most_leaves_no_trace(runtime, change):
+    """Neither its message counts nor its metrics, and it keeps what it had."""
+    odd = Odd(inner=make_strategy("scaffold"), change=change, bad={1, 4})
+    dropped = trace(make_simulation(odd, runtime=runtime, failures=DROP), rounds=2)
+    causes = left_no_trace(dropped, without("scaffold"), 1, 4)
+    usual = "buffers float32 (6,), delta float32 (183,), delta_c float32 (183,)"
+    assert all(
+        cause.startswith("sent ") and cause.endswith(f", and most clients sent {usual}") for cause in causes
+    )
+
+
+@odd_forms
+@both
+def test_who_sends_another_form_is_named_where_nobody_is_dropped(runtime, change):
+    """Of several the lowest, whoever was first; and the round can be run again."""
+    odd = Odd(inner=make_strategy("scaffold"), change=change, bad={4, 2})
+    simulation = make_simulation(odd, runtime=runtime)
+    before = state(simulation)
+    with pytest.raises(ClientError, match=r"^round 1, client 2: sent .*, and most clients sent buffers float32"):
+        simulation.round()
+    assert state(simulation) == before
+    odd.bad.clear()
+    assert trace(simulation, rounds=1) == trace(make_simulation("scaffold"), rounds=1)
+
+
+@pytest.mark.parametrize(("bad", "odd"), [({3, 4, 5}, {3, 4, 5}), ({0, 1, 2}, {3, 4, 5}), ({0, 4, 5}, {1, 2, 3})])
+@runtimes
+def test_of_two_forms_as_frequent_that_of_the_lowest_client_counts(runtime, bad, odd):
+    strategy = Odd(inner=make_strategy("fedavg"), change=ODD["one more"], bad=bad)
+    done = make_simulation(strategy, runtime=runtime, failures=DROP).round()
+    others = {"name": "fixed", "clients": sorted(set(range(6)) - odd)}
+    assert done.failed.keys() == {str(client) for client in odd}
+    assert done.fingerprint == make_simulation("fedavg", cohort=others).round().fingerprint
+
+
+class Scattered:
+    """A runtime in which clients finish in any order, on any number of workers, and merge in any grouping."""
+
+    def __init__(self, simulation, seed):
+        self.inner, self.home, self.random = simulation.runtime, simulation.runtime.home, random.Random(seed)
+
+    def run(self, work, server, jobs, aggregator, *, tolerant=False):
+        jobs, partials = list(jobs), []
+        self.random.shuffle(jobs)
+        for job in jobs:
+            take = partials and self.random.random() < 0.5
+            start = partials.pop(self.random.randrange(len(partials))) if take else None
+            partial, report = self.inner.worker.run(work, server, job, aggregator, tolerant, start)
+            partials.append(partial)
+            yield aggregator.fold([]), [report]
+        for partial in self.random.sample(partials, len(partials)):
+            yield partial, []
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.dictionaries(st.integers(0, 5), st.sampled_from(["shorter", "doubles", "one more"]), max_size=5),
+    st.integers(0, 2**32),
+)
+def test_arrival_order_and_grouping_do_not_show_in_who_is_odd(forms, seed):
+    """With several forms in one round, ties too."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Several(Wrapper):
+        def client_update(self, server, client, local):
+            update = super().client_update(server, client, local)
+            return ODD[forms[local.client_id]](update) if local.client_id in forms else update
+
+        def server_update(self, server, mean, info):
+            return (
+                {} if mean["delta"].shape != server["model"].shape else super().server_update(server, mean, info)
+            )
+
+    def done(scattered):
+        simulation = make_simulation(Several(inner=make_strategy("scaffold")), failures=DROP)
+        if scattered:
+            simulation.runtime = Scattered(simulation, seed)
+        return trace(simulation, rounds=1)
+
+    assert done(True) == done(False)
+
+
+@runtimes
+def test_odd_clients_are_none_that_answered(runtime):
+    """So they count towards no floor; and which ones they were is said."""
+    odd = Odd(inner=make_strategy("fedavg"), change=ODD["shorter"], bad={1, 4})
+    for floor in (4, 5):
+        simulation = make_simulation(odd, runtime=runtime, failures=Failures(policy="drop", min_clients=floor))
+        if floor == 4:
+            assert set(simulation.round().failed) == {"1", "4"}
+            continue
+        with pytest.raises(RoundError, match=r"4 clients answered.*; client 1: sent .*; client 4: sent "):
+            simulation.round()
+
+
+# What a client keeps
+
+
+def keeps(change):
+    return lambda update: update._replace(client=change(update.client))
+
+
+KEPT = {
+    "nan": (keeps(lambda c: {"c": c["c"] * float("nan")}), "keeps c, which is not finite"),
+    "inf": (keeps(lambda c: {"c": torch.full_like(c["c"], float("inf"))}), "keeps c, which is not finite"),
+    "one nan": (keeps(lambda c: {"c": c["c"].index_fill(0, torch.tensor(7), float("nan"))}), "is not finite"),
+    "shorter": (keeps(lambda c: {"c": c["c"][1:]}), "keeps c float32 (182,), and had c float32 (183,)"),
+    "doubles": (keeps(lambda c: {"c": c["c"].double()}), "keeps c float64 (183,), and had c float32 (183,)"),
+    "renamed": (keeps(lambda c: {"C": c["c"]}), "keeps C float32 (183,), and had c float32 (183,)"),
+    "one more": (keeps(lambda c: c | {"d": c["c"][:1]}), "keeps c float32 (183,), d float32 (1,), and had c"),
+    "nothing": (keeps(lambda c: {}), "keeps nothing, and had c float32 (183,)"),
+    "no tensor": (keeps(lambda c: {"c": 1.0}), "AttributeError"),
+    "no state": (keeps(lambda c: None), "AttributeError"),
+}
+
+
+@pytest.mark.parametrize(("change", "said"), KEPT.values(), ids=KEPT)
+@both
+def test_who_keeps_what_it_cannot_go_on_from_is_dropped_or_named(runtime, change, said):
+    odd = Odd(inner=make_strategy("scaffold"), change=change, bad={1, 4})
+    dropped = trace(make_simulation(odd, runtime=runtime, failures=DROP), rounds=2)
+    causes = left_no_trace(dropped, without("scaffold"), 1, 4)
+    assert all(said in cause for cause in causes)
+    with pytest.raises(ClientError, match=r"^round 1, client [14]: ") as caught:
+        make_simulation(odd, runtime=runtime).round()
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [ODD["doubles"], KEPT["nan"][0]], ids=["odd", "nan"])
+@runtimes
+def test_who_fails_later_keeps_what_it_had(runtime, change):
+    odd = Odd(inner=make_strategy("scaffold"), change=change)
+    simulation = make_simulation(odd, runtime=runtime, failures=DROP)
+    simulation.round()
+    before = dict(simulation.clients)
+    odd.bad.add(3)
+    simulation.round()
+    assert {client for client, kept in simulation.clients.items() if kept is before[client]} == {3}
+    odd.bad.clear()
+    assert simulation.round().failed == {}
+
+
+# Time
+
+
+class Clock:
+    """Each thread's own time, which passes only while its client sleeps: no test waits, or fails for a wait."""
+
+    def __init__(self):
+        self.local = threading.local()
+
+    def __call__(self):
+        return getattr(self.local, "now", 0.0)
+
+    def sleep(self, seconds):
+        self.local.now = self() + seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("fedsim.local.perf_counter", clock)
+    return clock
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dawdles(Strategy):
+    """FedAvg in which some clients take their time, somewhere, and all of them 1 s."""
+
+    sleep: Callable[[float], None]
+    where: str = ""
+    bad: set[int] = field(default_factory=set)
+    steps: list[int] = field(default_factory=list)  # the client of each that was taken
+
+    def client_update(self, server, client, local):
+        slow = self.where if local.client_id in self.bad else ""
+        self.sleep(1.0)
+
+        def loss(w, batch):
+            self.steps.append(local.client_id)
+            if slow == "in its loss":
+                self.sleep(6.0)
+            return local.loss(w, batch)
+
+        if slow == "between batches":
+            for _ in local.batches():
+                self.sleep(6.0)
+        y = local.train(server["model"], loss=loss)
+        if slow == "at its end":
+            self.sleep(60.0)
+        return Update({"delta": y - server["model"]}, weight=local.num_examples)
+
+    def server_update(self, server, mean, info):
+        return {"model": server["model"] + mean["delta"]}
+
+
+LIMIT = Failures(policy="drop", time_limit=10)
+TAKEN = {"in its loss": 2, "between batches": 0, "at its end": 20}  # steps of 20 until the limit is noticed
+
+
+@pytest.mark.parametrize("where", TAKEN)
+@runtimes
+def test_who_is_over_its_time_limit_leaves_no_trace(runtime, where, clock):
+    """It is stopped at its next batch; and one that finishes late is late."""
+    slow = Dawdles(sleep=clock.sleep, where=where, bad={1, 4})
+    dropped = trace(make_simulation(slow, runtime=runtime, failures=LIMIT, steps=20), rounds=2)
+    usual = trace(make_simulation(Dawdles(sleep=clock.sleep), cohort=OTHERS, steps=20), rounds=2)
+    assert set(left_no_trace(dropped, usual, 1, 4)) == {"was over its time limit of 10 s"}
+    assert [slow.steps.count(client) for client in range(6)] == [
+        2 * TAKEN[where] if k in (1, 4) else 40 for k in range(6)
+    ]
+
+
+@runtimes
+def test_who_is_over_its_time_limit_is_named_where_nobody_is_dropped(runtime, clock):
+    slow = Dawdles(sleep=clock.sleep, where="at its end", bad={4})
+    with pytest.raises(ClientError, match=r"^round 1, client 4: was over its time limit of 10 s$"):
+        make_simulation(slow, runtime=runtime, failures=Failures(time_limit=10)).round()
+
+
+@runtimes
+def test_a_time_limit_that_nobody_reaches_changes_nothing(runtime, clock):
+    """Nor does time add up over clients, or over rounds."""
+    patient = make_simulation(Dawdles(sleep=clock.sleep), runtime=runtime, failures=Failures(time_limit=1.5))
+    assert trace(patient, rounds=2) == trace(make_simulation(Dawdles(sleep=clock.sleep)), rounds=2)
+
+
+@pytest.mark.parametrize("name", list(CATALOGUE))
+@both
+def test_every_strategy_minds_the_time(runtime, name, monkeypatch):
+    """Each asks before its batches, by `batches`, or `train`, or `gradient`."""
+    asked = count()
+    monkeypatch.setattr("fedsim.local.perf_counter", lambda: float(next(asked)))
+    with pytest.raises(ClientError, match=r"was over its time limit of 0\.5 s"):
+        make_simulation(name, runtime=runtime, failures=Failures(time_limit=0.5)).round()
+    assert next(asked) <= 2 * 6 * 2  # two readings for each client that began, at most
+
+
+def test_the_time_is_the_one_on_the_wall():
+    slow = Dawdles(sleep=lambda seconds: sleep(seconds / 200), where="at its end", bad={2})
+    threads, failures = {"name": "threads", "workers": 3}, Failures(policy="drop", time_limit=0.25)
+    assert (
+        make_simulation(slow, runtime=threads, failures=failures).round().failed["2"].endswith("limit of 0.25 s")
+    )
+
+
+@pytest.mark.parametrize("seconds", [0, -1.0])
+def test_a_time_limit_is_above_0(seconds):
+    from fedsim.config import load
+
+    config = {"rounds": 1, "data": {"name": "digits", "clients": 2}, "model": "2nn", "strategy": "fedavg"}
+    with pytest.raises(ConfigError, match=r"^failures\.time_limit: .* should be a number > 0, or null$"):
+        load(config | {"cohort": "all"}, {"failures.time_limit": seconds})

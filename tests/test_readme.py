@@ -36,7 +36,7 @@ def fedsim(line):
 
 def test_the_commands(checkout):
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("fedsim ")]
-    assert {shlex.split(line)[1] for line in lines} == {"run", "partition", "compare", "list", "bench"}
+    assert {shlex.split(line)[1] for line in lines} == {"run", "resume", "partition", "compare", "list", "bench"}
     for line in lines:
         result = fedsim(line)
         assert result.exit_code == 0, (line, result.output)
@@ -51,16 +51,24 @@ def test_a_strategy_of_your_own(checkout, monkeypatch):
     assert fedsim(line.removeprefix("PYTHONPATH=. ")).exit_code == 0
 
 
+def test_a_hook_of_your_own(checkout, monkeypatch):
+    (checkout / "my_hooks.py").write_text(next(block for block in blocks("python") if "my_hooks.py" in block))
+    monkeypatch.syspath_prepend(checkout)
+    result = fedsim("fedsim run configs/quickstart.yaml 'hooks=[my_hooks:Notify]' local.epochs=9 --out run")
+    assert "of run" in result.output
+
+
 def test_the_python_examples(checkout):
-    examples = [block for block in blocks("python") if "my_strategy.py" not in block]
+    examples = [block for block in blocks("python") if "# my_" not in block]
     assert len(examples) == 2
     for code in examples:
         exec(code, {})
 
 
 def test_the_config_is_valid():
-    (text,) = blocks("yaml")
-    resolve(yaml.safe_load(text))
+    whole, *parts = map(yaml.safe_load, blocks("yaml"))
+    for part in [{}, *parts]:
+        resolve(whole | part)
 
 
 def test_every_catalogue_entry_is_named():

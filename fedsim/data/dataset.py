@@ -61,7 +61,8 @@ class Dataset:
             raise ConfigError(f"{name} is {_form(x)}: it holds no example")
         if not (x.dtype == torch.uint8 and x.ndim == 4) and x.dtype != torch.float32:
             raise ConfigError(f"{name} is {_form(x)}; allowed: uint8 of 4 dimensions, or float32")
-        if not self.mapped and not x.isfinite().all():  # a mapped file is not read for a check
+        # A mapped file is not read for a check; uint8 is finite, and to ask would take its size again.
+        if not self.mapped and x.is_floating_point() and not x.isfinite().all():
             raise ConfigError(f"{name} has values that are not finite")
 
     @staticmethod

@@ -3,11 +3,12 @@
 import hashlib
 import os
 import shutil
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,21 @@ import torch
 from PIL import Image, ImageOps
 from rich.console import Console
 from rich.progress import Progress
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
 
 from fedsim.data.dataset import Dataset, Ints, Part, hold_back
 from fedsim.data.npz import npz
 from fedsim.errors import ConfigError
+from fedsim.reading import gigabytes, memory, open_regular, printable, reason
 from fedsim.types import Count, Seed, Stream, random
 
 Sample = tuple[str, int]  # file and class
 BLOCK = 512  # images handed to the threads at a time
+THREADS = min(32, (os.cpu_count() or 1) + 4)
 PATIENCE = 2.0  # seconds before a progress bar is worth showing
+FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")  # for EPS, Pillow would start Ghostscript
+LARGE = 2**24  # pixels; of images with more, one is decoded at a time
+ALONE = threading.Lock()
 
 
 def image_folder(
@@ -48,7 +54,8 @@ def image_folder(
     """
     train, test, classes = _samples(root, test_share, seed)
     if not test:
-        raise ConfigError(f"data.root: {root} has no images left for testing")
+        raise ConfigError(f"data.root: {printable(root)} has no images left for testing")
+    _fits_in_memory(len(train) + len(test), size, cache)
     if cache is None:
         x, x_test = (
             torch.from_numpy(_decode(part, np.empty((len(part), 3, size, size), np.uint8)))
@@ -57,36 +64,84 @@ def image_folder(
         y, y_test = (torch.from_numpy(_labels(part)) for part in (train, test))
         return Dataset(x, y, x_test, y_test, classes, mean, std)
     folder = cache / _fingerprint(root, train, test, size)
-    if not folder.exists():
-        try:
+    try:
+        if not folder.exists():
             _fill(folder, train, test, size)
-        except OSError as error:
-            raise ConfigError(f"data.cache: {cache}: {error.strerror}") from error
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:  # the latter: a name with a zero in it
+        raise ConfigError(
+            f"data.cache: {printable(cache)}: {getattr(error, 'strerror', None) or error}"
+        ) from error
     return npz(path=folder, channels="first", classes=classes, mean=mean, std=std)
 
 
 def _samples(root: Path, test_share: float | None, seed: int) -> tuple[list[Sample], list[Sample], int]:
-    split = [part for part in ("train", "test") if (root / part).is_dir()]
+    split = [part for part in ("train", "test") if os.path.isdir(root / part)]
     if len(split) == 1:
-        raise ConfigError(f"data.root: {root} has {split[0]}/ only; it should have train/ and test/, or neither")
+        raise ConfigError(
+            f"data.root: {printable(root)} has {split[0]}/ only; it should have train/ and test/, or neither"
+        )
     if bool(split) == (test_share is not None):
         folders = "has train/ and test/" if split else "has no train/ and test/"
-        raise ConfigError(f"data.test_share: {root} {folders}, so it should be {'left out' if split else 'set'}")
+        raise ConfigError(
+            f"data.test_share: {printable(root)} {folders}, so it should be {'left out' if split else 'set'}"
+        )
     try:
         names, index = find_classes(root / "train" if split else root)
         if split:
             if unknown := set(find_classes(root / "test")[0]) - set(names):
+                names_there = printable(", ".join(sorted(unknown)))
                 raise ConfigError(
-                    f"data.root: {root}/test has classes that train has not: {', '.join(sorted(unknown))}"
+                    f"data.root: {printable(root)}/test has classes that train has not: {names_there}"
                 )
-            train = make_dataset(root / "train", index, IMG_EXTENSIONS)
-            return train, make_dataset(root / "test", index, IMG_EXTENSIONS, allow_empty=True), len(names)
-        samples = make_dataset(root, index, IMG_EXTENSIONS)
-    except OSError as error:  # no folder, no class folders, or a class folder without images
-        raise ConfigError(f"data.root: {root}: {error}") from error
+            train = _all_classes(root / "train", index)
+            return train, _listed(root / "test", index), len(names)
+        samples = _all_classes(root, index)
+    except ConfigError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:  # no folder, a name with a zero in it, too deep a tree
+        raise ConfigError(f"data.root: {printable(root)}: {error}") from error
     test = hold_back(_labels(samples), test_share or 0, random(seed, Stream.DATASET))
     train = [sample for sample, held in zip(samples, test, strict=True) if not held]
     return train, [sample for sample, held in zip(samples, test, strict=True) if held], len(names)
+
+
+def _all_classes(root: Path, index: dict[str, int]) -> list[Sample]:
+    samples = _listed(root, index)
+    found = {label for _, label in samples}
+    if missing := [name for name, label in index.items() if label not in found]:
+        raise ConfigError(
+            f"data.root: {printable(root)}: no valid file for the classes {printable(', '.join(missing))}; "
+            f"allowed: files that end in {', '.join(IMG_EXTENSIONS)}"
+        )
+    return samples
+
+
+def _listed(root: Path, index: dict[str, int]) -> list[Sample]:
+    """The images in each class folder and below it, in order of their paths."""
+    samples = []
+    for name, label in index.items():
+        folders = sorted((folder, sorted(files)) for folder, files in _folders(root / name))
+        paths = (os.path.join(folder, file) for folder, files in folders for file in files)
+        samples += [(path, label) for path in paths if path.lower().endswith(IMG_EXTENSIONS)]
+    return samples
+
+
+def _folders(top: Path) -> Iterator[tuple[str, list[str]]]:
+    """What `top`, if it is there, and all below it hold; links that meet would be an endless tree."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    seen = set[tuple[int, int]]()
+    for folder, _, files in os.walk(top, onerror=refuse, followlinks=True) if os.path.isdir(top) else ():
+        about = os.stat(folder)
+        if (about.st_dev, about.st_ino) in seen:
+            twice = printable(folder)
+            raise ConfigError(f"data.root: links lead to {twice} a second time; remove one of them")
+        seen.add((about.st_dev, about.st_ino))
+        yield folder, files
 
 
 def _labels(samples: list[Sample]) -> Ints:
@@ -98,8 +153,12 @@ def _fingerprint(root: Path, train: list[Sample], test: list[Sample], size: int)
     digest = hashlib.sha256(str(size).encode())
     for part in (train, test):
         for path, _ in part:
-            about = os.stat(path)
-            digest.update(f"{os.path.relpath(path, root)}\0{about.st_size}\0{about.st_mtime_ns}\0".encode())
+            try:
+                about = os.stat(path)
+            except OSError as error:  # a link to nowhere
+                raise ConfigError(f"data.root: {printable(path)}: {error.strerror}") from error
+            name = os.fsencode(os.path.relpath(path, root))
+            digest.update(b"%s\0%d\0%d\0" % (name, about.st_size, about.st_mtime_ns))
         digest.update(b"\0")
     return digest.hexdigest()[:16]
 
@@ -109,6 +168,9 @@ def _fill(folder: Path, train: list[Sample], test: list[Sample], size: int) -> N
     draft = folder.with_suffix(f".{os.getpid()}")
     draft.mkdir(parents=True, exist_ok=True)
     try:
+        takes, free = 3 * size**2 * (len(train) + len(test)), shutil.disk_usage(draft).free
+        if takes > free:  # to write to a mapped file on a full disk would end the process
+            raise ConfigError(f"data.cache: {gigabytes(takes)} of images, {gigabytes(free)} are free there")
         for name, part in (("train", train), ("test", test)):
             shape = (len(part), 3, size, size)
             file = draft / f"x_{name}.npy"
@@ -123,13 +185,25 @@ def _fill(folder: Path, train: list[Sample], test: list[Sample], size: int) -> N
         shutil.rmtree(draft, ignore_errors=True)
 
 
+def _fits_in_memory(count: int, size: int, cache: Path | None) -> None:
+    """Pillow keeps 4 bytes a pixel of each image that it has in hand."""
+    takes = size**2 * (4 * min(count, THREADS) + (3 * count if cache is None else 0))
+    if takes > memory():
+        way_out = "allowed: less" + (", or a folder as data.cache" if cache is None else "")
+        raise ConfigError(
+            f"data.size: {count} images of {size} x {size} take {gigabytes(takes)} of memory, "
+            f"this machine has {gigabytes(memory())}; {way_out}"
+        )
+
+
 def _decode(samples: list[Sample], out: Any) -> Any:
     """Fills `out` (n, 3, size, size) with the images of `samples` (n), several at once."""
 
     def fill(i: int) -> None:
         out[i] = _image(samples[i][0], out.shape[-1])
 
-    with warnings.catch_warnings(), _progress(len(samples)) as advance, ThreadPoolExecutor() as pool:
+    with warnings.catch_warnings(), _progress(len(samples)) as advance, ThreadPoolExecutor(THREADS) as pool:
+        warnings.simplefilter("ignore")  # of Pillow, about what it makes of odd but readable files
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         for start in range(0, len(samples), BLOCK):
             block = range(start, min(start + BLOCK, len(samples)))
@@ -140,11 +214,15 @@ def _decode(samples: list[Sample], out: Any) -> Any:
 
 def _image(path: str, size: int) -> npt.NDArray[np.uint8]:
     try:
-        with Image.open(path) as image:
+        with open_regular(path) as file, Image.open(file, formats=FORMATS) as image, _turn(image):
             square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
     except Exception as error:  # decoders raise anything, and a decompression bomb is a warning
-        raise ConfigError(f"data.root: {path} is no readable image ({type(error).__name__}: {error})") from error
+        raise ConfigError(f"data.root: {printable(path)} is no readable image ({reason(error)})") from error
     return np.asarray(square).transpose(2, 0, 1)
+
+
+def _turn(image: Image.Image) -> AbstractContextManager[object]:
+    return ALONE if image.width * image.height > LARGE else nullcontext()
 
 
 @contextmanager

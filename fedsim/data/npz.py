@@ -1,9 +1,12 @@
 """Your own arrays: one .npz file, or a folder of .npy files that stay on disk."""
 
+import io
+import math
+import os
+import warnings
 import zipfile
-import zlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,12 +16,16 @@ from torch.utils.dlpack import from_dlpack
 
 from fedsim.data.dataset import Dataset
 from fedsim.errors import ConfigError
+from fedsim.reading import gigabytes, memory, open_regular, printable, reason
 from fedsim.types import Count
 
 Array = npt.NDArray[Any]
 Channels = Literal["last", "first"]
-UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 NAMES = ("x_train", "y_train", "x_test", "y_test")
+HEADER = 2**14  # bytes, in which the longest header fits that numpy reads
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+PACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # as numpy does; others unpack without bound
+MOST_CLASSES = 10_000  # that few examples may imply
 
 
 def npz(
@@ -38,11 +45,14 @@ def npz(
 
     The x of a folder are never read as a whole, so they may be larger than memory; they are uint8 or float32.
     """
-    mapped = path.is_dir()
-    arrays = _folder(path) if mapped else _file(path)
+    mapped = os.path.isdir(path)
+    with warnings.catch_warnings(action="ignore"):  # of numpy, about headers that Python 2 wrote
+        arrays = _folder(path) if mapped else _file(path, channels)
     missing = [name for name in NAMES if name not in arrays]
     if missing:
-        raise ConfigError(f"data.path: {path} has no {' and no '.join(missing)}; it needs {', '.join(NAMES)}")
+        raise ConfigError(
+            f"data.path: {printable(path)} has no {' and no '.join(missing)}; it needs {', '.join(NAMES)}"
+        )
     try:
         y = {name: _numbers(name, arrays[name]) for name in ("y_train", "y_test", "owner") if name in arrays}
         return Dataset(
@@ -50,37 +60,115 @@ def npz(
             y["y_train"],
             _examples("x_test", arrays["x_test"], channels, mapped),
             y["y_test"],
-            classes=classes or 1 + max(int(y[name].numpy().max(initial=0)) for name in ("y_train", "y_test")),
+            classes=classes or _classes(y["y_train"], y["y_test"]),
             mean=mean,
             std=std,
             owner=y.get("owner"),
             mapped=mapped,
         )
     except ValueError as error:
-        raise ConfigError(f"data.path: {path}: {error}") from None
+        raise ConfigError(f"data.path: {printable(path)}: {error}") from None
+    except (MemoryError, RuntimeError) as error:  # the latter is torch's word for it
+        raise ConfigError(f"data.path: {printable(path)} does not fit into memory ({reason(error)})") from error
 
 
-def _file(path: Path) -> dict[str, Array]:
+def _file(path: Path, channels: Channels) -> dict[str, Array]:
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in (*NAMES, "owner") if name in archive}
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            members = _members(archive)
+            takes = 0
+            for name, member in members.items():
+                with archive.open(member) as stream:
+                    takes += _takes(name, stream, member.file_size, channels)
+            _fits(path, takes)
+            return {name: _read(archive, member) for name, member in members.items()}
     except FileNotFoundError:
-        raise ConfigError(f"data.path: {path}: no such file or folder") from None
-    except (*UNREADABLE, TypeError, AttributeError) as error:  # the last two: a single array, no archive
-        raise ConfigError(f"data.path: {path} is no .npz of plain arrays ({_reason(error)})") from error
+        raise ConfigError(f"data.path: {printable(path)}: no such file or folder") from None
+    except ConfigError:
+        raise
+    except Exception as error:  # a broken archive raises anything
+        raise ConfigError(f"data.path: {printable(path)} is no .npz of plain arrays ({reason(error)})") from error
+
+
+def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    members = dict[str, zipfile.ZipInfo]()
+    wanted = {f"{name}.npy": name for name in (*NAMES, "owner")}
+    for member in archive.infolist():
+        if name := wanted.get(member.filename):
+            if name in members:
+                raise ValueError(f"{name} stands twice")
+            if member.compress_type not in PACKED:
+                raise ValueError(f"{name} is packed in a way that numpy does not write")
+            members[name] = member
+    return members
+
+
+def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Array:
+    with archive.open(member) as stream:
+        return np.lib.format.read_array(stream, allow_pickle=False)
 
 
 def _folder(path: Path) -> dict[str, Array]:
-    arrays = {}
+    arrays, takes = dict[str, Array](), 0
     for file in (path / f"{name}.npy" for name in (*NAMES, "owner")):
-        if not file.exists():
+        if not os.path.lexists(file):
             continue
         try:
+            with open_regular(file) as stream:
+                needed = _takes(file.stem, stream, os.fstat(stream.fileno()).st_size)
+            takes += 0 if file.stem in ("x_train", "x_test") else needed
             # Mode "c" would count the whole file against memory, and fail for one that is larger.
-            arrays[file.stem] = np.load(file, mmap_mode="r", allow_pickle=False)
-        except UNREADABLE as error:
-            raise ConfigError(f"data.path: {file} is no readable plain array ({_reason(error)})") from error
+            arrays[file.stem] = np.lib.format.open_memmap(file, mode="r")
+        except Exception as error:  # a broken header raises anything
+            raise ConfigError(
+                f"data.path: {printable(file)} is no readable plain array ({reason(error)})"
+            ) from error
+    _fits(path, takes)
     return arrays
+
+
+def _takes(name: str, stream: IO[bytes], length: int, channels: Channels = "first") -> int:
+    """Bytes of memory, as read and as a tensor; raises ValueError for what the `length` of a .npy cannot hold."""
+    shape, dtype, begin = _header(io.BytesIO(stream.read(HEADER)))
+    if dtype.kind not in "biuf":
+        raise ValueError(f"{name} is {dtype}; allowed: numbers")
+    count = math.prod(shape)
+    if min(shape, default=0) < 0 or begin + count * dtype.itemsize > length:
+        raise ValueError(f"{name} holds less than it should, {dtype} {shape}")
+    if name not in ("x_train", "x_test"):
+        return count * (dtype.itemsize + 8)
+    as_it_is = dtype in (np.uint8, np.float32) and not (len(shape) == 4 and channels == "last")
+    return count * (dtype.itemsize + (0 if as_it_is else 1 if dtype == np.uint8 else 4))
+
+
+def _header(start: io.BytesIO) -> tuple[tuple[int, ...], np.dtype[Any], int]:
+    """Shape and type that a .npy file claims, and where its numbers begin."""
+    try:
+        version = np.lib.format.read_magic(start)
+        if version not in HEADERS:
+            raise ValueError(f"version {version} of .npy; allowed: {', '.join(map(str, HEADERS))}")
+        shape, _, dtype = HEADERS[version](start)
+    except ValueError:
+        raise
+    except Exception as error:  # what is no Python literal raises anything, even MemoryError
+        raise ValueError(f"a header that cannot be read ({type(error).__name__})") from error
+    return shape, dtype, start.tell()
+
+
+def _fits(path: Path, takes: int) -> None:
+    if takes > memory():
+        raise ConfigError(
+            f"data.path: {printable(path)} takes {gigabytes(takes)} of memory, "
+            f"this machine has {gigabytes(memory())}; the x of a folder of .npy files are not read as a whole"
+        )
+
+
+def _classes(*labels: Tensor) -> int:
+    classes = 1 + max(int(y.numpy().max(initial=0)) for y in labels)
+    examples = sum(y.numel() for y in labels)
+    if classes > max(examples, MOST_CLASSES):
+        raise ConfigError(f"{examples} labels go up to {classes - 1}; set data.classes if so many are meant")
+    return classes
 
 
 def _examples(name: str, array: Array, channels: Channels, mapped: bool) -> Tensor:
@@ -89,6 +177,8 @@ def _examples(name: str, array: Array, channels: Channels, mapped: bool) -> Tens
         if mapped or array.dtype.kind != "f":
             raise ConfigError(f"{name} is {array.dtype}; allowed: uint8 or float32")
         array = array.astype(np.float32)
+    if mapped and not array.flags.aligned:
+        raise ConfigError(f"{name} starts where no {array.dtype} can; np.save writes it so that it can be mapped")
     # The one way to share a read-only array without a warning: batches are copies, nobody writes to x.
     x = from_dlpack(array) if mapped else torch.from_numpy(array)
     if x.ndim == 3 and x.dtype == torch.uint8:
@@ -102,7 +192,3 @@ def _numbers(name: str, array: Array) -> Tensor:
     if array.dtype.kind not in "iu":
         raise ConfigError(f"{name} is {array.dtype}; allowed: whole numbers")
     return torch.from_numpy(array.astype(np.int64))
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -1,6 +1,6 @@
 """Where clients run. A runtime is one method: clients in, partial aggregates and reports out, in any order."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import torch
@@ -25,7 +25,7 @@ class Runtime(Protocol):
         self,
         work: Work,
         server: State,
-        jobs: Sequence[Job],
+        jobs: Iterable[Job],
         aggregator: Aggregator,
         *,
         tolerant: bool = False,

@@ -1,6 +1,6 @@
 """Clients one after the other, in the calling thread: for debugging, and as the reference."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from fedsim.aggregate import Aggregator, Partial
 from fedsim.data import FederatedData
@@ -21,7 +21,7 @@ class Serial:
         self,
         work: Work,
         server: State,
-        jobs: Sequence[Job],
+        jobs: Iterable[Job],
         aggregator: Aggregator,
         *,
         tolerant: bool = False,

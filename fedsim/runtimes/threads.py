@@ -5,7 +5,7 @@ share the data, nor several of them a GPU without switching context.
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from itertools import count
@@ -54,7 +54,7 @@ class Threads:
         self,
         work: Work,
         server: State,
-        jobs: Sequence[Job],
+        jobs: Iterable[Job],
         aggregator: Aggregator,
         *,
         tolerant: bool = False,

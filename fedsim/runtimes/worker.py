@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from math import isfinite
 from pathlib import Path
 from time import perf_counter
 from traceback import extract_tb
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from fedsim.aggregate import Aggregator, Partial
 from fedsim.data import FederatedData
-from fedsim.errors import ClientError, ConfigError
+from fedsim.errors import ClientError, ConfigError, RoundError
 from fedsim.task import Replica, Task
 from fedsim.types import Job, Report, State
 from fedsim.work import Work
@@ -47,17 +46,18 @@ class Worker:
             if written := [n for (n, value), v in zip(states, versions, strict=True) if value._version != v]:
                 raise RuntimeError(f"{written[0]!r} was written in place; states are only read")
             metrics = {name: float(value) for name, value in update.metrics.items()}
-            for name, value in metrics.items():
-                if not isfinite(value):
-                    raise ArithmeticError(f"{name} is not finite")
             weight = float(update.weight)
+            if strange := [name for name in update.message if not isinstance(name, str)]:
+                raise TypeError(f"message {strange[0]!r} is no name")
             if strange := [name for name, value in update.message.items() if not isinstance(value, Tensor)]:
                 raise TypeError(f"message {strange[0]!r} is no tensor")
         except Exception as error:
             return aggregator.fold([], start), _failed(job, error, tolerant, perf_counter() - began)
         try:
             partial = aggregator.fold([(job.client_id, update.message, weight)], start)
-        except ArithmeticError as error:
+        except RoundError:  # no single client's doing
+            raise
+        except Exception as error:
             return aggregator.fold([], start), _failed(job, error, tolerant, perf_counter() - began)
         client = {name: _own(value.cpu()) for name, value in update.client.items()}
         size = sum(value.nbytes for value in update.message.values())
@@ -66,7 +66,7 @@ class Worker:
 
 def _failed(job: Job, error: Exception, tolerant: bool, seconds: float) -> Report:
     cause = str(error)
-    if not isinstance(error, ArithmeticError):
+    if not isinstance(error, ArithmeticError | TimeoutError):
         where = extract_tb(error.__traceback__)[-1]
         cause = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
     if tolerant:

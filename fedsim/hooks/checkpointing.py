@@ -1,0 +1,51 @@
+"""Checkpoints as a run goes."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from fedsim.checkpoint import data_hash
+from fedsim.files import uninterrupted
+from fedsim.hooks import Hook
+from fedsim.types import Count
+
+if TYPE_CHECKING:
+    from fedsim.experiment import Run
+
+
+@dataclass(kw_only=True)
+class Checkpointing(Hook):
+    """Saves every so many rounds, or with null only at the end, and in any case when a run ends or is stopped.
+
+    The newest `keep` checkpoints stay in `checkpoints/` of the run's folder.
+    """
+
+    every: Count | None = 1
+    keep: Count = 3
+    priority: int = field(default=100, init=False)  # when the others have done what they do
+
+    def before_run(self, run: "Run") -> None:
+        self._data = data_hash(run.simulation.data)
+        self._saved: tuple[int, bool] | None = None
+
+    def after_round(self, run: "Run", record: dict[str, Any]) -> None:
+        if self.every and record["round"] % self.every == 0:
+            self._save(run)
+
+    def after_run(self, run: "Run") -> None:
+        if self._saved != (run.simulation.number, run.unlogged is None):
+            with uninterrupted():  # there is no other time to save it
+                self._save(run)
+
+    def _save(self, run: "Run") -> None:
+        if run.folder is None:
+            return
+        run.folder.checkpoints.save(
+            run.simulation,
+            run.folder.log(),
+            self.keep,
+            config=run.config.model_dump(mode="json"),
+            data=self._data,
+            last=run.unlogged._asdict() if run.unlogged else None,
+            seconds=run.seconds,
+        )
+        self._saved = run.simulation.number, run.unlogged is None

@@ -1,0 +1,21 @@
+"""The picture of a run."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fedsim.hooks import Hook
+
+if TYPE_CHECKING:
+    from fedsim.experiment import Run
+
+
+@dataclass(kw_only=True)
+class Curves(Hook):
+    """Loss and accuracy against rounds, in `curves.png` of the run's folder, when the run ends or is stopped."""
+
+    def after_run(self, run: "Run") -> None:
+        if run.folder:
+            from fedsim.plot import curves
+            from fedsim.report import read_run
+
+            curves([read_run(run.folder.path)], run.folder.path / "curves.png")

@@ -1,0 +1,53 @@
+"""Hooks that end a run before its last round."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from fedsim.errors import ConfigError, RoundError
+from fedsim.hooks import Hook
+from fedsim.types import Count, NonNegative
+
+if TYPE_CHECKING:
+    from fedsim.experiment import Run
+
+
+@dataclass(kw_only=True)
+class StopOnNonFinite(Hook):
+    """Fails a run whose test loss is not finite; a client's or the server's that is not, fails anyway."""
+
+    priority: int = 10
+
+    def before_run(self, run: "Run") -> None:
+        for record in run.records[-1:]:
+            self.after_round(run, record)
+
+    def after_round(self, run: "Run", record: dict[str, Any]) -> None:
+        if "test_loss" in record and record["test_loss"] is None:
+            raise RoundError(f"round {record['round']}: test_loss is not finite; lower local.lr")
+
+
+@dataclass(kw_only=True)
+class EarlyStopping(Hook):
+    """Ends a run after `patience` tests in a row without one better than the best by more than `min_delta`."""
+
+    patience: Count = 10
+    metric: Literal["test_loss", "test_accuracy", "client_accuracy_mean"] = "test_loss"
+    min_delta: NonNegative = 0.0
+
+    def before_run(self, run: "Run") -> None:
+        if self.metric == "client_accuracy_mean" and not run.config.evaluate.clients:
+            raise ConfigError("hooks: early_stopping: client_accuracy_mean needs evaluate.clients=true")
+        self._look(run)
+
+    def after_round(self, run: "Run", record: dict[str, Any]) -> None:
+        self._look(run)
+
+    def _look(self, run: "Run") -> None:
+        sign = -1.0 if self.metric == "test_loss" else 1.0
+        found = [r[self.metric] for r in run.records if self.metric in r]
+        values = [float("-inf") if value is None else sign * value for value in found]  # None was not finite
+        best, since = float("-inf"), 0
+        for value in values:
+            best, since = (value, 0) if value > best + self.min_delta else (best, since + 1)
+        if since >= self.patience:
+            run.stop(f"{self.metric} has not improved on {sign * best:.4g} in {since} tests")
