@@ -9,13 +9,13 @@ from math import ceil
 from typing import Annotated, NamedTuple
 
 import numpy as np
-from annotated_types import Ge, Le, Lt
+from annotated_types import Ge, Le
 
 from fedsim.data.dataset import Floats, Ints
 from fedsim.errors import ConfigError
-from fedsim.types import NonNegative, Positive, Stream, random
+from fedsim.types import Positive, Stream, random
 
-Chance = Annotated[float, Ge(0), Lt(1)]
+Chance = Annotated[float, Ge(0), Le(1)]
 
 
 class Attempt(NamedTuple):
@@ -41,7 +41,7 @@ class Availability:
     step_seconds: Positive = 0.1
     stragglers: Annotated[float, Ge(0), Le(1)] = 0.0
     slowdown: Annotated[float, Ge(1)] = 10.0
-    jitter: NonNegative = 0.0
+    jitter: Annotated[float, Ge(0), Le(10)] = 0.0
     deadline: Positive | None = None
     over_selection: Annotated[float, Ge(1)] = 1.0
 

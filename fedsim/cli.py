@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from fedsim.errors import ClientError, ConfigError, RoundError
+from fedsim.errors import ClientError, ConfigError, RoundError, printable
 
 if TYPE_CHECKING:
     from fedsim.experiment import Run
@@ -177,5 +177,5 @@ def main() -> None:
 
 
 def _leave(message: str, status: int) -> None:
-    print(f"fedsim: {message}", file=sys.stderr)
+    print(f"fedsim: {printable(message)}", file=sys.stderr)
     raise SystemExit(status)

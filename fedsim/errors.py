@@ -1,4 +1,7 @@
-"""What can go wrong, by whose fault it is."""
+"""What can go wrong, by whose fault it is, and how it is told."""
+
+from pathlib import Path
+from traceback import extract_tb
 
 
 class ConfigError(ValueError):
@@ -11,3 +14,26 @@ class ClientError(RuntimeError):
 
 class RoundError(RuntimeError):
     """A round cannot count: too few clients answered, or what they sent does not add up."""
+
+
+def printable(text: object) -> str:
+    """`text` with what would break a line or command a terminal written as an escape, such as \\n."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def one_line(text: object) -> str:
+    """`text` without line breaks, and the beginning of it only where it is long."""
+    words = printable(" ".join(str(text).split()))
+    return words if len(words) <= 200 else f"{words[:197]}..."
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, in a line."""
+    return one_line(f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}")
+
+
+def located(error: Exception) -> str:
+    """What went wrong in a user's code, and in which line of it: "TypeError: ... (mine.py:12)"."""
+    frames = extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "site-packages" not in frame.filename] or frames
+    return f"{one_line(f'{type(error).__name__}: {error}')} ({Path(own[-1].filename).name}:{own[-1].lineno})"

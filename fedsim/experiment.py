@@ -4,6 +4,7 @@ import resource
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Self
@@ -123,8 +124,13 @@ def resume(
     ConfigError where the folder holds no run or another process is running it.
     """
     resumed = Run.resume(Path(folder), overrides or {}, force)
-    for note in resumed.notes:
-        warnings.warn(note, stacklevel=2)
+    try:
+        for note in resumed.notes:
+            warnings.warn(note, stacklevel=2)
+    except Warning:  # some have them raised
+        if resumed.folder:
+            resumed.folder.close()
+        raise
     return execute(resumed, hooks)
 
 
@@ -144,9 +150,9 @@ def execute(run: Run, hooks: Iterable[Hook] = ()) -> Result:
         failure = error
     summary = _summary(run)
     try:
-        for last, about in ((told.end, (run,)), (_finish, (run, summary))):
+        for last in (partial(_finish, run, None if failure else summary), partial(told.end, run)):
             try:
-                last(*about)
+                last()
             except (Exception, KeyboardInterrupt) as error:  # what ended the run is what the user wants to know
                 failure = failure or error
     finally:
@@ -188,10 +194,9 @@ def _log(run: Run, record: Record) -> None:
         run.records.append(record)
 
 
-def _finish(run: Run, summary: Record) -> None:
+def _finish(run: Run, summary: Record | None) -> None:
     if run.folder:
-        model = run.simulation.task.state_dict(run.simulation.server)
-        run.folder.finish(model, summary if run.finished else None)
+        run.folder.finish(run.simulation.task.state_dict(run.simulation.server), summary)
 
 
 def _tests(config: Config, simulation: Simulation) -> Record:

@@ -19,7 +19,7 @@ from fedsim.checkpoint import Checkpoints
 from fedsim.config import Config
 from fedsim.data import FederatedData
 from fedsim.data.partition import content_hash, label_counts
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, RoundError
 from fedsim.files import DRAFT, File, apart, read, sync_folder, write
 
 LISTED = 1000  # clients up to which partition.json counts each one's labels
@@ -88,7 +88,10 @@ class RunFolder:
 
     def round(self, record: dict[str, Any]) -> None:
         """Add a line to rounds.jsonl."""
-        line = rest = json.dumps(record).encode() + b"\n"
+        try:
+            line = rest = json.dumps(record, allow_nan=False).encode() + b"\n"
+        except (TypeError, ValueError) as error:  # of what a hook added
+            raise RoundError(f"round {record['round']}: rounds.jsonl cannot hold it: {error}") from None
         try:
             while rest:  # a disk that fills takes a part, and says so only when asked again
                 rest = rest[self._rounds.write(rest) :]

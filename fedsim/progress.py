@@ -17,18 +17,31 @@ class Plain(Hook):
 
     def __init__(self, console: Console):
         super().__init__()
-        self.console = console
+        self.console, self.dropped = console, set[int]()
 
     def after_client(self, run: "Run", report: Report) -> None:
         if report.error:
-            self.console.out(f"client {report.client_id} dropped: {report.error}", highlight=False)
+            self.drop(report.client_id, report.error)
 
     def after_round(self, run: "Run", record: dict[str, Any]) -> None:
+        self.drop_others(record)
         total = run.config.rounds
         self.console.out(
             f"round {record['round']:>{len(str(total))}}/{total}  {figures(record)}  {record['seconds']:.2f} s",
             highlight=False,
         )
+
+    def drop(self, client: int, cause: str) -> None:
+        """Say that a client was dropped."""
+        self.console.out(f"client {client} dropped: {cause}", highlight=False)
+        self.dropped.add(client)
+
+    def drop_others(self, record: dict[str, Any]) -> None:
+        """The same of those whose message did not fit the others', which shows when all are there."""
+        for client, cause in record["failed"].items():
+            if int(client) not in self.dropped:
+                self.drop(int(client), cause)
+        self.dropped.clear()
 
 
 class Bar(Plain):
@@ -56,6 +69,7 @@ class Bar(Plain):
         self.bars.advance(self.by_client)
 
     def after_round(self, run: "Run", record: dict[str, Any]) -> None:
+        self.drop_others(record)
         self.bars.update(self.by_round, advance=1, figures=figures(record, short=True))
 
     def after_run(self, run: "Run") -> None:
@@ -69,6 +83,8 @@ def figures(record: dict[str, Any], short: bool = False) -> str:
         accuracy = f" {record['test_accuracy']:.2%}" if "test_accuracy" in record else ""
         return f"loss {loss}{accuracy}"
     parts = [f"train_loss {loss}"]
+    if record["absent"]:
+        parts += [f"absent {len(record['absent'])} of {len(record['cohort'])}"]
     if "test_accuracy" in record:
         test_loss = "-" if record["test_loss"] is None else f"{record['test_loss']:.4f}"
         parts += [f"test_loss {test_loss}", f"test_accuracy {record['test_accuracy']:.2%}"]

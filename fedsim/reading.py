@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import yaml
 
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, one_line, printable
 
 MOST_BYTES = 2**20  # of a YAML file
 MOST_VALUES = 100_000  # in one, with all that its aliases stand for
@@ -39,22 +39,6 @@ def memory() -> int:
 def gigabytes(count: int) -> str:
     """A number of bytes, in words."""
     return f"{count / 2**30:,.1f} GiB"
-
-
-def printable(text: object) -> str:
-    """`text` with what would break a line or command a terminal written as an escape, such as \\n."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
-
-
-def one_line(text: object) -> str:
-    """`text` without line breaks, and the beginning of it only where it is long."""
-    words = printable(" ".join(str(text).split()))
-    return words if len(words) <= 200 else f"{words[:197]}..."
-
-
-def reason(error: Exception) -> str:
-    """What went wrong, in a line."""
-    return one_line(f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

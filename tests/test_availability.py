@@ -463,7 +463,7 @@ def test_a_config_that_a_run_left_takes_an_availability(done, tmp_path):
 
 WRONG = {
     "availability.drop": [
-        (1.5, r"1\.5 should be a number >= 0 and < 1, or a list, each a number >= 0 and < 1"),
+        (1.5, r"1\.5 should be a number >= 0 and <= 1, or a list, each a number >= 0 and <= 1"),
         (-0.1, r"-0\.1 should be a number >= 0"),
         ("often", '"often" should be a number'),
         ([0.1, 0.2], r"has 2 entries, and data\.clients is 5"),

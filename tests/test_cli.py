@@ -176,7 +176,7 @@ def test_a_bar_is_narrow_even_when_its_numbers_are_wide():
     run = SimpleNamespace(config=SimpleNamespace(rounds=100_000), simulation=simulation, records=range(99_998))
     bar = Bar(console)
     bar.before_run(run)
-    bar.after_round(run, {"round": 99_999, "train_loss": 12345.678, "test_accuracy": 1.0})
+    bar.after_round(run, {"round": 99_999, "train_loss": 12345.678, "test_accuracy": 1.0, "failed": {}})
     bar.after_run(run)
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue()).replace("\r", "\n")
     assert "loss 12345.6780 100.00%" in narrow(shown)

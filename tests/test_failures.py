@@ -188,7 +188,7 @@ class Sends(Wrapper):
     ],
     ids=str,
 )
-@runtimes
+@both
 def test_what_cannot_be_averaged_is_dropped_or_named(runtime, sent, named):
     strategy = Sends(inner=make_strategy("fedavg"), **sent)
     with pytest.raises(ClientError, match=f"round 1, client 2: .*{named}"):
@@ -457,7 +457,7 @@ def test_who_keeps_what_it_cannot_go_on_from_is_dropped_or_named(runtime, change
 
 
 @pytest.mark.parametrize("change", [ODD["doubles"], KEPT["nan"][0]], ids=["odd", "nan"])
-@runtimes
+@both
 def test_who_fails_later_keeps_what_it_had(runtime, change):
     odd = Odd(inner=make_strategy("scaffold"), change=change)
     simulation = make_simulation(odd, runtime=runtime, failures=DROP)
@@ -525,7 +525,7 @@ class Dawdles(Strategy):
 
 
 LIMIT = Failures(policy="drop", time_limit=10)
-TAKEN = {"in its loss": 2, "between batches": 0, "at its end": 20}  # steps of 20 until the limit is noticed
+TAKEN = {"in its loss": 2, "between batches": 0, "at its end": 8}  # steps of 8 until the limit is noticed
 
 
 @pytest.mark.parametrize("where", TAKEN)
@@ -533,11 +533,11 @@ TAKEN = {"in its loss": 2, "between batches": 0, "at its end": 20}  # steps of 2
 def test_who_is_over_its_time_limit_leaves_no_trace(runtime, where, clock):
     """It is stopped at its next batch; and one that finishes late is late."""
     slow = Dawdles(sleep=clock.sleep, where=where, bad={1, 4})
-    dropped = trace(make_simulation(slow, runtime=runtime, failures=LIMIT, steps=20), rounds=2)
-    usual = trace(make_simulation(Dawdles(sleep=clock.sleep), cohort=OTHERS, steps=20), rounds=2)
+    dropped = trace(make_simulation(slow, runtime=runtime, failures=LIMIT, steps=8), rounds=2)
+    usual = trace(make_simulation(Dawdles(sleep=clock.sleep), cohort=OTHERS, steps=8), rounds=2)
     assert set(left_no_trace(dropped, usual, 1, 4)) == {"was over its time limit of 10 s"}
     assert [slow.steps.count(client) for client in range(6)] == [
-        2 * TAKEN[where] if k in (1, 4) else 40 for k in range(6)
+        2 * TAKEN[where] if k in (1, 4) else 16 for k in range(6)
     ]
 
 

@@ -22,8 +22,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
 
 from fedsim.data.dataset import Dataset, Ints, Part, hold_back
 from fedsim.data.npz import npz
-from fedsim.errors import ConfigError
-from fedsim.reading import gigabytes, memory, open_regular, printable, reason
+from fedsim.errors import ConfigError, printable, reason
+from fedsim.reading import gigabytes, memory, open_regular
 from fedsim.types import Count, Seed, Stream, random
 
 Sample = tuple[str, int]  # file and class

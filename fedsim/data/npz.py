@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from fedsim.data.dataset import Dataset
-from fedsim.errors import ConfigError
-from fedsim.reading import gigabytes, memory, open_regular, printable, reason
+from fedsim.errors import ConfigError, printable, reason
+from fedsim.reading import gigabytes, memory, open_regular
 from fedsim.types import Count
 
 Array = npt.NDArray[Any]

@@ -12,8 +12,8 @@ from torch import Tensor
 from torchvision import datasets
 
 from fedsim.data.dataset import Dataset
-from fedsim.errors import ConfigError
-from fedsim.reading import gigabytes, open_regular, printable, reason
+from fedsim.errors import ConfigError, printable, reason
+from fedsim.reading import gigabytes, open_regular
 
 EMNIST_CLASSES = {"byclass": 62, "bymerge": 47, "balanced": 47, "letters": 26, "digits": 10, "mnist": 10}
 PIXELS = 28 * 28

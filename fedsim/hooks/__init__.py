@@ -2,12 +2,10 @@
 
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
-from pathlib import Path
-from traceback import extract_tb
 from typing import TYPE_CHECKING, Any
 
 from fedsim.catalogue import Catalogue
-from fedsim.errors import ClientError, ConfigError, RoundError
+from fedsim.errors import ClientError, ConfigError, RoundError, located
 from fedsim.types import Report
 
 if TYPE_CHECKING:
@@ -23,8 +21,6 @@ HOOKS = Catalogue(
         "curves": "curves:Curves",
     },
 )
-
-OURS = (ConfigError, ClientError, RoundError, OSError)  # what says enough by itself
 
 
 @dataclass
@@ -49,13 +45,13 @@ class Hook:
         """A client is handed to the runtime, which may let it wait."""
 
     def after_client(self, run: "Run", report: Report) -> None:
-        """A client finished, or failed."""
+        """A client finished, or was dropped."""
 
     def before_evaluation(self, run: "Run", record: dict[str, Any]) -> None:
         """The global model is about to be tested; the record has what is known of the round."""
 
     def after_evaluation(self, run: "Run", record: dict[str, Any]) -> None:
-        """It was tested, and the record has the figures."""
+        """It was tested, and the record has the figures; numbers of one's own may be added."""
 
     def after_round(self, run: "Run", record: dict[str, Any]) -> None:
         """The round is over, and the record, a line of rounds.jsonl, the last in `run.records`."""
@@ -101,11 +97,9 @@ class Hooks:
 def _tell(hook: Hook, event: str, *about: Any) -> None:
     try:
         getattr(hook, event)(*about)
-    except OURS:
+    except (ConfigError, ClientError, RoundError):
         raise
     except Exception as error:
-        at = extract_tb(error.__traceback__)[-1]
-        where = f"{Path(at.filename).name}:{at.lineno}"
-        raise RoundError(
-            f"hook {type(hook).__name__}, {event}: {type(error).__name__}: {error} ({where})"
-        ) from error
+        if isinstance(error, OSError) and error.filename:  # which says enough: a file, and what it suffered from
+            raise
+        raise RoundError(f"hook {type(hook).__name__}, {event}: {located(error)}") from error

@@ -3,16 +3,14 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from time import perf_counter
-from traceback import extract_tb
 
 import torch
 from torch import Tensor
 
 from fedsim.aggregate import Aggregator, Partial
 from fedsim.data import FederatedData
-from fedsim.errors import ClientError, ConfigError, RoundError
+from fedsim.errors import ClientError, ConfigError, RoundError, located, one_line
 from fedsim.task import Replica, Task
 from fedsim.types import Job, Report, State
 from fedsim.work import Work
@@ -65,10 +63,7 @@ class Worker:
 
 
 def _failed(job: Job, error: Exception, tolerant: bool, seconds: float) -> Report:
-    cause = str(error)
-    if not isinstance(error, ArithmeticError | TimeoutError):
-        where = extract_tb(error.__traceback__)[-1]
-        cause = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
+    cause = one_line(error) if isinstance(error, ArithmeticError | TimeoutError) else located(error)
     if tolerant:
         return Report(job.client_id, 0.0, {}, {}, seconds, 0, cause)
     diverged = isinstance(error, ArithmeticError) and ("not finite" in cause or "too large" in cause)
