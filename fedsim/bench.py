@@ -146,7 +146,9 @@ def _checkpoint(config: Config) -> Iterator[Side]:
             for client, state in changed.items():
                 simulation.clients.stage(client, state)
             simulation.clients.commit()
-            checkpoints.save(simulation, File("rounds.jsonl", 0, ""), 3, last=None, seconds=0.0, **about)
+            checkpoints.save(
+                simulation, File("rounds.jsonl", 0, ""), 3, last=None, stopped=None, seconds=0.0, **about
+            )
 
         yield side
 

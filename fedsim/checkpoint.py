@@ -10,25 +10,24 @@ import json
 import platform
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
-import torch
 from annotated_types import Ge
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from fedsim.data import FederatedData
-from fedsim.data.partition import content_hash
-from fedsim.errors import ConfigError
-from fedsim.files import DRAFT, File, apart, read, write
+from fedsim.errors import ConfigError, one_line
+from fedsim.files import DRAFT, File, apart, read, sync_folder, verify, write
+from fedsim.reading import open_regular
 from fedsim.simulation import Round, Simulation
 from fedsim.store import NAME as SEGMENT
 from fedsim.types import Form, State, described, form_of
 
-LARGEST = 2**28  # bytes of N.json
+LARGEST = 2**25  # bytes of N.json
 NAME = re.compile(r"\d{6,}\.json")
 SERVER = re.compile(r"server-\d{6,}\.safetensors")
 FREE = (  # settings that do not change what is learned, or only from now on
@@ -37,16 +36,22 @@ FREE = (  # settings that do not change what is learned, or only from now on
 )
 
 
+PLAIN = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+FIELDS: dict[str, Any] = {name: (kind, ...) for name, kind in Round.__annotations__.items()}
+Line: Any = create_model("Line", __config__=PLAIN, **FIELDS)
+
+
 class Checkpoint(BaseModel):
     """What N.json holds."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = PLAIN
 
     format: Literal[1] = 1
     round: Annotated[int, Ge(0)]  # that are done
     clock: float
     seconds: float  # that the run had taken
-    last: dict[str, Any] | None  # the last round's result, where its line is not in rounds.jsonl yet
+    last: Line | None  # the last round's result, where its line is not in rounds.jsonl yet
+    stopped: str | None  # why, where a hook has ended the run
     config: dict[str, Any]
     versions: dict[str, str]
     data: str  # hash of labels and owners
@@ -65,7 +70,7 @@ class Checkpoints:
     def save(self, simulation: Simulation, log: File, keep: int, **about: Any) -> None:
         """Write what changed, and keep the newest so many; raises OSError, and leaves the others good.
 
-        `about` has what else a Checkpoint holds: config, data, last, seconds.
+        `about` has what else a Checkpoint holds: config, data, last, stopped, seconds.
         """
         self.folder.mkdir(exist_ok=True)
         clients = simulation.clients.flush()
@@ -93,12 +98,14 @@ class Checkpoints:
         for path in self._found():
             try:
                 checkpoint = _read(path)
-                read(log_folder, checkpoint.log)
+                verify(log_folder, checkpoint.log)
                 for file in checkpoint.clients:
-                    read(self.folder, file)
+                    verify(self.folder, file)
                 return (checkpoint, load(read(self.folder, checkpoint.server))), broken
-            except (ValueError, SafetensorError) as error:
-                broken.append(f"{path}: broken checkpoint: {error}")
+            except ConfigError:
+                raise
+            except (ValueError, KeyError, SafetensorError) as error:  # KeyError: of a type that torch has not
+                broken.append(f"{path}: broken checkpoint: {one_line(error)}")
         if broken:
             raise ConfigError(f"{broken[0]}; no other is whole; delete {self.folder} to start over")
         return None, []
@@ -107,21 +114,20 @@ class Checkpoints:
         """Put a new simulation where the checkpoint was made; raises ConfigError where it was of another kind."""
         _check_form(self.folder, "the server's state is", form_of(server), form_of(simulation.server))
         for path in self._found():
-            try:
-                self._segments[path.name] = {file.name for file in _read(path).clients}
-            except ValueError:
-                continue  # and never read again
-        for path in self._found():
             if int(path.stem) > checkpoint.round:  # broken
                 path.unlink()
+        for path in self._found():
+            with suppress(ValueError):  # broken too, and never read again
+                self._segments[path.name] = {file.name for file in _read(path).clients}
         self._restore_clients(simulation, checkpoint.clients)
         simulation.server = {name: server[name].to(simulation.runtime.home) for name in simulation.server}
         simulation.number, simulation.clock = checkpoint.round, checkpoint.clock
-        simulation.last = Round(**checkpoint.last) if checkpoint.last else None
+        simulation.last = Round(**checkpoint.last.model_dump()) if checkpoint.last else None
 
     def start(self, simulation: Simulation) -> None:
         """Let a run begin that has no checkpoint; what one that was killed has left goes."""
         self.folder.mkdir(exist_ok=True)
+        sync_folder(self.folder.parent)
         self._restore_clients(simulation, [])
 
     def _restore_clients(self, simulation: Simulation, files: list[File]) -> None:
@@ -131,6 +137,9 @@ class Checkpoints:
             clients.restore(files)
         except ValueError as error:
             raise ConfigError(f"{self.folder}: {error}") from None
+        for client in clients:
+            if not 0 <= client < simulation.data.num_clients:
+                raise ConfigError(f"{self.folder}: has what client {client} keeps, and there is no such client")
         for client in list(clients)[:1]:
             _check_form(self.folder, "a client keeps", form_of(clients[client]), form_of(simulation.newcomer))
 
@@ -167,13 +176,8 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str
 
 def versions() -> dict[str, str]:
     """Of what the result depends on."""
-    return {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
-
-
-def data_hash(data: FederatedData) -> str:
-    """SHA-256 of the training labels and of who owns each example."""
-    labels = data.labels.cpu().numpy().astype("<i8")
-    return hashlib.sha256(content_hash(data.owners).encode() + labels.tobytes()).hexdigest()
+    packages = {name: version(name) for name in ("fedsim", "torch", "numpy")}
+    return packages | {"python": platform.python_version()}
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -201,19 +205,25 @@ def _sha256(values: Any) -> str:
 def _read(path: Path) -> Checkpoint:
     """Raises ValueError where it is not whole."""
     try:
-        if path.stat().st_size > LARGEST:
+        with open_regular(path) as opened:
+            content = opened.read(LARGEST + 1)
+        if len(content) > LARGEST:
             raise ValueError(f"is larger than {LARGEST} bytes")
-        signed = json.loads(path.read_bytes())
+        signed = json.loads(content)
         if signed["sha256"] != _sha256(signed["checkpoint"]):
             raise ValueError("is not what it was when it was written")
+        if signed["checkpoint"]["format"] != Checkpoint.model_fields["format"].default:
+            raise ConfigError(f"{path}: is of another fedsim, with format {signed['checkpoint']['format']}")
         checkpoint = Checkpoint.model_validate_json(json.dumps(signed["checkpoint"]))
-    except OSError as error:
-        raise ValueError(error.strerror) from None
+    except ConfigError:
+        raise
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     except (KeyError, TypeError, RecursionError):
         raise ValueError("is no checkpoint") from None
+    if checkpoint.round != int(path.stem):
+        raise ValueError(f"is of round {checkpoint.round}")
     files = [checkpoint.log, checkpoint.server, *checkpoint.clients]
     for file, name in zip(files, [re.compile("rounds.jsonl"), SERVER, *[SEGMENT] * len(files[2:])], strict=True):
         if not name.fullmatch(file.name):  # nor does it lead out of the folder

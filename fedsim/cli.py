@@ -36,18 +36,10 @@ def run(
     ] = None,
 ) -> None:
     """Train a federation, and leave a folder with what came out."""
-    from fedsim.config import build, load, parse_overrides
+    from fedsim.config import load, parse_overrides
     from fedsim.experiment import Run
-    from fedsim.folder import RunFolder
 
-    loaded = load(config, parse_overrides(settings or []))
-    simulation = build(loaded)
-    if out:
-        folder = RunFolder.create(out, loaded, simulation.data)
-    else:
-        folder = RunFolder.number(config.stem, loaded, simulation.data)
-    folder.checkpoints.start(simulation)
-    _execute(Run(loaded, simulation, folder), folder.path)
+    _execute(Run.start(load(config, parse_overrides(settings or [])), out, config.stem))
 
 
 @app.command()
@@ -62,14 +54,16 @@ def resume(
 
     resumed = Run.resume(folder, parse_overrides(settings or []), force)
     for note in resumed.notes:
-        print(f"fedsim: {note}", file=sys.stderr)
-    _execute(resumed, folder)
+        print(f"fedsim: {printable(note)}", file=sys.stderr)
+    _execute(resumed)
 
 
-def _execute(run: "Run", folder: Path) -> None:
+def _execute(run: "Run") -> None:
     from fedsim.experiment import execute
     from fedsim.progress import Bar, Plain
 
+    assert run.folder is not None
+    folder = run.folder.path
     try:
         result = execute(run, [Bar(console) if console.is_terminal else Plain(console)])
     except (ClientError, RoundError, OSError):

@@ -16,6 +16,7 @@ from fedsim.data import DATASETS, PARTITIONS, Dataset, FederatedData
 from fedsim.errors import ConfigError
 from fedsim.hooks import HOOKS, Hook
 from fedsim.hooks.checkpointing import Checkpointing
+from fedsim.hooks.results import Results
 from fedsim.local import Recipe
 from fedsim.models import MODELS
 from fedsim.reading import parse, read_yaml
@@ -108,7 +109,6 @@ def build_data(config: Config) -> FederatedData:
 
 def build(config: Config) -> Simulation:
     """The simulation that a resolved config describes; raises ConfigError."""
-    build_hooks(config)  # which refuses what is none before there is a folder
     data = build_data(config)
     recipe = Recipe(SCHEDULES.bind(config.local["schedule"]), **dict(_recipe_options(config)))
     with torch.random.fork_rng(devices=[]):
@@ -130,9 +130,9 @@ def build(config: Config) -> Simulation:
 
 
 def build_hooks(config: Config) -> list[Hook]:
-    """The hooks that a resolved config names, and the one that saves checkpoints."""
+    """The hooks that a resolved config names, and those that write checkpoints and results; raises ConfigError."""
     named = (HOOKS.make(hook, Hook, at=f"hooks[{i}]") for i, hook in enumerate(config.hooks))
-    return [Checkpointing(**config.checkpoint), *named]
+    return [Checkpointing(**config.checkpoint), Results(), *named]
 
 
 def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:

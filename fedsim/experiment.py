@@ -3,15 +3,15 @@
 import resource
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Self
 
 import numpy as np
 
-from fedsim.checkpoint import changes, data_hash, versions
+from fedsim.checkpoint import changes, versions
 from fedsim.config import Config, build, build_hooks, load
 from fedsim.errors import ConfigError
 from fedsim.files import uninterrupted
@@ -39,13 +39,30 @@ class Run:
     config: Config
     simulation: Simulation
     folder: RunFolder | None = None
+    hooks: list[Hook] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)  # the lines of rounds.jsonl
     before: float = 0.0  # seconds that it had taken when it was last stopped
     notes: list[str] = field(default_factory=list)  # what the user should know of how it began
     stopped: str | None = None  # why, where a hook ended it
+    failure: BaseException | None = None  # what ended it early, if not a hook
+    summary: Record = field(default_factory=dict)  # when it has ended
 
     def __post_init__(self) -> None:
         self.began = perf_counter()
+
+    @classmethod
+    def start(cls, config: Config, folder: Path | None = None, stem: str | None = None) -> Self:
+        """A new run: in a new `folder`, or a new runs/STEM-N, or without one. Raises ConfigError."""
+        simulation, hooks = build(config), build_hooks(config)
+        if folder is None and stem is None:
+            return cls(config, simulation, None, hooks)
+        made = (
+            RunFolder.create(folder, config, simulation.data)
+            if folder
+            else RunFolder.number(stem or "", config, simulation.data)
+        )
+        made.checkpoints.start(simulation)
+        return cls(config, simulation, made, hooks)
 
     @classmethod
     def resume(cls, path: Path, overrides: Mapping[str, Any], force: bool = False) -> Self:
@@ -54,19 +71,30 @@ class Run:
         Raises ConfigError where settings changed that change the result, unless by `force`; and where another
         process is running it.
         """
-        config = load(path / "config.yaml", overrides)
+        config, was = load(path / "config.yaml", overrides), load(path / "config.yaml")
         folder = RunFolder(path)
         try:
             saved, notes = folder.checkpoints.latest(path)
-            simulation = build(config)
+            if saved is None and (path / "summary.json").exists():
+                raise ConfigError(f"{path}: has no checkpoints, and is finished")
+            simulation, hooks = build(config), build_hooks(config)
             if saved is None:
+                notes += _changed(was.model_dump(mode="json"), config, [], force)
+                notes += ["no checkpoint: starts with round 1"] if folder.begun else []
                 folder.checkpoints.start(simulation)
-                return cls(config, simulation, folder, folder.go_on(config, None))
+                folder.go_on(config, simulation.data, None)
+                return cls(config, simulation, folder, hooks, notes=notes)
             checkpoint, server = saved
-            notes += _compared(path, config, simulation, checkpoint, force)
+            if config.rounds < checkpoint.round:
+                raise ConfigError(f"rounds: {config.rounds}, and {path} has done {checkpoint.round}")
+            others = [] if simulation.data.digest() == checkpoint.data else ["data: other examples or owners"]
+            changed = _changed(checkpoint.config, config, others, force)
             folder.checkpoints.restore(simulation, checkpoint, server)
-            records = folder.go_on(config, checkpoint.log)
-            return cls(config, simulation, folder, records, checkpoint.seconds, notes)
+            records = folder.go_on(config, simulation.data, checkpoint.log)
+            notes += [*changed, *_other_versions(checkpoint.versions)]
+            same_end = all(getattr(config, key) == checkpoint.config.get(key) for key in ("rounds", "hooks"))
+            stopped = checkpoint.stopped if same_end else None
+            return cls(config, simulation, folder, hooks, records, checkpoint.seconds, notes, stopped)
         except BaseException:
             folder.close()
             raise
@@ -103,12 +131,7 @@ def run(
     run besides those that the config names. Raises ConfigError for wrong settings, ClientError or RoundError for a
     run that failed.
     """
-    loaded = load(config, overrides)
-    simulation = build(loaded)
-    folder = None if out is None else RunFolder.create(Path(out), loaded, simulation.data)
-    if folder:
-        folder.checkpoints.start(simulation)
-    return execute(Run(loaded, simulation, folder), hooks)
+    return execute(Run.start(load(config, overrides), None if out is None else Path(out)), hooks)
 
 
 def resume(
@@ -135,32 +158,32 @@ def resume(
 
 
 def execute(run: Run, hooks: Iterable[Hook] = ()) -> Result:
-    """Run to the end what was made or resumed.
+    """Run to the end what was started or resumed.
 
-    An interrupt (Ctrl-C) ends the run after the clients under way, and is told in the result. Whatever else ends
-    it early is raised, and leaves the rounds before it.
+    An interrupt (Ctrl-C) ends the run after the clients under way, and is told in the result; a second one waits
+    until all is written. Whatever else ends it early is raised, and leaves the rounds before it.
     """
-    told = Hooks([*build_hooks(run.config), *hooks])
-    failure: BaseException | None = None
+    told = Hooks([*run.hooks, *hooks])
     try:
         told.begin(run)
         while not run.finished:
             _round(run, told)
     except BaseException as error:
-        failure = error
-    summary = _summary(run)
+        run.failure = error
     try:
-        for last in (partial(_finish, run, None if failure else summary), partial(told.end, run)):
-            try:
-                last()
-            except (Exception, KeyboardInterrupt) as error:  # what ended the run is what the user wants to know
-                failure = failure or error
+        with suppress(KeyboardInterrupt), uninterrupted():
+            run.summary = _summary(run)
+            told.end(run)
+    except Exception as error:
+        if run.failure is None or isinstance(run.failure, KeyboardInterrupt):
+            run.failure = error
     finally:
         if run.folder:
             run.folder.close()
-    if failure and not isinstance(failure, KeyboardInterrupt):
-        raise failure
-    return Result(summary, run.records, run.folder.path if run.folder else None, failure is not None)
+    if run.failure and not isinstance(run.failure, KeyboardInterrupt):
+        raise run.failure
+    folder = run.folder.path if run.folder else None
+    return Result(run.summary, run.records, folder, interrupted=run.failure is not None)
 
 
 def _round(run: Run, told: Hooks) -> None:
@@ -174,29 +197,16 @@ def _round(run: Run, told: Hooks) -> None:
     done = run.simulation.last
     assert done is not None
     record = done._asdict()
-    try:
-        if done.round == run.config.rounds or done.round % run.config.evaluate.every == 0:
-            told.tell("before_evaluation", run, record)
-            record |= _tests(run.config, run.simulation)
-            told.tell("after_evaluation", run, record)
-    except Exception:  # the round counts, whatever its test came to
-        _log(run, record)
-        raise
-    _log(run, record)
-    told.tell("after_round", run, run.records[-1])
-
-
-def _log(run: Run, record: Record) -> None:
+    if done.round == run.config.rounds or done.round % run.config.evaluate.every == 0:
+        told.tell("before_evaluation", run, record)
+        record |= _tests(run.config, run.simulation)
+        told.tell("after_evaluation", run, record)
     record = finite(record)
     with uninterrupted():
         if run.folder:
             run.folder.round(record)
         run.records.append(record)
-
-
-def _finish(run: Run, summary: Record | None) -> None:
-    if run.folder:
-        run.folder.finish(run.simulation.task.state_dict(run.simulation.server), summary)
+    told.tell("after_round", run, record)
 
 
 def _tests(config: Config, simulation: Simulation) -> Record:
@@ -238,17 +248,19 @@ def _summary(run: Run) -> Record:
     }
 
 
-def _compared(path: Path, config: Config, simulation: Simulation, checkpoint: Any, force: bool) -> list[str]:
-    """What changed since the checkpoint was made; raises ConfigError where that is not harmless."""
-    if config.rounds < checkpoint.round:
-        raise ConfigError(f"rounds: {config.rounds}, and {path} has done {checkpoint.round}")
-    result, free = changes(checkpoint.config, config.model_dump(mode="json"))
-    if data_hash(simulation.data) != checkpoint.data:
-        result.append("data: other examples, or other owners of them, than when the run began")
+def _changed(before: Mapping[str, Any], config: Config, others: list[str], force: bool) -> list[str]:
+    """In words, what is not as it was; raises ConfigError where it changes the result, unless by `force`."""
+    result, free = changes(before, config.model_dump(mode="json"))
+    result += others
     if result and not force:
         raise ConfigError(f"{'; '.join(result)}: this changes the result; --force goes on all the same")
+    return [f"changed: {change}" for change in [*result, *free]]
+
+
+def _other_versions(before: Mapping[str, str]) -> list[str]:
     now = versions()
-    free += [
-        f"{name}: {now.get(name)}, and was {v}" for name, v in checkpoint.versions.items() if now.get(name) != v
+    return [
+        f"changed: {name} {now.get(name)}, and was {was}; results agree as floating point does"
+        for name, was in before.items()
+        if now.get(name) != was
     ]
-    return [f"changed since the checkpoint: {change}" for change in [*result, *free]]

@@ -5,12 +5,17 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from types import FrameType
+from typing import Annotated
 
+from annotated_types import Ge
 from torch import Tensor
+
+from fedsim.reading import memory, open_regular
 
 DRAFT = ".draft"  # ends the name of a file that is being written
 
@@ -20,7 +25,7 @@ class File:
     """A file, or so many of its first bytes, by name and content."""
 
     name: str
-    bytes: int
+    bytes: Annotated[int, Ge(0)]
     sha256: str
 
 
@@ -57,18 +62,37 @@ def sync_folder(path: Path) -> None:
 
 def read(folder: Path, file: File) -> bytes:
     """Its content; raises ValueError, saying what is wrong, where it is not what it was."""
-    path = folder / file.name
-    try:
-        with path.open("rb") as opened:
-            length = os.fstat(opened.fileno()).st_size
-            if length < file.bytes:
-                raise ValueError(f"{file.name} has {length} bytes of {file.bytes}")
-            content = opened.read(file.bytes)
-    except OSError as error:
-        raise ValueError(f"{file.name}: {error.strerror}") from None
-    if hashlib.sha256(content).hexdigest() != file.sha256:
-        raise ValueError(f"{file.name} is not what it was when it was written")
+    with _opened(folder, file) as opened:
+        content = opened.read(file.bytes)
+    _check(file, hashlib.sha256(content).hexdigest())
     return content
+
+
+def verify(folder: Path, file: File) -> None:
+    """The same without having it in memory."""
+    digest, rest = hashlib.sha256(), file.bytes  # not all there is: of a log it is the beginning
+    with _opened(folder, file) as opened:
+        while block := opened.read(min(rest, 2**20)):
+            digest.update(block)
+            rest -= len(block)
+    _check(file, digest.hexdigest())
+
+
+def _opened(folder: Path, file: File) -> BufferedReader:
+    try:
+        opened = open_regular(folder / file.name)
+    except FileNotFoundError as error:
+        raise ValueError(f"{file.name}: {error.strerror}") from None
+    length = os.fstat(opened.fileno()).st_size
+    if length < file.bytes or length > memory():
+        opened.close()
+        raise ValueError(f"{file.name} has {length} bytes of {file.bytes}")
+    return opened
+
+
+def _check(file: File, digest: str) -> None:
+    if digest != file.sha256:
+        raise ValueError(f"{file.name} is not what it was when it was written")
 
 
 def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -93,14 +117,11 @@ def uninterrupted() -> Iterator[None]:
     def later(number: int, frame: FrameType | None) -> None:
         came.append(number)
 
-    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    usual = {number: handler for number, handler in usual.items() if callable(handler)}
-    try:
-        for number in usual:
-            signal.signal(number, later)
+    with ExitStack() as usual:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if callable(handler := signal.getsignal(number)):
+                usual.callback(signal.signal, number, handler)
+                signal.signal(number, later)
         yield
-    finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
-        for each in came:
-            signal.raise_signal(each)
+    for each in came:  # unless what was under way failed, which ends the run anyway
+        signal.raise_signal(each)

@@ -12,16 +12,18 @@ from uuid import uuid4
 
 import yaml
 from filelock import FileLock, Timeout
+from pydantic import ConfigDict, create_model
 from safetensors.torch import save
 from torch import Tensor
 
-from fedsim.checkpoint import Checkpoints
+from fedsim.checkpoint import FIELDS, Checkpoints
 from fedsim.config import Config
 from fedsim.data import FederatedData
 from fedsim.data.partition import content_hash, label_counts
-from fedsim.errors import ConfigError, RoundError
+from fedsim.errors import ConfigError, RoundError, one_line
 from fedsim.files import DRAFT, File, apart, read, sync_folder, write
 
+Line: Any = create_model("Line", __config__=ConfigDict(extra="allow", strict=True), **FIELDS)  # of rounds.jsonl
 LISTED = 1000  # clients up to which partition.json counts each one's labels
 
 
@@ -52,7 +54,7 @@ class RunFolder:
             draft.mkdir(parents=True)
             try:
                 write(draft / "config.yaml", _yaml(config))
-                write(draft / "partition.json", json.dumps(describe(data), indent=1).encode())
+                write(draft / "partition.json", _json(describe(data)))
                 draft.rename(path)  # a folder is there as a whole, or not at all
             except BaseException:
                 shutil.rmtree(draft, ignore_errors=True)
@@ -76,15 +78,25 @@ class RunFolder:
                     raise
                 # another run was first
 
-    def go_on(self, config: Config, log: File | None) -> list[dict[str, Any]]:
-        """Have a config, and of rounds.jsonl what a checkpoint knows of; returns that. Raises OSError."""
+    @property
+    def begun(self) -> bool:
+        """Whether there is a round in it."""
+        return (self.path / "rounds.jsonl").stat().st_size > 0
+
+    def go_on(self, config: Config, data: FederatedData, log: File | None) -> list[dict[str, Any]]:
+        """Have a config, and of rounds.jsonl what a checkpoint knows of; returns that. Raises ConfigError."""
         content = read(self.path, log) if log else b""
+        try:
+            records = [Line.model_validate_json(line).model_dump() for line in content.splitlines()]
+        except ValueError as error:
+            raise ConfigError(f"{self.path / 'rounds.jsonl'}: broken: {one_line(error)}") from None
         self._rounds.truncate(len(content))
         self._bytes, self._digest = len(content), hashlib.sha256(content)
-        if (self.path / "config.yaml").read_bytes() != _yaml(config):
-            write(self.path / "config.yaml", _yaml(config))
+        for name, wanted in (("config.yaml", _yaml(config)), ("partition.json", _json(describe(data)))):
+            if not (self.path / name).exists() or (self.path / name).read_bytes() != wanted:
+                write(self.path / name, wanted)
         (self.path / "summary.json").unlink(missing_ok=True)
-        return [json.loads(line) for line in content.splitlines()]
+        return records
 
     def round(self, record: dict[str, Any]) -> None:
         """Add a line to rounds.jsonl."""
@@ -109,7 +121,7 @@ class RunFolder:
         """The global model, and where the run reached its end, summary.json."""
         write(self.path / "model.safetensors", save(apart(model)))
         if summary is not None:
-            write(self.path / "summary.json", json.dumps(summary, indent=1).encode() + b"\n")
+            write(self.path / "summary.json", _json(summary))
 
     def close(self) -> None:
         """Let another process have it."""
@@ -138,6 +150,10 @@ def describe(data: FederatedData) -> dict[str, Any]:
         },
         "labels_by_client": labels.tolist() if data.num_clients <= LISTED else None,
     }
+
+
+def _json(values: dict[str, Any]) -> bytes:
+    return json.dumps(values, indent=1).encode() + b"\n"
 
 
 def _yaml(config: Config) -> bytes:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -22,8 +22,8 @@ DASHES = ("-", "--", ":", "-.")  # one for every ten runs, in turn
 LINE = 110  # letters in a line of the legend, about
 
 
-def curves(runs: Sequence[Run], path: Path | str, target: float | None = None) -> None:
-    """Write a PNG to `path`: loss and accuracy against rounds, the runs over each other.
+def curves(runs: Sequence[Run], path: Path | str | BinaryIO, target: float | None = None) -> None:
+    """Write a PNG to `path`, a file or its name: loss and accuracy against rounds, the runs over each other.
 
     `target` is an accuracy from 0 to 1, drawn as a dashed line. What a run did not measure is left out.
     """

@@ -7,8 +7,9 @@ import os
 import re
 import stat
 from collections.abc import Hashable
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import yaml
 
@@ -23,7 +24,7 @@ LONGEST_NUMBER = 1000  # characters; numbers to base 60 take time that grows wit
 MERGE = "tag:yaml.org,2002:merge"  # of the key <<
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | Path) -> BufferedReader:
     """Open to read; raises OSError for what is no regular file, as a pipe may hang and a device never ends."""
     mode = os.stat(path).st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a folder has an error of its own

@@ -21,7 +21,19 @@ from fedsim.runtimes.worker import one_thread
 from fedsim.store import ClientStore
 from fedsim.strategy import Strategy
 from fedsim.task import Task
-from fedsim.types import Count, Job, Positive, Report, RoundInfo, State, Stream, random, torch_generator
+from fedsim.types import (
+    Count,
+    Job,
+    Positive,
+    Report,
+    RoundInfo,
+    State,
+    Stream,
+    described,
+    form_of,
+    random,
+    torch_generator,
+)
 from fedsim.work import EvaluateClient, EvaluateGlobal, Train, Work
 
 
@@ -130,7 +142,7 @@ class Simulation:
         """
         start, goal = perf_counter(), self.sample()
         selected, attempt = self._attempt(goal)
-        download = {name: self.server[name] for name in (*self.strategy.broadcast, "buffers")}
+        download = {name: self.server[name].clone() for name in (*self.strategy.broadcast, "buffers")}
         server, reports, failed = self.server, list[Report](), dict[int, str]()
         try:
             if len(attempt.reporting) >= self.failures.min_clients or not attempt.absent:
@@ -210,6 +222,7 @@ class Simulation:
                 yield self._job(client)
 
         tolerant = self.failures.policy == "drop"
+        versions = {name: value._version for name, value in download.items()}
         for partial, finished in self.runtime.run(work, download, jobs(), self.aggregator, tolerant=tolerant):
             total = self.aggregator.merge(total, partial)
             for report in finished:
@@ -217,6 +230,8 @@ class Simulation:
                     self.clients.stage(report.client_id, report.client)
                 reports.append(report._replace(client={}))
                 after_client(report)
+        if written := [name for name, value in download.items() if value._version != versions[name]]:
+            raise RoundError(f"client_update wrote server[{written[0]!r}] in place; states are only read")
         reports.sort(key=lambda report: report.client_id)
         failed = {r.client_id: r.error for r in reports if r.error is not None}
         odd = self.aggregator.odd(total)
@@ -235,7 +250,8 @@ class Simulation:
         share = float(self.data.sizes[answered].sum() / self.num_examples)
         noise = torch_generator(self.seed, Stream.SERVER, self.number)
         info = RoundInfo(self.number, answered, self.data.num_clients, noise, share)
-        update = self.strategy.server_update(self.server, mean, info)
+        copy = {name: value.clone() for name, value in self.server.items()}  # of which it may do what it likes
+        update = self.strategy.server_update(copy, mean, info)
         self._check_update(update)
         return self.server | update | buffers
 
@@ -251,6 +267,9 @@ class Simulation:
         if strange := [name for name in update if name not in self.server]:
             made = ", ".join(name for name in self.server if name != "buffers")
             raise RoundError(f"server_update gave {strange[0]!r}, which init_server did not make; it made {made}")
+        if form_of(update) != form_of({name: self.server[name] for name in update}):
+            made = described(form_of({name: self.server[name] for name in update}))
+            raise RoundError(f"server_update gave {described(form_of(update))}, and init_server made {made}")
         if "model" in update and not isfinite(largest(update["model"])):
             raise RoundError(f"round {self.number + 1}: server_update gave a model that is not finite")
 

@@ -3,12 +3,14 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 import warnings
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -20,9 +22,10 @@ from torch.nn import functional as F
 import fedsim
 from fedsim.config import build, load
 from fedsim.data.partition import content_hash
-from fedsim.errors import ClientError, ConfigError
+from fedsim.errors import ClientError, ConfigError, RoundError
 from fedsim.experiment import spread
 from fedsim.folder import RunFolder
+from fedsim.hooks import Hook
 from fedsim.hooks.tensorboard import SCALARS
 from fedsim.models import MODELS
 from fedsim.report import read_run
@@ -283,6 +286,84 @@ def test_runs_that_start_at_once_have_folders_of_their_own(tmp_path, monkeypatch
     for thread in threads:
         thread.join()
     assert sorted(int(path.name.removeprefix("c[1]-")) for path in made) == list(range(10, 18))
+
+
+class Fails(Hook):
+    """Does something once, at one event."""
+
+    def __init__(self, event, do):
+        super().__init__()
+        setattr(self, event, do)
+
+
+def fail(error):
+    def do(*_, **__):
+        raise error
+
+    return do
+
+
+def shown(result):
+    """All that does not depend on how long it took."""
+    timed = {"seconds", "client_steps_per_second", "peak_memory_bytes"}
+    return [{k: v for k, v in record.items() if k not in timed} for record in [*result.rounds, result.summary]]
+
+
+@pytest.mark.parametrize("error", [OSError("no disk"), KeyboardInterrupt()], ids=repr)
+def test_a_round_whose_test_failed_is_tested_after_a_resume(done, tmp_path, error, monkeypatch):
+    out = tmp_path / "run"
+    with suppress(OSError), monkeypatch.context() as patch:
+        patch.setattr("fedsim.simulation.Simulation.evaluate", fail(error))
+        fedsim.run(CONFIG, out=out)
+    assert [record["round"] for record in lines(out)] == [1]
+    assert shown(fedsim.resume(out)) == shown(done)
+
+
+def test_a_checkpoint_that_fails_is_told_though_the_run_was_interrupted(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedsim.checkpoint.Checkpoints.save", fail(OSError(28, "No space left", "here")))
+    with pytest.raises(OSError, match="No space left"):
+        fedsim.run(
+            CONFIG,
+            {"checkpoint.every": None},
+            out=tmp_path / "run",
+            hooks=[Fails("after_round", fail(KeyboardInterrupt()))],
+        )
+
+
+def test_a_finished_run_that_has_lost_its_checkpoints_is_left_alone(done, tmp_path):
+    shutil.copytree(done.folder, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    with pytest.raises(ConfigError, match="has no checkpoints, and is finished"):
+        fedsim.resume(tmp_path / "run")
+    assert lines(tmp_path / "run") == done.rounds
+
+
+def test_a_hook_that_has_ended_a_run_need_not_do_it_again(tmp_path, monkeypatch):
+    """As after a kill between the last round and summary.json; but a longer run goes on."""
+    out, stop = (
+        tmp_path / "run",
+        Fails("after_round", lambda run, record: record["round"] == 2 and run.stop("enough")),
+    )
+    stopped = fedsim.run(CONFIG, out=out, hooks=[stop])
+    (out / "summary.json").unlink()
+    again = fedsim.resume(out)
+    assert again.summary["stopped"] == stopped.summary["stopped"] == "enough"
+    assert shown(again) == shown(stopped)
+    with pytest.warns(UserWarning, match="changed: rounds: 6, and was 5"):
+        assert len(fedsim.resume(out, {"rounds": 6}).rounds) == 6
+
+
+def test_what_was_forced_once_need_not_be_forced_again(tmp_path):
+    out = tmp_path / "run"
+    fedsim.run(CONFIG, {"rounds": 2}, out=out)
+    changed = {"local.lr": 0.01, "rounds": 4}
+    with pytest.raises(ConfigError, match=r"local\.lr: 0\.01, and was 0\.05: this changes the result; --force"):
+        fedsim.resume(out, changed)
+    hook = Fails("before_round", fail(RoundError("stop")))
+    with pytest.raises(RoundError, match="stop"), warnings.catch_warnings(record=True, action="always") as notes:
+        fedsim.resume(out, changed, force=True, hooks=[hook])
+    assert [str(note.message).split(":")[1] for note in notes] == [" local.lr", " rounds"]
+    assert len(fedsim.resume(out).rounds) == 4
 
 
 # Parts of your own

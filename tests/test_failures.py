@@ -251,7 +251,7 @@ class Forgetful(Wrapper):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (InPlace, "'model' was written in place"),
+        (InPlace, r"wrote server\['model'\] in place"),
         (Misspelt, "'modle', which init_server did not make; it made model"),
         (Forgetful, r"round 1, client \d: keeps kept float32 \(183,\), and had nothing"),
     ],
@@ -286,8 +286,51 @@ class InPlaceAtHome(Wrapper):
 
 @runtimes
 def test_a_client_state_too_is_only_read(runtime):
-    with pytest.raises(ClientError, match="'c' was written in place"):
+    with pytest.raises(ClientError, match=r"client\['c'\] was written in place"):
         make_simulation(InPlaceAtHome(inner=make_strategy("scaffold")), runtime=runtime).round()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpoilsTheServer(Wrapper):
+    """Writes to the server's state, in either half."""
+
+    half: str
+
+    def client_update(self, server, client, local):
+        if self.half == "client":
+            server["c"].add_(1)
+        return super().client_update(server, client, local)
+
+    def server_update(self, server, mean, info):
+        if self.half == "server":
+            server["c"].add_(1)
+            raise ValueError
+        return super().server_update(server, mean, info)
+
+
+@pytest.mark.parametrize("half", ["client", "server"])
+@pytest.mark.parametrize("failures", [Failures(), DROP], ids=["raise", "drop"])
+@runtimes
+def test_who_writes_in_place_spoils_nothing(runtime, failures, half):
+    strategy = SpoilsTheServer(inner=make_strategy("scaffold"), half=half)
+    simulation = make_simulation(strategy, runtime=runtime, failures=failures)
+    with pytest.raises((RoundError, ValueError)):
+        simulation.round()
+    assert not simulation.server["c"].any()
+    assert simulation.number == len(simulation.clients) == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retyped(Wrapper):
+    """Gives an entry of the server another type, which a resume could not tell from another algorithm."""
+
+    def server_update(self, server, mean, info):
+        return {"model": super().server_update(server, mean, info)["model"].double()}
+
+
+def test_a_server_keeps_the_form_it_began_with():
+    with pytest.raises(RoundError, match=r"gave model float64 \(\d+,\), and init_server made model float32"):
+        make_simulation(Retyped(inner=make_strategy("fedavg"))).round()
 
 
 # Messages of another form than most
@@ -397,9 +440,8 @@ def test_arrival_order_and_grouping_do_not_show_in_who_is_odd(forms, seed):
             return ODD[forms[local.client_id]](update) if local.client_id in forms else update
 
         def server_update(self, server, mean, info):
-            return (
-                {} if mean["delta"].shape != server["model"].shape else super().server_update(server, mean, info)
-            )
+            fits = (mean["delta"].shape, mean["delta"].dtype) == (server["model"].shape, server["model"].dtype)
+            return super().server_update(server, mean, info) if fits else {}
 
     def done(scattered):
         simulation = make_simulation(Several(inner=make_strategy("scaffold")), failures=DROP)

@@ -1,6 +1,7 @@
 """Who holds what: one pair of tensors for all, and row numbers for each client."""
 
 import copy
+import hashlib
 from typing import Self
 
 import numpy as np
@@ -62,6 +63,15 @@ class FederatedData:
     def test_batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The same of the test set."""
         return self._gather(self._x_test, self._y_test, rows)
+
+    def digest(self) -> str:
+        """SHA-256 of labels, of who owns what, and of up to a thousand examples spread over all."""
+        digest = hashlib.sha256(self.owners.astype("<i8").tobytes())
+        for x, y in ((self._x_train, self.labels), (self._x_test, self._y_test)):
+            spread = torch.linspace(0, len(y) - 1, min(len(y), 1000)).long()
+            digest.update(y.cpu().numpy().astype("<i8").tobytes())
+            digest.update(x[spread.to(x.device)].cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def to(self, device: torch.device | str) -> Self:
         """The same division with its tensors on `device`; mapped examples stay where they are."""

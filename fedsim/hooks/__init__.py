@@ -25,11 +25,12 @@ HOOKS = Catalogue(
 
 @dataclass
 class Hook:
-    """Overrides what it wants to be told; of all hooks, those of lower `priority` are told first.
+    """Overrides what it wants to be told; hooks of lower `priority` are told first, but last of the run's end.
 
     A hook looks at `run`, may end it by `run.stop(why)` or by raising RoundError, and changes nothing else. After
-    a resume `run.records` holds the rounds before it, so what a hook knows it had best work out from there; the
-    round in which a run was killed is told again. All is told in the main thread.
+    a resume `run.records` holds the rounds before it, so what a hook knows it had best work out from there; of a
+    round in which a run was stopped or killed it may be told again, or not to the end. All is told in the main
+    thread.
     """
 
     _: KW_ONLY
@@ -84,7 +85,7 @@ class Hooks:
         An interrupt ends one of them, and not what the others have to save.
         """
         errors = list[BaseException]()
-        for hook in self.begun:
+        for hook in reversed(self.begun):
             try:
                 _tell(hook, "after_run", run)
             except (Exception, KeyboardInterrupt) as error:

@@ -3,8 +3,6 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fedsim.checkpoint import data_hash
-from fedsim.files import uninterrupted
 from fedsim.hooks import Hook
 from fedsim.types import Count
 
@@ -24,17 +22,18 @@ class Checkpointing(Hook):
     priority: int = field(default=100, init=False)  # when the others have done what they do
 
     def before_run(self, run: "Run") -> None:
-        self._data = data_hash(run.simulation.data)
-        self._saved: tuple[int, bool] | None = None
+        self._data = run.simulation.data.digest()
+        self._saved: tuple[object, ...] | None = None
+        if run.notes:  # of what changed, which is not to be asked again
+            self._save(run)
 
     def after_round(self, run: "Run", record: dict[str, Any]) -> None:
         if self.every and record["round"] % self.every == 0:
             self._save(run)
 
     def after_run(self, run: "Run") -> None:
-        if self._saved != (run.simulation.number, run.unlogged is None):
-            with uninterrupted():  # there is no other time to save it
-                self._save(run)
+        if self._saved != self._state(run):
+            self._save(run)
 
     def _save(self, run: "Run") -> None:
         if run.folder is None:
@@ -46,6 +45,11 @@ class Checkpointing(Hook):
             config=run.config.model_dump(mode="json"),
             data=self._data,
             last=run.unlogged._asdict() if run.unlogged else None,
+            stopped=run.stopped,
             seconds=run.seconds,
         )
-        self._saved = run.simulation.number, run.unlogged is None
+        self._saved = self._state(run)
+
+    @staticmethod
+    def _state(run: "Run") -> tuple[object, ...]:
+        return run.simulation.number, run.unlogged is None, run.stopped

@@ -1,8 +1,10 @@
 """The picture of a run."""
 
 from dataclasses import dataclass
+from io import BytesIO
 from typing import TYPE_CHECKING
 
+from fedsim.files import write
 from fedsim.hooks import Hook
 
 if TYPE_CHECKING:
@@ -18,4 +20,6 @@ class Curves(Hook):
             from fedsim.plot import curves
             from fedsim.report import read_run
 
-            curves([read_run(run.folder.path)], run.folder.path / "curves.png")
+            picture = BytesIO()
+            curves([read_run(run.folder.path)], picture)
+            write(run.folder.path / "curves.png", picture.getvalue())

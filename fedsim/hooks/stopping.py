@@ -37,17 +37,16 @@ class EarlyStopping(Hook):
     def before_run(self, run: "Run") -> None:
         if self.metric == "client_accuracy_mean" and not run.config.evaluate.clients:
             raise ConfigError("hooks: early_stopping: client_accuracy_mean needs evaluate.clients=true")
-        self._look(run)
+        self._best, self._since = float("-inf"), 0
+        for record in run.records:
+            self.after_round(run, record)
 
     def after_round(self, run: "Run", record: dict[str, Any]) -> None:
-        self._look(run)
-
-    def _look(self, run: "Run") -> None:
+        if self.metric not in record:
+            return
         sign = -1.0 if self.metric == "test_loss" else 1.0
-        found = [r[self.metric] for r in run.records if self.metric in r]
-        values = [float("-inf") if value is None else sign * value for value in found]  # None was not finite
-        best, since = float("-inf"), 0
-        for value in values:
-            best, since = (value, 0) if value > best + self.min_delta else (best, since + 1)
-        if since >= self.patience:
-            run.stop(f"{self.metric} has not improved on {sign * best:.4g} in {since} tests")
+        value = float("-inf") if record[self.metric] is None else sign * record[self.metric]  # None: not finite
+        better = value > self._best + self.min_delta
+        self._best, self._since = (value, 0) if better else (self._best, self._since + 1)
+        if self._since >= self.patience:
+            run.stop(f"{self.metric} has not improved on {sign * self._best:.4g} in {self._since} tests")

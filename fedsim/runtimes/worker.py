@@ -36,13 +36,12 @@ class Worker:
         """`start` and what one client adds to it, and its report; raises ClientError unless `tolerant`."""
         began, device = perf_counter(), self.replica.device
         try:
-            if job.client:
-                job = job._replace(client={name: value.to(device) for name, value in job.client.items()})
-            states = [*server.items(), *(job.client or {}).items()]  # both may have an entry of one name
-            versions = [value._version for _, value in states]
+            if job.client:  # a copy, so that what a client spoils is its own
+                job = job._replace(client={n: value.to(device, copy=True) for n, value in job.client.items()})
+            versions = {name: value._version for name, value in (job.client or {}).items()}
             update = work(self.replica, self.data, server, job)
-            if written := [n for (n, value), v in zip(states, versions, strict=True) if value._version != v]:
-                raise RuntimeError(f"{written[0]!r} was written in place; states are only read")
+            if written := [name for name, v in versions.items() if (job.client or {})[name]._version != v]:
+                raise RuntimeError(f"client[{written[0]!r}] was written in place; states are only read")
             metrics = {name: float(value) for name, value in update.metrics.items()}
             weight = float(update.weight)
             if strange := [name for name in update.message if not isinstance(name, str)]:
