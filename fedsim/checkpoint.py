@@ -98,7 +98,9 @@ class Checkpoints:
         for path in self._found():
             try:
                 checkpoint = _read(path)
-                verify(log_folder, checkpoint.log)
+                rounds = read(log_folder, checkpoint.log).count(b"\n")
+                if rounds + (checkpoint.last is not None) != checkpoint.round:
+                    raise ValueError(f"{checkpoint.log.name} has {rounds} rounds")
                 for file in checkpoint.clients:
                     verify(self.folder, file)
                 return (checkpoint, load(read(self.folder, checkpoint.server))), broken

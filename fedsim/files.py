@@ -99,7 +99,7 @@ def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same, each in memory of its own, as safetensors wants it: tied ones are copied."""
     seen, own = set[int](), dict[str, Tensor]()
     for name, value in tensors.items():
-        value = value.detach().cpu().contiguous()
+        value = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
         whole = value.untyped_storage().nbytes() == value.nbytes and value.data_ptr() not in seen
         own[name] = value if whole else value.clone()
         seen.add(own[name].data_ptr())

@@ -24,7 +24,7 @@ from fedsim.files import File, apart, uninterrupted, write
 from fedsim.types import State
 
 SEGMENT = 64 * 2**20  # bytes, about: what is written at a time, and held twice in memory for it
-CLIENTS = 1024  # in a segment, for its list of contents is read with each
+CLIENTS = 256  # in a segment, for its list of contents is read with each
 MEMORY = ByteSize(2 * 2**30)
 NAME = re.compile(r"clients-\d{6,}\.safetensors")
 
@@ -64,7 +64,7 @@ class ClientStore(Mapping[int, State]):
         if client in self._clean:
             self._clean.move_to_end(client)
             return self._clean[client]
-        state = self._read(client, self._place[client])
+        ((_, state),) = self._read(self._place[client], [client])
         self._clean[client] = state
         self._bytes += _size(state)
         self._fit()
@@ -111,7 +111,7 @@ class ClientStore(Mapping[int, State]):
     def tidy(self) -> None:
         """Write anew what is left of segments that are mostly outdated, and delete those that nobody needs."""
         for name, segment in list(self._segments.items()):
-            if 2 * segment.live < len(segment.clients):
+            if 0 < 2 * segment.live < len(segment.clients):
                 self._renew(name)
         needed = self.pinned | set(self._staged_place.values())
         for name in [n for n, segment in self._segments.items() if not segment.live and n not in needed]:
@@ -152,8 +152,9 @@ class ClientStore(Mapping[int, State]):
 
     def _renew(self, name: str) -> None:
         """Have what counts of a segment written anew."""
-        for client in [k for k in self._segments[name].clients if self._place.get(k) == name]:
-            state = self[client]
+        live = [client for client in self._segments[name].clients if self._place.get(client) == name]
+        for client, read in self._read(name, live) if live else ():
+            state = self._clean.get(client, read)
             with uninterrupted():
                 self._forget(client)
                 self._changed[client] = state
@@ -202,16 +203,24 @@ class ClientStore(Mapping[int, State]):
         if name := self._place.pop(client, None):
             self._segments[name].live -= 1
 
-    def _read(self, client: int, name: str) -> State:
-        prefix = f"{client}."
+    def _read(self, name: str, clients: list[int]) -> Iterator[tuple[int, State]]:
+        """What a segment has of some clients, one at a time."""
+        at = f"state of client {clients[0]}"
         try:
             with safe_open(self._home() / name, "pt") as segment:
-                keys = [key for key in segment.keys() if key.startswith(prefix)]  # noqa: SIM118 - no mapping
-                if not keys:
-                    raise SafetensorError("is not in it")
-                return {key.removeprefix(prefix): segment.get_tensor(key).clone() for key in sorted(keys)}
-        except (OSError, SafetensorError) as error:
-            raise RoundError(f"{self._home() / name}: state of client {client}: {error}") from error
+                entries: dict[int, list[str]] = {client: [] for client in clients}
+                for key in sorted(segment.keys()):
+                    client, _, entry = key.partition(".")
+                    entries.get(int(client), []).append(entry)
+                for client, names in entries.items():
+                    at = f"state of client {client}"
+                    if not names:
+                        raise SafetensorError("is not in it")
+                    with uninterrupted():  # of an interrupt in its middle torch makes an error of its own
+                        state = {entry: segment.get_tensor(f"{client}.{entry}").clone() for entry in names}
+                    yield client, state
+        except (OSError, ValueError, SafetensorError) as error:
+            raise RoundError(f"{self._home() / name}: {at}: {error}") from error
 
     def _keys(self, name: str) -> list[str]:
         try:
