@@ -103,7 +103,8 @@ class Checkpoints:
                     raise ValueError(f"{checkpoint.log.name} has {rounds} rounds")
                 for file in checkpoint.clients:
                     verify(self.folder, file)
-                return (checkpoint, load(read(self.folder, checkpoint.server))), broken
+                server = load(read(self.folder, checkpoint.server))
+                return (checkpoint, server), [f"{line}; goes on after round {checkpoint.round}" for line in broken]
             except ConfigError:
                 raise
             except (ValueError, KeyError, SafetensorError) as error:  # KeyError: of a type that torch has not

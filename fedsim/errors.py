@@ -32,7 +32,7 @@ def reason(error: Exception) -> str:
     return one_line(f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}")
 
 
-def located(error: Exception) -> str:
+def located(error: BaseException) -> str:
     """What went wrong in a user's code, and in which line of it: "TypeError: ... (mine.py:12)"."""
     frames = extract_tb(error.__traceback__)
     own = [frame for frame in frames if "site-packages" not in frame.filename] or frames

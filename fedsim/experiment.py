@@ -71,6 +71,8 @@ class Run:
         Raises ConfigError where settings changed that change the result, unless by `force`; and where another
         process is running it.
         """
+        if not (path / "config.yaml").is_file():
+            raise ConfigError(f"{path}: is no folder of a run; it has no config.yaml")
         config, was = load(path / "config.yaml", overrides), load(path / "config.yaml")
         folder = RunFolder(path)
         try:
@@ -92,6 +94,9 @@ class Run:
             folder.checkpoints.restore(simulation, checkpoint, server)
             records = folder.go_on(config, simulation.data, checkpoint.log)
             notes += [*changed, *_other_versions(checkpoint.versions)]
+            length = config.local["schedule"].get("rounds", config.rounds)
+            if checkpoint.config["rounds"] < config.rounds > length:
+                notes += [f"local.schedule is over after {length} rounds; what follows has its last learning rate"]
             same_end = all(getattr(config, key) == checkpoint.config.get(key) for key in ("rounds", "hooks"))
             stopped = checkpoint.stopped if same_end else None
             return cls(config, simulation, folder, hooks, records, checkpoint.seconds, notes, stopped)
@@ -163,8 +168,9 @@ def execute(run: Run, hooks: Iterable[Hook] = ()) -> Result:
     An interrupt (Ctrl-C) ends the run after the clients under way, and is told in the result; a second one waits
     until all is written. Whatever else ends it early is raised, and leaves the rounds before it.
     """
-    told = Hooks([*run.hooks, *hooks])
+    told = Hooks([])
     try:
+        told = Hooks([*run.hooks, *hooks])
         told.begin(run)
         while not run.finished:
             _round(run, told)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 from uuid import uuid4
 
+import numpy as np
 import yaml
 from filelock import FileLock, Timeout
 from pydantic import ConfigDict, create_model
@@ -130,8 +131,9 @@ class RunFolder:
 
 
 def finite(record: dict[str, Any]) -> dict[str, Any]:
-    """A record that JSON can hold: a number that is not finite is null."""
-    return {k: None if isinstance(v, float) and not isfinite(v) else v for k, v in record.items()}
+    """A record that JSON can hold: plain numbers for those of numpy and torch, null where one is not finite."""
+    plain = {k: v.item() if isinstance(v, np.generic | Tensor) else v for k, v in record.items()}
+    return {k: None if isinstance(v, float) and not isfinite(v) else v for k, v in plain.items()}
 
 
 def describe(data: FederatedData) -> dict[str, Any]:

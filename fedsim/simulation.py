@@ -13,7 +13,7 @@ from fedsim.aggregate import Aggregator, WeightedMean, largest
 from fedsim.availability import Attempt, Availability
 from fedsim.cohort import Cohort
 from fedsim.data import FederatedData
-from fedsim.errors import ClientError, ConfigError, RoundError
+from fedsim.errors import ClientError, ConfigError, RoundError, located
 from fedsim.files import uninterrupted
 from fedsim.local import Recipe
 from fedsim.runtimes import Runtime
@@ -145,7 +145,7 @@ class Simulation:
         download = {name: self.server[name].clone() for name in (*self.strategy.broadcast, "buffers")}
         server, reports, failed = self.server, list[Report](), dict[int, str]()
         try:
-            if len(attempt.reporting) >= self.failures.min_clients or not attempt.absent:
+            if attempt.reporting:
                 with one_thread():
                     server, reports, failed = self._train(attempt.reporting, download, after_client, before_client)
             sums = _sums([report for report in reports if report.client_id not in failed])
@@ -203,7 +203,13 @@ class Simulation:
         about = self.data.num_clients, self.seed, self.number
         selected = self.availability.select(cohort, *about)
         steps = np.array([self.recipe.num_steps(int(n)) for n in self.data.sizes[selected]])
-        return selected, self.availability.attempt(selected, steps, len(cohort), *about)
+        attempt = self.availability.attempt(selected, steps, len(cohort), *about)
+        if attempt.absent and len(attempt.reporting) < self.failures.min_clients:
+            left, floor = len(attempt.reporting), self.failures.min_clients
+            few = f"round given up: {left} left, and failures.min_clients is {floor}"
+            absent = attempt.absent | dict.fromkeys(attempt.reporting, few)
+            attempt = attempt._replace(reporting=[], absent=dict(sorted(absent.items())))
+        return selected, attempt
 
     def _train(
         self,
@@ -251,7 +257,12 @@ class Simulation:
         noise = torch_generator(self.seed, Stream.SERVER, self.number)
         info = RoundInfo(self.number, answered, self.data.num_clients, noise, share)
         copy = {name: value.clone() for name, value in self.server.items()}  # of which it may do what it likes
-        update = self.strategy.server_update(copy, mean, info)
+        try:
+            update = self.strategy.server_update(copy, mean, info)
+        except (ConfigError, RoundError):
+            raise
+        except Exception as error:
+            raise RoundError(f"round {self.number + 1}: server_update: {located(error)}") from error
         self._check_update(update)
         return self.server | update | buffers
 

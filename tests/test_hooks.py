@@ -219,7 +219,7 @@ ENDS = {
     "success": (None, None, 2),
     "client": (KeyError("x"), ClientError, 1),
     "interrupt": (KeyboardInterrupt(), None, 1),
-    "exit": (SystemExit(3), SystemExit, 1),
+    "exit": (SystemExit(3), ClientError, 1),
 }
 
 

@@ -65,6 +65,9 @@ class Hooks:
     """The hooks of a run in their order: by priority, and of the same in that in which they were named."""
 
     def __init__(self, hooks: Iterable[Hook]):
+        hooks = list(hooks)
+        if strange := [hook for hook in hooks if not isinstance(hook, Hook)]:
+            raise ConfigError(f"hooks: {strange[0]!r} is no Hook; a class of one is to be called")
         self.hooks = sorted(hooks, key=lambda hook: hook.priority)
         self.begun: list[Hook] = []
 

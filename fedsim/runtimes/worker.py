@@ -48,7 +48,7 @@ class Worker:
                 raise TypeError(f"message {strange[0]!r} is no name")
             if strange := [name for name, value in update.message.items() if not isinstance(value, Tensor)]:
                 raise TypeError(f"message {strange[0]!r} is no tensor")
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             return aggregator.fold([], start), _failed(job, error, tolerant, perf_counter() - began)
         try:
             partial = aggregator.fold([(job.client_id, update.message, weight)], start)
@@ -61,7 +61,7 @@ class Worker:
         return partial, Report(job.client_id, weight, metrics, client, perf_counter() - began, size)
 
 
-def _failed(job: Job, error: Exception, tolerant: bool, seconds: float) -> Report:
+def _failed(job: Job, error: BaseException, tolerant: bool, seconds: float) -> Report:
     cause = one_line(error) if isinstance(error, ArithmeticError | TimeoutError) else located(error)
     if tolerant:
         return Report(job.client_id, 0.0, {}, {}, seconds, 0, cause)
