@@ -1,0 +1,586 @@
+"""Law 4, stop anywhere, same end: runs are killed, interrupted and starved, resumed, and compared with one never
+stopped.
+
+Apart from measured times nothing may differ: rounds.jsonl, summary.json, the model, TensorBoard's events, and what
+the server and the clients keep.
+"""
+
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from forks import Forks
+from runs import IN_MEMORY, contents, left, records, rounds_done, rounds_logged, write
+
+COMMAND = [sys.executable, "-P", "-c", "from fedsim.cli import main; main()"]  # -P: not from where one is
+
+
+QUIET = ("", "fedsim: no checkpoint: starts with round 1\n")
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    forks = Forks(tmp_path_factory.mktemp("forks"))
+    yield forks
+    forks.close()
+
+
+@pytest.fixture
+def folder():
+    """In memory where that can be: a kill does not ask whether a disk has it."""
+    with tempfile.TemporaryDirectory(dir=IN_MEMORY) as name:
+        write(Path(name))
+        yield Path(name)
+
+
+def whole(forks, folder, *settings, name="whole"):
+    """What a run never stopped leaves."""
+    done = forks.run("run", "c.yaml", *settings, f"--out={name}", cwd=folder)
+    assert (done.status, done.err) == (0, "")
+    return left(folder / name)
+
+
+def resumed(forks, folder, name, *settings, warned=False):
+    """What is left once a run was resumed and went to its end, with no word of complaint unless `warned`."""
+    done = forks.run("resume", name, *settings, cwd=folder)
+    assert done.status == 0, done
+    assert warned or done.err in QUIET, done
+    return left(folder / name)
+
+
+def same(forks, folder, moments, expected, *settings, warned=False):
+    """Each of these folders of a stopped run, resumed, comes to what is expected."""
+
+    def end(moment):
+        return resumed(forks, folder, moment, *settings, warned=warned)
+
+    with ThreadPoolExecutor(3) as pool:
+        for moment, found in zip(moments, pool.map(end, moments), strict=True):
+            assert found == expected, moment
+            shutil.rmtree(moment)
+
+
+def refused(done, *said):
+    """It ended with status 2 and one line that says all of this."""
+    assert done.status == 2, done
+    assert done.err.startswith("fedsim: "), done
+    assert done.err.count("\n") == 1, done
+    for each in said:
+        assert each in done.err
+
+
+def test_a_process_that_forks_is_one_thread(forks):
+    """Or a child might hang on what another thread held."""
+    assert forks.threads == 1
+
+
+# Each moment at which a kill finds other files
+
+
+@pytest.mark.parametrize("runtime", ["serial", "threads"])
+def test_a_run_killed_before_or_within_any_change_to_its_files_has_the_same_end(forks, folder, runtime):
+    write(folder, rounds=3, runtime=runtime)
+    expected = whole(forks, folder)
+    (folder / "at").mkdir()
+    done = forks.run("run", "c.yaml", "--out=run", cwd=folder, prepare=["snapshots", "run", "at"])
+    assert done.status == 0, done
+    moments = sorted((folder / "at").iterdir())
+    assert len(moments) > 60
+    same(forks, folder, moments, expected)
+
+
+def test_such_a_moment_is_what_a_kill_leaves(forks, folder):
+    write(folder, rounds=3)
+    (folder / "at").mkdir()
+    forks.run("run", "c.yaml", "--out=run", cwd=folder, prepare=["snapshots", "run", "at"])
+    moments = sorted((folder / "at").iterdir())
+    for number in range(3, len(moments), 11):
+        name = f"killed{number}"
+        done = forks.run("run", "c.yaml", f"--out={name}", cwd=folder, prepare=["die_in", name, number])
+        assert done.status == -signal.SIGKILL
+        assert contents(folder / name).keys() == {  # but for the time of day, which is in a name
+            path.with_name(next((folder / name / "tensorboard").iterdir()).name)
+            if path.parent.name == "tensorboard"
+            else path
+            for path in contents(moments[number])
+        }
+
+
+def test_a_resume_killed_before_or_within_any_change_to_its_files_has_the_same_end(forks, folder):
+    """One that has much to put right: it is longer, its last checkpoint is broken, and drafts lie about."""
+    write(folder, rounds=3, evaluate={"every": 1})
+    expected = whole(forks, folder, "rounds=4")
+    whole(forks, folder, name="run")
+    broken = folder / "run/checkpoints/000003.json"
+    broken.write_bytes(broken.read_bytes()[:-1])
+    for name in ("000004.json.draft", "server-000004.safetensors.draft", "clients-000099.safetensors"):
+        (folder / "run/checkpoints" / name).write_bytes(b"half")
+    (folder / "at").mkdir()
+    done = forks.run("resume", "run", "rounds=4", cwd=folder, prepare=["snapshots", "run", "at"])
+    assert done.status == 0, done
+    assert done.err.count("broken checkpoint") == 1
+    assert left(folder / "run") == expected
+    same(forks, folder, sorted((folder / "at").iterdir()), expected, "rounds=4", warned=True)
+
+
+def test_a_run_that_lost_power_has_the_same_end_and_the_rounds_of_its_last_checkpoint(forks, folder):
+    """Whatever was not synchronised is gone: contents, or names too."""
+    expected = whole(forks, folder)
+    (folder / "at").mkdir()
+    done = forks.run("run", "c.yaml", "--out=run", cwd=folder, prepare=["power_losses", "run", "at"])
+    assert done.status == 0, done
+    kinds = {}
+    for moment in sorted((folder / "at").iterdir()):
+        shutil.rmtree(moment / "tensorboard", ignore_errors=True)
+        kinds.setdefault(str(contents(moment)), moment)
+    moments = list(kinds.values())
+    assert {rounds_done(moment) for moment in moments} == {0, 1, 2, 3, 4}
+    same(forks, folder, moments, expected, warned=True)
+
+
+# Kills at random instants
+
+
+def kill_until_done(forks, folder, name, seed):
+    """Run and kill, resume and kill, until one gets through; returns how often it was killed."""
+    rng, kills, patience = random.Random(seed), 0, 0.12
+    while True:
+        before = rounds_done(folder / name)
+        how = ["resume", name] if (folder / name).exists() else ["run", "c.yaml", f"--out={name}"]
+        done = forks.run(*how, cwd=folder, kills=[(rng.uniform(0, patience), signal.SIGKILL)])
+        assert done.err in QUIET, done
+        if done.status == 0:
+            return kills
+        assert done.status == -signal.SIGKILL, done
+        kills += 1
+        patience = 0.12 if rounds_done(folder / name) > before else 1.3 * patience  # a busy machine gets there too
+
+
+def killed_and_compared(forks, folder, strategy, seeds):
+    """Of both runtimes and two kinds of checkpoints, a run never stopped and one a seed; returns all kills."""
+
+    def kinds():
+        for runtime in ("serial", "threads"):
+            for every in (1, 3):
+                place = folder / f"{runtime}-{every}"
+                place.mkdir()
+                write(
+                    place,
+                    strategy=strategy,
+                    runtime=runtime,
+                    rounds=22,
+                    checkpoint={"every": every, "keep": 2},
+                    hooks=["tensorboard", "curves"] if every == 3 else ["tensorboard"],
+                )
+                expected = whole(forks, place)
+                for seed in seeds:
+                    yield place, seed, expected
+
+    def one(kind):
+        place, seed, expected = kind
+        kills = kill_until_done(forks, place, f"run{seed}", seed)
+        assert left(place / f"run{seed}") == expected, (place, seed)
+        shutil.rmtree(place / f"run{seed}")
+        return kills
+
+    with ThreadPoolExecutor(3) as pool:
+        return sum(pool.map(one, kinds()))
+
+
+STRATEGIES = ["fedavg", "scaffold", "fedbn"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_run_killed_at_random_again_and_again_has_the_same_end(forks, folder, strategy, record_property):
+    kills = killed_and_compared(forks, folder, strategy, range(2))
+    record_property("kills", kills)
+    assert kills >= 8  # or it was not tried
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_run_killed_hundreds_of_times_has_the_same_end(forks, folder, strategy, record_property, capsys):
+    kills = killed_and_compared(forks, folder, strategy, range(100, 140))
+    record_property("kills", kills)
+    with capsys.disabled():
+        print(f"\n{strategy}: {kills} kills survived")
+    assert kills >= 350
+
+
+def test_processes_of_their_own_killed_as_they_go_have_the_same_end(forks, folder):
+    """As a user has them, and unlike forks that share what was imported."""
+    write(folder, rounds=200, runtime="threads")
+    expected = whole(forks, folder)
+    command = [*COMMAND, "run", "c.yaml", "--out=run"]
+    for lines in (2, 9, 23):
+        with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            for _ in range(lines):
+                process.stdout.readline()
+            process.kill()
+            assert process.communicate()[1] == b""
+        assert process.returncode == -signal.SIGKILL
+        command = [*COMMAND, "resume", "run"]
+    end = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert (end.returncode, end.stderr) == (0, "")
+    assert left(folder / "run") == expected
+
+
+def test_killed_before_its_first_checkpoint_a_run_starts_anew(forks, folder):
+    write(folder, checkpoint={"every": None})
+    expected = whole(forks, folder)
+    done = forks.run("run", "c.yaml", "--out=run", cwd=folder, prepare=["die_in", "run", 14])
+    assert done.status == -signal.SIGKILL
+    assert rounds_done(folder / "run") == 0 < rounds_logged(folder / "run") < 4
+    assert resumed(forks, folder, "run") == expected
+
+
+def test_early_stopping_stops_in_the_same_round(forks, folder):
+    hook = {"name": "early_stopping", "metric": "test_accuracy", "patience": 4}
+    write(folder, rounds=100, evaluate={"every": 1}, hooks=["tensorboard", hook])
+    expected = whole(forks, folder)
+    assert 5 < len(expected["rounds"]) < 100
+    assert "has not improved" in dict(expected["summary"])["stopped"]
+    for seed in range(2):
+        assert kill_until_done(forks, folder, f"run{seed}", seed) > 0
+        assert left(folder / f"run{seed}") == expected
+
+
+def test_a_clock_that_jumps_changes_nothing(forks, folder):
+    """Neither what is learned nor in which order TensorBoard's steps come."""
+    write(folder, rounds=8)
+    expected = whole(forks, folder)
+    done = forks.run("run", "c.yaml", "--out=run", cwd=folder, prepare=["jumping_clock"])
+    assert (done.status, done.err) == (0, "")
+    assert left(folder / "run") == expected
+    done = forks.run("run", "c.yaml", "--out=again", cwd=folder, prepare=["die_at", 80])
+    assert done.status == -signal.SIGKILL
+    done = forks.run("resume", "again", cwd=folder, prepare=["jumping_clock"])
+    assert (done.status, done.err) == (0, "")
+    assert left(folder / "again") == expected
+
+
+# Interrupts
+
+SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+
+
+@SIGNALS
+def test_an_interrupt_at_random_leaves_a_checkpoint_of_all_that_was_done(forks, folder, number):
+    """Though by itself it would save none before the end."""
+    write(folder, rounds=40, checkpoint={"every": None}, runtime="threads")
+    expected = whole(forks, folder)
+    rng, patience, interrupts, how = random.Random(0), 0.12, 0, ["run", "c.yaml", "--out=run"]
+    while (done := forks.run(*how, cwd=folder, kills=[(rng.uniform(0.04, patience), number)])).status:
+        assert done.status == 130, done
+        interrupts, patience, logged = interrupts + 1, 1.05 * patience, rounds_logged(folder / "run")
+        assert rounds_done(folder / "run") in (logged, logged + 1)
+        if done.err:  # unless it was too early
+            assert done.err.endswith(f"after round {logged} of 40; fedsim resume run goes on\n")
+        how = ["resume", "run"] if (folder / "run").exists() else how
+    assert interrupts > 1
+    assert left(folder / "run") == expected
+
+
+def interrupted_at_lines(forks, folder, lines):
+    """A signal at each of these shares of all the lines that a run executes."""
+    write(folder, rounds=4, checkpoint={"every": None})
+    expected = whole(forks, folder)
+    done = forks.run("run", "c.yaml", "--out=count", cwd=folder, prepare=["count_lines", "lines"])
+    assert done.status == 0, done
+    most = int((folder / "lines").read_text())
+
+    def one(share):
+        line, number = int(share * most), [signal.SIGINT, signal.SIGTERM][int(share * 1e6) % 2]
+        name = f"line{line}"
+        done = forks.run("run", "c.yaml", f"--out={name}", cwd=folder, prepare=["interrupt_at", line, number])
+        if done.status == 0:  # after the last round an interrupt waits for the end
+            assert left(folder / name) == expected, line
+            return
+        assert done.status == 130, (line, done)
+        if not (folder / name).exists():
+            return
+        logged = rounds_logged(folder / name)
+        assert rounds_done(folder / name) in (logged, logged + 1), line
+        assert resumed(forks, folder, name) == expected, line
+        shutil.rmtree(folder / name)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(one, lines))
+
+
+def test_an_interrupt_at_any_line_leaves_no_wrong_checkpoint(forks, folder):
+    rng = random.Random(0)
+    interrupted_at_lines(forks, folder, [rng.random() for _ in range(40)])
+
+
+@pytest.mark.slow
+def test_an_interrupt_at_each_of_a_thousand_lines_leaves_no_wrong_checkpoint(forks, folder):
+    interrupted_at_lines(forks, folder, [i / 1000 for i in range(1, 1000)])
+
+
+def test_a_round_that_was_interrupted_before_its_test_is_tested_on_resume(forks, folder):
+    write(folder, checkpoint={"every": None})
+    expected = whole(forks, folder)
+    for number in (1, 2):
+        name = f"run{number}"
+        done = forks.run("run", "c.yaml", f"--out={name}", cwd=folder, prepare=["interrupt_in_test", number])
+        assert done.status == 130
+        assert (rounds_done(folder / name), rounds_logged(folder / name)) == (2 * number, 2 * number - 1)
+        assert resumed(forks, folder, name) == expected
+
+
+def test_an_interrupt_of_the_picture_loses_no_round(forks, folder):
+    """One that comes when all rounds are done, and nothing is saved yet, waits until it is."""
+    write(folder, checkpoint={"every": None}, hooks=["curves", "tensorboard"])
+    expected = whole(forks, folder)
+    done = forks.run("run", "c.yaml", "--out=run", cwd=folder, prepare=["interrupt_in_picture"])
+    assert done.status == 0, done
+    assert left(folder / "run") == expected
+
+
+# What resume takes and what it refuses
+
+
+@pytest.fixture(scope="module")
+def finished(forks, tmp_path_factory):
+    """A folder with a run, and what it left."""
+    place = tmp_path_factory.mktemp("finished")
+    write(place, evaluate={"every": 1})
+    return place, whole(forks, place, name="run")
+
+
+def aside(finished, folder, name="run"):
+    """A copy of that run, to play with."""
+    shutil.copytree(finished[0] / "run", folder / name)
+    return folder / name
+
+
+def test_a_finished_run_resumed_is_the_same(forks, folder, finished):
+    run = aside(finished, folder)
+    assert resumed(forks, folder, "run") == finished[1]
+    assert resumed(forks, folder, "run") == finished[1]
+    assert sorted(contents(run)) == sorted(contents(run))
+
+
+def test_more_rounds_make_it_the_run_of_that_length(forks, folder, finished):
+    aside(finished, folder)
+    write(folder, evaluate={"every": 1}, rounds=7)
+    done = forks.run("resume", "run", "rounds=7", cwd=folder)
+    assert (done.status, done.err) == (0, "fedsim: changed: rounds: 7, and was 4\n")
+    assert left(folder / "run") == whole(forks, folder)
+
+
+def test_fewer_rounds_than_are_done_are_refused(forks, folder, finished):
+    run = aside(finished, folder)
+    before = contents(run)
+    refused(forks.run("resume", "run", "rounds=3", cwd=folder), "rounds: 3, and run has done 4")
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("runtime.workers=2", "runtime.workers"),
+        ("runtime=threads", 'runtime.name: "threads", and was "serial"'),
+        ("evaluate.every=3", "evaluate.every: 3, and was 1"),
+        ("checkpoint.every=2", "checkpoint.every: 2, and was 1"),
+        ("client_store.memory=1MiB", "client_store.memory: 1048576, and was 4096"),
+        ("failures.policy=drop", "failures.policy"),
+        ("hooks=[]", "hooks"),
+    ],
+)
+def test_what_changes_no_result_may_change_and_is_told(forks, folder, finished, setting, said):
+    aside(finished, folder)
+    settings = [setting, "runtime=threads"] if "workers" in setting else [setting]
+    done = forks.run("resume", "run", *settings, cwd=folder)
+    assert done.status == 0, done
+    assert f"fedsim: changed: {said}" in done.err
+    assert done.err.count("\n") == done.err.count("changed: ")
+    assert records(folder / "run") == finished[1]["rounds"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("strategy=fedavg", 'strategy.name: "fedavg", and was "scaffold"'),
+        ("local.lr=0.1", "local.lr: 0.1, and was 0.05"),
+        ("seed=4", "seed: 4, and was 3"),
+        ("data.partition={name: dirichlet, alpha: 1}", 'data.partition.name: "dirichlet", and was "iid"'),
+        ("cohort=all", 'cohort.name: "all", and was "uniform"'),
+        ("model.widths=[4, 4]", "model.widths: [4, 4], and was [3, 4]"),
+        ("local.momentum=0.5", "local.momentum"),
+    ],
+)
+def test_what_changes_the_result_is_refused_with_what_it_is_and_was(forks, folder, finished, setting, said):
+    run = aside(finished, folder)
+    before = contents(run)
+    refused(forks.run("resume", "run", "rounds=6", setting, cwd=folder), said)
+    assert contents(run) == before
+    config = yaml.safe_load((run / "config.yaml").read_text())  # by hand it counts the same
+    key, value = setting.split("=")
+    *path, last = key.split(".")
+    part = config
+    for each in path:
+        part = part[each]
+    part[last] = yaml.safe_load(value)
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    refused(forks.run("resume", "run", cwd=folder), said)
+
+
+def test_by_force_it_goes_on_all_the_same(forks, folder, finished):
+    aside(finished, folder)
+    done = forks.run("resume", "run", "rounds=6", "local.lr=0.1", "--force", cwd=folder)
+    assert done.status == 0, done
+    assert "fedsim: changed: local.lr: 0.1, and was 0.05\n" in done.err
+    after = left(folder / "run")
+    assert after["rounds"][:4] == finished[1]["rounds"]
+    assert len(after["rounds"]) == 6
+    assert resumed(forks, folder, "run") == after  # and has it from then on
+
+
+def test_other_labels_under_the_same_config_are_noticed(forks, folder):
+    def arrays(first):
+        x = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
+        y = np.arange(40) % 2
+        y[0] = first
+        np.savez(folder / "d.npz", x_train=x, y_train=y, x_test=x[:8], y_test=y[:8])
+
+    arrays(0)
+    data = {"name": "npz", "path": str(folder / "d.npz"), "clients": 4}
+    write(folder, data=data, model="2nn", strategy="fedavg")
+    whole(forks, folder, name="run")
+    arrays(1)
+    refused(forks.run("resume", "run", "rounds=6", cwd=folder), "data: other examples")
+    arrays(0)
+    done = forks.run("resume", "run", "rounds=6", cwd=folder)
+    assert done.status == 0, done
+
+
+@pytest.mark.parametrize("name", ["none", "empty"])
+def test_a_folder_without_a_run_is_refused(forks, folder, name):
+    (folder / "empty").mkdir()
+    refused(forks.run("resume", name, cwd=folder), "config.yaml")
+    assert list((folder / "empty").iterdir()) == []
+
+
+# One at a time
+
+
+def until(true, seconds=30):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_run_under_way_is_resumed_by_nobody_else(forks, folder):
+    write(folder, rounds=10**6)
+    first = forks.start("run", "c.yaml", "--out=run", cwd=folder)
+    until(lambda: rounds_done(folder / "run") > 0)
+    refused(forks.run("resume", "run", cwd=folder), "run: another process is running it")
+    first.send(signal.SIGINT)
+    assert first.wait().status == 130
+    second = forks.start("resume", "run", cwd=folder)
+    before = rounds_done(folder / "run")
+    until(lambda: rounds_done(folder / "run") > before)
+    refused(forks.run("resume", "run", cwd=folder), "run: another process is running it")
+    second.send(signal.SIGKILL)  # which lets go of it, too
+    assert second.wait().status == -signal.SIGKILL
+    third = forks.start("resume", "run", cwd=folder, kills=[(0.2, signal.SIGTERM)])
+    assert third.wait().status == 130
+
+
+def test_of_many_that_resume_it_at_once_one_does(forks, folder):
+    write(folder, rounds=12)
+    expected = whole(forks, folder)
+    done = forks.run("run", "c.yaml", "--out=run", cwd=folder, prepare=["die_at", 60])
+    assert done.status == -signal.SIGKILL
+    processes = [forks.start("resume", "run", cwd=folder) for _ in range(6)]
+    ends = [process.wait() for process in processes]
+    assert 0 in {end.status for end in ends}
+    for end in ends:
+        if end.status:
+            refused(end, "run: another process is running it")
+    assert left(folder / "run") == expected
+
+
+# Disks that are full, folders that are read-only
+
+
+@pytest.fixture(scope="module")
+def small_disk(tmp_path_factory):
+    """Commands that see a disk of their own, of 256 KiB."""
+    try:
+        forks = Forks(tmp_path_factory.mktemp("disk"), disk=2**18)
+    except OSError as error:
+        pytest.skip(f"a disk of one's own is not allowed here: {error}")
+    yield forks
+    forks.close()
+
+
+def starved(done, run):
+    """It ended with status 1 and one line that names a file and the reason; nothing was lost."""
+    assert done.status == 1, done
+    assert done.err.startswith(f"fedsim: {run}/"), done
+    assert done.err.count("\n") == 1, done
+
+
+@pytest.mark.parametrize("hooks", [["tensorboard"], ["curves", "tensorboard"]], ids="-".join)
+def test_a_disk_that_is_full_ends_a_run_in_a_line_and_with_room_it_goes_on(small_disk, hooks):
+    folder, page = small_disk.disk, 4096
+    write(folder, evaluate={"every": 1, "clients": True}, rounds=6, hooks=hooks)
+    expected = whole(small_disk, folder)
+    shutil.rmtree(folder / "whole")
+    ends = set()
+    for pages in [*range(2, 17), 24]:  # that are free
+        ballast = folder / "ballast"
+        ballast.write_bytes(bytes(shutil.disk_usage(folder).free - pages * page))
+        done = small_disk.run("run", "c.yaml", "--out=run", cwd=folder)
+        ballast.unlink()
+        if done.status:
+            starved(done, "run")
+            assert "No space left on device" in done.err
+            ends.add(rounds_done(folder / "run"))
+        assert resumed(small_disk, folder, "run") == expected, pages
+        shutil.rmtree(folder / "run")
+    assert ends >= {0, 1, 2, 3}
+
+
+def test_files_that_may_not_grow_end_a_run_in_a_line_and_then_it_goes_on(forks, folder):
+    write(folder, rounds=12, evaluate={"every": 1, "clients": True})
+    expected = whole(forks, folder)
+    ends = set()
+    for limit in (1000, 1500, 1850, 2500, 3000, 4500, 5000):
+        name = f"run{limit}"
+        done = forks.run("run", "c.yaml", f"--out={name}", cwd=folder, prepare=["small_files", limit])
+        starved(done, name)
+        assert "File too large" in done.err
+        ends.add(rounds_done(folder / name))
+        assert resumed(forks, folder, name) == expected, limit
+    assert len(ends) > 2
+
+
+def test_a_folder_that_is_read_only_is_refused_in_a_line_and_left_as_it_is(forks, folder, finished):
+    run = aside(finished, folder)
+    for path in [run, *run.rglob("*")]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    folder.chmod(0o555)
+    before = contents(run)
+    done = forks.run("resume", "run", "rounds=6", cwd=folder, prepare=["powerless"])
+    assert done.status in (1, 2)
+    assert done.err.count("\n") == 1
+    assert "Permission denied" in done.err
+    assert contents(run) == before
+    done = forks.run("run", "c.yaml", "--out=new", cwd=folder, prepare=["powerless"])
+    refused(done, "new: cannot be made: Permission denied")
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o755)
