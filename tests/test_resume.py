@@ -45,15 +45,15 @@ def folder():
 def whole(forks, folder, *settings, name="whole"):
     """What a run never stopped leaves."""
     done = forks.run("run", "c.yaml", *settings, f"--out={name}", cwd=folder)
-    assert (done.status, done.err) == (0, "")
+    assert (done.status, done.err) == (0, ""), str(done)
     return left(folder / name)
 
 
 def resumed(forks, folder, name, *settings, warned=False):
     """What is left once a run was resumed and went to its end, with no word of complaint unless `warned`."""
     done = forks.run("resume", name, *settings, cwd=folder)
-    assert done.status == 0, done
-    assert warned or done.err in QUIET, done
+    assert done.status == 0, str(done)
+    assert warned or done.err in QUIET, str(done)
     return left(folder / name)
 
 
@@ -71,9 +71,9 @@ def same(forks, folder, moments, expected, *settings, warned=False):
 
 def refused(done, *said):
     """It ended with status 2 and one line that says all of this."""
-    assert done.status == 2, done
-    assert done.err.startswith("fedsim: "), done
-    assert done.err.count("\n") == 1, done
+    assert done.status == 2, str(done)
+    assert done.err.startswith("fedsim: "), str(done)
+    assert done.err.count("\n") == 1, str(done)
     for each in said:
         assert each in done.err
 
@@ -92,7 +92,7 @@ def test_a_run_killed_before_or_within_any_change_to_its_files_has_the_same_end(
     expected = whole(forks, folder)
     (folder / "at").mkdir()
     done = forks.run("run", "c.yaml", "--out=run", cwd=folder, prepare=["snapshots", "run", "at"])
-    assert done.status == 0, done
+    assert done.status == 0, str(done)
     moments = sorted((folder / "at").iterdir())
     assert len(moments) > 60
     same(forks, folder, moments, expected)
@@ -126,7 +126,7 @@ def test_a_resume_killed_before_or_within_any_change_to_its_files_has_the_same_e
         (folder / "run/checkpoints" / name).write_bytes(b"half")
     (folder / "at").mkdir()
     done = forks.run("resume", "run", "rounds=4", cwd=folder, prepare=["snapshots", "run", "at"])
-    assert done.status == 0, done
+    assert done.status == 0, str(done)
     assert done.err.count("broken checkpoint") == 1
     assert left(folder / "run") == expected
     same(forks, folder, sorted((folder / "at").iterdir()), expected, "rounds=4", warned=True)
@@ -137,7 +137,7 @@ def test_a_run_that_lost_power_has_the_same_end_and_the_rounds_of_its_last_check
     expected = whole(forks, folder)
     (folder / "at").mkdir()
     done = forks.run("run", "c.yaml", "--out=run", cwd=folder, prepare=["power_losses", "run", "at"])
-    assert done.status == 0, done
+    assert done.status == 0, str(done)
     kinds = {}
     for moment in sorted((folder / "at").iterdir()):
         shutil.rmtree(moment / "tensorboard", ignore_errors=True)
@@ -157,10 +157,10 @@ def kill_until_done(forks, folder, name, seed):
         before = rounds_done(folder / name)
         how = ["resume", name] if (folder / name).exists() else ["run", "c.yaml", f"--out={name}"]
         done = forks.run(*how, cwd=folder, kills=[(rng.uniform(0, patience), signal.SIGKILL)])
-        assert done.err in QUIET, done
+        assert done.err in QUIET, str(done)
         if done.status == 0:
             return kills
-        assert done.status == -signal.SIGKILL, done
+        assert done.status == -signal.SIGKILL, str(done)
         kills += 1
         patience = 0.12 if rounds_done(folder / name) > before else 1.3 * patience  # a busy machine gets there too
 
@@ -259,12 +259,12 @@ def test_a_clock_that_jumps_changes_nothing(forks, folder):
     write(folder, rounds=8)
     expected = whole(forks, folder)
     done = forks.run("run", "c.yaml", "--out=run", cwd=folder, prepare=["jumping_clock"])
-    assert (done.status, done.err) == (0, "")
+    assert (done.status, done.err) == (0, ""), str(done)
     assert left(folder / "run") == expected
     done = forks.run("run", "c.yaml", "--out=again", cwd=folder, prepare=["die_at", 80])
     assert done.status == -signal.SIGKILL
     done = forks.run("resume", "again", cwd=folder, prepare=["jumping_clock"])
-    assert (done.status, done.err) == (0, "")
+    assert (done.status, done.err) == (0, ""), str(done)
     assert left(folder / "again") == expected
 
 
@@ -280,7 +280,7 @@ def test_an_interrupt_at_random_leaves_a_checkpoint_of_all_that_was_done(forks, 
     expected = whole(forks, folder)
     rng, patience, interrupts, how = random.Random(0), 0.12, 0, ["run", "c.yaml", "--out=run"]
     while (done := forks.run(*how, cwd=folder, kills=[(rng.uniform(0.04, patience), number)])).status:
-        assert done.status == 130, done
+        assert done.status == 130, str(done)
         interrupts, patience, logged = interrupts + 1, 1.05 * patience, rounds_logged(folder / "run")
         assert rounds_done(folder / "run") in (logged, logged + 1)
         if done.err:  # unless it was too early
@@ -295,7 +295,7 @@ def interrupted_at_lines(forks, folder, lines):
     write(folder, rounds=4, checkpoint={"every": None})
     expected = whole(forks, folder)
     done = forks.run("run", "c.yaml", "--out=count", cwd=folder, prepare=["count_lines", "lines"])
-    assert done.status == 0, done
+    assert done.status == 0, str(done)
     most = int((folder / "lines").read_text())
 
     def one(share):
@@ -343,7 +343,7 @@ def test_an_interrupt_of_the_picture_loses_no_round(forks, folder):
     write(folder, checkpoint={"every": None}, hooks=["curves", "tensorboard"])
     expected = whole(forks, folder)
     done = forks.run("run", "c.yaml", "--out=run", cwd=folder, prepare=["interrupt_in_picture"])
-    assert done.status == 0, done
+    assert done.status == 0, str(done)
     assert left(folder / "run") == expected
 
 
@@ -402,7 +402,7 @@ def test_what_changes_no_result_may_change_and_is_told(forks, folder, finished, 
     aside(finished, folder)
     settings = [setting, "runtime=threads"] if "workers" in setting else [setting]
     done = forks.run("resume", "run", *settings, cwd=folder)
-    assert done.status == 0, done
+    assert done.status == 0, str(done)
     assert f"fedsim: changed: {said}" in done.err
     assert done.err.count("\n") == done.err.count("changed: ")
     assert records(folder / "run") == finished[1]["rounds"]
@@ -439,7 +439,7 @@ def test_what_changes_the_result_is_refused_with_what_it_is_and_was(forks, folde
 def test_by_force_it_goes_on_all_the_same(forks, folder, finished):
     aside(finished, folder)
     done = forks.run("resume", "run", "rounds=6", "local.lr=0.1", "--force", cwd=folder)
-    assert done.status == 0, done
+    assert done.status == 0, str(done)
     assert "fedsim: changed: local.lr: 0.1, and was 0.05\n" in done.err
     after = left(folder / "run")
     assert after["rounds"][:4] == finished[1]["rounds"]
@@ -462,7 +462,7 @@ def test_other_labels_under_the_same_config_are_noticed(forks, folder):
     refused(forks.run("resume", "run", "rounds=6", cwd=folder), "data: other examples")
     arrays(0)
     done = forks.run("resume", "run", "rounds=6", cwd=folder)
-    assert done.status == 0, done
+    assert done.status == 0, str(done)
 
 
 @pytest.mark.parametrize("name", ["none", "empty"])
@@ -529,9 +529,9 @@ def small_disk(tmp_path_factory):
 
 def starved(done, run):
     """It ended with status 1 and one line that names a file and the reason; nothing was lost."""
-    assert done.status == 1, done
-    assert done.err.startswith(f"fedsim: {run}/"), done
-    assert done.err.count("\n") == 1, done
+    assert done.status == 1, str(done)
+    assert done.err.startswith(f"fedsim: {run}/"), str(done)
+    assert done.err.count("\n") == 1, str(done)
 
 
 @pytest.mark.parametrize("hooks", [["tensorboard"], ["curves", "tensorboard"]], ids="-".join)
