@@ -157,6 +157,8 @@ def kill_until_done(forks, folder, name, seed):
         before = rounds_done(folder / name)
         how = ["resume", name] if (folder / name).exists() else ["run", "c.yaml", f"--out={name}"]
         done = forks.run(*how, cwd=folder, kills=[(rng.uniform(0, patience), signal.SIGKILL)])
+        if done.status == -signal.SIGSEGV and "_conv_forward" in done.err:
+            continue  # PyTorch 2.15 in two threads, once in thousands of processes: a death like any other here
         assert done.err in QUIET, str(done)
         if done.status == 0:
             return kills
