@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,7 @@ def test_a_strategy_of_your_own(checkout, monkeypatch):
 
 
 def test_a_hook_of_your_own(checkout, monkeypatch):
+    monkeypatch.delitem(sys.modules, "my_hooks", raising=False)  # another test's
     (checkout / "my_hooks.py").write_text(next(block for block in blocks("python") if "my_hooks.py" in block))
     monkeypatch.syspath_prepend(checkout)
     result = fedsim("fedsim run configs/quickstart.yaml 'hooks=[my_hooks:Notify]' local.epochs=9 --out run")

@@ -7,7 +7,7 @@ share the data, nor several of them a GPU without switching context.
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 from typing import Literal
 
@@ -49,6 +49,7 @@ class Threads:
         self.pool = ThreadPoolExecutor(workers, "client")
         self.local = threading.local()
         self.number = count()  # of the next worker
+        self.first: AbstractContextManager[object] = threading.Lock()
 
     def run(
         self,
@@ -72,7 +73,9 @@ class Threads:
             with torch.cuda.stream(stream) if stream else nullcontext():
                 me, broadcast = threading.get_ident(), on_device[worker.replica.device]
                 so_far = partials.get(me)
-                partials[me], report = worker.run(work, broadcast, job, aggregator, tolerant, so_far)
+                with self.first:  # alone: PyTorch 2.15 on a CPU may crash where two threads first use convolutions
+                    partials[me], report = worker.run(work, broadcast, job, aggregator, tolerant, so_far)
+                self.first = nullcontext()
             if stream:
                 stream.synchronize()
             return report
