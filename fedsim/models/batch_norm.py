@@ -10,10 +10,11 @@ from collections import OrderedDict
 
 from torch import nn
 
-from fedsim.models import image
+from fedsim.models import image, reference
 from fedsim.types import Count
 
 
+@reference((1, 28, 28), 10, 20_586)
 def cnn_bn(shape: tuple[int, ...], classes: int, /, *, widths: tuple[Count, Count] = (16, 32)) -> nn.Module:
     """Small CNN with batch normalisation, for FedBN: two 3x3 convolutions.
 
