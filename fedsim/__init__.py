@@ -7,7 +7,7 @@ from fedsim.experiment import Result as Result
 from fedsim.experiment import resume as resume
 from fedsim.experiment import run as run
 from fedsim.hooks import Hook as Hook
-from fedsim.local import Batch as Batch
+from fedsim.types import Batch as Batch
 from fedsim.local import LocalObjective as LocalObjective
 from fedsim.local import Recipe as Recipe
 from fedsim.simulation import Simulation as Simulation

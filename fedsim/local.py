@@ -6,7 +6,7 @@ from dataclasses import KW_ONLY, dataclass
 from itertools import count, islice
 from math import ceil
 from time import perf_counter
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import torch
 from annotated_types import Ge
@@ -17,7 +17,7 @@ from fedsim.errors import ConfigError
 from fedsim.optim import SGD, Adam, LossScale, Optimizer, clipped
 from fedsim.schedules import Schedule, constant
 from fedsim.task import Layout, Replica, blocks
-from fedsim.types import Count, Decay, Job, NonNegative, Positive, State, Stream, random
+from fedsim.types import Batch, Count, Decay, Job, NonNegative, Positive, State, Stream, random
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -83,13 +83,6 @@ class Recipe:
         if self.optimizer == "sgd":
             return SGD(self.momentum, self.nesterov, self.weight_decay)
         return Adam(self.betas, self.eps, self.weight_decay, decoupled=self.optimizer == "adamw")
-
-
-class Batch(NamedTuple):
-    """A mini-batch of one client."""
-
-    x: Tensor  # (B, ...)
-    y: Tensor  # (B,)
 
 
 Loss = Callable[[Tensor, Batch], Tensor]  # (weights, batch) -> (): a mean over the batch

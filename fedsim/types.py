@@ -36,6 +36,16 @@ def described(form: Form) -> str:
     return ", ".join(f"{n} {str(t).removeprefix('torch.')} {tuple(shape)}" for n, shape, t in form) or "nothing"
 
 
+class Batch(NamedTuple):
+    """A mini-batch of one client."""
+
+    x: Tensor  # (B, ...)
+    y: Tensor  # (B,)
+    other: Tensor | None = None  # (B,) the labels of what was mixed in, where something was
+    share: Tensor | None = None  # (B,) of each example, what is its own: mixup's lambda
+    doubt: Tensor | None = None  # (B,) the probability that the label is wrong, where it was asked for
+
+
 class Job(NamedTuple):
     """One client's work in one round: tiny, it may cross a network."""
 
@@ -92,6 +102,10 @@ class Stream(IntEnum):
     SERVER = 6
     DATASET = 7
     AVAILABILITY = 8
+    AUGMENT = 9  # (seed, AUGMENT, round, client, step)
+    NOISE = 10  # wrong labels
+    PUBLIC = 11  # which examples the server has
+    RECALIBRATE = 12
 
 
 def random(seed: int, stream: Stream, *key: int) -> np.random.Generator:
