@@ -414,7 +414,7 @@ def test_bf16_is_autocast():
     local = make_local(task, precision="bf16", epochs=2, lr=0.1)
     network = copy.deepcopy(task.network).train()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-    for x, y in local.batches():
+    for x, y, *_ in local.batches():
         with torch.autocast("cpu", torch.bfloat16):
             logits = network(x)
         optimizer.zero_grad()
