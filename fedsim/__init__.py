@@ -8,7 +8,7 @@ from fedsim.experiment import resume as resume
 from fedsim.experiment import run as run
 from fedsim.hooks import Hook as Hook
 from fedsim.local import LocalObjective as LocalObjective
-from fedsim.local import Recipe as Recipe
+from fedsim.recipe import Recipe as Recipe
 from fedsim.simulation import Simulation as Simulation
 from fedsim.strategy import Strategy as Strategy
 from fedsim.strategy import Wrapper as Wrapper

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from math import ceil
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -26,6 +25,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch.nn import functional as F
 
+from fedsim.bench_input import FEDSIM, TORCHVISION, input_line, input_sides, places
 from fedsim.catalogue import Spec
 from fedsim.checkpoint import Checkpoints
 from fedsim.config import Config, build
@@ -41,9 +41,24 @@ from fedsim.types import RoundInfo, State, Stream, Update, random
 Side = Callable[[], object]  # one pass over the round's client steps
 
 FP32: Spec = {"precision": "fp32", "channels_last": False}
+PLAIN: Spec = {  # what the plain loops know, of the options that they have not
+    "loss": {"name": "cross_entropy", "smoothing": 0.0, "spread": "all"},
+    "augment": [],
+    "accumulate": 1,
+    "activation_checkpointing": False,
+    "oversample": False,
+    "class_weights": None,
+    "distillation": None,
+    "noisy_labels": None,
+    "decay": "all",
+    "lr_every": "round",
+}
+SERIAL = "fedsim serial"
 THREADS = "fedsim threads"
+AUGMENTED = "fedsim threads, augmented"
 IDLE = "fedsim threads, clients that take no step"
 CHECKPOINT = "a checkpoint of what a round changed"
+NO_STEPS = {IDLE, CHECKPOINT, FEDSIM, TORCHVISION}
 
 
 def bench(config: Config, repeats: int, console: Console, out: Path | None = None) -> None:
@@ -51,7 +66,8 @@ def bench(config: Config, repeats: int, console: Console, out: Path | None = Non
     if out is not None and out.exists():
         raise ConfigError(f"--out: {out} exists; name another file")
     simulation = _simulation(config, "serial", FP32)
-    steps, home = sum(_steps(simulation, k) for k in simulation.sample()), simulation.runtime.home
+    sizes, home = simulation.data.sizes, simulation.runtime.home
+    steps = sum(simulation.recipe.num_steps(int(sizes[k])) for k in simulation.sample())
     with ExitStack() as stack:
         sides = {name: stack.enter_context(side) for name, side in _sides(config, simulation).items()}
         seconds = _in_turn(sides, repeats, console)
@@ -65,9 +81,16 @@ def bench(config: Config, repeats: int, console: Console, out: Path | None = Non
         table.add_column(heading, justify="right")
     for name, times in seconds.items():
         ratio = median(p / t for p, t in zip(seconds[plain], times, strict=True))
-        speed = ("", "") if name in (IDLE, CHECKPOINT) else (f"{steps / median(times):,.0f}", f"{ratio:.2f}")
+        speed = ("", "") if name in NO_STEPS else (f"{steps / median(times):,.0f}", f"{ratio:.2f}")
         table.add_row(name, f"{median(times):.3f}", *speed)
     console.print(table)
+    augmented = AUGMENTED in seconds
+    left_out = [key for key, value in PLAIN.items() if config.local[key] != value]
+    if everywhere := [f"local.{key}" for key in left_out if not (augmented and key == "augment")]:
+        console.out(f"left out on all sides: {', '.join(everywhere)}")
+    if augmented:
+        console.out("left out on all sides but the augmented ones: local.augment")
+        console.out(input_line(seconds, SERIAL, steps))
     share = median(c / t for c, t in zip(seconds[CHECKPOINT], seconds[THREADS], strict=True))
     console.out(f"a checkpoint takes {share:.1%} of a round of '{THREADS}'")
     if out is not None:
@@ -84,12 +107,16 @@ def _sides(config: Config, simulation: Simulation) -> dict[str, AbstractContextM
     sides: dict[str, AbstractContextManager[Side]] = {"plain loop, one process": _one_process(simulation)}
     if simulation.runtime.home.type == "cpu":
         sides["plain loop, a process a core"] = _processes(config)
-    sides["fedsim serial"] = _runtime(config, "serial", FP32)
+    sides[SERIAL] = _runtime(config, "serial", FP32)
     sides[THREADS] = _runtime(config, "threads", FP32)
     if len(simulation.task.shape) == 3:
         sides["fedsim threads, channels-last"] = _runtime(config, "threads", {**FP32, "channels_last": True})
         bf16 = {"precision": "bf16", "channels_last": True}
         sides["fedsim threads, channels-last, bf16"] = _runtime(config, "threads", bf16)
+        if config.local["augment"]:
+            augmented = {**FP32, "augment": config.local["augment"]}
+            sides[AUGMENTED] = _runtime(config, "threads", augmented)
+            sides |= input_sides(config, _simulation(config, "serial", augmented))
     return sides | {IDLE: _runtime(config, "threads", FP32, Idle()), CHECKPOINT: _checkpoint(config)}
 
 
@@ -155,7 +182,9 @@ def _checkpoint(config: Config) -> Iterator[Side]:
 
 def _simulation(config: Config, runtime: str, local: Spec) -> Simulation:
     device = config.runtime.get("device", "auto") if isinstance(config.runtime, dict) else "auto"
-    update = {"runtime": {"name": runtime, "device": device}, "local": config.local | local}
+    if config.local["optimizer"] == "lars":
+        raise ConfigError("local.optimizer: torch has no lars that a plain loop could use; bench with sgd")
+    update = {"runtime": {"name": runtime, "device": device}, "local": config.local | PLAIN | local}
     return build(config.model_copy(update=update))
 
 
@@ -178,20 +207,13 @@ class PlainLoop:
         """The client's epochs or steps."""
         recipe, (x, y) = self.recipe, self.clients[client]
         self.net.load_state_dict(self.initial)
-        optimizer = self.optimizer()
-        size = len(y) if recipe.batch_size == "full" else recipe.batch_size
-        stream, left = (
-            random(self.seed, Stream.BATCHES, 0, client),
-            recipe.steps or recipe.epochs * ceil(len(y) / size),
-        )
-        while left:
-            for rows in torch.split(torch.from_numpy(stream.permutation(len(y))).to(x.device), size)[:left]:
-                optimizer.zero_grad()
-                F.cross_entropy(self.net(x[rows]), y[rows]).backward()  # type: ignore[no-untyped-call]
-                if recipe.clip_norm:
-                    torch.nn.utils.clip_grad_norm_(self.net.parameters(), recipe.clip_norm)
-                optimizer.step()
-                left -= 1
+        optimizer, stream = self.optimizer(), random(self.seed, Stream.BATCHES, 0, client)
+        for rows in places(recipe, len(y), stream, x.device):
+            optimizer.zero_grad()
+            F.cross_entropy(self.net(x[rows]), y[rows]).backward()  # type: ignore[no-untyped-call]
+            if recipe.clip_norm:
+                torch.nn.utils.clip_grad_norm_(self.net.parameters(), recipe.clip_norm)
+            optimizer.step()
         if x.device.type == "cuda":
             torch.cuda.synchronize(x.device)
 
@@ -231,11 +253,6 @@ def _in_process(client: int) -> None:
 
 
 _loop: PlainLoop  # of a process of the pool
-
-
-def _steps(simulation: Simulation, client: int) -> int:
-    recipe, n = simulation.recipe, int(simulation.data.sizes[client])
-    return recipe.steps or recipe.epochs * (1 if recipe.batch_size == "full" else ceil(n / recipe.batch_size))
 
 
 def _moved(batch: tuple[torch.Tensor, torch.Tensor], home: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

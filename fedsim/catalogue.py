@@ -36,6 +36,7 @@ WORDS = {
     NoneType: "null",
     Any: "anything",
 }
+MOST_NAMES = 300  # characters of a list of names that are allowed
 SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
@@ -66,7 +67,7 @@ class Catalogue:
     def resolve(self, spec: object, at: str = "", also: type["Options"] | None = None) -> Spec:
         """`spec`, or a bare name, with its defaults filled in; raises ConfigError naming the key.
 
-        `also` has options that stand in the same mapping and are not the entry's.
+        `also` has options that stand in the same mapping; where the entry has one of that name, it is the entry's.
         """
         at = at or self.kind
         spec = {"name": spec} if isinstance(spec, str) else spec
@@ -79,7 +80,7 @@ class Catalogue:
             options["inner"] = self.resolve(options["inner"], f"{at}.inner")
         schema = options_of(self.load(spec["name"], f"{at}.name"))
         if also:
-            schema = create_model("Options", __base__=(also, schema))
+            schema = create_model("Options", __base__=(schema, also))
         return {"name": spec["name"]} | validated(schema, options, at).model_dump(mode="json")
 
     def bind(self, spec: object, at: str = "") -> Callable[..., Any]:
@@ -154,7 +155,11 @@ def unknown(name: str, allowed: Iterable[str]) -> str:
     names = list(allowed)
     nearest = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    return f"{name!r} is unknown; {hint}allowed: {', '.join(names) or 'none'}"
+    all_names = ", ".join(names)
+    if len(all_names) > MOST_NAMES:
+        first = all_names[:MOST_NAMES].rpartition(", ")[0]
+        all_names = f"{first}, ... ({len(names)} in all, `fedsim list` shows them)"
+    return f"{name!r} is unknown; {hint}allowed: {all_names or 'none'}"
 
 
 def _attribute(module: Any, attribute: str, at: str) -> Callable[..., Any]:

@@ -12,14 +12,18 @@ from torch import nn
 from fedsim.availability import Availability
 from fedsim.catalogue import Options, Spec, options_of, validated
 from fedsim.cohort import COHORTS
-from fedsim.data import DATASETS, PARTITIONS, Dataset, FederatedData
+from fedsim.data import AUGMENTATIONS, DATASETS, PARTITIONS, Dataset, FederatedData
+from fedsim.data.federated import set_apart, without
+from fedsim.data.noise import LabelNoise
 from fedsim.errors import ConfigError
 from fedsim.hooks import HOOKS, Hook
 from fedsim.hooks.checkpointing import Checkpointing
 from fedsim.hooks.results import Results
-from fedsim.local import Recipe
-from fedsim.models import MODELS
+from fedsim.losses import LOSSES
+from fedsim.models import options as models
 from fedsim.reading import parse, read_yaml
+from fedsim.recalibration import Recalibrate
+from fedsim.recipe import Distillation, Recipe
 from fedsim.runtimes import RUNTIMES
 from fedsim.schedules import SCHEDULES
 from fedsim.simulation import Failures, Simulation
@@ -27,7 +31,7 @@ from fedsim.store import ClientStore
 from fedsim.strategies import CATALOGUE as STRATEGIES
 from fedsim.strategy import Strategy
 from fedsim.task import Task
-from fedsim.types import Count, Seed, Stream, random
+from fedsim.types import Count, Decay, Seed, Stream, random
 
 
 class Evaluate(Options):
@@ -44,6 +48,9 @@ class Federation(Options):
     clients: Count
     partition: Spec | str = "iid"
     holdout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    crop: Count | None = None  # pixels a side, about the centre, where no augmentation has made them that size
+    public: Annotated[float, Ge(0), Lt(1)] = 0.0  # of the training examples, the server's own
+    label_noise: Spec | None = None
 
 
 class Config(Options):
@@ -62,6 +69,8 @@ class Config(Options):
     availability: Spec | None = None
     checkpoint: Spec = {}
     client_store: Spec = {}
+    recalibrate: Spec | None = None
+    ema: Decay | None = None
     hooks: list[Spec | str] = ["stop_on_non_finite", "tensorboard", "curves"]
 
 
@@ -77,20 +86,26 @@ def resolve(values: Mapping[str, Any]) -> Config:
     """The config with all defaults filled in."""
     config = validated(Config, values)
     data = DATASETS.resolve(config.data, also=Federation)
-    recipe = _recipe_options(config).model_dump(mode="json")
-    schedule = _run_long(config.local.get("schedule", "constant"), config.rounds - recipe["warmup"])
+    noise = data["label_noise"]
     return config.model_copy(
         update={
-            "data": data | {"partition": PARTITIONS.resolve(data["partition"])},
-            "model": MODELS.resolve(config.model),
+            "data": data
+            | {
+                "partition": PARTITIONS.resolve(data["partition"]),
+                "label_noise": None if noise is None else _options(LabelNoise, noise, "data.label_noise"),
+            },
+            "model": models.resolve(config.model),
             "strategy": STRATEGIES.resolve(config.strategy),
             "cohort": COHORTS.resolve(config.cohort),
-            "local": recipe | {"schedule": SCHEDULES.resolve(schedule)},
+            "local": _resolve_local(config),
             "runtime": RUNTIMES.resolve(config.runtime),
             "failures": _options(Failures, config.failures, "failures"),
             "availability": None
             if config.availability is None
             else _options(Availability, config.availability, "availability"),
+            "recalibrate": None
+            if config.recalibrate is None
+            else _options(Recalibrate, config.recalibrate, "recalibrate"),
             "checkpoint": _options(Checkpointing, config.checkpoint, "checkpoint"),
             "client_store": _options(ClientStore, config.client_store, "client_store"),
             "hooks": [HOOKS.resolve(hook, f"hooks[{i}]") for i, hook in enumerate(config.hooks)],
@@ -103,18 +118,38 @@ def build_data(config: Config) -> FederatedData:
     shared = {key: config.data[key] for key in Federation.model_fields}
     dataset = DATASETS.make({k: v for k, v in config.data.items() if k not in shared}, Dataset)
     stream = random(config.seed, Stream.PARTITION)
-    owners = PARTITIONS.make(shared["partition"], np.ndarray, dataset, shared["clients"], stream)
-    return FederatedData(dataset, owners, clients=shared["clients"], holdout=shared["holdout"], seed=config.seed)
+    public = set_apart(dataset, shared["public"], config.seed)
+    owners = PARTITIONS.make(shared["partition"], np.ndarray, without(dataset, public), shared["clients"], stream)
+    data = FederatedData(
+        dataset,
+        owners,
+        clients=shared["clients"],
+        holdout=shared["holdout"],
+        public=public,
+        crop=shared["crop"],
+        seed=config.seed,
+    )
+    noise = shared["label_noise"]
+    return data if noise is None else LabelNoise(**noise).applied(data, config.seed)
 
 
 def build(config: Config) -> Simulation:
     """The simulation that a resolved config describes; raises ConfigError."""
     data = build_data(config)
-    recipe = Recipe(SCHEDULES.bind(config.local["schedule"]), **dict(_recipe_options(config)))
+    data.check_augment(config.local["augment"])
+    recipe = _recipe(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(random(config.seed, Stream.MODEL).integers(2**63)))
-        network = MODELS.make(config.model, nn.Module, data.shape, data.num_classes)
-    task = Task(network, data.shape, data.num_classes, channels_last=recipe.channels_last)
+        network = models.make(config.model, data.shape, data.num_classes)
+        teacher = _teacher(config, recipe.distillation, data)
+    task = Task(
+        network,
+        data.shape,
+        data.num_classes,
+        channels_last=recipe.channels_last,
+        recompute=recipe.activation_checkpointing,
+        teacher=teacher,
+    )
     return Simulation(
         STRATEGIES.make(config.strategy, Strategy),
         task,
@@ -125,6 +160,8 @@ def build(config: Config) -> Simulation:
         failures=Failures(**config.failures),
         availability=None if config.availability is None else Availability(**config.availability),
         clients=ClientStore(**config.client_store),
+        recalibrate=None if config.recalibrate is None else Recalibrate(**config.recalibrate),
+        ema=config.ema,
         seed=config.seed,
     )
 
@@ -162,9 +199,54 @@ def _options(target: Callable[..., Any], values: Spec, at: str) -> Spec:
 
 
 def _recipe_options(config: Config) -> Options:
-    """What `local` says besides its schedule, which is a component of its own."""
-    local = {key: value for key, value in config.local.items() if key != "schedule"}
+    """What `local` says besides its components."""
+    local = {key: value for key, value in config.local.items() if key not in ("schedule", "loss", "augment")}
     return validated(options_of(Recipe), local, "local")
+
+
+def _resolve_local(config: Config) -> Spec:
+    recipe = _recipe_options(config).model_dump(mode="json")
+    schedule = _run_long(config.local.get("schedule", "constant"), config.rounds - recipe["warmup"])
+    augment = config.local.get("augment", [])
+    if not isinstance(augment, list):
+        raise ConfigError(f"local.augment: {augment!r} should be a list, such as [flip, random_crop]")
+    specs = [AUGMENTATIONS.resolve(spec, f"local.augment[{i}]") for i, spec in enumerate(augment)]
+    if recipe["noisy_labels"] and (mixing := {"mixup", "cutmix"} & {spec["name"] for spec in specs}):
+        raise ConfigError(
+            f"local.noisy_labels: cannot tell which label is wrong after {min(mixing)}; one of the two"
+        )
+    loss = LOSSES.resolve(config.local.get("loss", "cross_entropy"))
+    distillation = recipe["distillation"]
+    if distillation and distillation["model"]:
+        model = models.resolve(distillation["model"], "local.distillation.model")
+        recipe["distillation"] = distillation | {"model": model}
+    return recipe | {"schedule": SCHEDULES.resolve(schedule), "loss": loss, "augment": specs}
+
+
+def _recipe(config: Config) -> Recipe:
+    local = config.local
+    return Recipe(
+        SCHEDULES.bind(local["schedule"]),
+        LOSSES.bind(local["loss"]),
+        [AUGMENTATIONS.bind(spec) for spec in local["augment"]],
+        **dict(_recipe_options(config)),
+    )
+
+
+def _teacher(config: Config, distillation: Distillation | None, data: FederatedData) -> nn.Module | None:
+    """The network that clients distil from, where it is not the global model."""
+    if distillation is None or distillation.teacher == "global":
+        if distillation and distillation.model:
+            raise ConfigError("local.distillation.model: needs a file in local.distillation.teacher")
+        return None
+    at = "local.distillation.model"
+    spec = models.resolve(distillation.model or {**_spec(config.model), **models.UNTRAINED}, at)
+    network = models.make({**spec, "weights": str(distillation.teacher)}, data.shape, data.num_classes, at)
+    return network.eval().requires_grad_(False)
+
+
+def _spec(value: Spec | str) -> Spec:
+    return {"name": value} if isinstance(value, str) else value
 
 
 def _run_long(schedule: Any, rounds: int) -> Any:

@@ -218,6 +218,9 @@ def _round(run: Run, told: Hooks) -> None:
 def _tests(config: Config, simulation: Simulation) -> Record:
     test = simulation.evaluate(config.evaluate.batch_size)
     found = {"test_loss": test.loss, "test_accuracy": test.accuracy}
+    if simulation.ema:
+        mean = simulation.evaluate(config.evaluate.batch_size, simulation.ema)
+        found |= {"ema_test_loss": mean.loss, "ema_test_accuracy": mean.accuracy}
     if config.evaluate.clients:
         clients = simulation.evaluate_clients(batch_size=config.evaluate.batch_size)
         found |= spread([each.accuracy for each in clients.values()])
@@ -239,10 +242,13 @@ def _summary(run: Run) -> Record:
     records = run.records
     tested = [record for record in records if "test_accuracy" in record]
     training = sum(record["seconds"] for record in records)
+    last = tested[-1] if tested else {}
+    ema = {"ema_test_accuracy": last.get("ema_test_accuracy")} if run.simulation.ema else {}
     return {
         "rounds": len(records),
-        "test_accuracy": tested[-1]["test_accuracy"] if tested else None,
-        "test_loss": tested[-1]["test_loss"] if tested else None,
+        "test_accuracy": last.get("test_accuracy"),
+        "test_loss": last.get("test_loss"),
+        **ema,
         "best_test_accuracy": max((record["test_accuracy"] for record in tested), default=None),
         "fingerprint": run.simulation.fingerprint(),
         "stopped": run.stopped,

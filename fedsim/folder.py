@@ -118,9 +118,13 @@ class RunFolder:
         os.fsync(self._rounds.fileno())
         return File("rounds.jsonl", self._bytes, self._digest.hexdigest())
 
-    def finish(self, model: dict[str, Tensor], summary: dict[str, Any] | None) -> None:
-        """The global model, and where the run reached its end, summary.json."""
+    def finish(
+        self, model: dict[str, Tensor], ema: dict[str, Tensor] | None, summary: dict[str, Any] | None
+    ) -> None:
+        """The global model, its running mean if there is one, and where the run reached its end, summary.json."""
         write(self.path / "model.safetensors", save(apart(model)))
+        if ema is not None:
+            write(self.path / "ema.safetensors", save(apart(ema)))
         if summary is not None:
             write(self.path / "summary.json", _json(summary))
 
@@ -137,14 +141,19 @@ def finite(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe(data: FederatedData) -> dict[str, Any]:
-    """Who holds how much: a content hash, sizes, and labels by client where there are few clients."""
+    """Who holds how much: a content hash, sizes, and labels by client where there are few clients.
+
+    Of `examples`, all for training, `public` are the server's; `example` is the form of each.
+    """
     sizes = data.sizes
     labels = label_counts(data.labels.cpu().numpy(), data.owners, data.num_clients, data.num_classes)
     return {
         "hash": content_hash(data.owners),
         "clients": data.num_clients,
         "examples": len(data.owners),
+        "public": len(data.public),
         "classes": data.num_classes,
+        "example": data.form,
         "training_examples": {
             "smallest": int(sizes.min()),
             "mean": float(sizes.mean()),

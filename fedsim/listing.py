@@ -4,14 +4,18 @@ import json
 from collections.abc import Iterator
 from fnmatch import fnmatch
 
+import torch
 from rich import box
 from rich.table import Table
+from torch import nn
 
 from fedsim.catalogue import Catalogue, allowed, options_of, unknown
 from fedsim.cohort import COHORTS
-from fedsim.data import DATASETS, PARTITIONS
+from fedsim.cost import flops, short, size
+from fedsim.data import AUGMENTATIONS, DATASETS, PARTITIONS
 from fedsim.errors import ConfigError
 from fedsim.hooks import HOOKS
+from fedsim.losses import LOSSES
 from fedsim.models import MODELS
 from fedsim.runtimes import RUNTIMES
 from fedsim.schedules import SCHEDULES
@@ -24,6 +28,8 @@ KINDS: dict[str, Catalogue] = {
     "partitions": PARTITIONS,
     "cohorts": COHORTS,
     "schedules": SCHEDULES,
+    "losses": LOSSES,
+    "augmentations": AUGMENTATIONS,
     "runtimes": RUNTIMES,
     "hooks": HOOKS,
 }
@@ -42,8 +48,22 @@ def listing(kind: str | None, pattern: str) -> Iterator[Table]:
         for entry in matches:
             table.add_row(entry, catalogue.summary(entry))
         yield table
+        if catalogue is MODELS and pattern != "*":  # of all it would take long
+            yield _costs(matches)
         if len(matches) == 1:
             yield _options(catalogue, matches[0])
+
+
+def _costs(entries: list[str]) -> Table:
+    """What models cost at the size that they were published for."""
+    table = Table("model", "examples", "classes", "parameters", "FLOPs", width=80, box=box.SIMPLE_HEAD)
+    table.caption = "FLOPs: multiply-adds of one example"
+    for entry in entries:
+        shape, classes, parameters = MODELS.load(entry).reference  # type: ignore[attr-defined]
+        with torch.device("meta"):
+            network = MODELS.make(entry, nn.Module, shape, classes)
+        table.add_row(entry, size(shape), str(classes), f"{parameters:,}", short(flops(network, shape)))
+    return table
 
 
 def _options(catalogue: Catalogue, entry: str) -> Table:

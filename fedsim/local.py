@@ -2,87 +2,44 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import KW_ONLY, dataclass
 from itertools import count, islice
 from math import ceil
 from time import perf_counter
-from typing import Annotated, Literal
 
+import numpy as np
 import torch
-from annotated_types import Ge
 from torch import Tensor
 
+from fedsim.beta_mixture import BetaMixture
 from fedsim.data import FederatedData
 from fedsim.errors import ConfigError
-from fedsim.optim import SGD, Adam, LossScale, Optimizer, clipped
-from fedsim.schedules import Schedule, constant
-from fedsim.task import Layout, Replica, blocks
-from fedsim.types import Batch, Count, Decay, Job, NonNegative, Positive, State, Stream, random
+from fedsim.losses import LabelLoss, bootstrapped, class_weights, distilled, mixed, oversampled
+from fedsim.optim import LossScale, clipped
+from fedsim.recipe import Recipe
+from fedsim.task import AUXILIARY, Layout, Replica, blocks
+from fedsim.types import Batch, Job, State, Stream, random
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How every client trains between two messages.
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raise ConfigError where the device cannot train in it."""
+    if precision in AUTOCAST and not _trains_in(AUTOCAST[precision], device):
+        fits = [name for name, dtype in AUTOCAST.items() if name != precision and _trains_in(dtype, device)]
+        raise ConfigError(f"local.precision: {device} lacks {precision}; allowed: {', '.join(['fp32', *fits])}")
 
-    `epochs` passes over its examples, or `steps` mini-batches where that is set, of `batch_size` examples;
-    an epoch's last batch holds what is left, and `full` is McMahan's B = infinity. A round's learning rate is
-    `lr` times the schedule's factor, after a linear `warmup` of so many rounds. Each gradient is clipped to
-    the norm `clip_norm`. bf16 and fp16 compute under autocast with fp32 weights; fp16 multiplies the loss by
-    `loss_scale`, and skips a step whose gradient overflows, which halves the scale.
-    """
 
-    schedule: Schedule = constant
-    _: KW_ONLY
-    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    lr: Positive = 0.1
-    epochs: Count = 1
-    steps: Count | None = None
-    batch_size: Count | Literal["full"] = 32
-    warmup: Annotated[int, Ge(0)] = 0
-    momentum: Decay = 0.0
-    nesterov: bool = False
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
-    eps: Positive = 1e-8
-    weight_decay: NonNegative = 0.0
-    clip_norm: Positive | None = None
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    loss_scale: Positive = 65536.0
-    channels_last: bool = False
-
-    def check(self) -> None:
-        """Raise ConfigError where two settings contradict each other."""
-        if self.steps and self.epochs != 1:
-            raise ConfigError(f"local.epochs: {self.epochs} and local.steps {self.steps}: set one of the two")
-        for name in ("momentum", "nesterov") if self.optimizer != "sgd" else ():
-            if getattr(self, name):
-                raise ConfigError(f"local.{name}: belongs to sgd; {self.optimizer} has local.betas")
-        if self.nesterov and not self.momentum:
-            raise ConfigError("local.nesterov: needs local.momentum above 0")
-
-    def lr_at(self, number: int) -> float:
-        """The learning rate in round `number`, from 0."""
-        if number < self.warmup:
-            return self.lr * (number + 1) / (self.warmup + 1)
-        return self.lr * self.schedule(number - self.warmup)
-
-    def num_steps(self, examples: int) -> int:
-        """K, the steps of a client that holds so many examples."""
-        batch_size = examples if self.batch_size == "full" else self.batch_size
-        return self.steps or self.epochs * ceil(examples / batch_size)
-
-    @property
-    def adds_half_gradients(self) -> bool:
-        """Whether gradients may stay in the precision they come in: true of a bf16 one that SGD adds to fp32."""
-        plain = self.optimizer == "sgd" and self.clip_norm is None
-        return self.precision == "fp32" or (self.precision == "bf16" and plain)
-
-    def make_optimizer(self) -> Optimizer:
-        """A fresh one: clients keep no optimiser state between rounds."""
-        if self.optimizer == "sgd":
-            return SGD(self.momentum, self.nesterov, self.weight_decay)
-        return Adam(self.betas, self.eps, self.weight_decay, decoupled=self.optimizer == "adamw")
+def _trains_in(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a convolution's forward and backward pass work there, and not by emulation."""
+    if device.type == "cuda" and dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(False):
+        return False
+    w = torch.zeros(1, 1, 3, 3, device=device, requires_grad=True)
+    try:
+        with torch.autocast(device.type, dtype):
+            torch.conv2d(torch.zeros(1, 1, 3, 3, device=device), w).sum().backward()  # type: ignore[no-untyped-call]
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
 
 
 Loss = Callable[[Tensor, Batch], Tensor]  # (weights, batch) -> (): a mean over the batch
@@ -109,13 +66,16 @@ class LocalObjective:
         self.replica, self.data, self.recipe = replica, data, recipe
         self.layout: Layout = replica.task.layout
         self.client_id, self.lr = job.client_id, recipe.lr_at(job.round)
-        self._key = (seed, Stream.BATCHES, job.round, job.client_id)
+        self._seed, self._round = seed, job.round
         self._rows = data.rows(job.client_id)
         n = len(self._rows)
         self._batch_size = n if recipe.batch_size == "full" else min(recipe.batch_size, n)
         self.num_examples = replica.flat.new_tensor(n, device="cpu")
         self.num_steps = replica.flat.new_tensor(recipe.num_steps(n), device="cpu")
         self._began, self._time_limit = perf_counter(), time_limit
+        self._label_loss = self._weighted(recipe.label_loss or replica.task.losses)
+        self._doubt: Tensor | None = None  # (n_k,) that each label is wrong, by row
+        self._start: tuple[Tensor, Tensor] | None = None  # (P,) and (Q,), where they teach
         self.metrics: State = {}
         dtype = AUTOCAST.get(recipe.precision)
         self._autocast = torch.autocast(replica.device.type, dtype) if dtype else nullcontext()
@@ -127,14 +87,20 @@ class LocalObjective:
         return self.replica.buffers.clone()
 
     def batches(self, epochs: int | None = None) -> Iterator[Batch]:
-        """The round's mini-batches in their order, or those of its first `epochs` epochs."""
-        stream, steps = random(*self._key), None if epochs else self.recipe.steps
+        """The round's mini-batches in their order, augmented, or those of its first `epochs` epochs."""
+        stream, steps = self._random(Stream.BATCHES), None if epochs else self.recipe.steps
         passes = count() if steps else range(epochs or self.recipe.epochs)
-        epoch_rows = (torch.from_numpy(stream.permutation(self._rows)) for _ in passes)
-        batch_rows = (rows for epoch in epoch_rows for rows in torch.split(epoch, self._batch_size))
-        for rows in islice(batch_rows, steps):
+        labels = self.data.labels[self._rows].cpu().numpy() if self.recipe.oversample else None
+        epoch_rows = (
+            stream.permutation(self._rows) if labels is None else self._rows[oversampled(labels, stream)]
+            for _ in passes
+        )
+        batch_rows = (
+            rows for epoch in epoch_rows for rows in torch.split(torch.from_numpy(epoch), self._batch_size)
+        )
+        for step, rows in enumerate(islice(batch_rows, steps)):
             self.check_time()
-            yield Batch(*self.data.batch(rows))
+            yield self._batch(rows, step)
 
     def check_time(self) -> None:
         """Raise TimeoutError where the client is over its time limit; `batches` asks before each batch."""
@@ -151,7 +117,8 @@ class LocalObjective:
         if batch is not None:
             return self._losses(w, batch, train=True).mean()
         with torch.no_grad():
-            sums = [self._losses(w, b, train=False).sum() for b in self.batches(epochs=1)]
+            parts = torch.split(torch.from_numpy(self._rows), self._batch_size)
+            sums = [self._losses(w, Batch(*self.data.batch(rows)), train=False).sum() for rows in parts]
         return torch.stack(sums).sum() / self.num_examples
 
     def gradient(self, w: Tensor, batch: Batch | None = None) -> tuple[Tensor, Tensor]:
@@ -181,19 +148,19 @@ class LocalObjective:
         """
         replica, recipe = self.replica, self.recipe
         replica.load(start)
+        self._consult(start)
         flat = loss is not None or correct is not None or not recipe.adds_half_gradients
         loss = loss or self.loss
         views = list(replica.views.values())
-        cut = recipe.precision != "fp32" and not flat
-        weights = [replica.flat] if flat else blocks(views, views) if cut else views
-        optimizer = recipe.make_optimizer()
+        cut = recipe.precision != "fp32" and not flat and not recipe.by_layer
+        weights = views if recipe.by_layer else [replica.flat] if flat else blocks(views, views) if cut else views
+        optimizer = recipe.make_optimizer(self.layout)
         scaling = LossScale(recipe.loss_scale) if recipe.precision == "fp16" else None
         total, n, steps = replica.flat.new_zeros(()), 0, 0
-        for batch in self.batches():
+        for step, batch in enumerate(self.batches()):
             before = replica.snapshot() if scaling else None
-            f = loss(replica.w, batch)
-            total, n, steps = total + f.detach() * len(batch.y), n + len(batch.y), steps + 1
-            gradients = self._backward(f * scaling.scale if scaling else f, flat)
+            f, gradients = self._gradients(loss, batch, scaling.scale if scaling else None, flat)
+            total, n, steps = total + f * len(batch.y), n + len(batch.y), steps + 1
             with torch.no_grad():
                 if scaling and before:
                     unscaled = scaling.unscale(gradients)
@@ -207,13 +174,95 @@ class LocalObjective:
                     replica.restore(after)
                 if recipe.clip_norm:
                     gradients = clipped(gradients, recipe.clip_norm)
-                optimizer.step(weights, blocks(gradients, views) if cut else gradients, self.lr)
+                if flat and recipe.by_layer:
+                    gradients = list(self.layout.split(gradients[0]).values())
+                by_step = recipe.lr_every == "step"
+                lr = recipe.lr_at(self._round, step, int(self.num_steps)) if by_step else self.lr
+                optimizer.step(weights, blocks(gradients, views) if cut else gradients, lr)
             replica.refresh()
         self._record(total, n, steps)
         return replica.flat.clone()
 
+    def _random(self, stream: Stream, *key: int) -> np.random.Generator:
+        return random(self._seed, stream, self._round, self.client_id, *key)
+
+    def _batch(self, rows: Tensor, step: int) -> Batch:
+        augment = self.recipe.augment
+        if augment:
+            batch = self.data.training_batch(rows, augment, self._random(Stream.AUGMENT, step))
+        else:
+            batch = Batch(*self.data.batch(rows))
+        if self._doubt is None:
+            return batch
+        places = torch.from_numpy(np.searchsorted(self._rows, rows.numpy()))
+        return batch._replace(doubt=self._doubt[places.to(self._doubt.device)])
+
+    def _weighted(self, loss: LabelLoss) -> LabelLoss:
+        """`loss`, times the weight of the example's class."""
+        given = self.recipe.class_weights
+        if given is None:
+            return loss
+        labels = self.data.labels[self._rows]
+        balanced = class_weights(labels, self.data.num_classes) if given == "balanced" else torch.tensor(given)
+        weights = balanced.to(self.replica.flat)
+        return lambda logits, y: loss(logits, y) * weights[y]
+
+    def _consult(self, start: Tensor) -> None:
+        """Ask the model that training starts from what it knows: as a teacher, and which labels are wrong."""
+        distillation, noisy = self.recipe.distillation, self.recipe.noisy_labels
+        if distillation and distillation.teacher == "global":
+            self._start = start.clone(), self.buffers
+        if noisy and self._round >= noisy.start:
+            parts = torch.split(torch.from_numpy(self._rows), self._batch_size)
+            loss = self.recipe.label_loss or self.replica.task.losses
+            with torch.no_grad():
+                batches = (Batch(*self.data.batch(rows)) for rows in parts)
+                found = [loss(self._logits(self.replica.w, b, train=False), b.y) for b in batches]
+            losses = torch.cat(found).double().cpu().numpy()
+            doubt = BetaMixture.fit(losses).posterior(losses)
+            self._doubt = torch.from_numpy(doubt).to(self.replica.flat)
+
+    def _logits(self, w: Tensor, batch: Batch, train: bool) -> Tensor:
+        return self.logits(w, batch.x, train=train).to(w.dtype)
+
     def _losses(self, w: Tensor, batch: Batch, train: bool) -> Tensor:
-        return self.replica.task.losses(self.logits(w, batch.x, train=train).to(w.dtype), batch.y)
+        """(B,) what the recipe has a client minimise."""
+        logits, distillation = self._logits(w, batch, train), self.recipe.distillation
+        losses = self._label_losses(logits, batch)
+        for other in self.replica.auxiliary:
+            losses = losses + AUXILIARY * self._label_losses(other.to(w.dtype), batch)
+        if distillation and train and (distillation.teacher != "global" or self._start is not None):
+            taught = self._teach(batch.x).to(w.dtype)
+            return distilled(losses, logits, taught, distillation.temperature, distillation.alpha)
+        return losses
+
+    def _label_losses(self, logits: Tensor, batch: Batch) -> Tensor:
+        if batch.doubt is not None:
+            return bootstrapped(self._label_loss, logits, batch)
+        return mixed(self._label_loss, logits, batch)
+
+    def _teach(self, x: Tensor) -> Tensor:
+        with torch.no_grad(), self._autocast:
+            if self._start is None:
+                return self.replica.teach(x)
+            start, buffers = self._start
+            return self.replica.logits(start, x, train=False, buffers=buffers)
+
+    def _gradients(self, loss: Loss, batch: Batch, scale: float | None, flat: bool) -> tuple[Tensor, list[Tensor]]:
+        """() the loss, and its gradient, times `scale`; by `accumulate` pieces of the batch."""
+        if self.recipe.accumulate == 1:
+            f = loss(self.replica.w, batch)
+            return f.detach(), self._backward(f * scale if scale else f, flat)
+        total, gradients = self.replica.flat.new_zeros(()), list[Tensor]()
+        for piece in batch.split(ceil(len(batch.y) / self.recipe.accumulate)):
+            f = loss(self.replica.w, piece) * (len(piece.y) / len(batch.y))
+            total += f.detach()
+            parts = self._backward(f * scale if scale else f, flat)
+            if gradients:
+                torch._foreach_add_(gradients, parts)
+            else:
+                gradients = [part.clone() for part in parts]
+        return total, gradients
 
     def _backward(self, f: Tensor, flat: bool) -> list[Tensor]:
         """The gradient of `f`: a tensor a parameter, or all in one (P,) that the next call overwrites."""

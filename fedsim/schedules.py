@@ -1,4 +1,4 @@
-"""The learning rate over rounds, as a factor on `local.lr`."""
+"""The learning rate over time, as a factor on `local.lr`; time is in rounds, and may lie between two."""
 
 from math import cos, pi
 from typing import Protocol
@@ -8,29 +8,29 @@ from fedsim.types import Count, Positive
 
 
 class Schedule(Protocol):
-    """A factor for each round, counted from 0."""
+    """A factor at each time, in rounds, from 0."""
 
-    def __call__(self, number: int, /) -> float: ...
+    def __call__(self, time: float, /) -> float: ...
 
 
-def constant(number: int, /) -> float:
+def constant(time: float, /) -> float:
     """The same learning rate in every round."""
     return 1.0
 
 
-def step(number: int, /, *, every: Count, factor: Positive = 0.1) -> float:
+def step(time: float, /, *, every: Count, factor: Positive = 0.1) -> float:
     """Times `factor` after every so many rounds."""
-    return factor ** (number // every)
+    return float(factor ** (time // every))
 
 
-def exponential(number: int, /, *, factor: Positive) -> float:
+def exponential(time: float, /, *, factor: Positive) -> float:
     """Times `factor` after each round; McMahan 2017 has 0.99 on CIFAR-10."""
-    return factor**number
+    return float(factor**time)
 
 
-def cosine(number: int, /, *, rounds: Count) -> float:
+def cosine(time: float, /, *, rounds: Count) -> float:
     """(1 + cos(pi t / T)) / 2 over T = `rounds` rounds, then 0 (Loshchilov & Hutter 2017, no restarts)."""
-    return (1 + cos(pi * min(number / rounds, 1))) / 2
+    return (1 + cos(pi * min(time / rounds, 1))) / 2
 
 
 SCHEDULES = Catalogue(

@@ -15,7 +15,9 @@ from fedsim.cohort import Cohort
 from fedsim.data import FederatedData
 from fedsim.errors import ClientError, ConfigError, RoundError, located
 from fedsim.files import uninterrupted
-from fedsim.local import Recipe
+from fedsim.local import check_precision
+from fedsim.recalibration import Recalibrate, Recalibration, check_recalibration
+from fedsim.recipe import Recipe
 from fedsim.runtimes import Runtime
 from fedsim.runtimes.worker import one_thread
 from fedsim.store import ClientStore
@@ -73,12 +75,17 @@ class Evaluation(NamedTuple):
     accuracy: float  # from 0 to 1
 
 
+OWN = ("buffers", "ema.model", "ema.buffers")  # of the server's entries, those that are no strategy's
+
+
 class Simulation:
     """A federation between two rounds: `server`, `clients`, `number` and `clock` are all that changes.
 
-    `server` is the strategy's state and the batch-norm statistics; `clients` what each client keeps that has
-    taken part; `number` the next round's, from 0; `clock` the virtual seconds so far. Nothing else is needed to go
-    on, since randomness has a key: (seed, use, round, client). `last` is the last round's result.
+    `server` is the strategy's state, the batch-norm statistics and by `ema` a running mean of them and the model:
+    after each update ema = d ema + (1 - d) model, at first the initial one (Tarvainen & Valpola 2017,
+    https://arxiv.org/abs/1703.01780); no client trains from it. `clients` is what each client keeps that has taken
+    part; `number` the next round's, from 0; `clock` the virtual seconds so far. Nothing else is needed to go on,
+    since randomness has a key: (seed, use, round, client). `last` is the last round's result.
     """
 
     def __init__(
@@ -94,20 +101,30 @@ class Simulation:
         failures: Failures = Failures(),
         availability: Availability | None = None,
         clients: ClientStore | None = None,
+        recalibrate: Recalibrate | None = None,
+        ema: float | None = None,
         seed: int = 0,
     ):
         recipe.check()
+        check_precision(recipe.precision, runtime.home)
+        if isinstance(recipe.class_weights, list) and len(recipe.class_weights) != data.num_classes:
+            found = len(recipe.class_weights)
+            raise ConfigError(f"local.class_weights: has {found} numbers; there are {data.num_classes} classes")
         strategy.check(recipe, task.layout)
         if availability:
             availability.check(data.num_clients)
+        check_recalibration(recalibrate, strategy.buffers, task, data)
         self.strategy, self.task, self.data, self.runtime, self.cohort = strategy, task, data, runtime, cohort
         self.recipe, self.failures, self.availability, self.seed = recipe, failures, availability, seed
         self.aggregator = aggregator or WeightedMean()
-        model, buffers = (
-            task.initial_model.to(runtime.home),
-            {"buffers": task.initial_buffers.to(runtime.home)},
-        )
-        self.server: State = strategy.init_server(model) | buffers
+        self.recalibrate, self.decay = recalibrate, ema
+        model, buffers = task.initial_model.to(runtime.home), task.initial_buffers.to(runtime.home)
+        self.server: State = strategy.init_server(model)
+        if taken := [name for name in OWN if name in self.server]:
+            raise ConfigError(f"strategy: init_server made {taken[0]!r}, a name that fedsim keeps for itself")
+        self.server |= {"buffers": buffers}
+        if ema is not None:
+            self.server |= {"ema.model": self.server["model"], "ema.buffers": buffers}
         self.newcomer: State = strategy.init_client(task.initial_model, task.layout)
         if strategy.buffers == "private":
             self.newcomer |= {"buffers": task.initial_buffers}
@@ -171,12 +188,22 @@ class Simulation:
         self.clients.tidy()
         return done
 
-    def evaluate(self, batch_size: int = 500) -> Evaluation:
-        """The global model on the whole test set, in eval mode; the same numbers in every runtime."""
+    @property
+    def ema(self) -> State | None:
+        """The running mean of the global model and its statistics, `model` (P,) and `buffers` (Q,), if kept."""
+        if self.decay is None:
+            return None
+        return {name: self.server[f"ema.{name}"] for name in ("model", "buffers")}
+
+    def evaluate(self, batch_size: int = 500, server: State | None = None) -> Evaluation:
+        """The global model on the whole test set, in eval mode; the same numbers in every runtime.
+
+        Or another `model` (P,) with its `buffers` (Q,), such as those of `ema`.
+        """
         work = EvaluateGlobal(batch_size)
         chunks = [Job(k, self.number, None) for k in range(ceil(self.data.num_test / batch_size))]
         try:
-            return _mean(_sums(self._reports(work, chunks)))
+            return _mean(_sums(self._reports(work, chunks, server)))
         except ClientError as error:  # of a chunk of the test set, which is no client
             raise RoundError(f"test after round {self.number}: {error.__cause__}") from error
 
@@ -249,37 +276,58 @@ class Simulation:
         failed = dict(sorted((failed | odd).items()))
         answered = [client for client in cohort if client not in failed]
         self._check_floor(answered, failed)
-        return self._server_update(self.aggregator.result(total), answered), reports, failed
+        return self._moved(self._server_update(self.aggregator.result(total), answered)), reports, failed
 
     def _server_update(self, mean: State, answered: list[int]) -> State:
         buffers = {"buffers": mean.pop("buffers")} if "buffers" in mean else {}
         share = float(self.data.sizes[answered].sum() / self.num_examples)
         noise = torch_generator(self.seed, Stream.SERVER, self.number)
         info = RoundInfo(self.number, answered, self.data.num_clients, noise, share)
-        copy = {name: value.clone() for name, value in self.server.items()}  # of which it may do what it likes
+        own = {name: value for name, value in self.server.items() if name not in OWN}
+        copy = {name: value.clone() for name, value in own.items()}  # of which it may do what it likes
         try:
             update = self.strategy.server_update(copy, mean, info)
         except (ConfigError, RoundError):
             raise
         except Exception as error:
             raise RoundError(f"round {self.number + 1}: server_update: {located(error)}") from error
-        self._check_update(update)
+        self._check_update(update, own)
         return self.server | update | buffers
+
+    def _moved(self, server: State) -> State:
+        """The server's state once all that follows the new model has."""
+        if self.recalibrate:
+            server = server | self._recalibrated(server, self.recalibrate)
+        if mean := self.ema:
+            d = self.decay or 0.0
+            server = server | {f"ema.{name}": d * mean[name] + (1 - d) * server[name] for name in mean}
+        return server
+
+    def _recalibrated(self, server: State, settings: Recalibrate) -> State:
+        work, mean = Recalibration(settings, self.seed), WeightedMean()  # of one message, which it leaves as it is
+        total = mean.fold([])
+        try:
+            for partial, _ in self.runtime.run(work, server, [Job(0, self.number, None)], mean):
+                total = mean.merge(total, partial)
+        except ClientError as error:  # of the server's own job
+            raise RoundError(f"recalibrate, round {self.number + 1}: {error.__cause__}") from error
+        return {name: value.to(self.runtime.home) for name, value in mean.result(total).items()}
 
     def _job(self, client: int, number: int | None = None) -> Job:
         return Job(client, self.number if number is None else number, self.clients.get(client, self.newcomer))
 
-    def _reports(self, work: Work, jobs: Iterable[Job]) -> list[Report]:
-        batches = [reports for _, reports in self.runtime.run(work, self.server, jobs, self.aggregator)]
+    def _reports(self, work: Work, jobs: Iterable[Job], server: State | None = None) -> list[Report]:
+        runs = self.runtime.run(work, self.server if server is None else server, jobs, self.aggregator)
+        batches = [reports for _, reports in runs]
         return sorted((r for batch in batches for r in batch), key=lambda report: report.client_id)
 
-    def _check_update(self, update: State) -> None:
+    def _check_update(self, update: State, own: State) -> None:
         """Raise where server_update did not do what its name says."""
-        if strange := [name for name in update if name not in self.server]:
-            made = ", ".join(name for name in self.server if name != "buffers")
+        if strange := [name for name in update if name not in own]:
+            made = ", ".join(own)
             raise RoundError(f"server_update gave {strange[0]!r}, which init_server did not make; it made {made}")
-        if form_of(update) != form_of({name: self.server[name] for name in update}):
-            made = described(form_of({name: self.server[name] for name in update}))
+        if form_of(update) != form_of({name: own[name] for name in update}):
+            made = described(form_of({name: own[name] for name in update}))
             raise RoundError(f"server_update gave {described(form_of(update))}, and init_server made {made}")
         if "model" in update and not isfinite(largest(update["model"])):
             raise RoundError(f"round {self.number + 1}: server_update gave a model that is not finite")

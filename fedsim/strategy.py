@@ -6,11 +6,12 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from fedsim.local import LocalObjective, Recipe
+from fedsim.local import LocalObjective
+from fedsim.recipe import Recipe
 from fedsim.task import Layout
 from fedsim.types import RoundInfo, State, Update
 
-Buffers = Literal["average", "private", "frozen"]
+Buffers = Literal["average", "private", "frozen", "recalibrated"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,12 +19,14 @@ class Strategy(ABC):
     """Both halves of an algorithm, written for one client. Fields are hyper-parameters; all else is in states.
 
     `broadcast` names the server's entries that clients download. `buffers` says what becomes of batch-norm
-    statistics: the weighted `average` of the cohort's, `private` to each client, or `frozen` at the initial
-    ones. They travel apart from the model, and no method here meets them.
+    statistics: the weighted `average` of the cohort's, `private` to each client, `frozen` at the initial ones,
+    or `recalibrated`, made anew by the server for each new model. They travel apart from the model, and no method
+    here meets them.
     """
 
+    buffers: Buffers = "average"
+
     broadcast: ClassVar[tuple[str, ...]] = ("model",)
-    buffers: ClassVar[Buffers] = "average"
 
     def check(self, recipe: Recipe, layout: Layout) -> None:  # noqa: B027 - most have nothing to refuse
         """Raise ConfigError, naming the setting, where recipe or network break the algorithm's derivation."""
@@ -55,15 +58,12 @@ class Wrapper(Strategy):
 
     inner: Strategy
 
+    buffers: ClassVar[Buffers] = property(lambda self: self.inner.buffers)  # type: ignore[misc, assignment]
+
     @property
     def broadcast(self) -> tuple[str, ...]:  # type: ignore[override]
         """Those of the inner strategy."""
         return self.inner.broadcast
-
-    @property
-    def buffers(self) -> Buffers:  # type: ignore[override]
-        """As the inner strategy has it."""
-        return self.inner.buffers
 
     def check(self, recipe: Recipe, layout: Layout) -> None:
         self.inner.check(recipe, layout)

@@ -15,10 +15,12 @@ from torch.nn import functional as F
 
 from fedsim.draws import KeyedDraws
 from fedsim.errors import ConfigError
+from fedsim.recompute import Recompute, blocks_of
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 CASTABLE: set[type] = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d}  # whose weights autocast casts
 BLOCK = 2**17  # entries
+AUXILIARY = 0.4  # of the loss at an auxiliary head (Szegedy et al. 2016, https://arxiv.org/abs/1512.00567)
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,25 @@ class Task:
 
     Parameters that require no gradient are constants, and so are the buffers of modules whose floating-point
     buffers no training pass changes. The others, batch-norm statistics, are the buffers (Q,), apart from the model
-    (P,): no algorithm but the averaging of buffers itself may touch them.
+    (P,): no algorithm but the averaging of buffers itself may touch them. In training the network may give a
+    tuple: its logits and those of auxiliary heads. A `teacher` is a network to distil from, for the same examples.
     """
 
-    def __init__(self, network: nn.Module, shape: tuple[int, ...], classes: int, *, channels_last: bool = False):
+    def __init__(
+        self,
+        network: nn.Module,
+        shape: tuple[int, ...],
+        classes: int,
+        *,
+        channels_last: bool = False,
+        recompute: bool = False,
+        teacher: nn.Module | None = None,
+    ):
         self.shape, self.classes, self.channels_last = shape, classes, channels_last
         self.draws, moving = _probe(network, shape, classes)
-        self.network = network
+        self.network, self.recompute, self.teacher = network, recompute, teacher
+        if recompute and next(blocks_of(network), None) is None:
+            raise ConfigError("local.activation_checkpointing: the network has no blocks, only single layers")
         parameters = {n: p for n, p in network.named_parameters() if p.requires_grad}
         statistics = {n: b for n, b in network.named_buffers() if n in moving}
         if not parameters:
@@ -136,6 +150,9 @@ class Replica:
         _, self._initial_counters = self.snapshot()
         self.generator = torch.Generator(self.device)
         self._draws: AbstractContextManager[object] = KeyedDraws(self.generator) if task.draws else nullcontext()
+        self._recompute = Recompute(self.network, self.generator) if task.recompute else None
+        self.auxiliary: tuple[Tensor, ...] = ()  # the last training pass's logits at other heads
+        self._teacher = copy.deepcopy(task.teacher).to(self.device).eval() if task.teacher else None
 
     def enter(self, buffers: Tensor, seed: int, dtype: torch.dtype | None = None) -> None:
         """Forget the last client: its statistics, counters and random numbers; compute in `dtype`, or fp32."""
@@ -193,21 +210,39 @@ class Replica:
             with torch.no_grad():
                 torch._foreach_copy_(halves, originals)
 
-    def logits(self, w: Tensor, x: Tensor, *, train: bool) -> Tensor:
+    def logits(self, w: Tensor, x: Tensor, *, train: bool, buffers: Tensor | None = None) -> Tensor:
         """(B, classes) at `w` (P,): at the replica's own `w` in place, elsewhere as a function of it.
 
-        In place, a training pass moves the batch-norm statistics; elsewhere it leaves them.
+        In place, a training pass moves the batch-norm statistics; elsewhere it leaves them, and they may be given.
         """
         if self.network.training != train:  # only then: it walks through all modules
             self.network.train(train)
-        if self.task.channels_last and x.dim() == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
         with self._draws:
             if w is self.w:
-                return self.network(x)  # type: ignore[no-any-return]
-            buffers, counters = self.snapshot()
-            own = self.task.layout.split(w) | self.task.buffer_layout.split(buffers) | counters
-            return functional_call(self.network, own, (x,))  # type: ignore[no-any-return]
+                if self._recompute:
+                    self._recompute.on = train
+                return self._main(self.network(self._laid_out(x)))
+            if self._recompute:
+                self._recompute.on = False  # a backward pass would find other weights in the network
+            present, counters = self.snapshot()
+            statistics = self.task.buffer_layout.split(present if buffers is None else buffers)
+            own = self.task.layout.split(w) | statistics | counters
+            return self._main(functional_call(self.network, own, (self._laid_out(x),)))
+
+    def teach(self, x: Tensor) -> Tensor:
+        """(B, classes) of the task's teacher, in eval mode, without gradients."""
+        assert self._teacher
+        with torch.no_grad():
+            return self._teacher(self._laid_out(x))  # type: ignore[no-any-return]
+
+    def _laid_out(self, x: Tensor) -> Tensor:
+        channels_last = self.task.channels_last and x.dim() == 4
+        return x.contiguous(memory_format=torch.channels_last) if channels_last else x
+
+    def _main(self, output: Tensor | tuple[Tensor, ...]) -> Tensor:
+        logits, *auxiliary = output if isinstance(output, tuple) else (output,)
+        self.auxiliary = tuple(auxiliary)
+        return logits
 
 
 def blocks(tensors: list[Tensor], like: list[Tensor]) -> list[Tensor]:
@@ -242,13 +277,14 @@ def _probe(network: nn.Module, shape: tuple[int, ...], classes: int) -> tuple[bo
     states, before = _global_states(), {n: b.clone() for n, b in network.named_buffers()}
     try:
         with draws, torch.no_grad():
-            logits = network(examples)
+            outputs = network(examples)
     except (RuntimeError, ValueError, IndexError) as error:
         raise ConfigError(f"model: cannot take examples of shape {shape}: {str(error).splitlines()[0]}") from error
-    if tuple(logits.shape) != (2, classes):
-        raise ConfigError(
-            f"model: gives {tuple(logits.shape)} for 2 examples; {classes} classes need (2, {classes})"
-        )
+    for logits in outputs if isinstance(outputs, tuple) else (outputs,):
+        if tuple(logits.shape) != (2, classes):
+            raise ConfigError(
+                f"model: gives {tuple(logits.shape)} for 2 examples; {classes} classes need (2, {classes})"
+            )
     if states != _global_states():
         raise ConfigError(
             "model: draws from a global generator, which threads share; nn.Dropout, F.dropout and torch.rand are "

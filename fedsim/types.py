@@ -45,6 +45,11 @@ class Batch(NamedTuple):
     share: Tensor | None = None  # (B,) of each example, what is its own: mixup's lambda
     doubt: Tensor | None = None  # (B,) the probability that the label is wrong, where it was asked for
 
+    def split(self, size: int) -> "list[Batch]":
+        """Pieces of `size` examples, the last of what is left."""
+        parts = [[None] * len(self.y) if t is None else torch.split(t, size) for t in self]
+        return [Batch(*piece) for piece in zip(*parts, strict=False)]
+
 
 class Job(NamedTuple):
     """One client's work in one round: tiny, it may cross a network."""

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fedsim.aggregate import largest
 from fedsim.data import FederatedData
-from fedsim.local import LocalObjective, Recipe
+from fedsim.local import LocalObjective
+from fedsim.recipe import Recipe
 from fedsim.strategy import Strategy
 from fedsim.task import Replica
 from fedsim.types import Job, State, Update, described, form_of

@@ -17,5 +17,6 @@ CATALOGUE = Catalogue(
         "fedyogi": "fedadam:FedYogi",
         "fedadagrad": "fedadam:FedAdagrad",
         "fedbn": "fedbn:FedBN",
+        "personal": "personal:Personal",
     },
 )

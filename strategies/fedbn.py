@@ -5,7 +5,6 @@ https://arxiv.org/abs/2102.07623
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from fedsim.strategy import Buffers
 from fedsim.task import Layout
 
 from .fedavg import FedAvg
+from .personal import keeping, own_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,12 +21,12 @@ class FedBN(FedAvg):
     """FedBN: FedAvg of all layers but the normalisation layers, which stay with each client (Li 2021).
 
     Private are the parameters of normalisation layers, or with `private` those that have one of these parts in
-    their dotted names; a client keeps only these entries, not a whole model.
+    their dotted names; a client keeps only these entries, not a whole model. So are batch-norm statistics, unless
+    `buffers` says otherwise.
     """
 
     private: tuple[str, ...] = ()
-
-    buffers: ClassVar[Buffers] = "private"
+    buffers: Buffers = "private"
 
     def check(self, recipe: Recipe, layout: Layout) -> None:
         if not len(self.entries(layout)):
@@ -37,15 +37,10 @@ class FedBN(FedAvg):
         return {"private": model[self.entries(layout)]}
 
     def client_model(self, server: State, client: State, layout: Layout) -> Tensor:
-        entries = self.entries(layout).to(server["model"].device)
-        return server["model"].index_copy(0, entries, client["private"])
+        return own_model(server, client, self.entries(layout))
 
     def client_update(self, server: State, client: State, local: LocalObjective) -> Update:
-        entries = self.entries(local.layout).to(server["model"].device)
-        x = self.client_model(server, client, local.layout)
-        y = local.train(x)
-        delta = (y - x).index_fill(0, entries, 0)
-        return Update({"delta": delta}, weight=local.num_examples, client={"private": y[entries]})
+        return keeping(self.entries(local.layout), super().client_update, server, client, local)
 
     def entries(self, layout: Layout) -> Tensor:
         """The private entries of the model, as positions."""

@@ -28,13 +28,14 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
-def make_data(sizes=SIZES, *, shape=SHAPE, classes=CLASSES, noise=0.5, dtype=torch.float32):
-    """A picture a class, plus noise; classes take turns, clients hold rows at random."""
-    rng, n, tests = np.random.default_rng(0), sum(sizes), 17
+def make_data(sizes=SIZES, *, shape=SHAPE, classes=CLASSES, noise=0.5, public=0, dtype=torch.float32):
+    """A picture a class, plus noise; classes take turns, clients hold rows at random, the server the last ones."""
+    rng, n, tests = np.random.default_rng(0), sum(sizes) + public, 17
     y = torch.arange(n + tests) % classes
     x = torch.from_numpy(rng.normal(size=(classes, *shape))[y] + noise * rng.normal(size=(len(y), *shape))).float()
     owners = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
-    return FederatedData(Dataset(x[:n], y[:n], x[n:], y[n:], classes), owners, clients=len(sizes), dtype=dtype)
+    dataset, servers = Dataset(x[:n], y[:n], x[n:], y[n:], classes), np.arange(n) >= n - public
+    return FederatedData(dataset, owners, clients=len(sizes), public=servers, dtype=dtype)
 
 
 def conv_net(dropout=0.5, bn_momentum=0.1):
@@ -58,14 +59,28 @@ def make_task(network=conv_net, *, dtype=torch.float32, shape=SHAPE, classes=CLA
         return Task(network().to(dtype), shape, classes, channels_last=channels_last)
 
 
+NEEDED = {"inner": "fedavg", "layers": ["fc*"]}  # what options without a default get
+
+
 def make_strategy(name, **settings) -> Strategy:
-    """By its name, as a config does; what needs another strategy inside gets fedavg."""
-    inner = {"inner": "fedavg"} if "inner" in options_of(CATALOGUE.load(name)).model_fields else {}
-    return CATALOGUE.bind({"name": name} | inner | settings)()
+    """By its name, as a config does."""
+    fields = options_of(CATALOGUE.load(name)).model_fields
+    needed = {key: value for key, value in NEEDED.items() if key in fields and fields[key].is_required()}
+    return CATALOGUE.bind({"name": name} | needed | settings)()
 
 
 def make_simulation(
-    strategy="fedavg", *, task=None, data=None, runtime="serial", cohort="all", seed=0, failures=None, **recipe
+    strategy="fedavg",
+    *,
+    task=None,
+    data=None,
+    runtime="serial",
+    cohort="all",
+    seed=0,
+    failures=None,
+    recalibrate=None,
+    ema=None,
+    **recipe,
 ):
     """All parts have a default; what is left over is the recipe's."""
     recipe = Recipe(**{"lr": 0.05, "batch_size": 4} | recipe)
@@ -79,6 +94,8 @@ def make_simulation(
         RUNTIMES.bind({"device": "cpu"} | runtime)(task, data),
         COHORTS.bind(cohort),
         recipe,
+        recalibrate=recalibrate,
+        ema=ema,
         seed=seed,
         **({"failures": failures} if failures else {}),
     )

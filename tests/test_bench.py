@@ -9,8 +9,13 @@ import torch
 from rich.cells import cell_len
 from rich.console import Console
 
-from fedsim.bench import PlainLoop, bench
+from fedsim.bench import AUGMENTED, PlainLoop, bench
+from fedsim.bench_input import FEDSIM, TORCHVISION, Cutout, input_line, input_sides, pipeline
 from fedsim.config import build, load
+from fedsim.data import AUGMENTATIONS
+from fedsim.local import LocalObjective
+from fedsim.task import Replica
+from fedsim.types import Job
 
 CONFIG = {
     "rounds": 1,
@@ -66,20 +71,96 @@ def test_the_plain_loop_starts_each_client_anew():
     assert all(torch.equal(alone[name], value) for name, value in loop.net.state_dict().items())
 
 
-def test_a_strategy_that_keeps_something_is_timed_too():
-    shown = io.StringIO()
-    bench(load(CONFIG, {"cohort": "all", "strategy": "scaffold"}), 1, Console(file=shown, width=80))
-    assert re.search(r"a checkpoint takes \d+\.\d% of a round", shown.getvalue())
-
-
-def test_every_side_is_timed_and_told(tmp_path):
+def test_every_side_is_timed_and_told_of_a_strategy_that_keeps_something_too(tmp_path):
     shown, out = io.StringIO(), tmp_path / "bench.json"
-    bench(load(CONFIG, {"cohort": "all"}), 2, Console(file=shown, width=80), out)
+    config = load(CONFIG, {"cohort": "all", "strategy": "scaffold"})
+    bench(config, 2, Console(file=shown, width=80), out)
     found = json.loads(out.read_text())
     assert found.keys() == {"steps", "machine", "python", "torch", "seconds"}
-    simulation = build(load(CONFIG, {"cohort": "all"}))
-    assert found["steps"] == simulation.round().steps
+    assert found["steps"] == build(config).round().steps
     assert len(found["seconds"]) == (8 if "CPU" in found["machine"] else 7)
     assert all(len(times) == 2 and min(times) > 0 for times in found["seconds"].values())
     assert max(map(cell_len, shown.getvalue().splitlines())) <= 80
     assert all(side in shown.getvalue() for side in found["seconds"])
+    assert re.search(r"a checkpoint takes \d+\.\d% of a round", shown.getvalue())
+
+
+IMAGES = {"data.shape": [3, 8, 8], "data.examples": 12, "model": "2nn", "cohort": "all", "local.epochs": 2}
+STILL = {  # options that leave nothing to chance
+    "random_crop": {"padding": 0},
+    "flip": {"p": 1},
+    "rotation": {"degrees": 0},
+    "color_jitter": {"brightness": 0, "contrast": 0, "saturation": 0},
+    "cutout": {"holes": 1, "length": 16},
+    "random_resized_crop": {"scale": [1, 1], "ratio": [1, 1]},
+    "mixup": {"p": 0},
+    "cutmix": {"p": 0},
+}
+
+
+@pytest.mark.parametrize("name", list(AUGMENTATIONS))
+def test_both_pipelines_make_the_same_batches_of_the_same_rows(name):
+    config = load(CONFIG, IMAGES | {"local.augment": [{"name": name, **STILL[name]}]})
+    simulation = build(config)
+    images, batches, collate = pipeline(config, simulation)
+    replica, buffers = Replica(simulation.task), simulation.task.initial_buffers
+    theirs = iter(batches)
+    for client in simulation.sample():
+        job = Job(client, 0, None)
+        for ours in LocalObjective(replica, simulation.data, job, buffers, simulation.recipe).batches():
+            x, y = collate([images[i] for i in next(theirs)])
+            torch.testing.assert_close(x, ours.x, rtol=0, atol=1e-5)
+            assert torch.equal(y, ours.y)
+    assert next(theirs, None) is None
+
+
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+def test_a_mixed_batch_of_torchvision_has_mixed_labels(name):
+    config = load(CONFIG, IMAGES | {"local.augment": [name]})
+    images, batches, collate = pipeline(config, build(config))
+    _, y = collate([images[i] for i in batches[0]])
+    assert y.shape == (len(batches[0]), 3)
+    torch.testing.assert_close(y.sum(1), torch.ones(len(y)))
+
+
+def test_torchvisions_side_cuts_squares_out_of_a_copy():
+    torch.manual_seed(0)
+    image = torch.ones(2, 9, 7)
+    for _ in range(50):
+        cut = Cutout(holes=1, length=3)(image)
+        hidden = (cut[0] == 0).nonzero()
+        height, width = (hidden.amax(0) - hidden.amin(0) + 1).tolist()
+        assert {height, width} <= {2, 3}  # 2 at the edge
+        assert len(hidden) == height * width
+        assert torch.equal(cut[0], cut[1])
+    assert image.min() == 1
+
+
+def test_the_input_pipeline_is_timed_beside_the_rest(tmp_path):
+    shown, out = io.StringIO(), tmp_path / "bench.json"
+    settings = IMAGES | {"local.augment": ["color_jitter", "random_crop", "flip", "rotation", "cutout"]}
+    bench(load(CONFIG, settings | {"local.decay": "weights"}), 2, Console(file=shown, width=80), out)
+    seconds = json.loads(out.read_text())["seconds"]
+    assert {AUGMENTED, FEDSIM, TORCHVISION} <= seconds.keys()
+    assert all(len(times) == 2 and min(times) > 0 for times in seconds.values())
+    told = shown.getvalue()
+    assert all(side in told for side in seconds)
+    assert max(map(cell_len, told.splitlines())) <= 80
+    assert re.search(
+        r"^augmented batch: \d+\.\d\d ms, \d+\.\d% of a client step; by torchvision \d+\.\d\d ms$", told, re.M
+    )
+    assert (
+        "left out on all sides: local.decay\nleft out on all sides but the augmented ones: local.augment" in told
+    )
+
+
+def test_shares_and_milliseconds_are_medians_of_turns():
+    seconds = {FEDSIM: [1.0, 2.0, 9.0], TORCHVISION: [4.0, 6.0, 5.0], "serial": [10.0, 10.0, 18.0]}
+    line = "augmented batch: 20.00 ms, 20.0% of a client step; by torchvision 50.00 ms"
+    assert input_line(seconds, "serial", 100) == line
+
+
+def test_an_augmentation_of_ones_own_is_timed_without_torchvision():
+    config = load(CONFIG, IMAGES | {"local.augment": ["fedsim.data.augment:flip"]})
+    assert input_sides(config, build(config)).keys() == {FEDSIM}
+    assert input_line({FEDSIM: [1.0], "serial": [5.0]}, "serial", 1000).endswith("; torchvision lacks an entry")

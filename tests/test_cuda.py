@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from conftest import make_simulation, trace
+from conftest import make_data, make_simulation, make_strategy, trace
 
+from fedsim.recalibration import Recalibrate
 from fedsim.strategies import CATALOGUE
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -18,6 +19,24 @@ def test_threads_agree_with_serial(strategy, precision):
         for name in ("serial", "threads", "threads")
     ]
     assert runs[0] == runs[1] == runs[2]
+
+
+@pytest.mark.parametrize("source", ["public", "clients"])
+def test_statistics_are_recalibrated_alike(source):
+    strategy, settings = make_strategy("fedavg", buffers="recalibrated"), Recalibrate(examples=9, source=source)
+    runs = [
+        trace(
+            make_simulation(
+                strategy,
+                data=make_data(public=11),
+                recalibrate=settings,
+                ema=0.5,
+                runtime={"name": name, "device": "cuda"},
+            )
+        )
+        for name in ("serial", "threads")
+    ]
+    assert runs[0] == runs[1]
 
 
 def test_a_gpu_learns_what_a_cpu_does():

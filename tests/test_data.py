@@ -389,6 +389,20 @@ def test_images_are_resized_and_cropped(tmp_path):
     assert np.abs(data.x_train[0].numpy().astype(int) - expected).max() <= 1
 
 
+@pytest.mark.parametrize("shape", [(30, 40), (50, 37), (33, 50), (5, 3), (100, 33), (3, 900)])
+@pytest.mark.parametrize(("size", "crop"), [(16, None), (25, None), (32, 28)])
+def test_a_square_is_what_resizing_and_cropping_leave(tmp_path, shape, size, crop):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
+    for split in ("train", "test"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        image.save(tmp_path / split / "cat" / "0.png")
+    data = federated(load("image_folder", root=str(tmp_path), size=size, mean=[], std=[]), crop=crop)
+    expected = np.asarray(center_crop(resize(image, size), crop or size)).transpose(2, 0, 1)
+    for batch in (data.batch, data.test_batch):
+        got = batch(torch.arange(1))[0][0].numpy() * 255
+        assert np.abs(got - expected).max() < 1.01  # Pillow rounds in between
+
+
 def test_one_folder_is_split_by_key(tmp_path):
     root = write_images(tmp_path, [""], count=10)
     data, same, other = (load("image_folder", root=root, size=8, test_share=0.3, seed=s) for s in (0, 0, 1))

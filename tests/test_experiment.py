@@ -156,8 +156,9 @@ def test_tensorboard_shows_the_same_numbers(done):
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
         events = EventAccumulator(str(done.folder / "tensorboard")).Reload()
-    assert set(events.Tags()["scalars"]) == set(SCALARS.values())
-    for key, tag in SCALARS.items():
+    measured = {key: tag for key, tag in SCALARS.items() if any(key in record for record in done.rounds)}
+    assert set(events.Tags()["scalars"]) == set(measured.values())
+    for key, tag in measured.items():
         shown = {event.step: event.value for event in events.Scalars(tag)}
         assert shown == pytest.approx({r["round"]: r[key] for r in done.rounds if key in r}, rel=1e-6)
 

@@ -4,7 +4,7 @@ from fedsim.catalogue import Catalogue
 from fedsim.data.dataset import Dataset
 from fedsim.data.federated import FederatedData
 
-__all__ = ["DATASETS", "PARTITIONS", "Dataset", "FederatedData"]
+__all__ = ["AUGMENTATIONS", "DATASETS", "PARTITIONS", "Dataset", "FederatedData"]
 
 DATASETS = Catalogue(
     "data",
@@ -35,5 +35,20 @@ PARTITIONS = Catalogue(
         "quantity": "partition:quantity",
         "labels": "partition:labels",
         "natural": "partition:natural",
+    },
+)
+
+AUGMENTATIONS = Catalogue(
+    "local.augment",
+    "fedsim.data",
+    {
+        "random_crop": "augment:random_crop",
+        "flip": "augment:flip",
+        "rotation": "augment:rotation",
+        "color_jitter": "augment:color_jitter",
+        "cutout": "augment:cutout",
+        "random_resized_crop": "augment:random_resized_crop",
+        "mixup": "augment:mixup",
+        "cutmix": "augment:cutmix",
     },
 )

@@ -2,15 +2,19 @@
 
 import copy
 import hashlib
-from typing import Self
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.data.dataset import Dataset, Ints, hold_back
+from fedsim.catalogue import Spec
+from fedsim.data.augment import Augmentation, check
+from fedsim.data.dataset import Dataset, Flags, Ints, hold_back
 from fedsim.errors import ConfigError
-from fedsim.types import Stream, random
+from fedsim.types import Batch, Stream, random
 
 
 class FederatedData:
@@ -19,6 +23,11 @@ class FederatedData:
     Shapes: `owners` (n,), the client of each training example, from 0. A random `holdout` share of each
     client's examples, rounded down and never all of them, is kept from training for its own evaluation; which
     ones depends on `seed` and `owners` alone. Batches come in `dtype`, on the device that `to` last named.
+    With `crop`, examples are the square of so many pixels in the centre of an image; augmentations see all of it.
+    `labels` (n,) are those in use, `true_labels` (n,) the dataset's, on the host.
+
+    Rows marked in `public` (n,) are the server's and no client's: `owners` then names the clients of the others,
+    in their order, and afterwards has -1 for the server.
     """
 
     def __init__(
@@ -28,23 +37,29 @@ class FederatedData:
         *,
         clients: int,
         holdout: float = 0.0,
+        public: Flags | None = None,
+        crop: int | None = None,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
     ):
-        _check(owners, len(dataset.y_train), clients, holdout)
+        public = np.zeros(len(dataset.y_train), dtype=np.bool_) if public is None else public
+        _check(owners, len(public) - int(public.sum()), clients, holdout)
         held = hold_back(owners, holdout, random(seed, Stream.HOLDOUT))
-        part = 2 * owners + held  # what client k trains on is part 2k, what it holds back part 2k + 1
+        part = np.full(len(public), 2 * clients)  # the server's is the last
+        part[~public] = 2 * owners + held  # what client k trains on is part 2k, what it holds back part 2k + 1
         self._order = np.argsort(part, kind="stable")
-        self._bounds = np.concatenate([[0], np.cumsum(np.bincount(part, minlength=2 * clients))])
+        bounds = np.concatenate([[0], np.cumsum(np.bincount(part, minlength=2 * clients))])
+        self._bounds = bounds[: 2 * clients + 1]
         self.sizes: Ints = self._bounds[1::2] - self._bounds[:-1:2]  # (N,) held-out examples not counted
-        self.owners = owners
+        self.owners: Ints = np.full(len(public), -1)
+        self.owners[~public] = owners
         self.num_clients = clients
         self.num_classes = dataset.classes
         self.num_test = len(dataset.y_test)
-        self.shape = tuple(dataset.x_train.shape[1:])
-        self.labels = dataset.y_train
+        self.shape = _shape(tuple(dataset.x_train.shape[1:]), crop)
+        self.labels = self.true_labels = dataset.y_train
         self._x_train = dataset.x_train
-        self._x_test, self._y_test = dataset.x_test, dataset.y_test
+        self._x_test, self._y_test = self._centre(dataset.x_test), dataset.y_test
         self._scale, self._shift = _normalisation(dataset, dtype)
         self._mapped, self._dtype, self._device = dataset.mapped, dtype, torch.device("cpu")
 
@@ -56,13 +71,60 @@ class FederatedData:
         """(h_k,) the rows that `client` keeps for its own evaluation, ascending; a view, maybe empty."""
         return self._order[self._bounds[2 * client + 1] : self._bounds[2 * client + 2]]
 
+    @property
+    def public(self) -> Ints:
+        """(p,) the server's own rows, ascending; a view, maybe empty."""
+        return self._order[self._bounds[-1] :]
+
+    def sample(self, size: int, rng: np.random.Generator) -> Ints:
+        """Random rows that clients train on, each at most once: (size,), or all of them where there are fewer."""
+        ends = np.cumsum(self.sizes)
+        places = rng.choice(ends[-1], min(size, int(ends[-1])), replace=False)
+        client = np.searchsorted(ends, places, side="right")
+        return self._order[self._bounds[2 * client + 1] - ends[client] + places]
+
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised training examples (B, ...) and labels (B,); `rows` (B,) int64, on any device."""
-        return self._gather(self._x_train, self.labels, rows)
+        return self._gather(self._centre(self._x_train), self.labels, rows)
+
+    def training_batch(self, rows: Tensor, augment: Sequence[Augmentation], rng: np.random.Generator) -> Batch:
+        """The same, with the examples changed by each of `augment` in turn, which draw from `rng`."""
+        if not augment:
+            return Batch(*self.batch(rows))
+        x = self._x_train.index_select(0, rows.to(self._x_train.device)).to(self._device, non_blocking=True)
+        x, white = x.to(self._dtype), _white(self._x_train)
+        x = x.div_(white) if white != 1 else x
+        batch = Batch(x, self.labels.index_select(0, rows.to(self.labels.device)))
+        for change in augment:
+            batch = change(batch, rng, (self.shape[-2], self.shape[-1]))
+        x = self._centre(batch.x)
+        if self._scale is not None and self._shift is not None:
+            x = torch.mul(x, self._scale * white).sub_(self._shift)
+        return batch._replace(x=x)
+
+    def check_augment(self, specs: Sequence[Spec]) -> None:
+        """Raise ConfigError where the resolved entries of `local.augment` do not fit these examples."""
+        check(specs, tuple(self._x_train.shape[1:]), self._x_train.dtype)
 
     def test_batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The same of the test set."""
         return self._gather(self._x_test, self._y_test, rows)
+
+    def with_labels(self, labels: Tensor) -> Self:
+        """The same division with other `labels` (n,) for training; `true_labels` stay what they were."""
+        changed = copy.copy(self)
+        changed.labels = labels
+        return changed
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """What an example is before a batch makes it x * scale - shift: its shape and type, and the two by channel."""
+        constants = {"scale": self._scale, "shift": self._shift}
+        return {
+            "shape": list(self.shape),
+            "dtype": str(self._x_train.dtype).removeprefix("torch."),
+            **{name: [] if value is None else value.flatten().tolist() for name, value in constants.items()},
+        }
 
     def digest(self) -> str:
         """SHA-256 of labels, of who owns what, and of up to a thousand examples spread over all."""
@@ -77,11 +139,18 @@ class FederatedData:
         """The same division with its tensors on `device`; mapped examples stay where they are."""
         moved = copy.copy(self)
         moved._device = torch.device(device)
-        stays = {"_x_train", "_x_test"} if self._mapped else set()
+        stays = {"true_labels"} | ({"_x_train", "_x_test"} if self._mapped else set())
         for name, value in vars(self).items():
             if isinstance(value, Tensor) and name not in stays:
                 setattr(moved, name, value.to(device))
         return moved
+
+    def _centre(self, x: Tensor) -> Tensor:
+        """A view of `x` (n, ...) that has the examples' `shape`."""
+        for axis, side in enumerate(self.shape, 1):
+            if x.shape[axis] != side:
+                x = x.narrow(axis, round((x.shape[axis] - side) / 2), side)
+        return x
 
     def _gather(self, x: Tensor, y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         x = x.index_select(0, rows.to(x.device)).to(self._device, non_blocking=True)
@@ -95,14 +164,53 @@ class FederatedData:
         return x, y
 
 
+def set_apart(dataset: Dataset, share: float, seed: int) -> Flags:
+    """(n,) which training examples are the server's: a random `share` of all, rounded down."""
+    n = len(dataset.y_train)
+    if not share:
+        return np.zeros(n, dtype=np.bool_)
+    return hold_back(np.zeros(n, dtype=np.int64), share, random(seed, Stream.PUBLIC))
+
+
+def without(dataset: Dataset, rows: Flags) -> Dataset:
+    """The dataset without some of its training examples (n,), for a partition of the others.
+
+    Where the examples are mapped they are not copied: of `x_train` there is then only the form.
+    """
+    if not rows.any():
+        return dataset
+    kept, x, owner = torch.from_numpy(~rows), dataset.x_train, dataset.owner
+    left = int(kept.sum())
+    return replace(
+        dataset,
+        x_train=torch.empty(left, *x.shape[1:], dtype=x.dtype, device="meta") if dataset.mapped else x[kept],
+        y_train=dataset.y_train[kept],
+        owner=None if owner is None else torch.from_numpy(np.unique(owner[kept].numpy(), return_inverse=True)[1]),
+    )
+
+
+def _white(x: Tensor) -> float:
+    """What is 1 on the scale of means: 255 where `x` is uint8."""
+    return 255.0 if x.dtype == torch.uint8 else 1.0
+
+
 def _normalisation(data: Dataset, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
     """(x / unit - mean) / std as x * scale - shift, each (C, 1, 1), or () where one number serves all."""
-    unit = 255.0 if data.x_train.dtype == torch.uint8 else 1.0
+    unit = _white(data.x_train)
     if not data.mean:
         return (torch.tensor(1 / unit, dtype=dtype) if unit != 1 else None), None
     mean, std = torch.tensor([data.mean, data.std], dtype=torch.float64)
     form = (len(mean), 1, 1) if len(mean) > 1 else ()
     return (1 / (unit * std)).to(dtype).view(form), (mean / std).to(dtype).view(form)
+
+
+def _shape(shape: tuple[int, ...], crop: int | None) -> tuple[int, ...]:
+    if crop is None:
+        return shape
+    if len(shape) != 3 or crop > min(shape[1:]):
+        fits = "images, (channels, height, width), with at least as many pixels a side"
+        raise ConfigError(f"data.crop: {crop} should be cut from {fits}; these examples are {shape}")
+    return shape[0], crop, crop
 
 
 def _check(owners: Ints, n: int, clients: int, holdout: float) -> None:

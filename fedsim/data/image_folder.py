@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
@@ -47,7 +47,8 @@ def image_folder(
 ) -> Dataset:
     """Image files in class folders, under root/train and root/test, or all under root with `test_share`.
 
-    Images become colour, (3, size, size): the shorter side is resized to `size`, then the centre is cut out.
+    Images become colour, (3, size, size): the shorter side is resized to `size`, then the centre is cut out. With
+    `size` 256 and `data.crop` 224, test images are those of NVIDIA's recipe; training images begin as the square.
     Without train/ and test/, a random `test_share` of each class is the test set, the same for one seed. With
     `cache` images are decoded once into a folder there, which is memory-mapped from then on; it is made anew
     when a file, `size` or the split changes. The default `mean` and `std` are ImageNet's.
@@ -149,8 +150,8 @@ def _labels(samples: list[Sample]) -> Ints:
 
 
 def _fingerprint(root: Path, train: list[Sample], test: list[Sample], size: int) -> str:
-    """Changes with the list of files, their lengths and times, the split, and the size of images."""
-    digest = hashlib.sha256(str(size).encode())
+    """Changes with the list of files, their lengths and times, the split, and the size and cut of images."""
+    digest = hashlib.sha256(f"{size}, whole pixels".encode())
     for part in (train, test):
         for path, _ in part:
             try:
@@ -215,10 +216,19 @@ def _decode(samples: list[Sample], out: Any) -> Any:
 def _image(path: str, size: int) -> npt.NDArray[np.uint8]:
     try:
         with open_regular(path) as file, Image.open(file, formats=FORMATS) as image, _turn(image):
-            square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
+            square = _square(image.convert("RGB"), size)
     except Exception as error:  # decoders raise anything, and a decompression bomb is a warning
         raise ConfigError(f"data.root: {printable(path)} is no readable image ({reason(error)})") from error
     return np.asarray(square).transpose(2, 0, 1)
+
+
+def _square(image: Image.Image, size: int) -> Image.Image:
+    """What torchvision's Resize and CenterCrop leave, in one step: of a long image the rest is never made."""
+    whole = [size * side // min(image.size) for side in image.size]
+    start = [round((long - size) / 2) for long in whole]
+    left, top = (a * side / long for a, side, long in zip(start, image.size, whole, strict=True))
+    right, bottom = ((a + size) * side / long for a, side, long in zip(start, image.size, whole, strict=True))
+    return image.resize((size, size), Image.Resampling.BILINEAR, (left, top, right, bottom))
 
 
 def _turn(image: Image.Image) -> AbstractContextManager[object]:

@@ -123,7 +123,9 @@ def content_hash(owners: Ints) -> str:
 
 
 def label_counts(labels: Ints, owners: Ints, clients: int, classes: int) -> Ints:
-    """(N, L) examples of each label that each client holds."""
+    """(N, L) examples of each label that each client holds; an owner of -1 is no client."""
+    held = owners >= 0
+    owners, labels = owners[held], labels[held]
     return np.bincount(owners * classes + labels, minlength=clients * classes).reshape(clients, classes)
 
 

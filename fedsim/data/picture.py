@@ -27,7 +27,8 @@ INK, PALE = "#1f4e79", "Blues"
 
 def label_table(data: FederatedData) -> Table:
     """Examples and labels of the first clients, then quantiles over all; at most 80 columns wide."""
-    labels, owners = data.labels.cpu().numpy(), data.owners
+    held = data.owners >= 0
+    labels, owners = data.labels.cpu().numpy()[held], data.owners[held]
     sizes = np.bincount(owners, minlength=data.num_clients)
     pairs = np.unique(owners * data.num_classes + labels)
     kinds = np.bincount(pairs // data.num_classes, minlength=data.num_clients)
@@ -63,7 +64,7 @@ def draw(labels: Ints, owners: Ints, classes: int, path: Path) -> None:
     clients = int(owners.max()) + 1
     counts = label_counts(labels, owners, clients, classes)
     figure = Figure(figsize=(9, 6), dpi=150, layout="constrained")
-    figure.suptitle(f"{clients:,} clients, {len(labels):,} examples, {classes} labels")
+    figure.suptitle(f"{clients:,} clients, {counts.sum():,} examples, {classes} labels")
     if max(clients, classes) <= BUBBLES:
         sizes, mix = figure.subplots(2, 1, sharex=True, height_ratios=(1, 3))
         _size_bars(sizes, counts)

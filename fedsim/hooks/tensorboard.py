@@ -14,6 +14,8 @@ SCALARS = {  # in TensorBoard's words
     "train_loss": "loss/train",
     "test_loss": "loss/test",
     "test_accuracy": "accuracy/test",
+    "ema_test_loss": "loss/ema",
+    "ema_test_accuracy": "accuracy/ema",
     "client_accuracy_mean": "accuracy/clients",
     "client_accuracy_worst_decile": "accuracy/clients_worst_decile",
     "seconds": "seconds/round",

@@ -1,0 +1,276 @@
+"""What holds for every network, whatever its family: done to the finished one, by these keys of `model`."""
+
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from math import gcd
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision import models as torchvision_models
+from torchvision.ops import FrozenBatchNorm2d, StochasticDepth
+
+from fedsim.catalogue import Options, Spec, options_of, validated
+from fedsim.errors import ConfigError, one_line, printable, reason
+from fedsim.models import MODELS
+from fedsim.reading import gigabytes, memory, open_regular
+from fedsim.types import Count, Decay
+
+NORMS = (_BatchNorm, FrozenBatchNorm2d, nn.GroupNorm, nn.LayerNorm)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+GROUPS = 32  # of a group norm, where they divide the channels (Wu & He 2018)
+
+
+class Common(Options):
+    """The options of all models.
+
+    `norm` takes the place of every batch norm: `group` has `groups` groups, or up to 32 that divide the channels
+    (Wu & He 2018, https://arxiv.org/abs/1803.08494), `layer` one group, `none` nothing. `dropout` is the rate of
+    the network's dropout layers, or where it has none, of one before its last layer. `drop_path` skips residual
+    branches, the last with this probability, the others in proportion to their depth (Huang et al. 2016,
+    https://arxiv.org/abs/1603.09382). `zero_gamma` starts each residual branch at zero (Goyal et al. 2017,
+    https://arxiv.org/abs/1706.02677).
+
+    `init: he` draws convolutions from N(0, 2 / fan out) (He et al. 2015, https://arxiv.org/abs/1502.01852) and
+    linear layers from Xavier's uniform distribution (Glorot & Bengio 2010); `xavier` draws both from the latter.
+    `weights` is a safetensors file, `pretrained` a name of torchvision's, such as ResNet50_Weights.IMAGENET1K_V2;
+    with `new_head` all is taken from them but the last linear layer. Parameters whose names match a pattern of
+    `freeze` stay as they are, and a batch norm that is wholly frozen keeps its statistics, too.
+    """
+
+    norm: Literal["batch", "group", "layer", "none"] = "batch"
+    groups: Count | None = None
+    dropout: Decay | None = None
+    drop_path: Decay | None = None
+    zero_gamma: bool = False
+    init: Literal["he", "xavier"] | None = None
+    weights: Path | None = None
+    pretrained: str | None = None
+    new_head: bool = False
+    freeze: list[str] = []
+
+
+# Of a network whose weights come from elsewhere.
+UNTRAINED: Spec = {"zero_gamma": False, "init": None, "pretrained": None, "new_head": False, "freeze": []}
+
+
+def resolve(spec: object, at: str = "") -> Spec:
+    """A model's spec with its defaults filled in, those of all models too; raises ConfigError naming the key."""
+    return MODELS.resolve(spec, at, also=Common)
+
+
+def make(spec: object, shape: tuple[int, ...], classes: int, at: str = "model") -> nn.Module:
+    """The network that a spec describes, for examples of `shape`; raises ConfigError."""
+    whole = resolve(spec, at)
+    own = options_of(MODELS.load(whole["name"])).model_fields  # an entry may have one of these names itself
+    common = validated(Common, {key: whole.pop(key) for key in Common.model_fields if key not in own}, at)
+    _check(common, at)
+    network: nn.Module = MODELS.make(whole, nn.Module, shape, classes, at=at)
+    name = f"{at}.name: {whole['name']}"
+    if common.norm != "batch":
+        _renorm(network, common, at, name)
+    if common.dropout is not None:
+        _drop_values(network, common.dropout, name)
+    if common.drop_path is not None:
+        _drop_paths(network, common.drop_path, name)
+    if common.init:
+        _initialise(network, xavier=common.init == "xavier")
+    if common.zero_gamma:
+        _zero_gammas(network, name)
+    if common.weights:
+        _load(network, _from_file(common.weights, at), common.new_head, f"{at}.weights: {common.weights}", at)
+    if common.pretrained:
+        given = _from_torchvision(common.pretrained, at)
+        _load(network, given, common.new_head, f"{at}.pretrained: {common.pretrained}", at)
+    if common.freeze:
+        _freeze(network, common.freeze, at)
+    return network
+
+
+def head(network: nn.Module) -> str | None:
+    """The name of the last linear layer, the classifier of every network here."""
+    names = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    return names[-1] if names else None
+
+
+def _check(common: Common, at: str) -> None:
+    """Refuse what would do nothing."""
+    loads = common.weights or common.pretrained
+    for key, idle, way_out in (
+        ("groups", common.groups and common.norm != "group", "needs norm: group"),
+        ("new_head", common.new_head and not loads, "needs weights or pretrained"),
+        ("pretrained", common.pretrained and common.weights, "stands beside weights; one of the two"),
+        ("init", common.init and loads and not common.new_head, "does nothing beside weights or pretrained"),
+        ("zero_gamma", common.zero_gamma and loads, "does nothing beside weights or pretrained"),
+    ):
+        if idle:
+            raise ConfigError(f"{at}.{key}: {way_out}")
+
+
+def _renorm(network: nn.Module, common: Common, at: str, name: str) -> None:
+    """Put another norm in the place of each batch norm."""
+    channels = {n: m.num_features for n, m in network.named_modules() if isinstance(m, _BatchNorm)}
+    if not channels:
+        raise ConfigError(f"{name} has no batch norm that {at}.norm: {common.norm} could replace")
+    if common.groups and (odd := next((n for n, c in channels.items() if c % (common.groups or 1)), None)):
+        fits = [g for g in range(1, 65) if gcd(*channels.values()) % g == 0]
+        raise ConfigError(
+            f"{at}.groups: {common.groups} does not divide the {channels[odd]} channels of {odd}; "
+            f"{', '.join(map(str, fits))} divide all"
+        )
+    for path, count in channels.items():
+        groups = 1 if common.norm == "layer" else common.groups or _groups(count)
+        _replace(network, path, nn.Identity() if common.norm == "none" else nn.GroupNorm(groups, count))
+
+
+def _groups(channels: int) -> int:
+    """At most 32 that divide, of two channels or more: a group of one would be instance norm."""
+    return max((g for g in range(1, min(GROUPS, channels // 2) + 1) if channels % g == 0), default=1)
+
+
+class DroppedLinear(nn.Linear):
+    """`linear` after a dropout of rate `p`, under the same names."""
+
+    def __init__(self, linear: Any, p: float):
+        super().__init__(linear.in_features, linear.out_features, device="meta")
+        self.weight, self.bias, self.p = linear.weight, linear.bias, p
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(F.dropout(input, self.p, self.training))
+
+
+def _drop_values(network: nn.Module, p: float, name: str) -> None:
+    layers = [module for module in network.modules() if isinstance(module, nn.Dropout)]
+    for layer in layers:
+        layer.p = p
+    if not layers:
+        last = head(network)
+        if last is None:
+            raise ConfigError(f"{name} has no linear layer to put dropout before")
+        _replace(network, last, DroppedLinear(network.get_submodule(last), p))
+
+
+def _drop_paths(network: nn.Module, p: float, name: str) -> None:
+    paths = [module for module in network.modules() if isinstance(module, StochasticDepth)]
+    if not paths:
+        raise ConfigError(f"{name} has no residual branch that drop_path could skip")
+    for depth, path in enumerate(paths, 1):
+        path.p = p * depth / len(paths)
+
+
+def _initialise(network: nn.Module, xavier: bool) -> None:
+    for module in network.modules():
+        if isinstance(module, (*CONVOLUTIONS, nn.Linear)):
+            if isinstance(module, nn.Linear) or xavier:
+                nn.init.xavier_uniform_(module.weight)
+            else:
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def _zero_gammas(network: nn.Module, name: str) -> None:
+    ends = list(_branch_ends(network))
+    if not ends:
+        raise ConfigError(f"{name} has no residual branch that ends in a norm, for zero_gamma to start at 0")
+    for norm in ends:
+        nn.init.zeros_(norm.weight)
+
+
+def _branch_ends(network: nn.Module) -> Iterator[Any]:
+    """The last norm of each residual branch: the last that its block has before its StochasticDepth."""
+    for block in network.modules():
+        if any(isinstance(child, StochasticDepth) for child in block.children()):
+            last = None
+            for module in block.modules():
+                if isinstance(module, StochasticDepth):
+                    break
+                last = module if isinstance(module, NORMS) else last
+            if last is not None:
+                yield last
+
+
+def _from_file(path: Path, at: str) -> dict[str, Tensor]:
+    where = f"{at}.weights: {printable(path)}"
+    try:
+        with open_regular(path.expanduser()) as file:
+            size = file.seek(0, 2)
+            if size > memory() // 2:
+                raise ConfigError(f"{where}: has {gigabytes(size)}, more than half of this machine's memory")
+            file.seek(0)
+            return load(file.read())
+    except OSError as error:
+        raise ConfigError(f"{where}: cannot be read: {error.strerror or error}") from None
+    except (SafetensorError, KeyError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{where}: is no safetensors file: {one_line(error)}") from None
+
+
+def _from_torchvision(name: str, at: str) -> dict[str, Tensor]:
+    try:
+        weights = torchvision_models.get_weight(name)
+    except (ValueError, AttributeError):
+        example = "such as ResNet50_Weights.IMAGENET1K_V2"
+        raise ConfigError(f"{at}.pretrained: {printable(name)} is no name of torchvision's, {example}") from None
+    try:
+        return dict(weights.get_state_dict(progress=True, check_hash=True, weights_only=True))
+    except Exception as error:  # whatever a download or a broken file raises
+        raise ConfigError(
+            f"{at}.pretrained: {name} cannot be fetched ({reason(error)}); {at}.weights takes a file"
+        ) from error
+
+
+def _load(network: nn.Module, given: Mapping[str, Tensor], new_head: bool, source: str, at: str) -> None:
+    """Have the network's parameters and statistics be the `given`; raises ConfigError where they do not fit."""
+    own, last = network.state_dict(), head(network)
+    left_out = {f"{last}.weight", f"{last}.bias"} if new_head else set()
+    counters = {name for name in {*own, *given} if name.endswith(".num_batches_tracked")}
+    own = {name: value for name, value in own.items() if name not in left_out | counters}
+    given = {name: value for name, value in given.items() if name not in left_out | counters}
+    advice = "" if new_head else f"; {at}.new_head=true leaves {last} as it is"
+    for name in own:
+        if name not in given:
+            raise ConfigError(f"{source}: has no {name}, which the network has")
+        if given[name].shape != own[name].shape:
+            way_out = advice if name.rpartition(".")[0] == last else ""
+            there, here = tuple(given[name].shape), tuple(own[name].shape)
+            raise ConfigError(f"{source}: {name} is {there} there and {here} here{way_out}")
+    if strange := [name for name in given if name not in own]:
+        raise ConfigError(f"{source}: has {printable(strange[0])}, which the network has not")
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(given[name])  # state_dict's tensors are the network's own
+
+
+def _freeze(network: nn.Module, patterns: list[str], at: str) -> None:
+    names = [name for name, _ in network.named_parameters()]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ConfigError(f"{at}.freeze: {pattern!r} matches none of {_some(names)}")
+    for name, parameter in network.named_parameters():
+        if any(fnmatchcase(name, pattern) for pattern in patterns):
+            parameter.requires_grad = False
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise ConfigError(f"{at}.freeze: leaves no parameter to train")
+    norms = [(name, m) for name, m in network.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    for path, norm in norms:
+        own = list(norm.parameters())
+        if own and not any(parameter.requires_grad for parameter in own):
+            frozen = FrozenBatchNorm2d(norm.num_features, norm.eps)
+            frozen.load_state_dict(norm.state_dict())
+            _replace(network, path, frozen)
+
+
+def _replace(network: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(network.get_submodule(parent), name, module)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names if len(names) <= 6 else [*names[:3], "...", *names[-2:]])

@@ -1,0 +1,65 @@
+"""Low precision: every backbone trains in it, and it keeps less for the backward pass."""
+
+import pytest
+import torch
+from test_models import HEAVY, build
+
+from fedsim import LocalObjective, Recipe, Task
+from fedsim.data import Dataset, FederatedData
+from fedsim.local import AUTOCAST
+from fedsim.models import MODELS
+from fedsim.task import Replica
+from fedsim.types import Job
+
+SHAPE, CLASSES = (3, 32, 32), 10
+DEEP = {"densenet161", "densenet169", "densenet201", "resnext50_32x4d", "se_resnext50_32x4d", "resnet34"}
+
+
+def data(n=4):
+    stream = torch.Generator().manual_seed(0)
+    x, y = torch.randn(n, *SHAPE, generator=stream), torch.arange(n) % CLASSES
+    return FederatedData(Dataset(x, y, x, y, CLASSES), torch.zeros(n).long().numpy(), clients=1)
+
+
+def trained(task, precision):
+    recipe = Recipe(lr=1e-3, batch_size=4, precision=precision, loss_scale=256.0)
+    local = LocalObjective(Replica(task), data(), Job(0, 0, {}), task.initial_buffers, recipe)
+    return local.train(task.initial_model), local.metrics["loss"] / 4
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in HEAVY | DEEP else []) for name in MODELS]
+)
+def test_every_backbone_trains_in_low_precision(name):
+    torch.manual_seed(0)
+    task = Task(build(name, SHAPE, CLASSES), SHAPE, CLASSES)
+    _, loss = trained(task, "fp32")
+    for precision in AUTOCAST:
+        low, low_loss = trained(task, precision)
+        assert low.dtype == torch.float32  # master weights
+        assert low.isfinite().all()
+        assert not torch.equal(low, task.initial_model)  # no step skipped
+        assert float(low_loss) == pytest.approx(float(loss), rel=0.1, abs=0.1)
+
+
+@pytest.mark.parametrize("precision", list(AUTOCAST))
+def test_low_precision_keeps_about_half(precision):
+    """NVIDIA's claim, of the activations that a training step of ResNet-18 keeps, weights not counted."""
+
+    def kept(dtype):
+        replica, sizes = Replica(Task(build("resnet18", SHAPE, CLASSES), SHAPE, CLASSES)), {}
+        replica.enter(replica.task.initial_buffers, 0, dtype)
+        own = {p.untyped_storage().data_ptr() for p in replica.parameters}
+
+        def note(t):
+            if (at := t.untyped_storage().data_ptr()) not in own:
+                sizes[at] = t.untyped_storage().nbytes()
+            return t
+
+        autocast = torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), autocast:
+            logits = replica.logits(replica.w, torch.randn(8, *SHAPE), train=True)
+        return sum(sizes.values()), logits
+
+    (low, _), (full, _) = kept(AUTOCAST[precision]), kept(None)
+    assert 0.4 < low / full < 0.6

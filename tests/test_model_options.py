@@ -1,0 +1,228 @@
+"""What holds for every network, whatever its family."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_simulation
+from safetensors.torch import save_file
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d, StochasticDepth
+
+from fedsim import Task
+from fedsim.draws import KeyedDraws
+from fedsim.errors import ConfigError
+from fedsim.models import options
+
+SHAPE, CLASSES = (3, 32, 32), 10
+X = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0))
+
+
+def make(name="resnet18", shape=SHAPE, classes=CLASSES, **settings):
+    torch.manual_seed(0)
+    return options.make({"name": name} | settings, shape, classes)
+
+
+def kinds(network, kind):
+    return [module for module in network.modules() if isinstance(module, kind)]
+
+
+# Norms
+
+
+@pytest.mark.parametrize(
+    ("norm", "kind"), [("group", nn.GroupNorm), ("layer", nn.GroupNorm), ("none", nn.Identity)]
+)
+@pytest.mark.parametrize("name", ["cnn_bn", "resnet18", "mobilenet_v2", "efficientnet_b0"])
+def test_norm_takes_the_place_of_every_batch_norm(name, norm, kind):
+    network, batch_norms = make(name, norm=norm), len(kinds(make(name), nn.BatchNorm2d))
+    assert not kinds(network, nn.BatchNorm2d)
+    assert not list(network.buffers())
+    assert len(kinds(network, kind)) >= batch_norms
+    if norm == "layer":
+        assert {m.num_groups for m in kinds(network, nn.GroupNorm)} == {1}
+    task = Task(network, SHAPE, CLASSES)
+    assert not len(task.initial_buffers)
+
+
+def test_groups_are_at_most_32_and_hold_two_channels_or_more():
+    for norm in kinds(make("efficientnet_b0", norm="group"), nn.GroupNorm):
+        assert norm.num_channels % norm.num_groups == 0
+        assert norm.num_groups == 1 or norm.num_channels // norm.num_groups >= 2
+    assert {n.num_groups for n in kinds(make("resnet18", norm="group"), nn.GroupNorm)} == {32}  # Wu & He 2018
+
+
+def test_a_group_norm_of_one_group_is_layer_norm_over_channels_and_pixels():
+    network = make("cnn_bn", norm="layer")
+    x = torch.randn(2, 16, 8, 8)
+    torch.testing.assert_close(network.bn1(x), nn.functional.layer_norm(x, x.shape[1:]))
+
+
+# Dropout and stochastic depth
+
+
+@pytest.mark.parametrize("name", ["cnn", "resnet18", "densenet121", "shufflenet_v2", "pfl_cnn", "vgg11"])
+def test_dropout_is_keyed_and_off_in_eval_mode(name):
+    network, plain = make(name, dropout=0.5), make(name)
+    assert list(network.state_dict()) == list(plain.state_dict())  # the layers keep their names
+    plain.load_state_dict(network.state_dict())
+    torch.testing.assert_close(network.eval()(X), plain.eval()(X), rtol=0, atol=0)
+    for module in network.modules():
+        if isinstance(module, nn.Dropout | options.DroppedLinear):
+            module.train()
+    draws = []
+    for seed in (1, 1, 2):
+        with KeyedDraws(torch.Generator().manual_seed(seed)):
+            draws.append(network(X))
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+def test_drop_path_rises_with_depth_to_its_rate():
+    rates = [m.p for m in kinds(make("resnet18", drop_path=0.4), StochasticDepth)]
+    assert rates == pytest.approx([0.4 * i / 8 for i in range(1, 9)])  # Huang 2016: p_l = l / L p_L
+
+
+def test_a_dropped_path_leaves_the_shortcut_alone():
+    block = make("resnet18", drop_path=1 - 1e-9).layer4[1]
+    with KeyedDraws(torch.Generator().manual_seed(0)):
+        x = torch.randn(3, 512, 4, 4)
+        torch.testing.assert_close(block.train()(x), x.relu())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "se_resnet50", "mobilenet_v2", "efficientnet_b0"])
+def test_zero_gamma_makes_each_residual_branch_start_at_zero(name):
+    network = make(name, zero_gamma=True)
+    zero = {n for n, p in network.named_parameters() if p.dim() == 1 and n.endswith("weight") and not p.any()}
+    assert len(zero) == len(kinds(network, StochasticDepth)) > 5
+    if name.startswith("resnet"):
+        last = "bn2.weight" if name == "resnet18" else "bn3.weight"
+        assert all(n.endswith(last) for n in zero)
+
+
+# Initialisation, weights, freezing
+
+
+def test_he_draws_by_fan_out_and_xavier_by_both():
+    network = make("resnet18", init="he")
+    for conv in kinds(network, nn.Conv2d):
+        fan_out = conv.out_channels * math.prod(conv.kernel_size)
+        assert float(conv.weight.detach().std()) == pytest.approx(math.sqrt(2 / fan_out), rel=0.1)
+    bound = math.sqrt(6 / (network.fc.in_features + network.fc.out_features))
+    assert bound * 0.95 < float(network.fc.weight.detach().abs().max()) <= bound
+    conv = make("resnet18", init="xavier").layer1[0].conv1
+    assert float(conv.weight.detach().abs().max()) == pytest.approx(math.sqrt(6 / (2 * 64 * 9)), rel=0.02)
+
+
+def test_weights_come_from_a_file(tmp_path):
+    source = make("cnn_bn")
+    save_file(source.state_dict(), tmp_path / "w.safetensors")
+    torch.manual_seed(5)
+    loaded = options.make({"name": "cnn_bn", "weights": str(tmp_path / "w.safetensors")}, SHAPE, CLASSES)
+    assert all(torch.equal(a, b) for a, b in zip(source.parameters(), loaded.parameters(), strict=True))
+
+
+def test_a_new_head_is_all_that_is_not_loaded(tmp_path):
+    source = make("resnet18", classes=7)
+    save_file(source.state_dict(), tmp_path / "w.safetensors")
+    file = str(tmp_path / "w.safetensors")
+    with pytest.raises(
+        ConfigError, match=r"fc.weight is \(7, 512\) there and \(10, 512\) here; model.new_head=true"
+    ):
+        make("resnet18", weights=file)
+    network = make("resnet18", weights=file, new_head=True)
+    assert network.fc.weight.shape == (10, 512)
+    assert torch.equal(network.conv1.weight, source.conv1.weight)
+
+
+def test_pretrained_weights_are_torchvisions(monkeypatch, tmp_path):
+    from torchvision import models
+
+    weights = models.MobileNet_V3_Small_Weights.IMAGENET1K_V1
+    there = models.mobilenet_v3_small()
+    torch.save(there.state_dict(), tmp_path / "mobilenet.pth")
+    monkeypatch.setattr(type(weights), "url", (tmp_path / "mobilenet.pth").as_uri(), raising=False)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(
+        type(weights),
+        "get_state_dict",
+        lambda self, progress, check_hash, weights_only: torch.hub.load_state_dict_from_url(
+            (tmp_path / "mobilenet.pth").as_uri(), progress=progress, weights_only=weights_only
+        ),
+    )
+    name = "MobileNet_V3_Small_Weights.IMAGENET1K_V1"
+    with pytest.raises(ConfigError, match=r"classifier.3.weight is \(1000, 1024\) there .* model.new_head=true"):
+        make("mobilenet_v3_small", pretrained=name)
+    network = make("mobilenet_v3_small", pretrained=name, new_head=True)
+    assert torch.equal(network.features[0][0].weight, there.features[0][0].weight)
+
+
+def test_a_frozen_layer_is_a_constant_and_keeps_its_statistics():
+    network = make("resnet18", freeze=["conv1.*", "bn1.*", "layer1.*"])
+    assert isinstance(network.bn1, FrozenBatchNorm2d)
+    task = Task(network, SHAPE, CLASSES)
+    assert not any(name.startswith(("conv1", "bn1", "layer1")) for name in task.layout.shapes)
+    assert not any(name.startswith(("bn1", "layer1")) for name in task.buffer_layout.shapes)
+    assert "layer2.0.conv1.weight" in task.layout.shapes
+    assert "layer2.0.bn1.running_mean" in task.buffer_layout.shapes
+
+
+def test_what_is_frozen_stays_in_a_run():
+    data_shape, classes = (1, 4, 4), 3
+    task = Task(
+        options.make({"name": "cnn_bn", "freeze": ["conv1*", "bn1*"]}, data_shape, classes), data_shape, classes
+    )
+    simulation = make_simulation(task=task)
+    before = {n: v.clone() for n, v in task.state_dict(simulation.server).items()}
+    simulation.round()
+    after = task.state_dict(simulation.server)
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    assert moved
+    assert not any(name.startswith(("conv1", "bn1")) for name in moved)
+
+
+# One line that says what fits
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"name": "cnn", "norm": "group"},
+            "model.name: cnn has no batch norm that model.norm: group could replace",
+        ),
+        (
+            {"name": "cnn_bn", "norm": "group", "groups": 5},
+            "5 does not divide the 16 channels of bn1; 1, 2, 4, 8, 16",
+        ),
+        ({"name": "cnn_bn", "groups": 4}, "model.groups: needs norm: group"),
+        ({"name": "cnn", "drop_path": 0.1}, "cnn has no residual branch that drop_path could skip"),
+        ({"name": "cnn", "zero_gamma": True}, "cnn has no residual branch that ends in a norm"),
+        ({"name": "cnn", "new_head": True}, "model.new_head: needs weights or pretrained"),
+        (
+            {"name": "cnn", "freeze": ["conv9*"]},
+            "'conv9*' matches none of conv1.weight, conv1.bias, conv2.weight, ...",
+        ),
+        ({"name": "cnn", "freeze": ["*"]}, "model.freeze: leaves no parameter to train"),
+        ({"name": "cnn", "pretrained": "gpt"}, "gpt is no name of torchvision's, such as ResNet50_Weights"),
+        ({"name": "cnn", "weights": "none.safetensors"}, "none.safetensors: cannot be read: No such file"),
+        ({"name": "cnn", "weights": "x", "init": "he"}, "model.init: does nothing beside weights"),
+        ({"name": "cnn", "norm": "instance"}, 'model.norm: "instance" should be batch, group, layer or none'),
+        ({"name": "cnn", "dropout": 1.0}, "model.dropout: 1.0 should be a number >= 0 and < 1"),
+    ],
+)
+def test_what_cannot_be_is_refused(settings, message):
+    with pytest.raises(ConfigError) as error:
+        options.make(settings, SHAPE, CLASSES)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_does_not_fit_says_which_tensor(tmp_path):
+    save_file({"fc.weight": torch.zeros(2)}, tmp_path / "w.safetensors")
+    with pytest.raises(ConfigError, match=r"w.safetensors: has no conv1.weight, which the network has"):
+        make("cnn_bn", weights=str(tmp_path / "w.safetensors"))
+    Path(tmp_path / "bad").write_bytes(b"\x80\x04pickle")
+    with pytest.raises(ConfigError, match=r"bad: is no safetensors file"):
+        make("cnn_bn", weights=str(tmp_path / "bad"))

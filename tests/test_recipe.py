@@ -1,0 +1,375 @@
+"""Each trick of a client's training is its formula."""
+
+import copy
+from math import cos, pi, sqrt
+
+import pytest
+import torch
+from conftest import CLASSES, SHAPE, close, conv_net, make_data, make_local, make_simulation, make_task
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional as F
+
+from fedsim import Batch, ConfigError, Recipe, Task
+from fedsim.config import build, load
+from fedsim.local import check_precision
+from fedsim.losses import LOSSES
+from fedsim.optim import LARS
+from fedsim.recipe import Distillation, NoisyLabels
+from fedsim.schedules import SCHEDULES
+from fedsim.task import Replica
+from fedsim.types import Stream
+
+DOUBLE = torch.float64
+
+
+def double(network=lambda: conv_net(dropout=0), **settings):
+    return make_task(network, dtype=DOUBLE, **settings)
+
+
+# The learning rate
+
+
+def test_linear_and_square_root_scaling():
+    for batch_size in (32, 256, 1024):
+        plain, linear, root = (
+            Recipe(lr=0.1, batch_size=batch_size, lr_scaling=s) for s in ("none", "linear", "sqrt")
+        )
+        assert plain.lr_at(3) == 0.1
+        assert linear.lr_at(3) == pytest.approx(0.1 * batch_size / 256)  # Goyal 2017
+        assert root.lr_at(3) == pytest.approx(0.1 * sqrt(batch_size / 256))
+
+
+def test_by_step_warm_up_is_linear_in_batches_and_the_cosine_follows():
+    rounds, warmup, steps = 10, 2, 5
+    recipe = Recipe(
+        SCHEDULES.bind({"name": "cosine", "rounds": rounds - warmup}), lr=0.4, warmup=warmup, lr_every="step"
+    )
+    rates = [recipe.lr_at(number, step, steps) for number in range(rounds) for step in range(steps)]
+    m, total = warmup * steps, (rounds - warmup) * steps
+    assert rates[:m] == pytest.approx([0.4 * i / m for i in range(1, m + 1)])  # He 2019: i eta / m
+    assert rates[m:] == pytest.approx([0.2 * (1 + cos(pi * t / total)) for t in range(total)])  # its equation (1)
+
+
+def test_each_step_takes_its_own_learning_rate():
+    task, data = double(), make_data([11], dtype=DOUBLE)
+    recipe = {"lr": 0.1, "warmup": 1, "lr_every": "step", "batch_size": 4, "epochs": 2}
+    local = make_local(task, data, **recipe)
+    trained = local.train(task.initial_model)
+    network = copy.deepcopy(task.network).train()
+    for i, batch in enumerate(make_local(task, data, **recipe).batches(), 1):
+        loss = F.cross_entropy(network(batch.x), batch.y)
+        gradients = torch.autograd.grad(loss, list(network.parameters()))
+        with torch.no_grad():
+            for p, g in zip(network.parameters(), gradients, strict=True):
+                p -= 0.1 * i / 6 * g  # six steps in the round
+    close(trained, task.layout.flatten(dict(network.named_parameters())))
+
+
+# Optimisers
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("correct", [None, lambda g, w: g], ids=["by tensor", "flat"])
+def test_no_bias_decay_is_torchs_with_two_groups(optimizer, correct):
+    task, data = double(), make_data([11], dtype=DOUBLE)
+    recipe = {
+        "optimizer": optimizer,
+        "weight_decay": 0.1,
+        "decay": "weights",
+        "lr": 0.05,
+        "epochs": 2,
+        "eps": 1e-6,
+    }
+    if optimizer == "sgd":
+        recipe["momentum"] = 0.9
+    trained = make_local(task, data, **recipe).train(task.initial_model, correct=correct)
+    network = copy.deepcopy(task.network).train()
+    groups = [
+        {"params": [p for p in network.parameters() if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in network.parameters() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    other = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    plain = torch.optim.SGD(groups, 0.05, 0.9) if optimizer == "sgd" else other[optimizer](groups, 0.05, eps=1e-6)
+    for batch in make_local(task, data, **recipe).batches():
+        plain.zero_grad()
+        F.cross_entropy(network(batch.x), batch.y).backward()
+        plain.step()
+    close(trained, task.layout.flatten(dict(network.named_parameters())))
+
+
+def test_lars_by_hand():
+    w, bias = torch.tensor([[3.0, 4.0]], dtype=DOUBLE), torch.tensor([1.0], dtype=DOUBLE)
+    g, g_bias = torch.tensor([[0.6, 0.8]], dtype=DOUBLE), torch.tensor([0.5], dtype=DOUBLE)
+    lars = LARS(momentum=0.9, weight_decay=0.1, trust=0.01)
+    rate = 0.01 * 5 / (1 + 0.1 * 5)  # trust |w| / (|g| + b |w|)
+    v, v_bias = 0.2 * rate * (g + 0.1 * w), 0.2 * (g_bias + 0.1 * bias)
+    expected = w - v, bias - v_bias
+    lars.step([w, bias], [g, g_bias], 0.2)
+    close(w, expected[0])
+    close(bias, expected[1])
+    rate = 0.01 * w.norm() / (1 + 0.1 * w.norm())
+    expected = w - (0.9 * v + 0.2 * rate * (g + 0.1 * w))
+    lars.step([w, bias], [g, g_bias], 0.2)
+    close(w, expected)
+
+
+def test_lars_moves_what_is_zero():
+    w = torch.zeros(2, 2)
+    LARS(momentum=0.0, weight_decay=0.1, trust=0.01).step([w], [torch.ones(2, 2)], 0.1)
+    close(w, torch.full((2, 2), -0.1))
+
+
+# Memory for time
+
+
+@pytest.mark.parametrize("correct", [None, lambda g, w: g], ids=["by tensor", "flat"])
+@pytest.mark.parametrize("pieces", [2, 3, 7])
+def test_accumulated_gradients_are_those_of_the_whole_batch(pieces, correct):
+    task = double(lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, 5), nn.Tanh(), nn.Linear(5, CLASSES)))
+    data = make_data([13], dtype=DOUBLE)
+    whole, parts = (
+        make_local(task, data, batch_size=7, accumulate=a, momentum=0.9, epochs=2) for a in (1, pieces)
+    )
+    close(parts.train(task.initial_model, correct=correct), whole.train(task.initial_model, correct=correct))
+    assert parts.num_steps == whole.num_steps
+    close(parts.metrics["loss"], whole.metrics["loss"])
+
+
+class Blocks(nn.Module):
+    """Blocks with batch norm and dropout, in a Sequential as shared models have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(*(self.Block(c) for c in (1, 4, 4)))
+        self.fc = nn.Linear(4 * 16, CLASSES)
+
+    class Block(nn.Module):
+        def __init__(self, channels):
+            super().__init__()
+            self.conv, self.bn, self.drop = (
+                nn.Conv2d(channels, 4, 3, padding=1),
+                nn.BatchNorm2d(4),
+                nn.Dropout(0.3),
+            )
+
+        def forward(self, x):
+            return self.drop(self.bn(self.conv(x)).relu())
+
+    def forward(self, x):
+        return self.fc(self.body(x).flatten(1))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("strategy", ["fedavg", "fedprox", "scaffold"])
+def test_activation_checkpointing_changes_no_bit(strategy, precision):
+    if strategy == "scaffold" and precision == "fp16":
+        pytest.skip("scaffold counts its steps")
+    models = []
+    for recompute in (False, True):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            task = Task(Blocks(), SHAPE, CLASSES, recompute=recompute)
+        simulation = make_simulation(strategy, task=task, precision=precision)
+        simulation.round()
+        simulation.round()
+        models.append(simulation.fingerprint())
+    assert models[0] == models[1]
+
+
+def test_activation_checkpointing_keeps_less():
+    def kept(recompute):
+        torch.manual_seed(0)
+        replica, sizes = Replica(Task(Blocks(), SHAPE, CLASSES, recompute=recompute)), []
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t)
+        with hooks:
+            replica.logits(replica.w, torch.randn(8, *SHAPE), train=True).sum()
+        return sum(sizes)
+
+    assert kept(True) < 0.5 * kept(False)
+
+
+def test_a_network_without_blocks_has_nothing_to_recompute():
+    with pytest.raises(ConfigError, match=r"^local.activation_checkpointing: the network has no blocks"):
+        Task(conv_net(), SHAPE, CLASSES, recompute=True)
+
+
+# The loss
+
+
+def test_the_loss_is_the_recipes():
+    task, data = double(), make_data([11], dtype=DOUBLE)
+    hinge = LOSSES.bind({"name": "hinge"})
+    local = make_local(task, data, label_loss=hinge)
+    batch = next(local.batches())
+    expected = F.multi_margin_loss(copy.deepcopy(task.network).train()(batch.x), batch.y)
+    close(local.loss(local.replica.w.detach(), batch), expected)
+
+
+def test_class_weights_weigh_each_example():
+    task, data = double(), make_data([11], dtype=DOUBLE)
+    local = make_local(task, data, class_weights=[1.0, 2.0, 0.5])
+    batch = next(local.batches())
+    losses = F.cross_entropy(copy.deepcopy(task.network).train()(batch.x), batch.y, reduction="none")
+    close(local.loss(local.replica.w.detach(), batch), (losses * torch.tensor([1.0, 2.0, 0.5])[batch.y]).mean())
+
+
+def test_balanced_class_weights_give_each_class_the_same_say():
+    data = make_data([23], dtype=DOUBLE)
+    local = make_local(double(), data, class_weights="balanced")
+    labels = data.labels[data.rows(0)]
+    ones = local._weighted(lambda logits, y: torch.ones(len(y), dtype=DOUBLE))(torch.zeros(23, 3), labels)
+    sums = [float(ones[labels == c].sum()) for c in range(CLASSES)]
+    assert sums == pytest.approx([23 / CLASSES] * CLASSES)
+
+
+def test_oversampling_draws_rare_classes_as_often():
+    task, data = double(), make_data([40], dtype=DOUBLE)
+    data = data.with_labels(torch.where(torch.arange(len(data.labels)) % 10 == 0, 1, 0))
+    local = make_local(task, data, oversample=True, epochs=30, batch_size=40)
+    labels = torch.cat([batch.y for batch in local.batches()])
+    assert len(labels) == 30 * 40
+    assert 0.45 < labels.double().mean() < 0.55
+
+
+def test_auxiliary_heads_count_two_fifths():
+    class TwoHeads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.main, self.side = nn.Linear(16, CLASSES), nn.Linear(16, CLASSES)
+
+        def forward(self, x):
+            x = x.flatten(1)
+            return (self.main(x), self.side(x)) if self.training else self.main(x)
+
+    task, data = double(TwoHeads), make_data([11], dtype=DOUBLE)
+    local, network = make_local(task, data), copy.deepcopy(task.network).train()
+    batch = next(local.batches())
+    main, side = network(batch.x)
+    close(
+        local.loss(local.replica.w.detach(), batch),
+        F.cross_entropy(main, batch.y) + 0.4 * F.cross_entropy(side, batch.y),
+    )
+    make_simulation(task=task, data=data).round()
+
+
+# Distillation
+
+
+def divergence(student, teacher, temperature):
+    p, q = (teacher / temperature).softmax(-1), (student / temperature).log_softmax(-1)
+    return temperature**2 * (p * (p.log() - q)).sum(-1).mean()
+
+
+def test_the_global_model_teaches_what_it_knew():
+    task, data = double(), make_data([11], dtype=DOUBLE)
+    recipe = {"distillation": Distillation(temperature=3.0, alpha=0.25), "batch_size": 4, "lr": 0.1}
+    trained = make_local(task, data, **recipe).train(task.initial_model)
+    network, teacher = copy.deepcopy(task.network).train(), copy.deepcopy(task.network).eval()
+    for batch in make_local(task, data, **recipe).batches():
+        with torch.no_grad():
+            taught = teacher(batch.x)
+        logits = network(batch.x)
+        loss = 0.75 * F.cross_entropy(logits, batch.y) + 0.25 * divergence(logits, taught, 3.0)
+        gradients = torch.autograd.grad(loss, list(network.parameters()))
+        with torch.no_grad():
+            for p, g in zip(network.parameters(), gradients, strict=True):
+                p -= 0.1 * g
+    close(trained, task.layout.flatten(dict(network.named_parameters())))
+
+
+TINY = {
+    "rounds": 2,
+    "data": {"name": "synthetic", "examples": 60, "test_examples": 30, "classes": 3, "clients": 3},
+    "model": {"name": "cnn_bn", "widths": [3, 4]},
+    "strategy": "fedavg",
+    "cohort": "all",
+    "runtime": "serial",
+}
+
+
+def test_a_file_teaches(tmp_path):
+    other = {"name": "cnn_bn", "widths": [4, 5]}
+    donor = build(load(TINY | {"model": other}))
+    save_file(donor.task.state_dict(donor.server), tmp_path / "teacher.safetensors")
+    distillation = {"teacher": str(tmp_path / "teacher.safetensors"), "model": other, "alpha": 1.0}
+    simulation = build(load(TINY | {"local": {"distillation": distillation}}))
+    batch = simulation.data.batch(torch.arange(5))[0]
+    with torch.no_grad():
+        expected = copy.deepcopy(donor.task.network).eval()(batch)
+    replica = simulation.runtime.worker.replica
+    torch.testing.assert_close(replica.teach(batch), expected)
+    simulation.round()
+    with pytest.raises(ConfigError, match=r"teacher.safetensors: conv1.weight is \(4, .* there and \(3, "):
+        build(load(TINY | {"local": {"distillation": {"teacher": distillation["teacher"]}}}))
+
+
+# Noisy labels
+
+
+def test_doubtful_labels_give_way_to_the_networks_own():
+    task, data = double(), make_data([40], dtype=DOUBLE)
+    local = make_local(task, data, number=3, noisy_labels=NoisyLabels(start=3))
+    local._consult(task.initial_model)
+    assert local._doubt.shape == (40,)
+    assert 0 <= local._doubt.min() <= local._doubt.max() <= 1
+    batch = next(local.batches())
+    places = [int((torch.from_numpy(data.rows(0)) == row).nonzero()) for row in next(local_rows(local))]
+    close(batch.doubt, local._doubt[places])
+    logits = local.logits(local.replica.w.detach(), batch.x)
+    own = F.cross_entropy(logits, logits.argmax(-1), reduction="none")
+    expected = (1 - batch.doubt) * F.cross_entropy(logits, batch.y, reduction="none") + batch.doubt * own
+    close(local._label_losses(logits, batch), expected)
+    assert make_local(task, data, number=2, noisy_labels=NoisyLabels(start=3))._doubt is None
+
+
+def local_rows(local):
+    yield torch.from_numpy(local._random(Stream.BATCHES).permutation(local._rows))[: local._batch_size]
+
+
+# Mixed labels
+
+
+def test_mixed_labels_share_the_loss():
+    task, data = double(), make_data([11], dtype=DOUBLE)
+    local = make_local(task, data)
+    x, y, *_ = next(local.batches())
+    share = torch.full((len(y),), 0.3, dtype=DOUBLE)
+    mixed = Batch(x, y, other=y.flip(0), share=share)
+    logits = copy.deepcopy(task.network).train()(x)
+    expected = 0.3 * F.cross_entropy(logits, y) + 0.7 * F.cross_entropy(logits, y.flip(0))
+    close(local.loss(local.replica.w.detach(), mixed), expected)
+
+
+def test_a_batch_splits_with_all_it_has():
+    y = torch.arange(5)
+    batch = Batch(torch.randn(5, 2), y, other=y.flip(0), share=y.double())
+    pieces = batch.split(2)
+    assert [len(piece.y) for piece in pieces] == [2, 2, 1]
+    assert all(torch.equal(piece.other, 4 - piece.y) and piece.doubt is None for piece in pieces)
+
+
+# What contradicts itself
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"lr_scaling": "linear", "batch_size": "full"}, "local.lr_scaling: needs a local.batch_size"),
+        ({"decay": "weights"}, "local.decay: needs local.weight_decay above 0"),
+        ({"oversample": True, "class_weights": "balanced"}, "local.oversample: stands beside local.class_weights"),
+        ({"optimizer": "lars", "nesterov": True, "momentum": 0.9}, "local.nesterov: needs sgd"),
+        ({"class_weights": [1.0, 2.0]}, "local.class_weights: has 2 numbers; there are 3 classes"),
+    ],
+)
+def test_contradictions_are_refused(recipe, message):
+    with pytest.raises(ConfigError) as error:
+        make_simulation(**recipe)
+    assert message in str(error.value)
+
+
+def test_a_precision_that_the_device_lacks_is_refused(monkeypatch):
+    monkeypatch.setattr("fedsim.local._trains_in", lambda dtype, device: dtype == torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"^local.precision: cpu lacks fp16; allowed: fp32, bf16$"):
+        make_simulation(precision="fp16")
+    check_precision("bf16", torch.device("cpu"))
