@@ -3,6 +3,7 @@
 Every side takes the same client steps: those of the config's first round. The plain loops are what one writes
 without a framework (nn.Module, torch.optim, float tensors sliced per batch), in one process with all cores and in
 one process a core, the data already there. They neither average nor hash nor report; fedsim's sides do all of it.
+Where `local.augment` names something, more sides train on augmented batches, or only make them.
 """
 
 import copy

@@ -87,7 +87,7 @@ class Collate:
 
 
 def input_sides(config: Config, simulation: Simulation) -> dict[str, AbstractContextManager[Callable[[], object]]]:
-    """Two passes over the first round's batches; one where torchvision has no transform for an entry of the list.
+    """Sides that make the first round's batches; fedsim's alone where torchvision lacks an entry of the list.
 
     `simulation` is the config's, with its `local.augment`; its examples are images.
     """
@@ -97,7 +97,7 @@ def input_sides(config: Config, simulation: Simulation) -> dict[str, AbstractCon
 
 
 def input_line(seconds: dict[str, list[float]], serial: str, steps: int) -> str:
-    """Milliseconds a batch, and the share of them in a client step of the side `serial`."""
+    """Milliseconds a batch, and fedsim's as a share of a client step of the side `serial`."""
     share = median(i / s for i, s in zip(seconds[FEDSIM], seconds[serial], strict=True))
     ours = f"augmented batch: {1000 * median(seconds[FEDSIM]) / steps:.2f} ms, {share:.1%} of a client step"
     if TORCHVISION not in seconds:
@@ -178,7 +178,8 @@ def _torchvision(config: Config, simulation: Simulation) -> Iterator[Callable[[]
 
     def side() -> None:
         for x, y in loader:
-            x.to(home, non_blocking=True), y.to(home, non_blocking=True)
+            x.to(home, non_blocking=True)
+            y.to(home, non_blocking=True)
         _finish(home)
 
     yield side

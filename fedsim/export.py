@@ -183,7 +183,12 @@ def trtexec(path: Path, shape: tuple[int, ...], batch: int | None = None) -> str
 
 def _onnx(network: nn.Module, x: Tensor, dynamic: bool, about: str) -> tuple[bytes, Run]:
     program = torch.onnx.export(
-        _program(network, x, dynamic), dynamo=True, verbose=False, input_names=["x"], output_names=["logits"]
+        _program(network, x, dynamic),
+        dynamo=True,
+        verbose=False,
+        input_names=["x"],
+        output_names=["logits"],
+        dynamic_shapes=({0: "batch"},) if dynamic else None,
     )
     assert program is not None
     program.model.metadata_props["fedsim"] = about

@@ -21,6 +21,24 @@ from fedsim.runtimes import RUNTIMES
 from fedsim.schedules import SCHEDULES
 from fedsim.strategies import CATALOGUE as STRATEGIES
 
+SETTINGS = Catalogue(  # the mappings of a config that are no entry of a catalogue
+    "KEY",
+    "fedsim",
+    {
+        "local": "recipe:Recipe",
+        "local.distillation": "recipe:Distillation",
+        "local.noisy_labels": "recipe:NoisyLabels",
+        "model": "models.options:Common",
+        "data": "config:Federation",
+        "data.label_noise": "data.noise:LabelNoise",
+        "evaluate": "config:Evaluate",
+        "recalibrate": "recalibration:Recalibrate",
+        "failures": "simulation:Failures",
+        "availability": "availability:Availability",
+        "checkpoint": "hooks.checkpointing:Checkpointing",
+        "client_store": "store:ClientStore",
+    },
+)
 KINDS: dict[str, Catalogue] = {
     "strategies": STRATEGIES,
     "models": MODELS,
@@ -32,6 +50,7 @@ KINDS: dict[str, Catalogue] = {
     "augmentations": AUGMENTATIONS,
     "runtimes": RUNTIMES,
     "hooks": HOOKS,
+    "settings": SETTINGS,
 }
 
 
@@ -44,7 +63,8 @@ def listing(kind: str | None, pattern: str) -> Iterator[Table]:
         matches = [entry for entry in catalogue if fnmatch(entry, pattern)]
         if not matches:
             raise ConfigError(f"list: none of the {name} matches {pattern!r}; there are {', '.join(catalogue)}")
-        table = Table(name, f"{catalogue.kind}: {{name: ...}}", width=80, box=box.SIMPLE_HEAD)
+        use = "KEY: {option: ...}" if catalogue is SETTINGS else f"{catalogue.kind}: {{name: ...}}"
+        table = Table(name, use, width=80, box=box.SIMPLE_HEAD)
         for entry in matches:
             table.add_row(entry, catalogue.summary(entry))
         yield table
@@ -70,6 +90,8 @@ def _options(catalogue: Catalogue, entry: str) -> Table:
     table = Table("option", "default", "allowed", width=80, box=box.SIMPLE_HEAD)
     for name, field in options_of(catalogue.load(entry)).model_fields.items():
         table.add_row(name, "required" if field.is_required() else _shown(field.default), allowed(field))
+    if catalogue is MODELS:
+        table.caption = "and the options of all models: fedsim list settings model"
     return table
 
 

@@ -9,8 +9,8 @@ import torch
 from rich.cells import cell_len
 from rich.console import Console
 
-from fedsim.bench import AUGMENTED, PlainLoop, bench
-from fedsim.bench_input import FEDSIM, TORCHVISION, Cutout, input_line, input_sides, pipeline
+from fedsim.bench import AUGMENTED, PlainLoop, _sides, bench
+from fedsim.bench_input import FEDSIM, TORCHVISION, Cutout, input_line, pipeline
 from fedsim.config import build, load
 from fedsim.data import AUGMENTATIONS
 from fedsim.local import LocalObjective
@@ -71,20 +71,6 @@ def test_the_plain_loop_starts_each_client_anew():
     assert all(torch.equal(alone[name], value) for name, value in loop.net.state_dict().items())
 
 
-def test_every_side_is_timed_and_told_of_a_strategy_that_keeps_something_too(tmp_path):
-    shown, out = io.StringIO(), tmp_path / "bench.json"
-    config = load(CONFIG, {"cohort": "all", "strategy": "scaffold"})
-    bench(config, 2, Console(file=shown, width=80), out)
-    found = json.loads(out.read_text())
-    assert found.keys() == {"steps", "machine", "python", "torch", "seconds"}
-    assert found["steps"] == build(config).round().steps
-    assert len(found["seconds"]) == (8 if "CPU" in found["machine"] else 7)
-    assert all(len(times) == 2 and min(times) > 0 for times in found["seconds"].values())
-    assert max(map(cell_len, shown.getvalue().splitlines())) <= 80
-    assert all(side in shown.getvalue() for side in found["seconds"])
-    assert re.search(r"a checkpoint takes \d+\.\d% of a round", shown.getvalue())
-
-
 IMAGES = {"data.shape": [3, 8, 8], "data.examples": 12, "model": "2nn", "cohort": "all", "local.epochs": 2}
 STILL = {  # options that leave nothing to chance
     "random_crop": {"padding": 0},
@@ -136,22 +122,39 @@ def test_torchvisions_side_cuts_squares_out_of_a_copy():
     assert image.min() == 1
 
 
-def test_the_input_pipeline_is_timed_beside_the_rest(tmp_path):
+def test_every_side_is_timed_and_told(tmp_path):
     shown, out = io.StringIO(), tmp_path / "bench.json"
-    settings = IMAGES | {"local.augment": ["color_jitter", "random_crop", "flip", "rotation", "cutout"]}
-    bench(load(CONFIG, settings | {"local.decay": "weights"}), 2, Console(file=shown, width=80), out)
-    seconds = json.loads(out.read_text())["seconds"]
-    assert {AUGMENTED, FEDSIM, TORCHVISION} <= seconds.keys()
-    assert all(len(times) == 2 and min(times) > 0 for times in seconds.values())
-    told = shown.getvalue()
-    assert all(side in told for side in seconds)
+    augment = ["color_jitter", "random_crop", "flip", "rotation", "cutout"]
+    settings = {"local.augment": augment, "local.oversample": True, "strategy": "scaffold"}
+    config = load(CONFIG, IMAGES | settings)
+    bench(config, 2, Console(file=shown, width=80), out)
+    found, told = json.loads(out.read_text()), shown.getvalue()
+    assert found.keys() == {"steps", "machine", "python", "torch", "seconds"}
+    simulation = build(config)
+    assert found["steps"] == simulation.round().steps
+    assert list(found["seconds"]) == list(_sides(config, simulation))
+    assert all(len(times) == 2 and min(times) > 0 for times in found["seconds"].values())
     assert max(map(cell_len, told.splitlines())) <= 80
-    assert re.search(
-        r"^augmented batch: \d+\.\d\d ms, \d+\.\d% of a client step; by torchvision \d+\.\d\d ms$", told, re.M
-    )
+    assert all(side in told for side in found["seconds"])
     assert (
-        "left out on all sides: local.decay\nleft out on all sides but the augmented ones: local.augment" in told
+        "left out on all sides: local.oversample\nleft out on all sides but the augmented ones: local.augment"
+        in told
     )
+    line = r"^augmented batch: \d+\.\d\d ms, \d+\.\d% of a client step; by torchvision \d+\.\d\d ms$"
+    assert re.search(line, told, re.M)
+    assert re.search(r"a checkpoint takes \d+\.\d% of a round", told)
+
+
+def test_input_pipelines_are_sides_where_images_are_augmented():
+    def sides(settings):
+        config = load(CONFIG, {"runtime.device": "cpu"} | settings)
+        return _sides(config, build(config)).keys()
+
+    assert len(sides({})) == 8
+    assert sides({"local.augment": ["flip"]}) == sides({}) | {AUGMENTED, FEDSIM, TORCHVISION}
+    assert sides({"local.augment": ["fedsim.data.augment:flip"]}) == sides({}) | {AUGMENTED, FEDSIM}
+    vectors = {"data": {"name": "synthetic_iid", "clients": 30}}
+    assert sides(vectors | {"local.augment": ["mixup"]}) == sides(vectors)
 
 
 def test_shares_and_milliseconds_are_medians_of_turns():
@@ -160,7 +163,5 @@ def test_shares_and_milliseconds_are_medians_of_turns():
     assert input_line(seconds, "serial", 100) == line
 
 
-def test_an_augmentation_of_ones_own_is_timed_without_torchvision():
-    config = load(CONFIG, IMAGES | {"local.augment": ["fedsim.data.augment:flip"]})
-    assert input_sides(config, build(config)).keys() == {FEDSIM}
+def test_the_line_says_that_torchvision_has_no_such_thing():
     assert input_line({FEDSIM: [1.0], "serial": [5.0]}, "serial", 1000).endswith("; torchvision lacks an entry")

@@ -223,7 +223,7 @@ def test_a_pattern_picks(fedsim_):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_entry_shows_its_options(fedsim_, kind):
-    for entry in KINDS[kind]:
+    for entry in list(KINDS[kind])[:: 7 if kind == "models" else 1]:  # whose costs take a moment each
         shown = narrow(fedsim_("list", kind, entry).out)
         assert not [noise for noise in ("typing", "Union", "<class", "Ge(", "None", "PosixPath") if noise in shown]
         for option in options_of(KINDS[kind].load(entry)).model_fields:

@@ -27,7 +27,7 @@ from fedsim.experiment import spread
 from fedsim.folder import RunFolder
 from fedsim.hooks import Hook
 from fedsim.hooks.tensorboard import SCALARS
-from fedsim.models import MODELS
+from fedsim.models import options as models
 from fedsim.report import read_run
 
 COMMAND = [sys.executable, "-P", "-c", "from fedsim.cli import main; main()"]  # -P: not from where one is
@@ -92,7 +92,7 @@ def fingerprint(network):
 def saved_network(folder):
     config = load(folder / "config.yaml")
     data = build(config).data
-    network = MODELS.bind(config.model)(data.shape, data.num_classes)
+    network = models.make(config.model, data.shape, data.num_classes)
     network.load_state_dict(load_file(folder / "model.safetensors"))
     return network, data
 

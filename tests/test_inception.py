@@ -43,7 +43,7 @@ def x() -> Tensor:
 
 def step(network: nn.Module, x: Tensor) -> None:
     torch.manual_seed(0)  # of its dropout
-    F.cross_entropy(network(x), torch.arange(len(x))).backward()
+    F.cross_entropy(network(x), torch.arange(len(x), device=x.device)).backward()
 
 
 def state(network: nn.Module) -> Iterator[Tensor]:
@@ -219,3 +219,14 @@ def test_an_error_in_a_branch_is_the_callers(x: Tensor) -> None:
     other.Mixed_6b.branch7x7_2 = nn.Conv2d(1, 1, 1)
     with pytest.raises(RuntimeError, match="channels"):
         other(x)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_streams_give_what_one_after_the_other_gives(x: Tensor) -> None:
+    one, other = (network.cuda() for network in pair())
+    with torch.backends.cudnn.flags(deterministic=True, benchmark=False, allow_tf32=False):
+        for network in (one, other):
+            for _ in range(3):
+                step(network, x.cuda())
+    for a, b in zip(state(one), state(other), strict=True):
+        torch.testing.assert_close(a, b)

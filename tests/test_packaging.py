@@ -15,7 +15,7 @@ import fedsim.strategies
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
-OPTIONAL = ["flwr", "ray", "scipy", "sklearn"]
+OPTIONAL = ["flwr", "onnx", "onnxruntime", "onnxscript", "ray", "scipy", "sklearn", "tensorrt"]
 
 
 def packages_on_disk() -> dict[str, Path]:

@@ -118,7 +118,7 @@ class FederatedData:
 
     @property
     def form(self) -> dict[str, Any]:
-        """What an example is before a batch makes it x * scale - shift: its shape and type, and the two by channel."""
+        """What an example is before a batch makes it x * scale - shift: shape, type, and these two by channel."""
         constants = {"scale": self._scale, "shift": self._shift}
         return {
             "shape": list(self.shape),
