@@ -15,7 +15,11 @@ from fedsim.listing import KINDS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-SHORTER = {"run": ["rounds=2"], "bench": ["rounds=2", "--repeats", "1"]}  # the same commands, in less time
+SHORTER = {
+    "run": ["rounds=2"],
+    "bench": ["rounds=2", "--repeats", "1"],
+    "profile": ["--repeats", "1"],
+}  # the same commands, in less time
 
 
 def blocks(language):
@@ -37,7 +41,8 @@ def fedsim(line):
 
 def test_the_commands(checkout):
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("fedsim ")]
-    assert {shlex.split(line)[1] for line in lines} == {"run", "resume", "partition", "compare", "list", "bench"}
+    told = {shlex.split(line)[1] for line in lines}
+    assert told == {"run", "resume", "partition", "compare", "list", "bench", "profile", "export"}
     for line in lines:
         result = fedsim(line)
         assert result.exit_code == 0, (line, result.output)
