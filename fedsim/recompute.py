@@ -54,14 +54,17 @@ class Recompute:
 
     @contextmanager
     def _as_before(self, block: nn.Module, draws: torch.Tensor) -> Iterator[None]:
-        """The same random numbers as the first time, and statistics that stay as the first time left them."""
+        """In training mode, with the random numbers of the first time; statistics stay as that left them."""
         now, statistics = self.generator.get_state(), [buffer.clone() for buffer in block.buffers()]
+        training = block.training  # not if a teacher was asked since
         self.generator.set_state(draws)
+        block.train()
         try:
             with KeyedDraws(self.generator):
                 yield
         finally:
             self.generator.set_state(now)
+            block.train(training)
             with torch.no_grad():
                 for buffer, value in zip(block.buffers(), statistics, strict=True):
                     buffer.copy_(value)

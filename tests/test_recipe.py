@@ -162,7 +162,8 @@ class Blocks(nn.Module):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("strategy", ["fedavg", "fedprox", "scaffold"])
-def test_activation_checkpointing_changes_no_bit(strategy, precision):
+@pytest.mark.parametrize("distillation", [None, Distillation()], ids=["alone", "taught"])
+def test_activation_checkpointing_changes_no_bit(strategy, precision, distillation):
     if strategy == "scaffold" and precision == "fp16":
         pytest.skip("scaffold counts its steps")
     models = []
@@ -170,7 +171,7 @@ def test_activation_checkpointing_changes_no_bit(strategy, precision):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             task = Task(Blocks(), SHAPE, CLASSES, recompute=recompute)
-        simulation = make_simulation(strategy, task=task, precision=precision)
+        simulation = make_simulation(strategy, task=task, precision=precision, distillation=distillation)
         simulation.round()
         simulation.round()
         models.append(simulation.fingerprint())
