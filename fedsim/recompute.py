@@ -41,6 +41,7 @@ class Recompute:
         def run(*args: Any) -> Any:
             if not (self.on and torch.is_grad_enabled()):
                 return forward(*args)
+            args = tuple(list(arg) if isinstance(arg, list) else arg for arg in args)  # DenseNet's grows meanwhile
             return checkpoint(
                 forward,
                 *args,

@@ -14,6 +14,7 @@ from fedsim import Batch, ConfigError, Recipe, Task
 from fedsim.config import build, load
 from fedsim.local import check_precision
 from fedsim.losses import LOSSES
+from fedsim.models import options
 from fedsim.optim import LARS
 from fedsim.recipe import Distillation, NoisyLabels
 from fedsim.schedules import SCHEDULES
@@ -176,6 +177,21 @@ def test_activation_checkpointing_changes_no_bit(strategy, precision, distillati
         simulation.round()
         models.append(simulation.fingerprint())
     assert models[0] == models[1]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "densenet121", "efficientnet_b0", "shufflenet_v2", "inception_v3"])
+def test_backbones_recompute_what_they_computed(name):
+    found = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        network = options.make({"name": name, "dropout": 0.2}, (3, 32, 32), CLASSES)
+        replica = Replica(Task(network, (3, 32, 32), CLASSES, recompute=recompute))
+        replica.enter(replica.task.initial_buffers, 1)
+        x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        loss = replica.logits(replica.w, x, train=True).square().sum()
+        found.append((torch.autograd.grad(loss, replica.parameters), replica.buffers.clone()))
+    assert all(torch.equal(a, b) for a, b in zip(found[0][0], found[1][0], strict=True))
+    assert torch.equal(found[0][1], found[1][1])
 
 
 def test_activation_checkpointing_keeps_less():
