@@ -20,11 +20,12 @@ class FedSGD(Strategy):
 
     def check(self, recipe: Recipe, layout: Layout) -> None:
         plain = Recipe(recipe.schedule)
-        for name in ("optimizer", "epochs", "steps", "momentum", "weight_decay", "clip_norm"):
-            if getattr(recipe, name) != getattr(plain, name):
+        step = ("optimizer", "epochs", "steps", "momentum", "weight_decay", "clip_norm", "accumulate")
+        for name in (*step, "distillation", "noisy_labels"):
+            if getattr(recipe, name) != (needed := getattr(plain, name)):
                 raise ConfigError(
                     f"local.{name}: fedsgd takes one plain gradient step a round, so this must be "
-                    f"{getattr(plain, name)}; fedavg with local.batch_size full has the rest"
+                    f"{'null' if needed is None else needed}; fedavg with local.batch_size full has the rest"
                 )
         if recipe.precision == "fp16":
             raise ConfigError("local.precision: fedsgd sends gradients unscaled; use bf16 or fp32")

@@ -29,6 +29,8 @@ class Scaffold(Strategy):
         for name in ("momentum", "weight_decay", "clip_norm"):
             if getattr(recipe, name):
                 raise ConfigError(f"local.{name}: scaffold: (x - y) / (K lr) is a mean gradient only without it")
+        if recipe.lr_every == "step":
+            raise ConfigError("local.lr_every: scaffold: (x - y) / (K lr) needs one lr a round")
         if recipe.precision == "fp16":
             raise ConfigError("local.precision: scaffold counts K steps, and fp16 skips some; use bf16 or fp32")
 
