@@ -10,6 +10,7 @@ import importlib
 import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
 from functools import cache, partial
 from pathlib import Path
 from types import NoneType, UnionType
@@ -162,6 +163,17 @@ def unknown(name: str, allowed: Iterable[str]) -> str:
     return f"{name!r} is unknown; {hint}allowed: {all_names or 'none'}"
 
 
+def matching(names: Iterable[str], patterns: Iterable[str], at: str) -> set[str]:
+    """Those of `names` that fit one of `patterns`, such as fc*; raises ConfigError where a pattern fits none."""
+    names, found = list(names), set[str]()
+    for pattern in patterns:
+        if not (fits := {name for name in names if fnmatchcase(name, pattern)}):
+            shown = names if len(names) <= 6 else [*names[:3], "...", *names[-2:]]
+            raise ConfigError(f"{at}: {pattern!r} matches none of {', '.join(shown)}")
+        found |= fits
+    return found
+
+
 def _attribute(module: Any, attribute: str, at: str) -> Callable[..., Any]:
     found = getattr(module, attribute, None)
     if not callable(found):
@@ -194,6 +206,11 @@ def _is_schema(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
+def _schema_in(kind: Any) -> Any:
+    """The schema of what is one or null, for it has keys below it."""
+    return next((part for part in get_args(kind) if _is_schema(part)), kind)
+
+
 def _one_line(error: ValidationError, schema: Any, values: Any, at: str) -> str:
     """The first thing that is wrong; but first of all an unknown key, which another may be missing for."""
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
@@ -207,7 +224,7 @@ def _one_line(error: ValidationError, schema: Any, values: Any, at: str) -> str:
         field = fields[part]
         if part not in values:
             return f"{key}: missing; it should be {allowed(field)}"
-        kind, values = field.annotation, values[part]
+        kind, values = _schema_in(field.annotation), values[part]
     if first["type"] == "value_error":  # a validator's own words
         return f"{key}: {first['ctx']['error']}"
     finite = "finite, " if first["type"] == "finite_number" else ""

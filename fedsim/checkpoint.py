@@ -54,7 +54,7 @@ class Checkpoint(BaseModel):
     stopped: str | None  # why, where a hook has ended the run
     config: dict[str, Any]
     versions: dict[str, str]
-    data: str  # hash of labels and owners
+    data: str  # hash of labels and owners, and of what of the networks is fixed
     log: File  # rounds.jsonl, as far as it went
     server: File
     clients: list[File]  # the older first

@@ -182,10 +182,14 @@ def profile(
     json: Annotated[Path | None, typer.Option(help="a JSON file for the figures, every pass's too")] = None,
 ) -> None:
     """Show what networks cost: parameters, FLOPs, memory of training, latency and throughput."""
+    from fedsim.export import writable
     from fedsim.profile import measure, numbers, picture, place, save, subjects, tables
 
     if json is not None and json.exists():
         raise ConfigError(f"--json: {json} exists; name another file")
+    for path, at in ((out, "--out"), (json, "--json")):
+        if path is not None:
+            writable(path, at)
     chosen, batches = place(device), numbers(batch, "--batch")
     found = subjects(models or [], runs or [], None if shape is None else numbers(shape, "--shape"), classes)
     measure(

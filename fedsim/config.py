@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from fedsim.availability import Availability
 from fedsim.catalogue import Options, Spec, options_of, validated
 from fedsim.cohort import COHORTS
 from fedsim.data import AUGMENTATIONS, DATASETS, PARTITIONS, Dataset, FederatedData
+from fedsim.data.augment import MIXERS
 from fedsim.data.federated import set_apart, without
 from fedsim.data.noise import LabelNoise
 from fedsim.errors import ConfigError
@@ -21,6 +22,7 @@ from fedsim.hooks.checkpointing import Checkpointing
 from fedsim.hooks.results import Results
 from fedsim.losses import LOSSES
 from fedsim.models import options as models
+from fedsim.models.weights import fill
 from fedsim.reading import parse, read_yaml
 from fedsim.recalibration import Recalibrate
 from fedsim.recipe import Distillation, Recipe
@@ -35,11 +37,15 @@ from fedsim.types import Count, Decay, Seed, Stream, random
 
 
 class Evaluate(Options):
-    """When and how the global model is tested, and whether each client's own model is."""
+    """When and how the global model is tested, and whether each client's own model is.
+
+    In `train` mode batch norm has the statistics of the batch that is tested, and dropout drops.
+    """
 
     every: Count = 1
     batch_size: Count = 500
     clients: bool = False
+    mode: Literal["eval", "train"] = "eval"
 
 
 class Federation(Options):
@@ -211,15 +217,14 @@ def _resolve_local(config: Config) -> Spec:
     if not isinstance(augment, list):
         raise ConfigError(f"local.augment: {augment!r} should be a list, such as [flip, random_crop]")
     specs = [AUGMENTATIONS.resolve(spec, f"local.augment[{i}]") for i, spec in enumerate(augment)]
-    if recipe["noisy_labels"] and (mixing := {"mixup", "cutmix"} & {spec["name"] for spec in specs}):
+    if recipe["noisy_labels"] and (mixing := MIXERS & {spec["name"] for spec in specs}):
         raise ConfigError(
             f"local.noisy_labels: cannot tell which label is wrong after {min(mixing)}; one of the two"
         )
     loss = LOSSES.resolve(config.local.get("loss", "cross_entropy"))
     distillation = recipe["distillation"]
-    if distillation and distillation["model"]:
-        model = models.resolve(distillation["model"], "local.distillation.model")
-        recipe["distillation"] = distillation | {"model": model}
+    if distillation and distillation["model"] is not None:
+        recipe["distillation"] = distillation | {"model": _resolve_teacher(distillation["model"])}
     return recipe | {"schedule": SCHEDULES.resolve(schedule), "loss": loss, "augment": specs}
 
 
@@ -235,18 +240,25 @@ def _recipe(config: Config) -> Recipe:
 
 def _teacher(config: Config, distillation: Distillation | None, data: FederatedData) -> nn.Module | None:
     """The network that clients distil from, where it is not the global model."""
-    if distillation is None or distillation.teacher == "global":
-        if distillation and distillation.model:
+    if distillation is None or isinstance(distillation.teacher, str):
+        if distillation and distillation.model is not None:
             raise ConfigError("local.distillation.model: needs a file in local.distillation.teacher")
         return None
-    at = "local.distillation.model"
-    spec = models.resolve(distillation.model or {**_spec(config.model), **models.UNTRAINED}, at)
-    network = models.make({**spec, "weights": str(distillation.teacher)}, data.shape, data.num_classes, at)
+    spec, at = distillation.model, "local.distillation.model"
+    if spec is None:
+        whole, at = models.resolve(config.model), "model"
+        spec = {key: value for key, value in whole.items() if key not in models.training(whole)}
+    network = models.make(spec, data.shape, data.num_classes, at)
+    fill(network, distillation.teacher, "local.distillation.teacher")
     return network.eval().requires_grad_(False)
 
 
-def _spec(value: Spec | str) -> Spec:
-    return {"name": value} if isinstance(value, str) else value
+def _resolve_teacher(model: Spec | str) -> Spec:
+    at = "local.distillation.model"
+    spec = models.resolve(model, at)
+    if idle := models.training(spec):
+        raise ConfigError(f"{at}.{next(iter(idle))}: is nothing to a teacher, which is all in its file")
+    return spec
 
 
 def _run_long(schedule: Any, rounds: int) -> Any:

@@ -89,12 +89,14 @@ class Run:
             checkpoint, server = saved
             if config.rounds < checkpoint.round:
                 raise ConfigError(f"rounds: {config.rounds}, and {path} has done {checkpoint.round}")
-            others = [] if simulation.data.digest() == checkpoint.data else ["data: other examples or owners"]
+            others = ["data or model: other examples, owners, frozen weights or teacher"]
+            others = [] if simulation.digest() == checkpoint.data else others
             changed = _changed(checkpoint.config, config, others, force)
             folder.checkpoints.restore(simulation, checkpoint, server)
             records = folder.go_on(config, simulation.data, checkpoint.log)
             notes += [*changed, *_other_versions(checkpoint.versions)]
-            length = config.local["schedule"].get("rounds", config.rounds)
+            own_length = config.local["schedule"].get("rounds")
+            length = own_length + config.local["warmup"] if own_length else config.rounds
             if checkpoint.config["rounds"] < config.rounds > length:
                 notes += [f"local.schedule is over after {length} rounds; what follows has its last learning rate"]
             same_end = all(getattr(config, key) == checkpoint.config.get(key) for key in ("rounds", "hooks"))
@@ -216,13 +218,14 @@ def _round(run: Run, told: Hooks) -> None:
 
 
 def _tests(config: Config, simulation: Simulation) -> Record:
-    test = simulation.evaluate(config.evaluate.batch_size)
+    size, train = config.evaluate.batch_size, config.evaluate.mode == "train"
+    test = simulation.evaluate(size, train=train)
     found = {"test_loss": test.loss, "test_accuracy": test.accuracy}
     if simulation.ema:
-        mean = simulation.evaluate(config.evaluate.batch_size, simulation.ema)
+        mean = simulation.evaluate(size, simulation.ema, train=train)
         found |= {"ema_test_loss": mean.loss, "ema_test_accuracy": mean.accuracy}
     if config.evaluate.clients:
-        clients = simulation.evaluate_clients(batch_size=config.evaluate.batch_size)
+        clients = simulation.evaluate_clients(batch_size=size, train=train)
         found |= spread([each.accuracy for each in clients.values()])
     return found
 

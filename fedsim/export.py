@@ -12,9 +12,12 @@ https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/python-ap
 import copy
 import io
 import json
+import os
 import shlex
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -30,7 +33,7 @@ from fedsim.errors import ConfigError, one_line
 from fedsim.files import apart, write
 from fedsim.fusion import fused
 from fedsim.models.options import make
-from fedsim.reading import open_regular
+from fedsim.reading import gigabytes, memory, open_regular
 from fedsim.types import Count
 
 Format = Literal["onnx", "torch", "safetensors", "tensorrt"]
@@ -42,6 +45,7 @@ NAMES: dict[Format, str] = {  # in the run's folder
     "safetensors": "export.safetensors",
     "tensorrt": "export.engine",
 }
+MOST = 2**28  # numbers in an example, and classes
 TOLERANCE = 1e-4  # of a file's outputs, as a share of the largest
 BATCHES = 1, 32, 256  # of a TensorRT engine: the smallest, the most likely, the largest
 
@@ -109,9 +113,9 @@ def trained(run: Path, *, ema: bool = False) -> Trained:
     """The network of a run's folder, or with `ema` its running mean; no data is read. Raises ConfigError."""
     config, told = load_config(run / "config.yaml"), _told(run)
     spec = dict(config.model) if isinstance(config.model, Mapping) else {"name": config.model}
-    spec |= {"weights": None, "pretrained": None, "new_head": False}  # where it began does not matter
+    spec = _bare(spec)  # where it began does not matter
     with torch.random.fork_rng(devices=[]):
-        network = make(spec, told.example.shape, told.classes)
+        network = made(spec, told.example.shape, told.classes)
     path = run / ("ema.safetensors" if ema else "model.safetensors")
     try:
         open_regular(path).close()
@@ -122,6 +126,27 @@ def trained(run: Path, *, ema: bool = False) -> Trained:
     except (SafetensorError, RuntimeError) as error:
         raise ConfigError(f"{path}: does not hold the weights of the run's network: {one_line(error)}") from None
     return Trained(network.eval(), config, told.example, told.classes)
+
+
+def made(spec: Mapping[str, object], shape: tuple[int, ...], classes: int) -> nn.Module:
+    """The network that a spec describes; raises ConfigError, too, where it is larger than this machine can hold."""
+    at = f"model: cannot be made for {one_line(classes)} classes and examples of shape {one_line(shape)}"
+    if max(prod(shape), classes) > MOST:
+        raise ConfigError(f"{at}: neither may have more than {MOST:,}")
+    with suppress(RuntimeError, TypeError), torch.device("meta"):  # on which not every factory can do its work
+        needed = sum(value.nbytes for value in make(_bare(spec), shape, classes).state_dict().values())
+        if needed > memory() // 2:
+            raise ConfigError(f"{at}: it has {gigabytes(needed)}, more than half of this machine's memory")
+    try:
+        return make(spec, shape, classes)
+    except (RuntimeError, MemoryError) as error:
+        raise ConfigError(f"{at}: {one_line(error)}") from error
+
+
+def writable(path: Path, at: str) -> None:
+    """Raises ConfigError that begins with `at` where no file can be written: told before the work, not after."""
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"{at}: {path} cannot be written; is there such a folder?")
 
 
 def export(
@@ -147,6 +172,7 @@ def export(
     out = out or run / NAMES[format]
     if out.exists():
         raise ConfigError(f"--out: {out} exists; name another file")
+    writable(out, "--out")
     plain, config, example, classes = trained(run, ema=ema)
     network: nn.Module = fused(plain, example.shape) if fuse else plain
     if normalise:
@@ -160,15 +186,18 @@ def export(
         "normalised": normalise,  # what it takes is raw
         "example": example.model_dump(mode="json"),
     }
-    x = example.random(batch or 2, normalise)
-    content, runs = FORMATS[format](network, x, batch is None, json.dumps(about))
-    difference = None
-    if check and runs is not None and (format != "onnx" or find_spec("onnxruntime")):
-        sizes = [batch] if batch else [1, 3]
-        difference = max(_difference(plain, runs, example.random(size, normalise)) for size in sizes)
-        if not difference <= TOLERANCE:
-            what = f"outputs of the {format} file differ by {difference:.1e} of the largest"
-            raise ConfigError(f"--check: {what}; --no-check writes it all the same")
+    try:
+        x = example.random(batch or 2, normalise)
+        content, runs = FORMATS[format](network, x, batch is None, json.dumps(about))
+        difference = None
+        if check and runs is not None and (format != "onnx" or find_spec("onnxruntime")):
+            sizes = [batch] if batch else [1, 3]
+            difference = max(_difference(plain, runs, example.random(size, normalise)) for size in sizes)
+    except RuntimeError as error:  # too little memory
+        raise ConfigError(f"model: cannot be exported for examples of shape {example.shape}: {one_line(error)}") from error
+    if difference is not None and not difference <= TOLERANCE:
+        what = f"outputs of the {format} file differ by {difference:.1e} of the largest"
+        raise ConfigError(f"--check: {what}; --no-check writes it all the same")
     return Exported(out, write(out, content).bytes, example.shape, difference)
 
 
@@ -264,6 +293,11 @@ def _program(network: nn.Module, x: Tensor, dynamic: bool) -> torch.export.Expor
     except Exception as error:  # whatever a forward pass does to a stand-in for its input
         fixed = ", or not with any number of examples: try --batch 1" if dynamic else ""
         raise ConfigError(f"model: cannot be exported{fixed}: {one_line(error)}") from error
+
+
+def _bare(spec: Mapping[str, object]) -> dict[str, object]:
+    """Without weights from elsewhere."""
+    return {key: value for key, value in spec.items() if key not in ("weights", "pretrained", "new_head")}
 
 
 def _by_channel(values: tuple[float, ...]) -> Tensor:

@@ -17,16 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
-from torchvision.ops import FrozenBatchNorm2d, StochasticDepth
+from torchvision.ops import StochasticDepth
 
 from fedsim.errors import ConfigError, one_line
+from fedsim.models.options import FrozenBatchNorm
 
 # Exact types: a subclass may compute something else.
 LAYERS: dict[type, set[type]] = {  # and the norms that they take in
-    nn.Conv1d: {nn.BatchNorm1d, nn.SyncBatchNorm},
-    nn.Conv2d: {nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d},
-    nn.Conv3d: {nn.BatchNorm3d, nn.SyncBatchNorm},
-    nn.Linear: {nn.BatchNorm1d, nn.SyncBatchNorm},
+    nn.Conv1d: {nn.BatchNorm1d, nn.SyncBatchNorm, FrozenBatchNorm},
+    nn.Conv2d: {nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm},
+    nn.Conv3d: {nn.BatchNorm3d, nn.SyncBatchNorm, FrozenBatchNorm},
+    nn.Linear: {nn.BatchNorm1d, nn.SyncBatchNorm, FrozenBatchNorm},
 }
 NORMS = set[type]().union(*LAYERS.values())
 IDLE = {nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, StochasticDepth}
@@ -62,16 +63,19 @@ def fused(network: nn.Module, shape: tuple[int, ...] | None = None) -> fx.GraphM
     return module
 
 
-class _Proxy(fx.Proxy):
-    """Records `x += y` as what it is: torch.fx has x + y in its place, which other readers of x do not see."""
-
-
 def _recorded(write: Any) -> Any:
     return lambda self, other: self.tracer.create_proxy("call_function", write, (self, other), {})
 
 
-for _write in IN_PLACE:
-    setattr(_Proxy, f"__{_write.__name__}__", _recorded(_write))
+def _recording(proxy: type[fx.Proxy]) -> type[fx.Proxy]:
+    for write in IN_PLACE:
+        setattr(proxy, f"__{write.__name__}__", _recorded(write))
+    return proxy
+
+
+@_recording
+class _Proxy(fx.Proxy):
+    """Records `x += y` as what it is: torch.fx has x + y in its place, which other readers of x do not see."""
 
 
 class _Tracer(fx.Tracer):

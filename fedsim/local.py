@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import count, islice
-from math import ceil
 from time import perf_counter
 
 import numpy as np
@@ -212,7 +211,7 @@ class LocalObjective:
         distillation, noisy = self.recipe.distillation, self.recipe.noisy_labels
         if distillation and distillation.teacher == "global":
             self._start = start.clone(), self.buffers
-        if noisy and self._round >= noisy.start:
+        if noisy and self._round + 1 >= noisy.start:
             parts = torch.split(torch.from_numpy(self._rows), self._batch_size)
             loss = self.recipe.label_loss or self.replica.task.losses
             with torch.no_grad():
@@ -238,6 +237,8 @@ class LocalObjective:
 
     def _label_losses(self, logits: Tensor, batch: Batch) -> Tensor:
         if batch.doubt is not None:
+            if batch.other is not None:
+                raise ConfigError("local.noisy_labels: cannot tell which label is wrong after mixup or cutmix")
             return bootstrapped(self._label_loss, logits, batch)
         return mixed(self._label_loss, logits, batch)
 
@@ -254,7 +255,8 @@ class LocalObjective:
             f = loss(self.replica.w, batch)
             return f.detach(), self._backward(f * scale if scale else f, flat)
         total, gradients = self.replica.flat.new_zeros(()), list[Tensor]()
-        for piece in batch.split(ceil(len(batch.y) / self.recipe.accumulate)):
+        pieces = min(self.recipe.accumulate, max(len(batch.y) // 2, 1))  # of one, batch norm has no statistics
+        for piece in batch.split(pieces):
             f = loss(self.replica.w, piece) * (len(piece.y) / len(batch.y))
             total += f.detach()
             parts = self._backward(f * scale if scale else f, flat)

@@ -7,6 +7,7 @@ a copy; the command measures one device.
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -27,16 +28,16 @@ from torch import distributed, nn
 from fedsim.config import parse_overrides
 from fedsim.cost import Cost, cost, digits, short, size, zeros
 from fedsim.errors import ConfigError, one_line
-from fedsim.export import trained
+from fedsim.export import made, trained
 from fedsim.fusion import fused
+from fedsim.local import AUTOCAST
 from fedsim.models import MODELS, Reference
-from fedsim.models.options import make
 from fedsim.report import ABSENT, WIDTH, read_run, shortened
 from fedsim.runtimes.worker import cores, devices
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, **AUTOCAST}
 WARM_UP = 2  # passes that do not count
 PERCENTILES = (50, 90, 95, 99)
 UNKNOWN = Cost(0, 0, 0)
@@ -92,7 +93,7 @@ def subjects(
             own, count = shape or given.shape, classes or given.classes
             if not (own and count):
                 raise ConfigError(f"--shape: {entry} has no size of its own; give --shape and --classes")
-            network = make({"name": entry, **parse_overrides(settings)}, own, count)
+            network = made({"name": entry, **parse_overrides(settings)}, own, count)
             found.append(Subject(" ".join([entry, *settings]), network, own))
     for run in runs:
         rounds, accuracies = read_run(run).curve("test_accuracy")
@@ -126,14 +127,16 @@ def measure(
         for subject in found:
             network = fused(subject.network, subject.shape) if fuse else subject.network.eval()
             subject.cost = cost(subject.network.to(device), subject.shape, None if precision == "fp32" else dtype)
-            network = network.to(device, dtype)
             subject.seconds = {batch: [] for batch in batches}
-            for batch in batches:
-                sides.append((subject, batch, _side(network, (batch, *subject.shape), channels_last)))
+            with _runs(subject.label, device):
+                network = network.to(device, dtype)
+                for batch in batches:
+                    sides.append((subject, batch, _side(network, (batch, *subject.shape), channels_last)))
             progress.advance(bar)
         for turn in range(WARM_UP + repeats):
             for subject, batch, side in sides:
-                seconds = _timed(side, device, subject.label)
+                with _runs(subject.label, device):
+                    seconds = _timed(side, device)
                 if turn >= WARM_UP:
                     subject.seconds[batch].append(seconds)
                 progress.advance(bar)
@@ -224,8 +227,9 @@ def place(name: str) -> torch.device:
 def numbers(text: str, at: str) -> tuple[int, ...]:
     """`3,32,32` as (3, 32, 32); raises ConfigError that begins with `at`."""
     parts = text.split(",")
-    if not all(part.isdecimal() and int(part) for part in parts):
-        raise ConfigError(f"{at}: {text!r} should be whole numbers >= 1 with commas between them, such as 3,32,32")
+    if not all(part.isdecimal() and len(part) < 10 and int(part) for part in parts):
+        allowed = "whole numbers >= 1, of at most nine digits, with commas between them"
+        raise ConfigError(f"{at}: {text!r} should be {allowed}, such as 3,32,32")
     return tuple(map(int, parts))
 
 
@@ -262,14 +266,19 @@ def _side(network: nn.Module, shape: tuple[int, ...], channels_last: bool) -> Ca
     return side
 
 
-def _timed(side: Callable[[], object], device: torch.device, label: str) -> float:
-    start = perf_counter()
+@contextmanager
+def _runs(label: str, device: torch.device) -> Iterator[None]:
     try:
-        side()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        yield
     except RuntimeError as error:  # too little memory, or a layer that has no such precision there
         raise ConfigError(f"profile: {label} cannot run on {device}: {one_line(error)}") from error
+
+
+def _timed(side: Callable[[], object], device: torch.device) -> float:
+    start = perf_counter()
+    side()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return perf_counter() - start
 
 

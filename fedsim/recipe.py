@@ -29,7 +29,7 @@ class Distillation(Options):
     """
 
     teacher: Literal["global"] | Path = "global"
-    model: Spec | None = None
+    model: Spec | str | None = None
     temperature: Positive = 4.0
     alpha: Share = 0.5
 
@@ -37,11 +37,12 @@ class Distillation(Options):
 class NoisyLabels(Options):
     """Correction of wrong labels by a Beta mixture (Arazo et al. 2019, https://arxiv.org/abs/1904.11238).
 
-    From round `start` on a client fits two Beta distributions to the losses of its examples, before it trains, and
-    replaces each label by the network's own prediction in proportion to the probability that it is wrong.
+    From round `start` on, counted from 1, a client fits two Beta distributions to the losses of its examples,
+    before it trains, and replaces each label by the network's own prediction in proportion to the probability
+    that it is wrong.
     """
 
-    start: Annotated[int, Ge(0)] = 5
+    start: Count = 6
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,9 @@ class Recipe:
 
     `epochs` passes over its examples, or `steps` mini-batches where that is set, of `batch_size` examples;
     an epoch's last batch holds what is left, and `full` is McMahan's B = infinity. Each gradient is summed over
-    `accumulate` pieces of its batch, for less memory; batch norm sees the pieces. With `oversample` an epoch draws
-    as many examples with replacement, of each of the client's classes as often; `class_weights` weigh the loss
-    instead, a number a class, or `balanced`, n_k / (classes n_kc).
+    `accumulate` pieces of its batch, of two examples or more, for less memory; batch norm sees the pieces. With
+    `oversample` an epoch draws as many examples with replacement, of each of the client's classes as often;
+    `class_weights` weigh the loss instead, a number a class, or `balanced`, n_k / (classes n_kc).
 
     The learning rate is `lr`, times B / 256 with linear `lr_scaling` (Goyal et al. 2017), or its square root
     (Krizhevsky 2014), times the schedule's factor, after a linear `warmup` of so many rounds. It changes with the
@@ -105,6 +106,16 @@ class Recipe:
             raise ConfigError("local.lr_scaling: needs a local.batch_size; full is another number for each client")
         if self.decay == "weights" and not self.weight_decay:
             raise ConfigError("local.decay: needs local.weight_decay above 0")
+        for name, user, used in (
+            ("trust", "lars", self.optimizer == "lars"),
+            ("loss_scale", "fp16", self.precision == "fp16"),
+            ("betas", "adam and adamw", self.optimizer in ("adam", "adamw")),
+            ("eps", "adam and adamw", self.optimizer in ("adam", "adamw")),
+        ):
+            if not used and getattr(self, name) != getattr(type(self), name):
+                raise ConfigError(f"local.{name}: belongs to {user}")
+        if self.batch_size != "full" and self.accumulate > self.batch_size:
+            raise ConfigError(f"local.accumulate: {self.accumulate} pieces of a batch of {self.batch_size}")
         if self.oversample and self.class_weights:
             raise ConfigError("local.oversample: stands beside local.class_weights; one of the two")
 

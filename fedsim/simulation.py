@@ -195,12 +195,13 @@ class Simulation:
             return None
         return {name: self.server[f"ema.{name}"] for name in ("model", "buffers")}
 
-    def evaluate(self, batch_size: int = 500, server: State | None = None) -> Evaluation:
+    def evaluate(self, batch_size: int = 500, server: State | None = None, *, train: bool = False) -> Evaluation:
         """The global model on the whole test set, in eval mode; the same numbers in every runtime.
 
-        Or another `model` (P,) with its `buffers` (Q,), such as those of `ema`.
+        Or another `model` (P,) with its `buffers` (Q,), such as those of `ema`. In `train` mode batch norm has the
+        statistics of each batch, and dropout drops.
         """
-        work = EvaluateGlobal(batch_size)
+        work = EvaluateGlobal(batch_size, train)
         chunks = [Job(k, self.number, None) for k in range(ceil(self.data.num_test / batch_size))]
         try:
             return _mean(_sums(self._reports(work, chunks, server)))
@@ -208,16 +209,26 @@ class Simulation:
             raise RoundError(f"test after round {self.number}: {error.__cause__}") from error
 
     def evaluate_clients(
-        self, clients: Iterable[int] | None = None, batch_size: int = 500
+        self, clients: Iterable[int] | None = None, batch_size: int = 500, *, train: bool = False
     ) -> dict[int, Evaluation]:
         """Each client's own model on its own examples, by client; all of them unless some are named.
 
         On what it holds out, or where it holds out nothing, on what it trains on.
         """
         ids = range(self.data.num_clients) if clients is None else clients
-        work = EvaluateClient(self.strategy, batch_size)
+        work = EvaluateClient(self.strategy, batch_size, train)
         sums = {r.client_id: r.metrics for r in self._reports(work, (self._job(k, self.number - 1) for k in ids))}
         return {client: _mean(sums[client]) for client in ids}
+
+    def digest(self) -> str:
+        """SHA-256 of what a run depends on besides settings and state: the data, and constants of networks."""
+        constants = self.task.constants()
+        if not constants:
+            return self.data.digest()
+        digest = hashlib.sha256(self.data.digest().encode())
+        for name, value in sorted(constants.items()):
+            digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def fingerprint(self) -> str:
         """SHA-256 of the global model's bytes, batch-norm statistics included."""

@@ -103,6 +103,14 @@ class Task:
         """(B,) one loss per example."""
         return F.cross_entropy(logits, y, reduction="none")
 
+    def constants(self) -> dict[str, Tensor]:
+        """What of the network no run changes: frozen parameters and their like, and all of a teacher."""
+        own = dict(self.network.named_parameters()) | dict(self.network.named_buffers())
+        moving = {*self.layout.shapes, *self.buffer_layout.shapes}
+        fixed = {name: value for name, value in own.items() if name not in moving and value.is_floating_point()}
+        taught = self.teacher.state_dict() if self.teacher else {}
+        return fixed | {f"teacher: {name}": value for name, value in taught.items()}
+
     def state_dict(self, server: dict[str, Tensor]) -> dict[str, Tensor]:
         """The global model as `network.load_state_dict` takes it."""
         network = copy.deepcopy(self.network)  # where tied parameters, which have several names there, stay tied

@@ -45,10 +45,10 @@ class Batch(NamedTuple):
     share: Tensor | None = None  # (B,) of each example, what is its own: mixup's lambda
     doubt: Tensor | None = None  # (B,) the probability that the label is wrong, where it was asked for
 
-    def split(self, size: int) -> "list[Batch]":
-        """Pieces of `size` examples, the last of what is left."""
-        parts = [[None] * len(self.y) if t is None else torch.split(t, size) for t in self]
-        return [Batch(*piece) for piece in zip(*parts, strict=False)]
+    def split(self, pieces: int) -> "list[Batch]":
+        """So many pieces, of as many examples each, give or take one."""
+        parts = [[None] * pieces if t is None else torch.tensor_split(t, pieces) for t in self]
+        return [Batch(*piece) for piece in zip(*parts, strict=True)]
 
 
 class Job(NamedTuple):

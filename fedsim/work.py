@@ -60,6 +60,7 @@ class EvaluateClient:
 
     strategy: Strategy
     batch_size: int
+    train: bool = False
 
     def __call__(self, replica: Replica, data: FederatedData, server: State, job: Job) -> Update:
         client = job.client or {}
@@ -67,7 +68,7 @@ class EvaluateClient:
         held = data.held_out(job.client_id)
         rows = torch.from_numpy(held if len(held) else data.rows(job.client_id))
         batches = (data.batch(part) for part in torch.split(rows, self.batch_size))
-        return _evaluate(replica, model, client.get("buffers", server["buffers"]), batches)
+        return _evaluate(replica, model, client.get("buffers", server["buffers"]), batches, self.train)
 
 
 @dataclass(frozen=True)
@@ -75,23 +76,24 @@ class EvaluateGlobal:
     """The global model on one chunk of the test set: job k has the k-th `batch_size` examples."""
 
     batch_size: int
+    train: bool = False
 
     def __call__(self, replica: Replica, data: FederatedData, server: State, job: Job) -> Update:
         first = job.client_id * self.batch_size
         rows = torch.arange(first, min(first + self.batch_size, data.num_test))
-        return _evaluate(replica, server["model"], server["buffers"], [data.test_batch(rows)])
+        return _evaluate(replica, server["model"], server["buffers"], [data.test_batch(rows)], self.train)
 
 
 def _evaluate(
-    replica: Replica, model: Tensor, buffers: Tensor, batches: Iterable[tuple[Tensor, Tensor]]
+    replica: Replica, model: Tensor, buffers: Tensor, batches: Iterable[tuple[Tensor, Tensor]], train: bool
 ) -> Update:
-    """Sums over examples, in eval mode; the message is empty."""
+    """Sums over examples, in eval mode or in that of `train`; the message is empty."""
     replica.enter(buffers, seed=0)
     replica.load(model)
     loss, correct, examples = buffers.new_zeros(()), buffers.new_zeros(()), 0
     with torch.no_grad():
         for x, y in batches:
-            logits = replica.logits(replica.w, x, train=False)
+            logits = replica.logits(replica.w, x, train=train)
             loss += replica.task.losses(logits, y).sum()
             correct += (logits.argmax(-1) == y).sum()
             examples += len(y)

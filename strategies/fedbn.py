@@ -13,7 +13,7 @@ from fedsim.strategy import Buffers
 from fedsim.task import Layout
 
 from .fedavg import FedAvg
-from .personal import keeping, own_model
+from .personal import keeping, own_model, refuse_recalibrated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,7 @@ class FedBN(FedAvg):
         if not len(self.entries(layout)):
             which = f"with {' or '.join(self.private)} in its name" if self.private else "of a normalisation layer"
             raise ConfigError(f"strategy.private: the network has no parameter {which}; model cnn_bn has")
+        refuse_recalibrated(self.buffers)
 
     def init_client(self, model: Tensor, layout: Layout) -> State:
         return {"private": model[self.entries(layout)]}

@@ -9,13 +9,14 @@ Differs: personal layers start as the initial model has them. LG-FedAvg takes th
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from fedsim import ConfigError, LocalObjective, Recipe, State, Strategy, Update, Wrapper
+from fedsim.catalogue import matching
+from fedsim.strategy import Buffers
 from fedsim.task import Layout
 
 from .fedsgd import FedSGD
@@ -35,12 +36,10 @@ class Personal(Wrapper):
     layers: tuple[str, ...]
 
     def check(self, recipe: Recipe, layout: Layout) -> None:
-        names = list(layout.shapes)
-        for pattern in self.layers:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise ConfigError(f"strategy.layers: {pattern!r} matches none of {_some(names)}")
         if not 0 < len(self.entries(layout)) < sum(layout.sizes):
-            raise ConfigError(f"strategy.layers: {list(self.layers)} should name some of {_some(names)}, not all")
+            whole = f"the network's {len(layout.shapes)} parameters"
+            raise ConfigError(f"strategy.layers: {list(self.layers)} should name some of {whole}, not all")
+        refuse_recalibrated(self.buffers)
         for each in _with_inner(self.inner):
             if isinstance(each, FedSGD):
                 raise ConfigError("strategy.inner: fedsgd trains no layer at the client; fedavg does")
@@ -62,8 +61,17 @@ class Personal(Wrapper):
 
     def entries(self, layout: Layout) -> Tensor:
         """The personal entries of the model, as positions."""
-        mask = layout.mask(lambda name: any(fnmatchcase(name, pattern) for pattern in self.layers))
+        mask = layout.mask(matching(layout.shapes, self.layers, "strategy.layers").__contains__)
         return mask.nonzero().squeeze(1)
+
+
+def refuse_recalibrated(buffers: Buffers) -> None:
+    """Raise ConfigError: the server cannot make statistics of models that only clients have."""
+    if buffers == "recalibrated":
+        raise ConfigError(
+            "strategy.buffers: recalibrated are the statistics of the global model, and clients have layers of "
+            "their own; private or average fits"
+        )
 
 
 def own_model(server: State, client: State, entries: Tensor) -> Tensor:
@@ -108,7 +116,3 @@ def _with_inner(strategy: Strategy) -> Iterator[Strategy]:
     yield strategy
     if isinstance(strategy, Wrapper):
         yield from _with_inner(strategy.inner)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names if len(names) <= 6 else [*names[:3], "...", *names[-2:]])

@@ -252,6 +252,12 @@ def test_a_file_that_gives_something_else_is_not_written(fedsim_, run, monkeypat
     assert [path.name for path in Path().iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("options", [{}, {"fuse": False}, {"batch": 1}], ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+def test_branches_in_threads_take_turns(branches, tmp_path, format, options):
+    assert export(branches, format, tmp_path / "file", check=False, **options).bytes > 0
+
+
 class Bound(nn.Module):
     """Takes two examples, and no other number."""
 

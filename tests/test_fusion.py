@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
-from torchvision.ops import FrozenBatchNorm2d, StochasticDepth
+from torchvision.ops import StochasticDepth
 from torchvision.transforms import CenterCrop
 
 from fedsim.errors import ConfigError
 from fedsim.fusion import NORMS, fused
 from fedsim.models import MODELS
-from fedsim.models.options import make
+from fedsim.models.options import FrozenBatchNorm, make
 
 SHAPE = (4, 6, 6)
 
@@ -116,7 +116,7 @@ STEPS = {
     "1x1 without bias": lambda: conv(1, bias=False),
     "norm": lambda: nn.BatchNorm2d(4),
     "no statistics": lambda: nn.BatchNorm2d(4, track_running_stats=False),
-    "frozen": lambda: FrozenBatchNorm2d(4),
+    "frozen": lambda: FrozenBatchNorm(nn.BatchNorm2d(4)),
     "plain": lambda: nn.BatchNorm2d(4, affine=False),
     "relu": nn.ReLU,
     "relu in place": lambda: nn.ReLU(inplace=True),
@@ -174,7 +174,9 @@ def test_random_networks(program):
 # What is folded
 
 
-@pytest.mark.parametrize("norm", [nn.BatchNorm2d(4), nn.BatchNorm2d(4, affine=False), FrozenBatchNorm2d(4)])
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm2d(4), nn.BatchNorm2d(4, affine=False), FrozenBatchNorm(nn.BatchNorm2d(4))]
+)
 @pytest.mark.parametrize(
     "layer", [conv(), conv(bias=False), conv(groups=4), conv(5, stride=2, padding_mode="reflect")]
 )
@@ -187,7 +189,8 @@ def test_a_norm_goes_into_the_convolution_before_it(layer, norm):
     ("kind", "norm", "shape"), [(nn.Conv1d, nn.BatchNorm1d, (4, 9)), (nn.Conv3d, nn.BatchNorm3d, (4, 3, 3, 3))]
 )
 def test_in_one_and_three_dimensions(kind, norm, shape):
-    assert not count(same(randomised(nn.Sequential(kind(4, 5, 3), norm(5))), shape))[norm]
+    for made in (norm(5), FrozenBatchNorm(norm(5))):
+        assert not count(same(randomised(nn.Sequential(kind(4, 5, 3), made)), shape))[type(made)]
 
 
 def test_a_norm_goes_into_the_linear_layer_before_it_where_the_shape_is_known():

@@ -10,8 +10,11 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torchvision import models as torchvision_models
 
+from fedsim.cost import activation_bytes, cost, flops
 from fedsim.errors import ConfigError
-from fedsim.models import MODELS
+from fedsim.fusion import fused
+from fedsim.models import MODELS, inception
+from fedsim.recompute import Recompute
 
 TINY = (3, 16, 16)  # pixels that leave a block four, and the last one a single
 
@@ -219,6 +222,57 @@ def test_an_error_in_a_branch_is_the_callers(x: Tensor) -> None:
     other.Mixed_6b.branch7x7_2 = nn.Conv2d(1, 1, 1)
     with pytest.raises(RuntimeError, match="channels"):
         other(x)
+
+
+# Branches take turns where something sees this thread only
+
+
+@pytest.fixture
+def in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise AssertionError("computed in threads")
+
+    monkeypatch.setattr(inception, "_in_threads", refused)
+
+
+def test_threads_are_used_where_nothing_looks(x: Tensor, in_turn: None) -> None:
+    with pytest.raises(AssertionError, match="computed in threads"):
+        pair()[1](x)
+
+
+def test_it_costs_what_one_after_the_other_costs(in_turn: None) -> None:
+    one, other = pair()
+    assert cost(other, TINY) == cost(one, TINY)
+    assert flops(other, TINY) == cost(one, TINY).flops  # on the CPU, too
+    assert activation_bytes(other, TINY, torch.bfloat16) == activation_bytes(one, TINY, torch.bfloat16)
+
+
+def test_it_is_traced_as_one_after_the_other(x: Tensor, in_turn: None) -> None:
+    one, other = (network.eval() for network in pair())
+    wanted = one(x)
+    assert torch.equal(fused(other, TINY)(x), fused(one, TINY)(x))
+    assert torch.equal(torch.export.export(other, (x,)).module()(x), wanted)
+
+
+def test_checkpointed_blocks_are_recomputed(x: Tensor, in_turn: None) -> None:
+    one, other = pair()
+    for network in (one, other):
+        recompute = Recompute(network, torch.Generator().manual_seed(0))
+        recompute.on = True
+        step(network, x)
+    assert same(one, other)
+
+
+def test_what_checkpointing_keeps_is_that_of_one_after_the_other(x: Tensor) -> None:
+    def kept(network: nn.Module) -> int:
+        Recompute(network, torch.Generator().manual_seed(0)).on = True
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
+            network(x)
+        return sum(sizes)
+
+    one, other = pair()
+    assert kept(other) == kept(one)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -21,7 +21,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedsim import ConfigError, Task, Wrapper
-from fedsim.data import Dataset, FederatedData
+from fedsim.data import AUGMENTATIONS, Dataset, FederatedData
+from fedsim.losses import LOSSES
+from fedsim.recipe import Distillation, NoisyLabels
 from fedsim.strategies import CATALOGUE
 
 # One seed, one model
@@ -78,6 +80,10 @@ def test_a_wrapper_agrees_in_all_runtimes(name):
     assert trace(make_simulation(wrapped, runtime=THREADS[2])) == trace(make_simulation(wrapped))
 
 
+def augmentations(*names):
+    return [AUGMENTATIONS.bind({"name": name}) for name in names]
+
+
 RECIPES = {
     "momentum": {"momentum": 0.9, "nesterov": True, "epochs": 2, "weight_decay": 1e-3},
     "adam": {"optimizer": "adam", "epochs": 2},
@@ -86,6 +92,16 @@ RECIPES = {
     "bf16": {"precision": "bf16"},
     "channels_last": {"channels_last": True},
     "steps": {"steps": 5},
+    "augment": {
+        "augment": augmentations("random_crop", "flip", "rotation", "cutout", "random_resized_crop", "mixup")
+    },
+    "cutmix": {"augment": augmentations("cutmix"), "accumulate": 2, "precision": "bf16"},
+    "lars": {"optimizer": "lars", "weight_decay": 1e-3, "decay": "weights", "momentum": 0.9},
+    "by step": {"lr_every": "step", "warmup": 1, "lr_scaling": "sqrt", "epochs": 2},
+    "loss": {"label_loss": LOSSES.bind({"name": "cross_entropy", "smoothing": 0.1}), "class_weights": "balanced"},
+    "oversample": {"oversample": True, "label_loss": LOSSES.bind("hinge")},
+    "distillation": {"distillation": Distillation(), "epochs": 2},
+    "noisy labels": {"noisy_labels": NoisyLabels(start=2)},
 }
 
 

@@ -1,6 +1,9 @@
 """What holds for every network, whatever its family."""
 
+import copy
 import math
+import re
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,8 @@ import torch
 from conftest import make_simulation
 from safetensors.torch import save_file
 from torch import nn
-from torchvision.ops import FrozenBatchNorm2d, StochasticDepth
+from torchvision import models
+from torchvision.ops import StochasticDepth
 
 from fedsim import Task
 from fedsim.draws import KeyedDraws
@@ -136,36 +140,122 @@ def test_a_new_head_is_all_that_is_not_loaded(tmp_path):
     assert torch.equal(network.conv1.weight, source.conv1.weight)
 
 
-def test_pretrained_weights_are_torchvisions(monkeypatch, tmp_path):
-    from torchvision import models
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """Where torchvision's files come from: `hub(weights, tensors)` puts one there."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
 
-    weights = models.MobileNet_V3_Small_Weights.IMAGENET1K_V1
+    def put(weights, tensors):
+        torch.save(tensors, tmp_path / "checkpoints" / Path(weights.url).name)
+        return f"{type(weights).__name__}.{weights.name}"
+
+    return put
+
+
+def test_pretrained_weights_are_torchvisions(hub):
     there = models.mobilenet_v3_small()
-    torch.save(there.state_dict(), tmp_path / "mobilenet.pth")
-    monkeypatch.setattr(type(weights), "url", (tmp_path / "mobilenet.pth").as_uri(), raising=False)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setattr(
-        type(weights),
-        "get_state_dict",
-        lambda self, progress, check_hash, weights_only: torch.hub.load_state_dict_from_url(
-            (tmp_path / "mobilenet.pth").as_uri(), progress=progress, weights_only=weights_only
-        ),
-    )
-    name = "MobileNet_V3_Small_Weights.IMAGENET1K_V1"
+    name = hub(models.MobileNet_V3_Small_Weights.IMAGENET1K_V1, there.state_dict())
     with pytest.raises(ConfigError, match=r"classifier.3.weight is \(1000, 1024\) there .* model.new_head=true"):
         make("mobilenet_v3_small", pretrained=name)
     network = make("mobilenet_v3_small", pretrained=name, new_head=True)
     assert torch.equal(network.features[0][0].weight, there.features[0][0].weight)
 
 
+def test_densenets_files_have_names_of_their_own(hub):
+    there = models.densenet121(num_classes=CLASSES)
+    norms = [m for m in there.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.running_mean.normal_()
+    old = {re.sub(r"(norm|conv)([12])\.", r"\1.\2.", n): v for n, v in there.state_dict().items()}
+    assert "features.denseblock1.denselayer1.norm.1.weight" in old
+    name = hub(models.DenseNet121_Weights.IMAGENET1K_V1, old)
+    network = make("densenet121", (3, 64, 64), stem="imagenet", pretrained=name)
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(network.eval()(x), there.eval()(x))
+
+
+def test_inception_takes_images_normalised_as_imagenets(hub):
+    there = models.inception_v3(
+        num_classes=CLASSES, transform_input=True, init_weights=False
+    )  # as torchvision has its own
+    there.Conv2d_1a_3x3.bn.running_mean.normal_()
+    name = hub(models.Inception_V3_Weights.IMAGENET1K_V1, there.state_dict())
+    network = make("inception_v3", (3, 299, 299), aux=True, pretrained=name)
+    x = torch.randn(1, 3, 299, 299)
+    with torch.no_grad():
+        expected = there.Conv2d_1a_3x3.eval()(there._transform_input(x))
+        torch.testing.assert_close(network.Conv2d_1a_3x3.eval()(x), expected, rtol=1e-4, atol=1e-4)
+    others = {n for n, v in there.state_dict().items() if not torch.equal(network.state_dict()[n], v)}
+    assert others == {"Conv2d_1a_3x3.conv.weight", "Conv2d_1a_3x3.bn.running_mean"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_weights_may_be_of_another_precision(dtype, tmp_path):
+    source = {name: value.to(dtype) for name, value in make("cnn").state_dict().items()}
+    save_file(source, tmp_path / "w.safetensors")
+    network = make("cnn", weights=str(tmp_path / "w.safetensors"))
+    assert all(torch.equal(value, source[name].float()) for name, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.ones(10, dtype=torch.int64), "fc2.bias is int64 there and float32 here"),
+        (torch.ones(10, dtype=torch.bool), "fc2.bias is bool there and float32 here"),
+        (torch.ones(10, dtype=torch.complex64), "fc2.bias is complex64 there and float32 here"),
+        (torch.full((10,), torch.nan), "fc2.bias has values that are not finite in float32"),
+        (torch.full((10,), 1e300, dtype=torch.float64), "fc2.bias has values that are not finite in float32"),
+    ],
+)
+def test_weights_that_are_no_finite_numbers_are_refused(value, message, tmp_path):
+    path = tmp_path / "w.safetensors"
+    save_file(make("cnn").state_dict() | {"fc2.bias": value}, path)
+    with pytest.raises(ConfigError) as error:
+        make("cnn", weights=str(path))
+    assert str(error.value) == f"model.weights: {path}: {message}"
+
+
 def test_a_frozen_layer_is_a_constant_and_keeps_its_statistics():
     network = make("resnet18", freeze=["conv1.*", "bn1.*", "layer1.*"])
-    assert isinstance(network.bn1, FrozenBatchNorm2d)
+    assert isinstance(network.bn1, options.FrozenBatchNorm)
     task = Task(network, SHAPE, CLASSES)
     assert not any(name.startswith(("conv1", "bn1", "layer1")) for name in task.layout.shapes)
     assert not any(name.startswith(("bn1", "layer1")) for name in task.buffer_layout.shapes)
     assert "layer2.0.conv1.weight" in task.layout.shapes
     assert "layer2.0.bn1.running_mean" in task.buffer_layout.shapes
+
+
+def normed(shape, classes, /, *, rank: int = 1):
+    """A network that has batch norms of this rank: of three sorts."""
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1]
+    norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[rank - 1]
+    kinds = {"affine": {}, "plain": {"affine": False}, "momentary": {"track_running_stats": False}}
+    layers = {"conv": conv(1, 3, 3), **{name: norm(3, **options) for name, options in kinds.items()}}
+    return nn.Sequential(OrderedDict(**layers, flat=nn.Flatten(), fc=nn.LazyLinear(classes)))
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_a_frozen_norm_of_any_rank_keeps_its_statistics(rank):
+    x = torch.randn(4, 1, *[5] * rank)
+    free = normed(x.shape[1:], 3, rank=rank)
+    for _ in range(3):
+        free(x + 1)
+    frozen = copy.deepcopy(free)
+    options._freeze(frozen, ["affine.*", "momentary.*"], "model")
+    assert [type(frozen.get_submodule(n)) for n in ("affine", "plain", "momentary")] == [
+        options.FrozenBatchNorm,
+        *(type(free.get_submodule(n)) for n in ("plain", "momentary")),  # one has no parameters, one no statistics
+    ]
+    assert torch.equal(frozen.eval()(x), free.eval()(x))
+    before = copy.deepcopy(frozen.affine.state_dict())
+    assert list(before) == ["weight", "bias", "running_mean", "running_var"]
+    y = frozen.train().conv(x)
+    assert torch.equal(frozen.affine(y), free.affine(y))  # the latter in evaluation
+    frozen(x)
+    assert all(torch.equal(before[name], value) for name, value in frozen.affine.state_dict().items())
+    each = torch.vmap(lambda x: frozen.affine(x[None])[0])(y)
+    torch.testing.assert_close(each, free.affine(y))
 
 
 def test_what_is_frozen_stays_in_a_run():
@@ -206,6 +296,22 @@ def test_what_is_frozen_stays_in_a_run():
         ),
         ({"name": "cnn", "freeze": ["*"]}, "model.freeze: leaves no parameter to train"),
         ({"name": "cnn", "pretrained": "gpt"}, "gpt is no name of torchvision's, such as ResNet50_Weights"),
+        *(
+            ({"name": "cnn", "pretrained": name}, f"model.pretrained: {name} is no name of torchvision's, such as")
+            for name in ("ResNet18_Weights.NOPE", "get_weight.x", "")
+        ),
+        *(
+            (
+                settings,
+                f"model.name: {settings['name']} is, with these options, too large for this machine's memory",
+            )
+            for settings in (
+                {"name": "mobilenet_v1", "width": 1e14},  # refused by the allocator
+                {"name": "shufflenet_v1", "width": 1e17},  # too large to be counted in bytes
+                {"name": "mobilenet_v3_small", "width": 1e30},  # in 64 bits
+                {"name": "mobilenet_v2", "width": 1.7e308},  # or as a float
+            )
+        ),
         ({"name": "cnn", "weights": "none.safetensors"}, "none.safetensors: cannot be read: No such file"),
         ({"name": "cnn", "weights": "x", "init": "he"}, "model.init: does nothing beside weights"),
         ({"name": "cnn", "norm": "instance"}, 'model.norm: "instance" should be batch, group, layer or none'),
@@ -217,6 +323,19 @@ def test_what_cannot_be_is_refused(settings, message):
         options.make(settings, SHAPE, CLASSES)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory.")])
+def test_what_finds_no_memory_is_too_large(monkeypatch, error):
+    def factory(shape, classes):
+        raise error
+
+    monkeypatch.setattr(options.MODELS, "make", lambda spec, kind, *given, at: factory(*given))
+    with pytest.raises(ConfigError, match="model.name: cnn is, with these options, too large"):
+        make("cnn")
+    error = TypeError("a bug of its own")
+    with pytest.raises(TypeError, match="a bug"):
+        make("cnn")
 
 
 def test_a_file_that_does_not_fit_says_which_tensor(tmp_path):

@@ -317,8 +317,51 @@ def test_a_file_teaches(tmp_path):
     replica = simulation.runtime.worker.replica
     torch.testing.assert_close(replica.teach(batch), expected)
     simulation.round()
-    with pytest.raises(ConfigError, match=r"teacher.safetensors: conv1.weight is \(4, .* there and \(3, "):
+    match = r"^local.distillation.teacher: \S+teacher.safetensors: conv1.weight is \(4, .* there and \(3, [^;]+$"
+    with pytest.raises(ConfigError, match=match):
         build(load(TINY | {"local": {"distillation": {"teacher": distillation["teacher"]}}}))
+
+
+def test_a_teacher_may_be_a_bare_name(tmp_path):
+    donor = options.make("cnn_bn", (1, 28, 28), 3)
+    shaped = TINY | {"data": TINY["data"] | {"shape": [1, 28, 28]}}
+    save_file(donor.state_dict(), tmp_path / "teacher.safetensors")
+    distillation = {"teacher": str(tmp_path / "teacher.safetensors"), "model": "cnn_bn"}
+    taught = build(load(shaped | {"local": {"distillation": distillation}})).task.teacher
+    assert all(torch.equal(v, donor.state_dict()[n]) for n, v in taught.state_dict().items())
+
+
+def test_a_teacher_like_the_network_starts_and_trains_like_none(tmp_path):
+    settings = TINY | {"model": TINY["model"] | {"dropout": 0.5, "init": "he", "freeze": ["bn1.*"]}}
+    donor = build(load(settings))
+    state = donor.task.state_dict(donor.server)
+    save_file(state, tmp_path / "teacher.safetensors")
+    local = {"distillation": {"teacher": str(tmp_path / "teacher.safetensors")}}
+    teacher = build(load(settings | {"local": local})).task.teacher
+    assert all(torch.equal(teacher.state_dict()[name], value) for name, value in state.items())
+    assert isinstance(teacher.bn1, torch.nn.BatchNorm2d)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    {
+        "weights": "w.safetensors",
+        "pretrained": "ResNet18_Weights.IMAGENET1K_V1",
+        "new_head": True,
+        "init": "he",
+        "zero_gamma": True,
+        "freeze": ["fc*"],
+        "dropout": 0.5,
+        "drop_path": 0.1,
+    }.items(),
+)
+def test_what_is_nothing_to_a_teacher_is_refused(key, value):
+    distillation = {"teacher": "teacher.safetensors", "model": {"name": "resnet18", key: value}}
+    with pytest.raises(ConfigError, match=rf"^local.distillation.model.{key}: is nothing to a teacher"):
+        load(TINY | {"local": {"distillation": distillation}})
+    for model in ("", {}):
+        with pytest.raises(ConfigError, match=r"^local.distillation.model.name: "):
+            load(TINY | {"local": {"distillation": distillation | {"model": model}}})
 
 
 # Noisy labels
@@ -326,7 +369,7 @@ def test_a_file_teaches(tmp_path):
 
 def test_doubtful_labels_give_way_to_the_networks_own():
     task, data = double(), make_data([40], dtype=DOUBLE)
-    local = make_local(task, data, number=3, noisy_labels=NoisyLabels(start=3))
+    local = make_local(task, data, number=2, noisy_labels=NoisyLabels(start=3))
     local._consult(task.initial_model)
     assert local._doubt.shape == (40,)
     assert 0 <= local._doubt.min() <= local._doubt.max() <= 1
@@ -337,7 +380,9 @@ def test_doubtful_labels_give_way_to_the_networks_own():
     own = F.cross_entropy(logits, logits.argmax(-1), reduction="none")
     expected = (1 - batch.doubt) * F.cross_entropy(logits, batch.y, reduction="none") + batch.doubt * own
     close(local._label_losses(logits, batch), expected)
-    assert make_local(task, data, number=2, noisy_labels=NoisyLabels(start=3))._doubt is None
+    early = make_local(task, data, number=1, noisy_labels=NoisyLabels(start=3))
+    early._consult(task.initial_model)
+    assert early._doubt is None
 
 
 def local_rows(local):
@@ -361,7 +406,7 @@ def test_mixed_labels_share_the_loss():
 def test_a_batch_splits_with_all_it_has():
     y = torch.arange(5)
     batch = Batch(torch.randn(5, 2), y, other=y.flip(0), share=y.double())
-    pieces = batch.split(2)
+    pieces = batch.split(3)
     assert [len(piece.y) for piece in pieces] == [2, 2, 1]
     assert all(torch.equal(piece.other, 4 - piece.y) and piece.doubt is None for piece in pieces)
 

@@ -95,8 +95,9 @@ class FederatedData:
         x, white = x.to(self._dtype), _white(self._x_train)
         x = x.div_(white) if white != 1 else x
         batch = Batch(x, self.labels.index_select(0, rows.to(self.labels.device)))
+        size = (self.shape[1], self.shape[2]) if len(self.shape) == 3 else (1, 1)
         for change in augment:
-            batch = change(batch, rng, (self.shape[-2], self.shape[-1]))
+            batch = change(batch, rng, size)
         x = self._centre(batch.x)
         if self._scale is not None and self._shift is not None:
             x = torch.mul(x, self._scale * white).sub_(self._shift)

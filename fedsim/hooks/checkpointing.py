@@ -22,7 +22,7 @@ class Checkpointing(Hook):
     priority: int = field(default=100, init=False)  # when the others have done what they do
 
     def before_run(self, run: "Run") -> None:
-        self._data = run.simulation.data.digest()
+        self._data = run.simulation.digest()
         self._saved: tuple[object, ...] | None = None
         if run.notes:  # of what changed, which is not to be asked again
             self._save(run)

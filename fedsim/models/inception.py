@@ -4,7 +4,8 @@ Szegedy et al., Rethinking the Inception Architecture for Computer Vision, CVPR 
 https://arxiv.org/abs/1512.00567, Table 1. The network is torchvision's, whose weights fit if `aux` is true.
 
 Differs: on small images the first convolution has stride 1 and the two pools of the stem are left out, so that 32
-pixels reach the first block as 26 x 26 and end as 5 x 5.
+pixels reach the first block as 26 x 26 and end as 5 x 5. torchvision's `pretrained` weights are for pixels from -1
+to 1: on loading, the first layer takes in what makes those of images normalised with ImageNet's constants.
 """
 
 import os
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils._python_dispatch import any_torch_dispatch_mode_on_stack
 from torchvision.models import inception
 
 from fedsim.errors import ConfigError
@@ -46,7 +48,8 @@ def inception_v3(
     With `parallel` the branches of a block run at the same time, with the same bits: on CUDA in streams, on a CPU
     in threads, forth and back. The threads took 8 % more CPU time at 96 pixels and 4 % at 128 (batches of 8, two
     cores that other work kept busy, one intra-op thread, 69 steps of each in turn), and as much more time: they
-    are for cores that no other client uses.
+    are for cores that no other client uses. The branches take turns under activation checkpointing, and where the
+    network is traced, exported, or counted.
 
     Raises ConfigError for anything but images of 75 pixels a side (small stem: 13), and for `aux` of 299 (41).
     """
@@ -161,12 +164,26 @@ def fork(*layers: Branch) -> Branch:
 
 def concurrently(block: nn.Module, x: Tensor, *branches: Branch) -> list[Tensor]:
     """What each branch of a block gives for `x`, computed at the same time; the bits are those of one by one."""
+    if _followed(x):
+        return [branch(x) for branch in branches]
     if x.is_cuda:
         return _in_streams(branches, x)  # and autograd goes back in the same streams
     parameters = [p for p in block.parameters() if p.requires_grad]
     if torch.is_grad_enabled() and (parameters or x.requires_grad):
         return list(Branches.apply(branches, x, *parameters))
     return _in_threads(lambda branch: branch(x), branches)
+
+
+def _followed(x: Tensor) -> bool:
+    """Whether something sees each operation, or what autograd keeps of it: it would only see those of this thread."""
+    return (
+        type(x) is not Tensor  # a stand-in for one: torch.fx, torch.export
+        or x.is_meta
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or any_torch_dispatch_mode_on_stack()  # such as FlopCounterMode
+        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # such as torch.utils.checkpoint's
+    )
 
 
 class Branches(torch.autograd.Function):

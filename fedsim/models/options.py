@@ -1,27 +1,23 @@
 """What holds for every network, whatever its family: done to the finished one, by these keys of `model`."""
 
-from collections.abc import Iterator, Mapping
-from fnmatch import fnmatchcase
+import re
+from collections.abc import Iterator
 from math import gcd
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torchvision import models as torchvision_models
-from torchvision.ops import FrozenBatchNorm2d, StochasticDepth
+from torchvision.ops import StochasticDepth
 
-from fedsim.catalogue import Options, Spec, options_of, validated
-from fedsim.errors import ConfigError, one_line, printable, reason
+from fedsim.catalogue import Options, Spec, matching, options_of, validated
+from fedsim.errors import ConfigError
 from fedsim.models import MODELS
-from fedsim.reading import gigabytes, memory, open_regular
+from fedsim.models.weights import fill, head
 from fedsim.types import Count, Decay
 
-NORMS = (_BatchNorm, FrozenBatchNorm2d, nn.GroupNorm, nn.LayerNorm)
+NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 GROUPS = 32  # of a group norm, where they divide the channels (Wu & He 2018)
 
@@ -55,13 +51,21 @@ class Common(Options):
     freeze: list[str] = []
 
 
-# Of a network whose weights come from elsewhere.
-UNTRAINED: Spec = {"zero_gamma": False, "init": None, "pretrained": None, "new_head": False, "freeze": []}
+# Where a network starts and how it trains: nothing to one whose weights are given and only used.
+TRAINING = ("weights", "pretrained", "new_head", "init", "zero_gamma", "freeze", "dropout", "drop_path")
+TOO_LARGE = re.compile("can't allocate|out of memory|[Oo]verflow")
 
 
 def resolve(spec: object, at: str = "") -> Spec:
     """A model's spec with its defaults filled in, those of all models too; raises ConfigError naming the key."""
     return MODELS.resolve(spec, at, also=Common)
+
+
+def training(spec: Spec) -> Spec:
+    """What a resolved spec says of where its network starts and how it trains, if it is not the default."""
+    own = options_of(MODELS.load(spec["name"])).model_fields
+    keys = [key for key in TRAINING if key not in own]
+    return {key: spec[key] for key in keys if spec[key] != Common.model_fields[key].default}
 
 
 def make(spec: object, shape: tuple[int, ...], classes: int, at: str = "model") -> nn.Module:
@@ -70,8 +74,13 @@ def make(spec: object, shape: tuple[int, ...], classes: int, at: str = "model") 
     own = options_of(MODELS.load(whole["name"])).model_fields  # an entry may have one of these names itself
     common = validated(Common, {key: whole.pop(key) for key in Common.model_fields if key not in own}, at)
     _check(common, at)
-    network: nn.Module = MODELS.make(whole, nn.Module, shape, classes, at=at)
     name = f"{at}.name: {whole['name']}"
+    try:
+        network: nn.Module = MODELS.make(whole, nn.Module, shape, classes, at=at)
+    except (RuntimeError, TypeError, MemoryError, OverflowError) as error:  # as torch has it: see TOO_LARGE
+        if isinstance(error, RuntimeError | TypeError) and not TOO_LARGE.search(str(error)):
+            raise
+        raise ConfigError(f"{name} is, with these options, too large for this machine's memory") from error
     if common.norm != "batch":
         _renorm(network, common, at, name)
     if common.dropout is not None:
@@ -82,29 +91,21 @@ def make(spec: object, shape: tuple[int, ...], classes: int, at: str = "model") 
         _initialise(network, xavier=common.init == "xavier")
     if common.zero_gamma:
         _zero_gammas(network, name)
-    if common.weights:
-        _load(network, _from_file(common.weights, at), common.new_head, f"{at}.weights: {common.weights}", at)
-    if common.pretrained:
-        given = _from_torchvision(common.pretrained, at)
-        _load(network, given, common.new_head, f"{at}.pretrained: {common.pretrained}", at)
+    for key, source in (("weights", common.weights), ("pretrained", common.pretrained)):
+        if source is not None:
+            fill(network, source, f"{at}.{key}", new_head=common.new_head, head_option=f"{at}.new_head")
     if common.freeze:
         _freeze(network, common.freeze, at)
     return network
 
 
-def head(network: nn.Module) -> str | None:
-    """The name of the last linear layer, the classifier of every network here."""
-    names = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
-    return names[-1] if names else None
-
-
 def _check(common: Common, at: str) -> None:
     """Refuse what would do nothing."""
-    loads = common.weights or common.pretrained
+    loads = common.weights or common.pretrained is not None
     for key, idle, way_out in (
         ("groups", common.groups and common.norm != "group", "needs norm: group"),
         ("new_head", common.new_head and not loads, "needs weights or pretrained"),
-        ("pretrained", common.pretrained and common.weights, "stands beside weights; one of the two"),
+        ("pretrained", common.weights and common.pretrained is not None, "stands beside weights; one of the two"),
         ("init", common.init and loads and not common.new_head, "does nothing beside weights or pretrained"),
         ("zero_gamma", common.zero_gamma and loads, "does nothing beside weights or pretrained"),
     ):
@@ -195,82 +196,37 @@ def _branch_ends(network: nn.Module) -> Iterator[Any]:
                 yield last
 
 
-def _from_file(path: Path, at: str) -> dict[str, Tensor]:
-    where = f"{at}.weights: {printable(path)}"
-    try:
-        with open_regular(path.expanduser()) as file:
-            size = file.seek(0, 2)
-            if size > memory() // 2:
-                raise ConfigError(f"{where}: has {gigabytes(size)}, more than half of this machine's memory")
-            file.seek(0)
-            return load(file.read())
-    except OSError as error:
-        raise ConfigError(f"{where}: cannot be read: {error.strerror or error}") from None
-    except (SafetensorError, KeyError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{where}: is no safetensors file: {one_line(error)}") from None
+class FrozenBatchNorm(nn.Module):
+    """A batch norm of any rank as it is in evaluation, under the same names; nothing changes it."""
 
+    weight: Tensor
+    bias: Tensor | None
+    running_mean: Tensor
+    running_var: Tensor
 
-def _from_torchvision(name: str, at: str) -> dict[str, Tensor]:
-    try:
-        weights = torchvision_models.get_weight(name)
-    except (ValueError, AttributeError):
-        example = "such as ResNet50_Weights.IMAGENET1K_V2"
-        raise ConfigError(f"{at}.pretrained: {printable(name)} is no name of torchvision's, {example}") from None
-    try:
-        return dict(weights.get_state_dict(progress=True, check_hash=True, weights_only=True))
-    except Exception as error:  # whatever a download or a broken file raises
-        raise ConfigError(
-            f"{at}.pretrained: {name} cannot be fetched ({reason(error)}); {at}.weights takes a file"
-        ) from error
+    def __init__(self, norm: Any):
+        super().__init__()
+        self.eps = norm.eps
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            value = getattr(norm, name)
+            self.register_buffer(name, None if value is None else value.detach())
 
-
-def _load(network: nn.Module, given: Mapping[str, Tensor], new_head: bool, source: str, at: str) -> None:
-    """Have the network's parameters and statistics be the `given`; raises ConfigError where they do not fit."""
-    own, last = network.state_dict(), head(network)
-    left_out = {f"{last}.weight", f"{last}.bias"} if new_head else set()
-    counters = {name for name in {*own, *given} if name.endswith(".num_batches_tracked")}
-    own = {name: value for name, value in own.items() if name not in left_out | counters}
-    given = {name: value for name, value in given.items() if name not in left_out | counters}
-    advice = "" if new_head else f"; {at}.new_head=true leaves {last} as it is"
-    for name in own:
-        if name not in given:
-            raise ConfigError(f"{source}: has no {name}, which the network has")
-        if given[name].shape != own[name].shape:
-            way_out = advice if name.rpartition(".")[0] == last else ""
-            there, here = tuple(given[name].shape), tuple(own[name].shape)
-            raise ConfigError(f"{source}: {name} is {there} there and {here} here{way_out}")
-    if strange := [name for name in given if name not in own]:
-        raise ConfigError(f"{source}: has {printable(strange[0])}, which the network has not")
-    with torch.no_grad():
-        for name, value in own.items():
-            value.copy_(given[name])  # state_dict's tensors are the network's own
+    def forward(self, input: Tensor) -> Tensor:
+        return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
 
 def _freeze(network: nn.Module, patterns: list[str], at: str) -> None:
-    names = [name for name, _ in network.named_parameters()]
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ConfigError(f"{at}.freeze: {pattern!r} matches none of {_some(names)}")
-    for name, parameter in network.named_parameters():
-        if any(fnmatchcase(name, pattern) for pattern in patterns):
-            parameter.requires_grad = False
-    if not any(parameter.requires_grad for parameter in network.parameters()):
+    parameters = dict(network.named_parameters())
+    for name in matching(parameters, patterns, f"{at}.freeze"):
+        parameters[name].requires_grad = False
+    if not any(parameter.requires_grad for parameter in parameters.values()):
         raise ConfigError(f"{at}.freeze: leaves no parameter to train")
-    norms = [(name, m) for name, m in network.named_modules() if isinstance(m, nn.BatchNorm2d)]
-    for path, norm in norms:
-        own = list(norm.parameters())
-        if own and not any(parameter.requires_grad for parameter in own):
-            frozen = FrozenBatchNorm2d(norm.num_features, norm.eps)
-            frozen.load_state_dict(norm.state_dict())
-            _replace(network, path, frozen)
+    norms = {name: m for name, m in network.named_modules() if isinstance(m, _BatchNorm)}
+    for path, norm in norms.items():
+        if norm.affine and norm.running_mean is not None and not any(p.requires_grad for p in norm.parameters()):
+            _replace(network, path, FrozenBatchNorm(norm))
 
 
 def _replace(network: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     setattr(network.get_submodule(parent), name, module)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names if len(names) <= 6 else [*names[:3], "...", *names[-2:]])
