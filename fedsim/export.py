@@ -112,10 +112,9 @@ class Normalised(nn.Module):
 def trained(run: Path, *, ema: bool = False) -> Trained:
     """The network of a run's folder, or with `ema` its running mean; no data is read. Raises ConfigError."""
     config, told = load_config(run / "config.yaml"), _told(run)
-    spec = dict(config.model) if isinstance(config.model, Mapping) else {"name": config.model}
-    spec = _bare(spec)  # where it began does not matter
+    spec = config.model if isinstance(config.model, Mapping) else {"name": config.model}
     with torch.random.fork_rng(devices=[]):
-        network = made(spec, told.example.shape, told.classes)
+        network = made(_bare(spec), told.example.shape, told.classes)
     path = run / ("ema.safetensors" if ema else "model.safetensors")
     try:
         open_regular(path).close()
@@ -129,7 +128,7 @@ def trained(run: Path, *, ema: bool = False) -> Trained:
 
 
 def made(spec: Mapping[str, object], shape: tuple[int, ...], classes: int) -> nn.Module:
-    """The network that a spec describes; raises ConfigError, too, where it is larger than this machine can hold."""
+    """The network that a spec describes; raises ConfigError also where this machine cannot hold it."""
     at = f"model: cannot be made for {one_line(classes)} classes and examples of shape {one_line(shape)}"
     if max(prod(shape), classes) > MOST:
         raise ConfigError(f"{at}: neither may have more than {MOST:,}")
@@ -194,7 +193,9 @@ def export(
             sizes = [batch] if batch else [1, 3]
             difference = max(_difference(plain, runs, example.random(size, normalise)) for size in sizes)
     except RuntimeError as error:  # too little memory
-        raise ConfigError(f"model: cannot be exported for examples of shape {example.shape}: {one_line(error)}") from error
+        raise ConfigError(
+            f"model: cannot be exported for examples of shape {example.shape}: {one_line(error)}"
+        ) from error
     if difference is not None and not difference <= TOLERANCE:
         what = f"outputs of the {format} file differ by {difference:.1e} of the largest"
         raise ConfigError(f"--check: {what}; --no-check writes it all the same")
@@ -296,7 +297,7 @@ def _program(network: nn.Module, x: Tensor, dynamic: bool) -> torch.export.Expor
 
 
 def _bare(spec: Mapping[str, object]) -> dict[str, object]:
-    """Without weights from elsewhere."""
+    """Without weights from elsewhere: where a network began does not matter to what it is."""
     return {key: value for key, value in spec.items() if key not in ("weights", "pretrained", "new_head")}
 
 

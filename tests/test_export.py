@@ -17,8 +17,9 @@ import fedsim.cli
 import fedsim.export
 from fedsim.config import build, load
 from fedsim.errors import ConfigError
-from fedsim.export import NAMES, export, trained, trtexec
+from fedsim.export import NAMES, export, made, trained, trtexec
 from fedsim.fusion import fused
+from fedsim.models.inception import ParallelB
 from fedsim.models.options import make
 
 CONFIG = {
@@ -252,10 +253,13 @@ def test_a_file_that_gives_something_else_is_not_written(fedsim_, run, monkeypat
     assert [path.name for path in Path().iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("options", [{}, {"fuse": False}, {"batch": 1}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"fuse": False, "batch": 1}], ids=str)
 @pytest.mark.parametrize("format", FORMATS)
-def test_branches_in_threads_take_turns(branches, tmp_path, format, options):
-    assert export(branches, format, tmp_path / "file", check=False, **options).bytes > 0
+def test_a_network_with_branches_in_threads(run, tmp_path, monkeypatch, format, options):
+    layers = ParallelB(1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(481, 10)
+    network = nn.Sequential(*layers).eval()
+    monkeypatch.setattr(fedsim.export, "trained", lambda run, ema: trained(run)._replace(network=network))
+    assert export(run, format, tmp_path / "file", **options).difference < 1e-5
 
 
 class Bound(nn.Module):
@@ -289,10 +293,23 @@ def of_another_network(folder):
     save_file({"fc.weight": torch.ones(2)}, folder / "model.safetensors")
 
 
-def of_an_older_version(folder):
-    told = json.loads((folder / "partition.json").read_text())
-    del told["example"]
-    (folder / "partition.json").write_text(json.dumps(told))
+def told(change):
+    def write(folder):
+        change(content := json.loads((folder / "partition.json").read_text()))
+        (folder / "partition.json").write_text(json.dumps(content))
+
+    return write
+
+
+def of_examples(*shape):
+    return told(lambda content: content["example"].update(shape=shape))
+
+
+def of_classes(classes):
+    return told(lambda content: content.update(classes=classes))
+
+
+of_an_older_version = told(lambda content: content.pop("example"))
 
 
 @pytest.mark.parametrize(
@@ -307,9 +324,13 @@ def of_an_older_version(folder):
         (of_an_older_version, "partition.json: does not say what an example is; fedsim resume"),
         (broken("model.safetensors", None), "model.safetensors: cannot be read: No such file or directory"),
         (broken("model.safetensors", b"abc"), "model.safetensors: does not hold the weights of the run's network"),
+        (of_examples(1, 200_000, 200_000), "model: cannot be made for 10 classes and examples of shape (1, 2000"),
+        (of_examples(1, 10**30, 1), "neither may have more than 268,435,456"),
+        (of_classes(10**12), "model: cannot be made for 1000000000000 classes and examples of shape (1, 8, 8)"),
+        (of_classes(11), "model.safetensors: does not hold the weights of the run's network"),
         (of_another_network, "model.safetensors: does not hold the weights of the run's network"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_folder_that_is_no_run_or_broken(fedsim_, run, tmp_path, change, message):
     folder = tmp_path / "copy"
@@ -324,10 +345,20 @@ def test_a_folder_that_is_no_run_or_broken(fedsim_, run, tmp_path, change, messa
     assert not Path("file").exists()
 
 
+def test_a_network_larger_than_the_machine_is_not_made(monkeypatch):
+    monkeypatch.setattr(fedsim.export, "memory", lambda: 2**20)
+    with pytest.raises(
+        ConfigError, match=r"^model: cannot be made .* \(1, 99, 99\): it has .*, more than half of"
+    ):
+        made({"name": "2nn"}, (1, 99, 99), 10)
+    assert made({"name": "2nn", "weights": None}, (1, 8, 8), 10).training
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--out", "there"], "--out: there exists; name another file"),
+        (["--out", "no/file"], "--out: no/file cannot be written; is there such a folder?"),
         (["--out", "file", "--batch", "0"], "--batch: '0' should be a whole number >= 1, or dynamic"),
         (["--out", "file", "--batch", "many"], "--batch: 'many' should be a whole number >= 1, or dynamic"),
     ],

@@ -174,9 +174,7 @@ def test_random_networks(program):
 # What is folded
 
 
-@pytest.mark.parametrize(
-    "norm", [nn.BatchNorm2d(4), nn.BatchNorm2d(4, affine=False), FrozenBatchNorm(nn.BatchNorm2d(4))]
-)
+@pytest.mark.parametrize("norm", [STEPS[name]() for name in ("norm", "plain", "frozen")])
 @pytest.mark.parametrize(
     "layer", [conv(), conv(bias=False), conv(groups=4), conv(5, stride=2, padding_mode="reflect")]
 )

@@ -253,6 +253,15 @@ def test_a_run_has_an_accuracy(fedsim_):
         (["cnn", "--shape", "3,4"], "model: cnn takes images"),
         (["2nn", "--device", "cud"], "--device: 'cud' is not on this machine; allowed: auto, cpu"),
         (["2nn", "--json", "."], "--json: . exists; name another file"),
+        (["2nn", "--json", "no/a.json"], "--json: no/a.json cannot be written; is there such a folder?"),
+        (["2nn", "--out", "no/a.png"], "--out: no/a.png cannot be written; is there such a folder?"),
+        (["2nn", "--out", "."], "--out: . cannot be written"),
+        (
+            ["cnn", "--shape", "3,200000,200000"],
+            "model: cannot be made for 10 classes and examples of shape (3, 2000",
+        ),
+        (["2nn", "--shape", "2", "--classes", "1" + "0" * 30], "neither may have more than 268,435,456"),
+        (["2nn", "--batch", "9999999999"], "--batch: '9999999999' should be whole numbers >= 1, of at most nine"),
         (["--runs", "no"], "config.yaml: No such file or directory; is its folder that of a run?"),
         (["torch.nn:Identity"], "--shape: torch.nn:Identity has no size of its own; give --shape and --classes"),
     ],
@@ -276,6 +285,12 @@ def test_what_a_device_cannot_run_is_one_line():
     found = [SimpleNamespace(label="it", network=Refuses(2, 2), shape=(2,), seconds={})]
     with pytest.raises(ConfigError, match=r"^profile: it cannot run on cpu: no such kernel anywhere$"):
         measure(found, (1,), Console(file=io.StringIO()), device=CPU, precision="fp16", repeats=1)
+
+
+def test_a_batch_that_does_not_fit_is_one_line():
+    found = subjects(["2nn"], [], (1, 8, 8), 3)
+    with pytest.raises(ConfigError, match=r"^profile: 2nn cannot run on cpu: [^\n]+$"):
+        measure(found, (10**12,), Console(file=io.StringIO()), device=CPU, repeats=1)
 
 
 # The list

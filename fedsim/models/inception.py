@@ -175,14 +175,14 @@ def concurrently(block: nn.Module, x: Tensor, *branches: Branch) -> list[Tensor]
 
 
 def _followed(x: Tensor) -> bool:
-    """Whether something sees each operation, or what autograd keeps of it: it would only see those of this thread."""
+    """Whether something sees operations, or what autograd keeps of them: it would see this thread's only."""
     return (
         type(x) is not Tensor  # a stand-in for one: torch.fx, torch.export
         or x.is_meta
         or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None
         or any_torch_dispatch_mode_on_stack()  # such as FlopCounterMode
-        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # such as torch.utils.checkpoint's
+        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # such as checkpoint's
     )
 
 
