@@ -131,7 +131,7 @@ def options_of(target: Callable[..., Any]) -> type[Options]:
     for name, parameter in parameters.items():
         if parameter.kind is parameter.KEYWORD_ONLY:
             default = ... if parameter.default is parameter.empty else parameter.default
-            fields[name] = (Spec if name == "inner" else hints.get(name, Any), default)
+            fields[name] = (Spec | str if name == "inner" else hints.get(name, Any), default)
     return create_model("Options", __base__=Options, **fields)
 
 

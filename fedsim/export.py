@@ -116,6 +116,8 @@ def trained(run: Path, *, ema: bool = False) -> Trained:
     with torch.random.fork_rng(devices=[]):
         network = made(_bare(spec), told.example.shape, told.classes)
     path = run / ("ema.safetensors" if ema else "model.safetensors")
+    if ema and config.ema is None:
+        raise ConfigError(f"--ema: {run} kept no running mean; its config has no `ema`")
     try:
         open_regular(path).close()
         with safe_open(path, framework="pt") as file:
@@ -168,6 +170,8 @@ def export(
     for module, why in NEEDS[format].items():
         if find_spec(module) is None:
             raise ConfigError(f"--format: {format} needs {module}; {why}")
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(f"{run}: is no folder of a run; it has no config.yaml")
     out = out or run / NAMES[format]
     if out.exists():
         raise ConfigError(f"--out: {out} exists; name another file")

@@ -92,6 +92,11 @@ def _options(catalogue: Catalogue, entry: str) -> Table:
         table.add_row(name, "required" if field.is_required() else _shown(field.default), allowed(field))
     if catalogue is MODELS:
         table.caption = "and the options of all models: fedsim list settings model"
+    if catalogue is SETTINGS and entry == "local":
+        table.caption = (
+            "and schedule, loss and augment, which name entries: fedsim list schedules, losses, augmentations;\n"
+            "distillation and noisy_labels: fedsim list settings 'local.*'"
+        )
     return table
 
 

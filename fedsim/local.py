@@ -12,7 +12,7 @@ from torch import Tensor
 from fedsim.beta_mixture import BetaMixture
 from fedsim.data import FederatedData
 from fedsim.errors import ConfigError
-from fedsim.losses import LabelLoss, bootstrapped, class_weights, distilled, mixed, oversampled
+from fedsim.losses import bootstrapped, class_weights, distilled, mixed, oversampled
 from fedsim.optim import LossScale, clipped
 from fedsim.recipe import Recipe
 from fedsim.task import AUXILIARY, Layout, Replica, blocks
@@ -72,7 +72,8 @@ class LocalObjective:
         self.num_examples = replica.flat.new_tensor(n, device="cpu")
         self.num_steps = replica.flat.new_tensor(recipe.num_steps(n), device="cpu")
         self._began, self._time_limit = perf_counter(), time_limit
-        self._label_loss = self._weighted(recipe.label_loss or replica.task.losses)
+        self._label_loss = recipe.label_loss or replica.task.losses
+        self._class_weights = self._weights_of_classes()  # (classes,)
         self._doubt: Tensor | None = None  # (n_k,) that each label is wrong, by row
         self._start: tuple[Tensor, Tensor] | None = None  # (P,) and (Q,), where they teach
         self.metrics: State = {}
@@ -196,15 +197,13 @@ class LocalObjective:
         places = torch.from_numpy(np.searchsorted(self._rows, rows.numpy()))
         return batch._replace(doubt=self._doubt[places.to(self._doubt.device)])
 
-    def _weighted(self, loss: LabelLoss) -> LabelLoss:
-        """`loss`, times the weight of the example's class."""
+    def _weights_of_classes(self) -> Tensor | None:
         given = self.recipe.class_weights
         if given is None:
-            return loss
+            return None
         labels = self.data.labels[self._rows]
         balanced = class_weights(labels, self.data.num_classes) if given == "balanced" else torch.tensor(given)
-        weights = balanced.to(self.replica.flat)
-        return lambda logits, y: loss(logits, y) * weights[y]
+        return balanced.to(self.replica.flat)
 
     def _consult(self, start: Tensor) -> None:
         """Ask the model that training starts from what it knows: as a teacher, and which labels are wrong."""
@@ -213,10 +212,9 @@ class LocalObjective:
             self._start = start.clone(), self.buffers
         if noisy and self._round + 1 >= noisy.start:
             parts = torch.split(torch.from_numpy(self._rows), self._batch_size)
-            loss = self.recipe.label_loss or self.replica.task.losses
             with torch.no_grad():
                 batches = (Batch(*self.data.batch(rows)) for rows in parts)
-                found = [loss(self._logits(self.replica.w, b, train=False), b.y) for b in batches]
+                found = [self._label_loss(self._logits(self.replica.w, b, train=False), b.y) for b in batches]
             losses = torch.cat(found).double().cpu().numpy()
             doubt = BetaMixture.fit(losses).posterior(losses)
             self._doubt = torch.from_numpy(doubt).to(self.replica.flat)
@@ -236,11 +234,15 @@ class LocalObjective:
         return losses
 
     def _label_losses(self, logits: Tensor, batch: Batch) -> Tensor:
+        """(B,) of mixed labels, or of doubtful ones; each times the weight of the class that it is given as."""
+        if batch.doubt is not None and batch.other is not None:
+            raise ConfigError("local.noisy_labels: cannot tell which label is wrong after mixup or cutmix")
+        weights = self._class_weights
+        if weights is None:
+            return (mixed if batch.doubt is None else bootstrapped)(self._label_loss, logits, batch)
         if batch.doubt is not None:
-            if batch.other is not None:
-                raise ConfigError("local.noisy_labels: cannot tell which label is wrong after mixup or cutmix")
-            return bootstrapped(self._label_loss, logits, batch)
-        return mixed(self._label_loss, logits, batch)
+            return weights[batch.y] * bootstrapped(self._label_loss, logits, batch)
+        return mixed(lambda z, y: weights[y] * self._label_loss(z, y), logits, batch)
 
     def _teach(self, x: Tensor) -> Tensor:
         with torch.no_grad(), self._autocast:

@@ -96,7 +96,9 @@ class Recipe:
     def check(self) -> None:
         """Raise ConfigError where two settings contradict each other."""
         if self.steps and self.epochs != 1:
-            raise ConfigError(f"local.epochs: {self.epochs} and local.steps {self.steps}: set one of the two")
+            raise ConfigError(
+                f"local.epochs: {self.epochs} and local.steps {self.steps}: set one of the two; local.epochs=1 unsets it"
+            )
         for name in ("momentum", "nesterov") if self.optimizer not in ("sgd", "lars") else ():
             if getattr(self, name):
                 raise ConfigError(f"local.{name}: belongs to sgd; {self.optimizer} has local.betas")

@@ -30,8 +30,8 @@ class FedBN(FedAvg):
 
     def check(self, recipe: Recipe, layout: Layout) -> None:
         if not len(self.entries(layout)):
-            which = f"with {' or '.join(self.private)} in its name" if self.private else "of a normalisation layer"
-            raise ConfigError(f"strategy.private: the network has no parameter {which}; model cnn_bn has")
+            which = f"with {' or '.join(self.private)} in its name" if self.private else "of a norm"
+            raise ConfigError(f"strategy.private: the network trains no parameter {which}; model cnn_bn has some")
         refuse_recalibrated(self.buffers)
 
     def init_client(self, model: Tensor, layout: Layout) -> State:

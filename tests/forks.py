@@ -168,11 +168,11 @@ def interrupt_in_test(number):
 
     evaluate, tests = Simulation.evaluate, []
 
-    def interrupted(self, *args):
+    def interrupted(self, *args, **options):
         tests.append(1)
         if len(tests) == number:
             signal.raise_signal(signal.SIGINT)
-        return evaluate(self, *args)
+        return evaluate(self, *args, **options)
 
     Simulation.evaluate = interrupted
 

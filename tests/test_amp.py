@@ -44,6 +44,19 @@ def test_every_backbone_trains_in_low_precision(name):
         assert float(low_loss) == pytest.approx(float(loss), rel=0.1, abs=0.1)
 
 
+def test_depthwise_convolutions_keep_their_precision_on_a_cpu():
+    replica = Replica(Task(build("mobilenet_v2", SHAPE, CLASSES), SHAPE, CLASSES))
+    replica.enter(replica.task.initial_buffers, 0, torch.bfloat16)
+    seen = {}
+    for module in replica.network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda m, args, out: seen.setdefault(m.groups > 1, set()).add(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        replica.logits(replica.w, torch.randn(2, *SHAPE), train=True)
+    assert seen == {False: {torch.bfloat16}, True: {torch.float32}}
+    assert {p.dtype for p in replica.parameters if p.dim() == 4 and p.shape[1] == 1} == {torch.float32}
+
+
 @pytest.mark.parametrize("precision", list(AUTOCAST))
 def test_low_precision_keeps_about_half(precision):
     """NVIDIA's claim, of the activations that a training step of ResNet-18 keeps, weights not counted."""

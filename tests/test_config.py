@@ -128,7 +128,7 @@ def partition(**options):
         ({"local.epochs": 2, "local.steps": 2}, "local.epochs: 2 and local.steps 2: set one of the two"),
         ({"strategy": "scaffold", "local.momentum": 0.9}, "local.momentum: scaffold"),
         ({"strategy": "scaffold", "local.optimizer": "adam"}, "local.optimizer: scaffold"),
-        ({"strategy": "fedbn"}, "strategy.private: the network has no parameter of a normalisation layer"),
+        ({"strategy": "fedbn"}, "strategy.private: the network trains no parameter of a norm"),
         # not here
         ({"runtime.device": "cuda:99"}, "runtime.device: 'cuda:99' is not on this machine; allowed: auto, cpu"),
         ({"data": {"name": "npz", "clients": 2, "path": "no/such"}}, "data.path: no/such: no such file or folder"),

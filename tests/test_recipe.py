@@ -235,7 +235,7 @@ def test_balanced_class_weights_give_each_class_the_same_say():
     data = make_data([23], dtype=DOUBLE)
     local = make_local(double(), data, class_weights="balanced")
     labels = data.labels[data.rows(0)]
-    ones = local._weighted(lambda logits, y: torch.ones(len(y), dtype=DOUBLE))(torch.zeros(23, 3), labels)
+    ones = local._class_weights[labels]
     sums = [float(ones[labels == c].sum()) for c in range(CLASSES)]
     assert sums == pytest.approx([23 / CLASSES] * CLASSES)
 
@@ -380,6 +380,8 @@ def test_doubtful_labels_give_way_to_the_networks_own():
     own = F.cross_entropy(logits, logits.argmax(-1), reduction="none")
     expected = (1 - batch.doubt) * F.cross_entropy(logits, batch.y, reduction="none") + batch.doubt * own
     close(local._label_losses(logits, batch), expected)
+    weighted = make_local(task, data, number=2, noisy_labels=NoisyLabels(start=3), class_weights=[1.0, 2.0, 3.0])
+    close(weighted._label_losses(logits, batch), expected * torch.tensor([1.0, 2.0, 3.0])[batch.y])
     early = make_local(task, data, number=1, noisy_labels=NoisyLabels(start=3))
     early._consult(task.initial_model)
     assert early._doubt is None

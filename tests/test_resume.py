@@ -461,7 +461,7 @@ def test_other_labels_under_the_same_config_are_noticed(forks, folder):
     write(folder, data=data, model="2nn", strategy="fedavg")
     whole(forks, folder, name="run")
     arrays(1)
-    refused(forks.run("resume", "run", "rounds=6", cwd=folder), "data: other examples")
+    refused(forks.run("resume", "run", "rounds=6", cwd=folder), "data or model: other examples")
     arrays(0)
     done = forks.run("resume", "run", "rounds=6", cwd=folder)
     assert done.status == 0, str(done)

@@ -67,7 +67,7 @@ def image(shape: tuple[int, ...], name: str, smallest: int) -> tuple[int, int, i
     Raises ConfigError unless it is that of an image of at least `smallest` pixels a side.
     """
     if len(shape) != 3 or min(shape[1:]) < smallest:
-        fits = f"(channels, height, width) with at least {smallest} pixels a side"
+        fits = f"(channels, height, width) with at least {smallest} pixel{'s' * (smallest > 1)} a side"
         raise ConfigError(f"model: {name} takes images, {fits}; these examples are {shape}")
     return shape
 
