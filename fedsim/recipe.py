@@ -96,9 +96,8 @@ class Recipe:
     def check(self) -> None:
         """Raise ConfigError where two settings contradict each other."""
         if self.steps and self.epochs != 1:
-            raise ConfigError(
-                f"local.epochs: {self.epochs} and local.steps {self.steps}: set one of the two; local.epochs=1 unsets it"
-            )
+            both = f"{self.epochs} and local.steps {self.steps}"
+            raise ConfigError(f"local.epochs: {both}: set one of the two; local.epochs=1 unsets it")
         for name in ("momentum", "nesterov") if self.optimizer not in ("sgd", "lars") else ():
             if getattr(self, name):
                 raise ConfigError(f"local.{name}: belongs to sgd; {self.optimizer} has local.betas")
