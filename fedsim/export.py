@@ -116,8 +116,8 @@ def trained(run: Path, *, ema: bool = False) -> Trained:
     with torch.random.fork_rng(devices=[]):
         network = made(_bare(spec), told.example.shape, told.classes)
     path = run / ("ema.safetensors" if ema else "model.safetensors")
-    if ema and config.ema is None:
-        raise ConfigError(f"--ema: {run} kept no running mean; its config has no `ema`")
+    if ema and not path.exists():
+        raise ConfigError(f"--ema: {run} has no {path.name}, as runs have whose config sets `ema`")
     try:
         open_regular(path).close()
         with safe_open(path, framework="pt") as file:

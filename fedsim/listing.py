@@ -94,8 +94,8 @@ def _options(catalogue: Catalogue, entry: str) -> Table:
         table.caption = "and the options of all models: fedsim list settings model"
     if catalogue is SETTINGS and entry == "local":
         table.caption = (
-            "and schedule, loss and augment, which name entries: fedsim list schedules, losses, augmentations;\n"
-            "distillation and noisy_labels: fedsim list settings 'local.*'"
+            "and schedule, loss, augment: fedsim list schedules, losses, augmentations\n"
+            "of distillation and noisy_labels: fedsim list settings local.distillation"
         )
     return table
 
