@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
+import fedsim
 from fedsim import Batch, ConfigError, Recipe, Task
 from fedsim.config import build, load
 from fedsim.local import check_precision
@@ -437,3 +438,54 @@ def test_a_precision_that_the_device_lacks_is_refused(monkeypatch):
     with pytest.raises(ConfigError, match=r"^local.precision: cpu lacks fp16; allowed: fp32, bf16$"):
         make_simulation(precision="fp16")
     check_precision("bf16", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5, 7])
+def test_no_piece_of_a_batch_is_a_single_example(size):
+    task = make_task(lambda: conv_net(dropout=0))
+    seen = []
+    local = make_local(task, make_data([size]), batch_size=size, accumulate=min(size, 4))
+    local.train(task.initial_model, loss=lambda w, batch: seen.append(len(batch.y)) or local.loss(w, batch))
+    assert sum(seen) == size
+    assert min(seen) >= 2
+
+
+# The test
+
+
+def test_evaluation_in_train_mode_takes_the_statistics_of_its_batch():
+    task, data = double(), make_data(dtype=DOUBLE)
+    simulation = make_simulation(task=task, data=data)
+    found = {train: simulation.evaluate(batch_size=7, train=train) for train in (False, True)}
+    for train, test in found.items():
+        network, losses = copy.deepcopy(task.network).train(train), []
+        for rows in torch.arange(data.num_test).split(7):
+            x, y = data.test_batch(rows)
+            with torch.no_grad():
+                losses.append(F.cross_entropy(network(x), y, reduction="sum"))
+        assert test.loss == pytest.approx(float(sum(losses)) / data.num_test)
+    assert found[True] != found[False]
+    config = load(TINY | {"evaluate": {"mode": "train"}})
+    other = load(TINY)
+    losses = [fedsim.run(c.model_dump(mode="json")).summary["test_loss"] for c in (config, other)]
+    assert losses[0] != losses[1]
+
+
+# What a resume must know of
+
+
+@pytest.mark.filterwarnings("ignore:changed. rounds")
+@pytest.mark.parametrize("file", ["teacher", "frozen"])
+def test_a_resume_notices_other_constants(tmp_path, file):
+    first, second = build(load(TINY)), build(load(TINY, {"seed": 1}))
+    weights = tmp_path / "w.safetensors"
+    save_file(first.task.state_dict(first.server), weights)
+    settings = {
+        "teacher": {"local": {"distillation": {"teacher": str(weights)}}},
+        "frozen": {"model": TINY["model"] | {"weights": str(weights), "freeze": ["conv1*", "bn1*"]}},
+    }
+    fedsim.run(TINY | settings[file], out=tmp_path / "run")
+    fedsim.resume(tmp_path / "run", {"rounds": 3})
+    save_file(second.task.state_dict(second.server), weights)
+    with pytest.raises(ConfigError, match=r"^data or model: other examples, owners, frozen weights or teacher"):
+        fedsim.resume(tmp_path / "run", {"rounds": 4})
