@@ -23,7 +23,7 @@ def data(n=4):
 
 def trained(task, precision):
     recipe = Recipe(
-        lr=1e-3, batch_size=4, precision=precision, **({"loss_scale": 256.0} if precision == "fp16" else {})
+        lr=1e-3, batch_size=4, precision=precision, **({"loss_scale": 1.0} if precision == "fp16" else {})
     )
     local = LocalObjective(Replica(task), data(), Job(0, 0, {}), task.initial_buffers, recipe)
     return local.train(task.initial_model), local.metrics["loss"] / 4
