@@ -92,13 +92,12 @@ def resolve(values: Mapping[str, Any]) -> Config:
     """The config with all defaults filled in."""
     config = validated(Config, values)
     data = DATASETS.resolve(config.data, also=Federation)
-    noise = data["label_noise"]
     return config.model_copy(
         update={
             "data": data
             | {
                 "partition": PARTITIONS.resolve(data["partition"]),
-                "label_noise": None if noise is None else _options(LabelNoise, noise, "data.label_noise"),
+                "label_noise": _options(LabelNoise, data["label_noise"], "data.label_noise"),
             },
             "model": models.resolve(config.model),
             "strategy": STRATEGIES.resolve(config.strategy),
@@ -106,12 +105,8 @@ def resolve(values: Mapping[str, Any]) -> Config:
             "local": _resolve_local(config),
             "runtime": RUNTIMES.resolve(config.runtime),
             "failures": _options(Failures, config.failures, "failures"),
-            "availability": None
-            if config.availability is None
-            else _options(Availability, config.availability, "availability"),
-            "recalibrate": None
-            if config.recalibrate is None
-            else _options(Recalibrate, config.recalibrate, "recalibrate"),
+            "availability": _options(Availability, config.availability, "availability"),
+            "recalibrate": _options(Recalibrate, config.recalibrate, "recalibrate"),
             "checkpoint": _options(Checkpointing, config.checkpoint, "checkpoint"),
             "client_store": _options(ClientStore, config.client_store, "client_store"),
             "hooks": [HOOKS.resolve(hook, f"hooks[{i}]") for i, hook in enumerate(config.hooks)],
@@ -200,8 +195,9 @@ def _override(values: Mapping[str, Any], path: list[str], value: Any, key: str) 
     return {**values, head: _override(below, rest, value, key)}
 
 
-def _options(target: Callable[..., Any], values: Spec, at: str) -> Spec:
-    return validated(options_of(target), values, at).model_dump(mode="json")
+def _options(target: Callable[..., Any], values: Spec | None, at: str) -> Spec | None:
+    """With the defaults filled in; a part that is not wanted stays null."""
+    return None if values is None else validated(options_of(target), values, at).model_dump(mode="json")
 
 
 def _recipe_options(config: Config) -> Options:

@@ -1,14 +1,17 @@
 """A small federation that every law is tried on, made of the parts a config would name."""
 
 import hashlib
+import sys
 from collections import OrderedDict
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import fedsim.cli
 from fedsim import LocalObjective, Recipe, Simulation, Strategy, Task
 from fedsim.catalogue import options_of
 from fedsim.cohort import COHORTS
@@ -26,6 +29,20 @@ SHAPE, CLASSES = (1, 4, 4), 3
 def _one_thread():
     """A test's own loops compute as fedsim's clients do; on networks this small more threads only wait."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def fedsim_(monkeypatch, capsys):
+    """Calls the command in this process."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fedsim", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            fedsim.cli.main()
+        out, err = capsys.readouterr()
+        return SimpleNamespace(status=caught.value.code, out=out, err=err)
+
+    return call
 
 
 def make_data(sizes=SIZES, *, shape=SHAPE, classes=CLASSES, noise=0.5, public=0, dtype=torch.float32):

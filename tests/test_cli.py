@@ -42,17 +42,9 @@ def place(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def fedsim_(place, monkeypatch, capsys):
-    """Calls the command in this process."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fedsim", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            fedsim.cli.main()
-        out, err = capsys.readouterr()
-        return SimpleNamespace(status=caught.value.code, out=out, err=err)
-
-    return call
+def fedsim_(place, fedsim_):
+    """Calls the command in a folder with a config."""
+    return fedsim_
 
 
 def narrow(text):

@@ -2,9 +2,7 @@
 
 import json
 import re
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,18 +46,10 @@ def onnx(run, tmp_path_factory):
 
 
 @pytest.fixture
-def fedsim_(tmp_path, monkeypatch, capsys):
-    """Calls the command in this process, in a folder of its own."""
+def fedsim_(tmp_path, monkeypatch, fedsim_):
+    """Calls the command in a folder of its own."""
     monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fedsim", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            fedsim.cli.main()
-        out, err = capsys.readouterr()
-        return SimpleNamespace(status=caught.value.code, out=out, err=err)
-
-    return call
+    return fedsim_
 
 
 def session(path):

@@ -11,7 +11,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from math import inf, nan
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -401,17 +400,9 @@ def place(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def fedsim_(place, monkeypatch, capsys):
-    """Calls the command in this process."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fedsim", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            fedsim.cli.main()
-        out, err = capsys.readouterr()
-        return SimpleNamespace(status=caught.value.code, out=out, err=err)
-
-    return call
+def fedsim_(place, fedsim_):
+    """Calls the command where that hook is."""
+    return fedsim_
 
 
 NOTES = "[{name: my_hooks:Notes, path: notes, every: 2}]"

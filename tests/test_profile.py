@@ -3,7 +3,6 @@
 import io
 import json
 import re
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,18 +27,15 @@ TINY = ["cnn_bn", "widths=[2,3]", "--shape", "1,8,8", "--classes", "3", "--repea
 
 
 @pytest.fixture
-def fedsim_(tmp_path, monkeypatch, capsys):
-    """Calls the command in this process, in a folder of its own."""
+def fedsim_(tmp_path, monkeypatch, fedsim_):
+    """Calls the command in a folder of its own; what it says fits 80 columns."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fedsim.cli, "console", Console(soft_wrap=True, width=80))
 
     def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fedsim", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            fedsim.cli.main()
-        out, err = capsys.readouterr()
-        assert max(map(cell_len, out.splitlines()), default=0) <= 80, out
-        return SimpleNamespace(status=caught.value.code, out=out, err=err)
+        done = fedsim_(*arguments)
+        assert max(map(cell_len, done.out.splitlines()), default=0) <= 80, done.out
+        return done
 
     return call
 
