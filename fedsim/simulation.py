@@ -15,7 +15,6 @@ from fedsim.cohort import Cohort
 from fedsim.data import FederatedData
 from fedsim.errors import ClientError, ConfigError, RoundError, located
 from fedsim.files import uninterrupted
-from fedsim.local import check_precision
 from fedsim.recalibration import Recalibrate, Recalibration, check_recalibration
 from fedsim.recipe import Recipe
 from fedsim.runtimes import Runtime
@@ -106,7 +105,7 @@ class Simulation:
         seed: int = 0,
     ):
         recipe.check()
-        check_precision(recipe.precision, runtime.home)
+        runtime.check(Train(strategy, recipe, seed, failures.time_limit))
         if isinstance(recipe.class_weights, list) and len(recipe.class_weights) != data.num_classes:
             found = len(recipe.class_weights)
             raise ConfigError(f"local.class_weights: has {found} numbers; there are {data.num_classes} classes")

@@ -8,7 +8,7 @@ import torch
 from fedsim.aggregate import Aggregator, Partial
 from fedsim.catalogue import Catalogue
 from fedsim.types import Job, Report, State
-from fedsim.work import Work
+from fedsim.work import Train, Work
 
 RUNTIMES = Catalogue("runtime", "fedsim.runtimes", {"serial": "serial:Serial", "threads": "threads:Threads"})
 
@@ -16,10 +16,16 @@ RUNTIMES = Catalogue("runtime", "fedsim.runtimes", {"serial": "serial:Serial", "
 class Runtime(Protocol):
     """Runs clients one at a time or side by side; what they compute does not depend on it.
 
-    `home` is the device on which the server's state is kept.
+    `home` is the device on which the server's state is kept, `workers` how many clients run side by side.
     """
 
     home: torch.device
+
+    @property
+    def workers(self) -> int: ...
+
+    def check(self, work: Train) -> None:
+        """Raise ConfigError, naming the setting, where the runtime cannot train like that."""
 
     def run(
         self,

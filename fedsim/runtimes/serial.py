@@ -4,10 +4,11 @@ from collections.abc import Iterable, Iterator
 
 from fedsim.aggregate import Aggregator, Partial
 from fedsim.data import FederatedData
+from fedsim.local import check_precision
 from fedsim.runtimes.worker import Worker, devices, one_thread
 from fedsim.task import Task
 from fedsim.types import Job, Report, State
-from fedsim.work import Work
+from fedsim.work import Train, Work
 
 
 class Serial:
@@ -15,7 +16,11 @@ class Serial:
 
     def __init__(self, task: Task, data: FederatedData, /, *, device: str = "auto"):
         self.home = devices(device)[0]
+        self.workers = 1
         self.worker = Worker(task, data.to(self.home), self.home)
+
+    def check(self, work: Train) -> None:
+        check_precision(work.recipe.precision, self.home)
 
     def run(
         self,

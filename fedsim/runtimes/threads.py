@@ -15,10 +15,11 @@ import torch
 
 from fedsim.aggregate import Aggregator, Partial
 from fedsim.data import FederatedData
+from fedsim.local import check_precision
 from fedsim.runtimes.worker import Worker, cores, devices
 from fedsim.task import Task
 from fedsim.types import Count, Job, Report, State
-from fedsim.work import Work
+from fedsim.work import Train, Work
 
 WORKERS_PER_GPU = 4
 
@@ -50,6 +51,9 @@ class Threads:
         self.local = threading.local()
         self.number = count()  # of the next worker
         self.first: AbstractContextManager[object] = threading.Lock()
+
+    def check(self, work: Train) -> None:
+        check_precision(work.recipe.precision, self.home)
 
     def run(
         self,
