@@ -6,6 +6,7 @@ than it needs, takes the first that report, and closes the round at a deadline.
 
 from dataclasses import dataclass
 from math import ceil
+from statistics import NormalDist
 from typing import Annotated, NamedTuple
 
 import numpy as np
@@ -56,17 +57,20 @@ class Availability:
         """The cohort and, drawn from the others, as many more as `over_selection` asks for."""
         wanted = round(self.over_selection * len(cohort), 9)  # 1.1 * 100 is a little above 110
         more = ceil(min(wanted, num_clients)) - len(cohort)
-        others = np.setdiff1d(np.arange(num_clients), cohort) if more else np.empty(0, np.int64)
-        extra = random(seed, Stream.AVAILABILITY, number, 1).choice(others, more, replace=False)
+        if not more:
+            return sorted(cohort)
+        places = random(seed, Stream.AVAILABILITY, number, 1).choice(
+            num_clients - len(cohort), more, replace=False
+        )
+        others_below = np.sort(cohort) - np.arange(len(cohort))  # each of the cohort
+        extra = places + np.searchsorted(others_below, places, side="right")
         return sorted([*cohort, *extra.tolist()])
 
-    def attempt(
-        self, selected: list[int], steps: Ints, goal: int, num_clients: int, seed: int, number: int
-    ) -> Attempt:
+    def attempt(self, selected: list[int], steps: Ints, goal: int, seed: int, number: int) -> Attempt:
         """Who reports of those `selected`, whose `steps` stand in the same order, until `goal` have."""
-        chance = random(seed, Stream.AVAILABILITY, number, 2).random(num_clients)[selected]
-        drop = np.broadcast_to(np.asarray(self.drop, np.float64), num_clients)[selected]
-        seconds = self._seconds(selected, steps, num_clients, seed, number)
+        chance = _uniform(selected, seed, number, 2)
+        drop = np.array([self.drop[k] for k in selected] if isinstance(self.drop, list) else self.drop)
+        seconds = self._seconds(selected, steps, seed, number)
         absent = {k: "dropped out" for k, out in zip(selected, chance < drop, strict=True) if out}
         order = sorted((s, k) for s, k in zip(seconds.tolist(), selected, strict=True) if k not in absent)
         limit = self.deadline or float("inf")
@@ -83,9 +87,24 @@ class Availability:
             closed = self.deadline
         return Attempt(sorted(reporting), dict(sorted(absent.items())), closed)
 
-    def _seconds(self, selected: list[int], steps: Ints, num_clients: int, seed: int, number: int) -> Floats:
+    def _seconds(self, selected: list[int], steps: Ints, seed: int, number: int) -> Floats:
         """Until each reports; a client's own whoever else is selected."""
-        slow = random(seed, Stream.AVAILABILITY, 0, 0).random(num_clients)[selected] < self.stragglers
-        z = random(seed, Stream.AVAILABILITY, number, 3).standard_normal(num_clients)[selected]
-        slowness: Floats = np.where(slow, self.slowdown, 1.0) * np.exp(self.jitter * z)
+        slow = _uniform(selected, seed, 0, 0) < self.stragglers
+        z = [NORMAL.inv_cdf(max(u, 2.0**-54)) for u in _uniform(selected, seed, number, 3).tolist()]
+        slowness: Floats = np.where(slow, self.slowdown, 1.0) * np.exp(self.jitter * np.array(z))
         return self.step_seconds * steps * slowness
+
+
+NORMAL = NormalDist()
+
+
+def _uniform(clients: list[int], seed: int, *key: int) -> Floats:
+    """(C,) of N numbers from 0 to 1, one a client, those of the ascending `clients`; the others' are not drawn."""
+    stream = random(seed, Stream.AVAILABILITY, *key)
+    bits, last = stream.bit_generator, -1
+    assert isinstance(bits, np.random.PCG64)
+    found = np.empty(len(clients))
+    for i, client in enumerate(clients):
+        bits.advance(client - last - 1)
+        found[i], last = stream.random(), client
+    return found

@@ -58,6 +58,7 @@ class Checkpoint(BaseModel):
     log: File  # rounds.jsonl, as far as it went
     server: File
     clients: list[File]  # the older first
+    runtime: dict[str, Any] | None = None  # what `auto` chose
 
 
 class Checkpoints:
@@ -83,6 +84,7 @@ class Checkpoints:
             log=log,
             server=server,
             clients=clients,
+            runtime=getattr(simulation.runtime, "choice", None),
             **about,
         )
         write(self.folder / f"{simulation.number:06}.json", _signed(checkpoint))

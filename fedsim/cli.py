@@ -44,14 +44,23 @@ def run(
 
 @app.command()
 def resume(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a run")],
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a run, or of a sweep")],
     settings: Settings = None,
     force: Annotated[bool, typer.Option(help="take settings that change the result, too")] = False,
 ) -> None:
     """Go on with a run that was stopped or killed, as if it had not been; rounds=200 makes it longer."""
     from fedsim.config import parse_overrides
     from fedsim.experiment import Run
+    from fedsim.sweep.folder import is_sweep
 
+    if is_sweep(folder):
+        from fedsim.sweep import resume as go_on
+
+        if settings or force:
+            raise ConfigError(
+                f"{folder}: is a sweep, whose settings are in its sweep.yaml; resume it without others"
+            )
+        raise typer.Exit(go_on(folder, console))
     resumed = Run.resume(folder, parse_overrides(settings or []), force)
     for note in resumed.notes:
         print(f"fedsim: {printable(note)}", file=sys.stderr)
@@ -84,6 +93,28 @@ def _execute(run: "Run") -> None:
         done = f"interrupted after round {found['rounds']} of {run.config.rounds}"
         print(f"fedsim: {done}; fedsim resume {folder} goes on", file=sys.stderr)
         raise typer.Exit(130)
+
+
+@app.command()
+def sweep(
+    config: ConfigPath,
+    settings: Annotated[
+        list[str], typer.Argument(metavar="KEY=V1,V2,...", help="such as local.lr=0.05,0.1 seed=0..4 rounds=50")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="a folder for the results; one with the same sweep is gone on with")
+    ] = None,
+    target: Annotated[
+        float | None, typer.Option(help="an accuracy from 0 to 1: how many rounds did each take to it?")
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="points at a time; by cores or GPUs if not given")
+    ] = None,
+) -> None:
+    """Run all combinations of settings: as one batch where that is possible, or side by side."""
+    from fedsim.sweep import sweep as run_all
+
+    raise typer.Exit(run_all(config, settings, out, target, jobs, console))
 
 
 @app.command()
@@ -149,14 +180,36 @@ def list_(
 def bench(
     config: ConfigPath,
     settings: Settings = None,
-    repeats: Annotated[int, typer.Option(min=1, help="rounds a side, the sides in turn")] = 5,
-    out: Annotated[Path | None, typer.Option(help="a JSON file for the figures")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="passes that count, the sides in turn")] = 5,
+    out: Annotated[Path | None, typer.Option(help="a JSON file for the figures, every pass's too")] = None,
+    peers: Annotated[str, typer.Option(help="other simulators to compare with: flower, pfl")] = "",
+    sides: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="only these, such as '*threads*'; may be given again"),
+    ] = None,
+    study: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="actors, population, cohort, idle, aggregation or startup instead; may be given again",
+        ),
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(help="of a study; next to the JSON if not given")] = None,
 ) -> None:
-    """Time a config's client steps against plain PyTorch loops, sides in turn, and print ratios."""
+    """Time a config's client steps against plain PyTorch loops and other simulators, in turn, and print ratios."""
     from fedsim.bench import bench as measure
     from fedsim.config import load, parse_overrides
 
-    measure(load(config, parse_overrides(settings or [])), repeats, console, out)
+    measure(
+        load(config, parse_overrides(settings or [])),
+        repeats,
+        console,
+        out,
+        peers=[name.strip() for name in peers.split(",") if name.strip()],
+        sides=sides or [],
+        studies=study or [],
+        drawing=picture,
+    )
 
 
 @app.command()

@@ -26,7 +26,7 @@ from fedsim.models.weights import fill
 from fedsim.reading import parse, read_yaml
 from fedsim.recalibration import Recalibrate
 from fedsim.recipe import Distillation, Recipe
-from fedsim.runtimes import RUNTIMES
+from fedsim.runtimes import RUNTIMES, Runtime
 from fedsim.schedules import SCHEDULES
 from fedsim.simulation import Failures, Simulation
 from fedsim.store import ClientStore
@@ -57,6 +57,7 @@ class Federation(Options):
     crop: Count | None = None  # pixels a side, about the centre, where no augmentation has made them that size
     public: Annotated[float, Ge(0), Lt(1)] = 0.0  # of the training examples, the server's own
     label_noise: Spec | None = None
+    partition_seed: Seed | None = None  # of the division: owners, holdout, public, label_noise; the run's if null
 
 
 class Config(Options):
@@ -70,7 +71,7 @@ class Config(Options):
     cohort: Spec | str
     local: Spec = {}
     evaluate: Evaluate = Evaluate()
-    runtime: Spec | str = "threads"
+    runtime: Spec | str = "auto"
     failures: Spec = {}
     availability: Spec | None = None
     checkpoint: Spec = {}
@@ -114,12 +115,18 @@ def resolve(values: Mapping[str, Any]) -> Config:
     )
 
 
-def build_data(config: Config) -> FederatedData:
-    """The dataset of a resolved config, and who holds what; raises ConfigError."""
+def build_dataset(config: Config) -> Dataset:
+    """The dataset of a resolved config; raises ConfigError."""
+    return DATASETS.make({k: v for k, v in config.data.items() if k not in Federation.model_fields}, Dataset)
+
+
+def build_data(config: Config, dataset: Dataset | None = None) -> FederatedData:
+    """The dataset of a resolved config, unless it is given, and who holds what; raises ConfigError."""
     shared = {key: config.data[key] for key in Federation.model_fields}
-    dataset = DATASETS.make({k: v for k, v in config.data.items() if k not in shared}, Dataset)
-    stream = random(config.seed, Stream.PARTITION)
-    public = set_apart(dataset, shared["public"], config.seed)
+    dataset = build_dataset(config) if dataset is None else dataset
+    seed = config.seed if shared["partition_seed"] is None else shared["partition_seed"]
+    stream = random(seed, Stream.PARTITION)
+    public = set_apart(dataset, shared["public"], seed)
     owners = PARTITIONS.make(shared["partition"], np.ndarray, without(dataset, public), shared["clients"], stream)
     data = FederatedData(
         dataset,
@@ -128,15 +135,19 @@ def build_data(config: Config) -> FederatedData:
         holdout=shared["holdout"],
         public=public,
         crop=shared["crop"],
-        seed=config.seed,
+        seed=seed,
     )
     noise = shared["label_noise"]
-    return data if noise is None else LabelNoise(**noise).applied(data, config.seed)
+    return data if noise is None else LabelNoise(**noise).applied(data, seed)
 
 
-def build(config: Config) -> Simulation:
-    """The simulation that a resolved config describes; raises ConfigError."""
-    data = build_data(config)
+def build(
+    config: Config,
+    data: FederatedData | None = None,
+    runtime: Callable[[Task, FederatedData], Runtime] | None = None,
+) -> Simulation:
+    """The simulation of a resolved config, with its data and runtime unless they are given; raises ConfigError."""
+    data = build_data(config) if data is None else data
     data.check_augment(config.local["augment"])
     recipe = _recipe(config)
     with torch.random.fork_rng(devices=[]):
@@ -155,7 +166,7 @@ def build(config: Config) -> Simulation:
         STRATEGIES.make(config.strategy, Strategy),
         task,
         data,
-        RUNTIMES.bind(config.runtime)(task, data),
+        (runtime or RUNTIMES.bind(config.runtime))(task, data),
         COHORTS.bind(config.cohort),
         recipe,
         failures=Failures(**config.failures),

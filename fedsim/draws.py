@@ -28,9 +28,9 @@ class KeyedDraws(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _DROPOUTS:
-            return self._dropout(_DROPOUTS[func], *args, **kwargs)
-        if func in _SAMPLERS:
+        if func in DROPOUTS:
+            return self._dropout(DROPOUTS[func], *args, **kwargs)
+        if func in SAMPLERS:
             self.used = True
             kwargs.setdefault("generator", self.generator)
         return func(*args, **kwargs)
@@ -47,14 +47,14 @@ class KeyedDraws(TorchFunctionMode):
 
 
 # What is dropped as a whole: single numbers (None), or all that lies behind the first two axes (B, channels).
-_DROPOUTS: dict[Callable[..., Any], int | None] = {
+DROPOUTS: dict[Callable[..., Any], int | None] = {
     F.dropout: None,
     torch.dropout: None,
     F.dropout1d: 2,
     F.dropout2d: 2,
     F.dropout3d: 2,
 }
-_SAMPLERS = {
+SAMPLERS = {
     torch.rand,
     torch.randn,
     torch.randint,

@@ -2,7 +2,7 @@
 
 import resource
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,15 +11,19 @@ from typing import Any, Self
 
 import numpy as np
 
-from fedsim.checkpoint import changes, versions
+from fedsim.catalogue import Spec
+from fedsim.checkpoint import Checkpoint, changes, versions
 from fedsim.config import Config, build, build_hooks, load
 from fedsim.errors import ConfigError
 from fedsim.files import uninterrupted
 from fedsim.folder import RunFolder, finite
 from fedsim.hooks import Hook, Hooks
+from fedsim.runtimes import RUNTIMES
+from fedsim.runtimes.auto import Auto, is_exact, shown
 from fedsim.simulation import Round, Simulation
 
 Record = dict[str, Any]
+Make = Callable[[Config], Simulation]
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,11 @@ class Run:
         self.began = perf_counter()
 
     @classmethod
-    def start(cls, config: Config, folder: Path | None = None, stem: str | None = None) -> Self:
+    def start(
+        cls, config: Config, folder: Path | None = None, stem: str | None = None, *, make: Make = build
+    ) -> Self:
         """A new run: in a new `folder`, or a new runs/STEM-N, or without one. Raises ConfigError."""
-        simulation, hooks = build(config), build_hooks(config)
+        simulation, hooks = make(config), build_hooks(config)
         if folder is None and stem is None:
             return cls(config, simulation, None, hooks)
         made = (
@@ -65,7 +71,7 @@ class Run:
         return cls(config, simulation, made, hooks)
 
     @classmethod
-    def resume(cls, path: Path, overrides: Mapping[str, Any], force: bool = False) -> Self:
+    def resume(cls, path: Path, overrides: Mapping[str, Any], force: bool = False, *, make: Make = build) -> Self:
         """A run that was stopped or killed, or is to be longer, at its last checkpoint that is whole.
 
         Raises ConfigError where settings changed that change the result, unless by `force`; and where another
@@ -79,7 +85,7 @@ class Run:
             saved, notes = folder.checkpoints.latest(path)
             if saved is None and (path / "summary.json").exists():
                 raise ConfigError(f"{path}: has no checkpoints, and is finished")
-            simulation, hooks = build(config), build_hooks(config)
+            simulation, hooks = make(config), build_hooks(config)
             if saved is None:
                 notes += _changed(was.model_dump(mode="json"), config, [], force)
                 notes += ["no checkpoint: starts with round 1"] if folder.begun else []
@@ -94,7 +100,11 @@ class Run:
             changed = _changed(checkpoint.config, config, others, force)
             folder.checkpoints.restore(simulation, checkpoint, server)
             records = folder.go_on(config, simulation.data, checkpoint.log)
-            notes += [*changed, *_other_versions(checkpoint.versions)]
+            notes += [
+                *changed,
+                *_other_runtime(checkpoint, simulation, RUNTIMES.resolve(config.runtime)),
+                *_other_versions(checkpoint.versions),
+            ]
             own_length = config.local["schedule"].get("rounds")
             length = own_length + config.local["warmup"] if own_length else config.rounds
             if checkpoint.config["rounds"] < config.rounds > length:
@@ -270,6 +280,20 @@ def _changed(before: Mapping[str, Any], config: Config, others: list[str], force
     if result and not force:
         raise ConfigError(f"{'; '.join(result)}: this changes the result; --force goes on all the same")
     return [f"changed: {change}" for change in [*result, *free]]
+
+
+def _other_runtime(checkpoint: Checkpoint, simulation: Simulation, now: Spec) -> list[str]:
+    """Have `auto` run what it had chosen; in words, what is another runtime now, and rounds in another way."""
+    runtime, before = simulation.runtime, checkpoint.runtime or checkpoint.config["runtime"]
+    agree = "results agree as floating point does"
+    if isinstance(runtime, Auto) and checkpoint.runtime:
+        try:
+            runtime.take(checkpoint.runtime, simulation.work)
+        except ConfigError as error:
+            return [f"changed: {error}; it was {shown(before)}, and is chosen anew; {agree}"]
+        return []
+    same = before == now or (is_exact(before) and is_exact(now))
+    return [] if same else [f"changed: runtime: {shown(now)}, and was {shown(before)}; {agree}"]
 
 
 def _other_versions(before: Mapping[str, str]) -> list[str]:

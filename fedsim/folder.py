@@ -141,12 +141,13 @@ def finite(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe(data: FederatedData) -> dict[str, Any]:
-    """Who holds how much: a content hash, sizes, and labels by client where there are few clients.
+    """Who holds how much: a content hash, quantiles of sizes, labels, and by client where there are few of them.
 
     Of `examples`, all for training, `public` are the server's; `example` is the form of each.
     """
-    sizes = data.sizes
-    labels = label_counts(data.labels.cpu().numpy(), data.owners, data.num_clients, data.num_classes)
+    sizes, labels = data.sizes, data.labels.cpu().numpy()
+    few = data.num_clients <= LISTED
+    counts = label_counts(labels, data.owners, data.num_clients, data.num_classes) if few else None
     return {
         "hash": content_hash(data.owners),
         "clients": data.num_clients,
@@ -156,10 +157,12 @@ def describe(data: FederatedData) -> dict[str, Any]:
         "example": data.form,
         "training_examples": {
             "smallest": int(sizes.min()),
+            "quartiles": np.quantile(sizes, (0.25, 0.5, 0.75)).tolist(),
             "mean": float(sizes.mean()),
             "largest": int(sizes.max()),
         },
-        "labels_by_client": labels.tolist() if data.num_clients <= LISTED else None,
+        "labels": np.bincount(labels[data.owners >= 0], minlength=data.num_classes).tolist(),
+        "labels_by_client": None if counts is None else counts.tolist(),
     }
 
 

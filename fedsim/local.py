@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from itertools import count, islice
+from itertools import islice
+from math import prod
 from time import perf_counter
 
 import numpy as np
@@ -12,12 +13,15 @@ from torch import Tensor
 from fedsim.beta_mixture import BetaMixture
 from fedsim.data import FederatedData
 from fedsim.errors import ConfigError
-from fedsim.losses import bootstrapped, class_weights, distilled, mixed, oversampled
+from fedsim.graphs import steps_of
+from fedsim.losses import class_weights
+from fedsim.objective import Objective, batch_rows
 from fedsim.optim import LossScale, clipped
 from fedsim.recipe import Recipe
-from fedsim.task import AUXILIARY, Layout, Replica, blocks
+from fedsim.task import Layout, Replica, blocks
 from fedsim.types import Batch, Job, State, Stream, random
 
+AHEAD = 2**18  # bytes of mini-batches made at a time, which a core's cache holds
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -45,7 +49,7 @@ Loss = Callable[[Tensor, Batch], Tensor]  # (weights, batch) -> (): a mean over 
 Correction = Callable[[Tensor, Tensor], Tensor]  # (gradient, weights) -> gradient, all (P,)
 
 
-class LocalObjective:
+class LocalObjective(Objective[Tensor]):
     """One client in one round, as the strategies see it.
 
     `num_examples` is n_k, `num_steps` the K_k steps that `train` takes, and `lr` this round's learning rate.
@@ -72,6 +76,7 @@ class LocalObjective:
         self.num_examples = replica.flat.new_tensor(n, device="cpu")
         self.num_steps = replica.flat.new_tensor(recipe.num_steps(n), device="cpu")
         self._began, self._time_limit = perf_counter(), time_limit
+        self._batch_bytes = self._batch_size * prod(data.shape) * replica.flat.itemsize
         self._label_loss = recipe.label_loss or replica.task.losses
         self._class_weights = self._weights_of_classes()  # (classes,)
         self._doubt: Tensor | None = None  # (n_k,) that each label is wrong, by row
@@ -88,19 +93,13 @@ class LocalObjective:
 
     def batches(self, epochs: int | None = None) -> Iterator[Batch]:
         """The round's mini-batches in their order, augmented, or those of its first `epochs` epochs."""
-        stream, steps = self._random(Stream.BATCHES), None if epochs else self.recipe.steps
-        passes = count() if steps else range(epochs or self.recipe.epochs)
-        labels = self.data.labels[self._rows].cpu().numpy() if self.recipe.oversample else None
-        epoch_rows = (
-            stream.permutation(self._rows) if labels is None else self._rows[oversampled(labels, stream)]
-            for _ in passes
-        )
-        batch_rows = (
-            rows for epoch in epoch_rows for rows in torch.split(torch.from_numpy(epoch), self._batch_size)
-        )
-        for step, rows in enumerate(islice(batch_rows, steps)):
-            self.check_time()
-            yield self._batch(rows, step)
+        rows, step = self._batch_rows(epochs), 0
+        together = 1 if self.recipe.augment else max(AHEAD // self._batch_bytes, 1)
+        while some := list(islice(rows, together)):
+            for batch in self._gathered(some, step):
+                self.check_time()
+                yield batch
+            step += 1
 
     def check_time(self) -> None:
         """Raise TimeoutError where the client is over its time limit; `batches` asks before each batch."""
@@ -149,24 +148,26 @@ class LocalObjective:
         replica, recipe = self.replica, self.recipe
         replica.load(start)
         self._consult(start)
-        flat = loss is not None or correct is not None or not recipe.adds_half_gradients
+        plain = loss is None and correct is None
+        steps = steps_of(replica, self.data, recipe, self.lr, plain=plain)
+        flat = not plain or not recipe.adds_half_gradients
         loss = loss or self.loss
         views = list(replica.views.values())
         cut = recipe.precision != "fp32" and not flat and not recipe.by_layer
         weights = views if recipe.by_layer else [replica.flat] if flat else blocks(views, views) if cut else views
-        optimizer = recipe.make_optimizer(self.layout)
         scaling = LossScale(recipe.loss_scale) if recipe.precision == "fp16" else None
-        total, n, steps = replica.flat.new_zeros(()), 0, 0
-        for step, batch in enumerate(self.batches()):
+
+        # A function: what it makes is freed, and the next step finds the same memory, still in the cache.
+        def take(batch: Batch, lr: float) -> None:
             before = replica.snapshot() if scaling else None
             f, gradients = self._gradients(loss, batch, scaling.scale if scaling else None, flat)
-            total, n, steps = total + f * len(batch.y), n + len(batch.y), steps + 1
             with torch.no_grad():
+                steps.total.add_(f, alpha=len(batch.y))
                 if scaling and before:
                     unscaled = scaling.unscale(gradients)
                     if unscaled is None:
                         replica.restore(before)
-                        continue
+                        return
                     gradients = unscaled
                 if correct:
                     after = replica.snapshot()
@@ -176,26 +177,49 @@ class LocalObjective:
                     gradients = clipped(gradients, recipe.clip_norm)
                 if flat and recipe.by_layer:
                     gradients = list(self.layout.split(gradients[0]).values())
-                by_step = recipe.lr_every == "step"
-                lr = recipe.lr_at(self._round, step, int(self.num_steps)) if by_step else self.lr
-                optimizer.step(weights, blocks(gradients, views) if cut else gradients, lr)
+                steps.optimizer.step(weights, blocks(gradients, views) if cut else gradients, lr)
             replica.refresh()
-        self._record(total, n, steps)
+
+        n, taken, lr = 0, 0, self.lr
+        if steps.captures:
+            for rows in self._batch_rows():
+                self.check_time()
+                steps.take(rows, lambda rows: take(Batch(*self.data.batch(rows)), lr))
+                n, taken = n + len(rows), taken + 1
+        else:
+            for batch in self.batches():
+                if recipe.lr_every == "step":
+                    lr = recipe.lr_at(self._round, taken, int(self.num_steps))
+                take(batch, lr)
+                n, taken = n + len(batch.y), taken + 1
+        self._record(steps.total.clone(), n, taken)
         return replica.flat.clone()
 
     def _random(self, stream: Stream, *key: int) -> np.random.Generator:
         return random(self._seed, stream, self._round, self.client_id, *key)
 
-    def _batch(self, rows: Tensor, step: int) -> Batch:
-        augment = self.recipe.augment
-        if augment:
-            batch = self.data.training_batch(rows, augment, self._random(Stream.AUGMENT, step))
+    def _batch_rows(self, epochs: int | None = None) -> Iterator[Tensor]:
+        """(B,) of each mini-batch; on a GPU all are sent there at once, and nobody waits."""
+        rows = batch_rows(self.data, self.client_id, self.recipe, self._random(Stream.BATCHES), epochs)
+        home = self.data.labels.device
+        if home.type == "cuda" and not self.data.mapped:
+            parts = list(rows)
+            sent = torch.cat(parts).pin_memory().to(home, non_blocking=True)
+            return iter(torch.split(sent, [len(part) for part in parts]))
+        return rows
+
+    def _gathered(self, rows: list[Tensor], step: int) -> Iterator[Batch]:
+        """The mini-batches of those rows, made together; the first of them is for the `step`-th step."""
+        together, sizes = torch.cat(rows) if len(rows) > 1 else rows[0], [len(part) for part in rows]
+        if self.recipe.augment:
+            batch = self.data.training_batch(together, self.recipe.augment, self._random(Stream.AUGMENT, step))
         else:
-            batch = Batch(*self.data.batch(rows))
-        if self._doubt is None:
-            return batch
-        places = torch.from_numpy(np.searchsorted(self._rows, rows.numpy()))
-        return batch._replace(doubt=self._doubt[places.to(self._doubt.device)])
+            batch = Batch(*self.data.batch(together))
+        if self._doubt is not None:
+            places = torch.searchsorted(torch.from_numpy(self._rows).to(together.device), together)
+            batch = batch._replace(doubt=self._doubt[places.to(self._doubt.device)])
+        parts = [[None] * len(sizes) if t is None else torch.split(t, sizes) for t in batch]
+        return (Batch(*part) for part in zip(*parts, strict=True))
 
     def _weights_of_classes(self) -> Tensor | None:
         given = self.recipe.class_weights
@@ -222,27 +246,9 @@ class LocalObjective:
     def _logits(self, w: Tensor, batch: Batch, train: bool) -> Tensor:
         return self.logits(w, batch.x, train=train).to(w.dtype)
 
-    def _losses(self, w: Tensor, batch: Batch, train: bool) -> Tensor:
-        """(B,) what the recipe has a client minimise."""
-        logits, distillation = self._logits(w, batch, train), self.recipe.distillation
-        losses = self._label_losses(logits, batch)
-        for other in self.replica.auxiliary:
-            losses = losses + AUXILIARY * self._label_losses(other.to(w.dtype), batch)
-        if distillation and train and (distillation.teacher != "global" or self._start is not None):
-            taught = self._teach(batch.x).to(w.dtype)
-            return distilled(losses, logits, taught, distillation.temperature, distillation.alpha)
-        return losses
-
-    def _label_losses(self, logits: Tensor, batch: Batch) -> Tensor:
-        """(B,) of mixed labels, or of doubtful ones; each times the weight of the class that it is given as."""
-        if batch.doubt is not None and batch.other is not None:
-            raise ConfigError("local.noisy_labels: cannot tell which label is wrong after mixup or cutmix")
-        weights = self._class_weights
-        if weights is None:
-            return (mixed if batch.doubt is None else bootstrapped)(self._label_loss, logits, batch)
-        if batch.doubt is not None:
-            return weights[batch.y] * bootstrapped(self._label_loss, logits, batch)
-        return mixed(lambda z, y: weights[y] * self._label_loss(z, y), logits, batch)
+    def _outputs(self, w: Tensor, batch: Batch, train: bool) -> tuple[Tensor, ...]:
+        logits = self._logits(w, batch, train)
+        return logits, *(other.to(w.dtype) for other in self.replica.auxiliary)
 
     def _teach(self, x: Tensor) -> Tensor:
         with torch.no_grad(), self._autocast:
@@ -286,7 +292,7 @@ class LocalObjective:
         """Sums over all mini-batch gradients that were taken; the mean is taken once, over the whole cohort."""
         for name, value in {
             "loss": total,
-            "examples": total.new_tensor(examples),
-            "steps": total.new_tensor(steps),
+            "examples": total.new_tensor(examples, device="cpu"),
+            "steps": total.new_tensor(steps, device="cpu"),
         }.items():
             self.metrics[name] = self.metrics[name] + value if name in self.metrics else value

@@ -13,7 +13,14 @@ from torch.nn.utils import get_total_norm
 
 
 class Optimizer(Protocol):
-    """What changes weights; lives for one client in one round."""
+    """What changes weights; knows of one client at a time."""
+
+    @property
+    def state(self) -> list[Tensor]:
+        """What it keeps between two steps."""
+
+    def reset(self) -> None:
+        """Forget the last client, and stay where it is in memory."""
 
     def step(self, weights: list[Tensor], gradients: list[Tensor], lr: float) -> None:
         """One step, in place. `gradients` are only read: autograd may hand out one tensor twice."""
@@ -26,6 +33,14 @@ class SGD:
         self.momentum, self.nesterov, self.weight_decay = momentum, nesterov, weight_decay
         self.decayed = decayed
         self.velocity: list[Tensor] = []
+
+    @property
+    def state(self) -> list[Tensor]:
+        return self.velocity
+
+    def reset(self) -> None:
+        for v in self.velocity:
+            v.zero_()
 
     def step(self, weights: list[Tensor], gradients: list[Tensor], lr: float) -> None:
         if self.momentum:
@@ -62,6 +77,13 @@ class Adam:
         self.v: list[Tensor] = []
         self.steps = 0
 
+    @property
+    def state(self) -> list[Tensor]:
+        return self.m + self.v
+
+    def reset(self) -> None:
+        self.steps = 0
+
     def step(self, weights: list[Tensor], gradients: list[Tensor], lr: float) -> None:
         g, (beta1, beta2) = gradients, self.betas
         if not self.steps:
@@ -93,6 +115,14 @@ class LARS:
     def __init__(self, momentum: float, weight_decay: float, trust: float, decayed: list[bool] | None = None):
         self.momentum, self.weight_decay, self.trust, self.decayed = momentum, weight_decay, trust, decayed
         self.velocity: list[Tensor] = []
+
+    @property
+    def state(self) -> list[Tensor]:
+        return self.velocity
+
+    def reset(self) -> None:
+        for v in self.velocity:
+            v.zero_()
 
     def step(self, weights: list[Tensor], gradients: list[Tensor], lr: float) -> None:
         self.velocity = self.velocity or [torch.zeros_like(w) for w in weights]

@@ -1,5 +1,6 @@
 """What a run shows while it goes: a bar on a terminal, a plain line a round elsewhere."""
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -12,12 +13,38 @@ if TYPE_CHECKING:
     from fedsim.experiment import Run
 
 
+class Notes(logging.Handler):
+    """Prints what fedsim has to say, such as which runtime it chose."""
+
+    def __init__(self, console: Console):
+        super().__init__()
+        self.console, self.log = console, logging.getLogger("fedsim")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.console.out(record.getMessage(), highlight=False)
+
+    def begin(self) -> None:
+        """Listen."""
+        self.before = self.log.level
+        self.log.addHandler(self)
+        self.log.setLevel(logging.INFO)
+
+    def end(self) -> None:
+        """Leave all as it was."""
+        self.log.setLevel(self.before)
+        self.log.removeHandler(self)
+
+
 class Plain(Hook):
     """One line a round, and nothing that a log file would not keep."""
 
     def __init__(self, console: Console):
         super().__init__()
         self.console, self.dropped = console, set[int]()
+        self.notes = Notes(console)
+
+    def before_run(self, run: "Run") -> None:
+        self.notes.begin()
 
     def after_client(self, run: "Run", report: Report) -> None:
         if report.error:
@@ -43,11 +70,15 @@ class Plain(Hook):
                 self.drop(int(client), cause)
         self.dropped.clear()
 
+    def after_run(self, run: "Run") -> None:
+        self.notes.end()
+
 
 class Bar(Plain):
     """A bar of rounds with the time left, and one of the clients in this round."""
 
     def before_run(self, run: "Run") -> None:
+        super().before_run(run)
         self.bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=18),
@@ -74,6 +105,7 @@ class Bar(Plain):
 
     def after_run(self, run: "Run") -> None:
         self.bars.stop()
+        super().after_run(run)
 
 
 def figures(record: dict[str, Any], short: bool = False) -> str:

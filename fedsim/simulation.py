@@ -15,6 +15,7 @@ from fedsim.cohort import Cohort
 from fedsim.data import FederatedData
 from fedsim.errors import ClientError, ConfigError, RoundError, located
 from fedsim.files import uninterrupted
+from fedsim.pace import Pace
 from fedsim.recalibration import Recalibrate, Recalibration, check_recalibration
 from fedsim.recipe import Recipe
 from fedsim.runtimes import Runtime
@@ -84,7 +85,8 @@ class Simulation:
     after each update ema = d ema + (1 - d) model, at first the initial one (Tarvainen & Valpola 2017,
     https://arxiv.org/abs/1703.01780); no client trains from it. `clients` is what each client keeps that has taken
     part; `number` the next round's, from 0; `clock` the virtual seconds so far. Nothing else is needed to go on,
-    since randomness has a key: (seed, use, round, client). `last` is the last round's result.
+    since randomness has a key: (seed, use, round, client). `last` is the last round's result, and `pace` what
+    clients took, by which a runtime with several workers is handed the longest first.
     """
 
     def __init__(
@@ -129,6 +131,7 @@ class Simulation:
             self.newcomer |= {"buffers": task.initial_buffers}
         self.num_examples = int(data.sizes.sum())
         self.clients = clients if clients is not None else ClientStore()
+        self.pace = Pace()
         self.number, self.clock = 0, 0.0
         self.last: Round | None = None
         cohort_size = len(self.sample())  # which refuses a cohort that cannot be drawn
@@ -136,6 +139,11 @@ class Simulation:
             raise ConfigError(
                 f"failures.min_clients: {failures.min_clients}, and a cohort has {cohort_size} clients"
             )
+
+    @property
+    def work(self) -> Train:
+        """What each client of a cohort does."""
+        return Train(self.strategy, self.recipe, self.seed, self.failures.time_limit)
 
     def sample(self) -> list[int]:
         """The cohort of the next round."""
@@ -237,9 +245,9 @@ class Simulation:
         """Who is selected, and what becomes of them."""
         if not self.availability:
             return cohort, Attempt(cohort, {}, 0.0)
-        about = self.data.num_clients, self.seed, self.number
-        selected = self.availability.select(cohort, *about)
-        steps = np.array([self.recipe.num_steps(int(n)) for n in self.data.sizes[selected]])
+        about = self.seed, self.number
+        selected = self.availability.select(cohort, self.data.num_clients, *about)
+        steps = np.array(list(self._steps(selected).values()))
         attempt = self.availability.attempt(selected, steps, len(cohort), *about)
         if attempt.absent and len(attempt.reporting) < self.failures.min_clients:
             left, floor = len(attempt.reporting), self.failures.min_clients
@@ -256,21 +264,25 @@ class Simulation:
         before_client: Callable[[int], None],
     ) -> tuple[State, list[Report], dict[int, str]]:
         """The new server's state, the reports by client, and who failed; what clients keep is staged."""
-        total, reports = self.aggregator.fold([]), list[Report]()
-        work = Train(self.strategy, self.recipe, self.seed, self.failures.time_limit)
+        total, reports, steps = self.aggregator.fold([]), list[Report](), self._steps(cohort)
+        # Where results are equal to rounding only, that may depend on the order, and that on no clock.
+        by_pace = self.runtime.workers > 1 and self.runtime.exact
+        order = self.pace.order(steps) if by_pace else cohort
 
         def jobs() -> Iterator[Job]:
-            for client in cohort:
+            for client in order:
                 before_client(client)
                 yield self._job(client)
 
         tolerant = self.failures.policy == "drop"
         versions = {name: value._version for name, value in download.items()}
-        for partial, finished in self.runtime.run(work, download, jobs(), self.aggregator, tolerant=tolerant):
+        for partial, finished in self.runtime.run(self.work, download, jobs(), self.aggregator, tolerant=tolerant):
             total = self.aggregator.merge(total, partial)
             for report in finished:
                 if report.client:
                     self.clients.stage(report.client_id, report.client)
+                if report.error is None:
+                    self.pace.measured(report.client_id, steps[report.client_id], report.seconds)
                 reports.append(report._replace(client={}))
                 after_client(report)
         if written := [name for name, value in download.items() if value._version != versions[name]]:
@@ -287,6 +299,11 @@ class Simulation:
         answered = [client for client in cohort if client not in failed]
         self._check_floor(answered, failed)
         return self._moved(self._server_update(self.aggregator.result(total), answered)), reports, failed
+
+    def _steps(self, clients: list[int]) -> dict[int, int]:
+        """K_k of each."""
+        sizes = self.data.sizes[clients].tolist()
+        return {k: self.recipe.num_steps(n) for k, n in zip(clients, sizes, strict=True)}
 
     def _server_update(self, mean: State, answered: list[int]) -> State:
         buffers = {"buffers": mean.pop("buffers")} if "buffers" in mean else {}

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from fedsim.draws import KeyedDraws
 from fedsim.errors import ConfigError
+from fedsim.pooling import pool_faster
 from fedsim.recompute import Recompute, blocks_of
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
@@ -136,8 +138,10 @@ class Replica:
     as long.
     """
 
-    def __init__(self, task: Task, device: torch.device | str = "cpu"):
+    def __init__(self, task: Task, device: torch.device | str = "cpu", *, graphs: bool = False):
         self.task, self.device = task, torch.device(device)
+        self.graphs = graphs and self.device.type == "cuda"  # whether steps may be captured
+        self.steps: dict[object, Any] = {}  # by fedsim.graphs
         self.network = copy.deepcopy(task.network).to(self.device).train()
         self.buffers = task.initial_buffers.to(self.device, copy=True)
         self.flat = task.initial_model.to(self.device, copy=True)
@@ -149,9 +153,12 @@ class Replica:
         for name, view in self.views.items():
             named[name].data = view
         self.parameters = [named[name] for name in self.views]
-        self._uncast = _depthwise(self.network) if self.device.type == "cpu" else []
+        if self.device.type == "cpu" and not task.channels_last:
+            pool_faster(self.network)
+        self._uncast = depthwise(self.network) if self.device.type == "cpu" else []
         for module in self._uncast:
-            module.forward = partial(_in_own_precision, module, module.forward)
+            module.forward = partial(in_own_precision, module, module.forward)
+        self._halves: dict[torch.dtype | None, dict[int, Tensor]] = {}  # by place in `parameters`
         self._cast: tuple[list[Tensor], list[Tensor]] = [], []  # half-precision blocks, and what they copy
         self._dtype: torch.dtype | None = None
         statistics = task.buffer_layout.split(self.buffers)
@@ -174,6 +181,7 @@ class Replica:
             self._lay(dtype)
             if dtype and not self._runs_in(dtype):
                 self._lay(None)  # it leaves autocast somewhere, and there needs fp32 weights: autocast casts them
+                del self._halves[dtype]
             self._dtype = dtype
         self.restore((buffers, self._initial_counters))
         self.generator.manual_seed(seed)
@@ -182,12 +190,12 @@ class Replica:
         """Put copies in `dtype` in the place of convolution and linear weights, or the views of `flat`."""
         castable = _weights_of(self.network, CASTABLE) if dtype else set()
         castable -= {parameter for module in self._uncast for parameter in module.parameters()}
-        halves, views = [], []
-        for parameter, view in zip(self.parameters, self.views.values(), strict=True):
-            parameter.data = torch.empty_like(view, dtype=dtype) if parameter in castable else view
-            if parameter in castable:
-                halves.append(parameter.data)
-                views.append(view)
+        own, kept = list(self.views.values()), self._halves.setdefault(dtype, {})
+        for i, parameter in enumerate(self.parameters):
+            if parameter in castable and i not in kept:
+                kept[i] = torch.empty_like(own[i], dtype=dtype)
+            parameter.data = kept.get(i, own[i])
+        halves, views = list(kept.values()), [own[i] for i in kept]
         self._cast = blocks(halves, views), blocks(views, views)
         self.refresh()
 
@@ -211,6 +219,11 @@ class Replica:
             self.buffers.copy_(buffers)
             for name, counter in counters.items():
                 self._counters[name].copy_(counter)
+
+    @property
+    def moving(self) -> list[Tensor]:
+        """What a training step changes: weights (P,), batch-norm statistics (Q,) and counters; not copies."""
+        return [self.flat, self.buffers, *self._counters.values()]
 
     def load(self, model: Tensor) -> None:
         """Make `model` (P,) the point `w` at which the network stands."""
@@ -269,12 +282,12 @@ def blocks(tensors: list[Tensor], like: list[Tensor]) -> list[Tensor]:
     return pieces
 
 
-def _depthwise(network: nn.Module) -> list[nn.Module]:
+def depthwise(network: nn.Module) -> list[nn.Module]:
     """The convolutions in which each channel sees only itself."""
     return [m for m in network.modules() if type(m) is nn.Conv2d and m.groups == m.in_channels > 1]
 
 
-def _in_own_precision(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def in_own_precision(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """The module's output, as if there were no autocast."""
     if not torch.is_autocast_enabled("cpu"):
         return forward(x)

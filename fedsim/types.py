@@ -44,6 +44,7 @@ class Batch(NamedTuple):
     other: Tensor | None = None  # (B,) the labels of what was mixed in, where something was
     share: Tensor | None = None  # (B,) of each example, what is its own: mixup's lambda
     doubt: Tensor | None = None  # (B,) the probability that the label is wrong, where it was asked for
+    mask: Tensor | None = None  # (B,) False where a row only fills a batch up, where one does
 
     def split(self, pieces: int) -> "list[Batch]":
         """So many pieces, of as many examples each, give or take one."""

@@ -31,27 +31,40 @@ class Train:
         client = job.client or {}
         home = client if self.strategy.buffers == "private" else server
         local = LocalObjective(replica, data, job, home["buffers"], self.recipe, self.seed, self.time_limit)
-        update = self.strategy.client_update(server, client, local)
+        update = self.client_update(server, client, local)
         local.check_time()
-        buffers = {"buffers": local.buffers}
+        check_sound(update, client)
+        return update
+
+    def client_update(self, server: State, client: State, local: LocalObjective) -> Update:
+        """What the strategy computes, and the statistics."""
+        update = self.strategy.client_update(server, client, local)._replace(metrics=local.metrics)
         if self.strategy.buffers == "average":
-            update = update._replace(message=update.message | buffers)
+            return update._replace(message=update.message | {"buffers": local.buffers})
         if self.strategy.buffers == "private":
-            update = update._replace(client=update.client | buffers)
-        _check_kept(update.client, client)
-        for name, value in local.metrics.items():
-            if not isfinite(value):
-                raise ArithmeticError(f"{name} is not finite")
-        return update._replace(metrics=local.metrics)
+            return update._replace(client=update.client | {"buffers": local.buffers})
+        return update
 
 
-def _check_kept(kept: State, before: State) -> None:
-    """Raise ArithmeticError where a client could not go on from what it keeps."""
+def check_message(update: Update) -> None:
+    """Raise TypeError where a message is not made of named tensors."""
+    if strange := [name for name in update.message if not isinstance(name, str)]:
+        raise TypeError(f"message {strange[0]!r} is no name")
+    if strange := [name for name, value in update.message.items() if not isinstance(value, Tensor)]:
+        raise TypeError(f"message {strange[0]!r} is no tensor")
+
+
+def check_sound(update: Update, before: State) -> None:
+    """Raise ArithmeticError where a client could not go on from what it keeps, or its loss is not finite."""
+    kept = update.client
     if form_of(kept) != form_of(before):
         raise ArithmeticError(f"keeps {described(form_of(kept))}, and had {described(form_of(before))}")
     for name, value in kept.items():
         if value.is_floating_point() and not isfinite(largest(value)):
             raise ArithmeticError(f"keeps {name}, which is not finite")
+    for name, value in update.metrics.items():
+        if not isfinite(value):
+            raise ArithmeticError(f"{name} is not finite")
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """A small federation that every law is tried on, made of the parts a config would name."""
 
 import hashlib
+import os
 import sys
 from collections import OrderedDict
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -29,6 +31,16 @@ SHAPE, CLASSES = (1, 4, 4), 3
 def _one_thread():
     """A test's own loops compute as fedsim's clients do; on networks this small more threads only wait."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory):
+    """For what tests start, too: no choice of a runtime is the user's or becomes it. Fonts stay where they lie."""
+    before = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MPLCONFIGDIR", os.environ.get("MPLCONFIGDIR", str(before / "matplotlib")))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture
@@ -99,7 +111,7 @@ def make_simulation(
     ema=None,
     **recipe,
 ):
-    """All parts have a default; what is left over is the recipe's."""
+    """All parts have a default; what is left over is the recipe's. A runtime may be one that is there already."""
     recipe = Recipe(**{"lr": 0.05, "batch_size": 4} | recipe)
     dtype = task.initial_model.dtype if task else torch.float32
     task, data = task or make_task(channels_last=recipe.channels_last), data or make_data(dtype=dtype)
@@ -108,7 +120,7 @@ def make_simulation(
         make_strategy(strategy) if isinstance(strategy, str) else strategy,
         task,
         data,
-        RUNTIMES.bind({"device": "cpu"} | runtime)(task, data),
+        RUNTIMES.bind(on_cpu(runtime))(task, data) if isinstance(runtime, dict) else runtime,
         COHORTS.bind(cohort),
         recipe,
         recalibrate=recalibrate,
@@ -116,6 +128,11 @@ def make_simulation(
         seed=seed,
         **({"failures": failures} if failures else {}),
     )
+
+
+def on_cpu(spec):
+    """A runtime's spec, with the device where it has that option."""
+    return ({"device": "cpu"} if "device" in options_of(RUNTIMES.load(spec["name"])).model_fields else {}) | spec
 
 
 def make_local(task, data=None, *, client=0, number=0, seed=0, replica=None, **recipe) -> LocalObjective:

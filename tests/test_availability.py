@@ -46,7 +46,7 @@ def fixed(*clients):
 def attempt(availability, selected, goal=None, *, steps=STEPS, seed=0, number=0):
     """Of clients with these steps, all of them."""
     goal = goal or len(selected)
-    return availability.attempt(list(selected), steps[list(selected)], goal, len(steps), seed, number)
+    return availability.attempt(list(selected), steps[list(selected)], goal, seed, number)
 
 
 # One client: its fate is its own

@@ -2,18 +2,32 @@
 
 import io
 import json
+import os
 import re
+from contextlib import contextmanager
+from functools import partial
+from itertools import count
+from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
 from rich.cells import cell_len
 from rich.console import Console
 
-from fedsim.bench import AUGMENTED, PlainLoop, _sides, bench
-from fedsim.bench_input import FEDSIM, TORCHVISION, Cutout, input_line, pipeline
-from fedsim.config import build, load
+from fedsim.bench import STUDIES, bench, programs, scaling
+from fedsim.bench.apart import apart
+from fedsim.bench.figures import picture, show
+from fedsim.bench.inputs import FEDSIM, TORCHVISION, Cutout, input_line, pipeline
+from fedsim.bench.parts import FP32, Idle, in_turn, simulated, steps_of, times_as_fast
+from fedsim.bench.plain import PlainLoop
+from fedsim.bench.programs import PEERS, check_peers, program
+from fedsim.bench.sides import AUGMENTED, NO_STEPS, SERIAL, chosen, sides_of
+from fedsim.config import build, load, resolve
 from fedsim.data import AUGMENTATIONS
+from fedsim.errors import ConfigError, RoundError
 from fedsim.local import LocalObjective
+from fedsim.runtimes.worker import cores
 from fedsim.task import Replica
 from fedsim.types import Job
 
@@ -122,39 +136,286 @@ def test_torchvisions_side_cuts_squares_out_of_a_copy():
     assert image.min() == 1
 
 
+def told(found, config):
+    """What is printed, as one text; no line of it is longer than a terminal's."""
+    shown = io.StringIO()
+    for each in found if isinstance(found, list) else [found]:
+        show(each, config, Console(file=shown, width=80))
+    assert max(map(cell_len, shown.getvalue().splitlines())) <= 80
+    return " ".join(shown.getvalue().split())
+
+
 def test_every_side_is_timed_and_told(tmp_path):
     shown, out = io.StringIO(), tmp_path / "bench.json"
     augment = ["color_jitter", "random_crop", "flip", "rotation", "cutout"]
     settings = {"local.augment": augment, "local.oversample": True, "strategy": "scaffold"}
     config = load(CONFIG, IMAGES | settings)
-    bench(config, 2, Console(file=shown, width=80), out)
-    found, told = json.loads(out.read_text()), shown.getvalue()
-    assert found.keys() == {"steps", "machine", "python", "torch", "seconds"}
+    local = ["plain*", "fedsim serial", "fedsim threads*", "augmented*", "a checkpoint*"]
+    (sides,) = bench(config, 2, Console(file=shown, width=80), out, sides=local)
+    found, text = json.loads(out.read_text()), told(sides, config)
+    assert " ".join(shown.getvalue().split()) == text
+    assert found.keys() == {"date", "machine", "device", "versions", "config", "found"}
+    assert found["machine"].keys() == {"cpu", "cores", "memory_bytes", "gpus", "load"}
+    assert found["versions"].keys() >= {"python", "fedsim", "torch"}
+    assert resolve(found["config"]) == config
+    rows = {row["side"]: row for row in found["found"]["sides"]["rows"]}
     simulation = build(config)
-    assert found["steps"] == simulation.round().steps
-    assert list(found["seconds"]) == list(_sides(config, simulation))
-    assert all(len(times) == 2 and min(times) > 0 for times in found["seconds"].values())
-    assert max(map(cell_len, told.splitlines())) <= 80
-    assert all(side in told for side in found["seconds"])
-    assert (
-        "left out on all sides: local.oversample\nleft out on all sides but the augmented ones: local.augment"
-        in told
+    assert found["found"]["sides"]["steps"] == simulation.round().steps
+    wanted = [name for name in sides_of(config, simulation) if not name.startswith(("fedsim v", "fedsim r"))]
+    assert list(rows) == wanted
+    assert all(len(row["passes"]) == 2 and min(row["passes"]) > 0 for row in rows.values())
+    assert all(row["seconds"] == median(row["passes"]) for row in rows.values())
+    assert rows["fedsim threads"]["steps_per_second"] * rows["fedsim threads"]["seconds"] == pytest.approx(
+        simulation.last.steps
     )
-    line = r"^augmented batch: \d+\.\d\d ms, \d+\.\d% of a client step; by torchvision \d+\.\d\d ms$"
-    assert re.search(line, told, re.M)
-    assert re.search(r"a checkpoint takes \d+\.\d% of a round", told)
+    assert all(row["spread"]["ratio"][0] <= row["ratio"] <= row["spread"]["ratio"][1] for row in trained(rows))
+    assert "left out on all sides: local.oversample left out on all sides but the augmented ones" in text
+    line = r" augmented batch: \d+\.\d\d ms, \d+\.\d% of a client step; by torchvision \d+\.\d\d ms "
+    assert re.search(line, text)
+    assert re.search(r"a checkpoint takes \d+\.\d% of a round", text)
+
+
+def trained(rows):
+    return [row for name, row in rows.items() if name not in NO_STEPS]
 
 
 def test_input_pipelines_are_sides_where_images_are_augmented():
     def sides(settings):
         config = load(CONFIG, {"runtime.device": "cpu"} | settings)
-        return _sides(config, build(config)).keys()
+        return sides_of(config, build(config)).keys()
 
-    assert len(sides({})) == 8
     assert sides({"local.augment": ["flip"]}) == sides({}) | {AUGMENTED, FEDSIM, TORCHVISION}
     assert sides({"local.augment": ["fedsim.data.augment:flip"]}) == sides({}) | {AUGMENTED, FEDSIM}
     vectors = {"data": {"name": "synthetic_iid", "clients": 30}}
     assert sides(vectors | {"local.augment": ["mixup"]}) == sides(vectors)
+
+
+def test_sides_are_chosen_by_pattern():
+    config = load(CONFIG, {"runtime.device": "cpu"})
+    sides = sides_of(config, build(config))
+    assert list(chosen(sides, ["*serial", "plain*process"])) == ["plain loop, one process", SERIAL]
+    assert list(chosen(sides, [])) == list(sides)
+    with pytest.raises(ConfigError, match=r"--sides: 'serial' matches none of: plain loop, one process; "):
+        chosen(sides, ["serial"])
+
+
+def test_ratios_are_medians_of_turns_with_their_spread():
+    seconds = {"a": [1.0, 2.0, 9.0], "b": [2.0, 8.0, 9.0]}
+    assert times_as_fast(seconds, "a", "b") == (2.0, 1.0, 4.0)
+    assert times_as_fast(seconds, "a", "a") == (1.0, 1.0, 1.0)
+
+
+def test_sides_take_turns_and_the_first_turn_does_not_count():
+    order = []
+    sides = {name: partial(order.append, name) for name in "abc"}
+    seconds = in_turn(sides, 2, Console(file=io.StringIO()))
+    assert order == ["a", "b", "c"] * 3
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2, "c": 2}
+
+
+def test_idle_clients_leave_the_model_alone():
+    config = load(CONFIG)
+    simulation = simulated(config, "serial")
+    simulation.strategy = Idle()
+    before = simulation.fingerprint()
+    assert simulation.round().steps == 0
+    assert simulation.fingerprint() == before
+
+
+# In a process of its own
+
+
+@contextmanager
+def counting(start):
+    calls = count(start)
+
+    def side():
+        if next(calls) == 2:
+            raise ConfigError("enough: two")
+
+    yield side
+
+
+@contextmanager
+def dying():
+    yield partial(os._exit, 3)
+
+
+def test_a_side_apart_gives_its_memory_and_its_errors():
+    with apart(counting, 1) as side:
+        assert side() > 10_000_000
+        with pytest.raises(ConfigError, match=r"\Aenough: two\Z"):
+            side()
+
+
+@pytest.mark.slow
+def test_a_side_apart_that_dies_is_told():
+    with pytest.raises(RoundError, match="ended by itself"), apart(dying) as side:
+        side()
+    with pytest.raises(RoundError, match="TypeError"), apart(counting):
+        pass
+
+
+# Peers
+
+
+@pytest.fixture
+def stub(monkeypatch, tmp_path):
+    """Has a peer's program be some lines of Python."""
+
+    def program_is(code):
+        (tmp_path / "stub.py").write_text(code)
+        monkeypatch.setattr(programs.peers, "__path__", [str(tmp_path)])
+        monkeypatch.setitem(PEERS, "flower", PEERS["flower"]._replace(program="stub.py"))
+
+    return program_is
+
+
+def test_a_peer_runs_a_round_for_each_line(stub):
+    lines = "for i, _ in enumerate(sys.stdin): print('done', i, flush=True)"
+    stub(f"import sys\nprint('noise')\nprint('ready', flush=True)\n{lines}")
+    with program("flower", simulated(load(CONFIG), "serial", FP32)) as side:
+        assert [side(), side()] == [0.0, 1.0]
+
+
+def test_a_peer_that_ends_says_why(stub):
+    stub("import sys\nprint('ready', flush=True)\nsys.stdin.readline()\nraise ValueError('no such node')")
+    simulation = simulated(load(CONFIG), "serial", FP32)
+    with (
+        pytest.raises(RoundError, match="Flower simulation ended: ValueError: no such node"),
+        program("flower", simulation) as side,
+    ):
+        side()
+
+
+def test_a_peer_that_is_not_there_is_one_line(monkeypatch):
+    with pytest.raises(
+        ConfigError, match=r"\A--peers: 'flwr' is unknown; did you mean 'flower'\? allowed: flower, pfl\Z"
+    ):
+        check_peers(["flwr"])
+    monkeypatch.setitem(PEERS, "pfl", PEERS["pfl"]._replace(package="no_such_package"))
+    with pytest.raises(
+        ConfigError,
+        match=r"\A--peers: pfl needs no_such_package 0\.6, and no_such_package is missing; pip install",
+    ):
+        check_peers(["pfl"])
+    monkeypatch.setitem(PEERS, "pfl", PEERS["pfl"]._replace(package="torch", version="0.6."))
+    with pytest.raises(ConfigError, match=r"and torch is \d"):
+        check_peers(["pfl"])
+
+
+def test_flower_takes_the_same_steps():
+    pytest.importorskip("flwr")
+    config = load(CONFIG, {"cohort": {"name": "fixed", "clients": [0, 2]}, "local.epochs": 2})
+    simulation = simulated(config, "serial", FP32)
+    with program("flower", simulation) as side:
+        theirs = [side(), side()]
+    assert simulation.round().steps == steps_of(simulation)
+    ours = sum(float(value.sum()) for value in simulation.task.state_dict(simulation.server).values())
+    assert theirs == pytest.approx([ours, ours], rel=1e-4)
+
+
+# Studies
+
+
+def study(name, settings, repeats=1):
+    config = load(CONFIG, {"runtime.device": "cpu"} | settings)
+    found = STUDIES[name](config, repeats, Console(file=io.StringIO()))
+    text = told(found, config)
+    assert all(column.heading in text for column in found.columns)
+    json.dumps(found.rows)
+    return found
+
+
+MANY = {
+    "data.examples": 1000,
+    "data.clients": 1000,
+    "data.partition": "iid",
+    "cohort": {"name": "uniform", "size": 2},
+}
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Has the cases of studies run in this process."""
+
+    @contextmanager
+    def in_this_process(make, *given):
+        with make(*given) as side:
+            yield lambda: side() or 10**8
+
+    monkeypatch.setattr(scaling, "apart", in_this_process)
+
+
+@pytest.mark.parametrize("processes", ["one", pytest.param("each", marks=pytest.mark.slow)])
+def test_population_has_as_many_examples_in_each_case(tmp_path, request, processes):
+    if processes == "one":
+        request.getfixturevalue("here")
+    found = study("population", MANY | {"local.batch_size": 1, "local.steps": 2})
+    assert [row["clients"] for row in found.rows] == [100, 1000]
+    assert found.rows[1]["ratio"] == found.rows[1]["memory_ratio"] == 1.0
+    assert found.rows[0]["memory_ratio"] == found.rows[0]["memory_mb"] / found.rows[1]["memory_mb"]
+    picture([found], tmp_path / "population.png")
+    assert (tmp_path / "population.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("here")
+def test_cohorts_grow_tenfold():
+    found = study("cohort", MANY | {"data.clients": 100})
+    assert [row["cohort"] for row in found.rows] == [10, 100]
+    for row in found.rows:
+        assert row["ms_per_client"] * row["cohort"] == pytest.approx(1000 * median(row["passes"]))
+
+
+def test_aggregation_counts_the_bytes_of_messages():
+    found = study("aggregation", {"cohort": "all"})
+    size = 4 * len(build(load(CONFIG)).server["model"]) * 3
+    assert found.more["bytes"] == size
+    for row in found.rows:
+        assert row["gb_per_second"] == pytest.approx(size / median(row["passes"]) / 1e9)
+    assert {row["share"] for row in found.rows if row["what"] == "memory copy"} == {1.0}
+
+
+@pytest.mark.slow
+def test_idle_clients_in_each_runtime():
+    found = study("idle", {"cohort": "all"})
+    assert {"fedsim serial", "fedsim threads", "Flower simulation"} <= {row["runtime"] for row in found.rows}
+    for row in found.rows:
+        assert row["ms_per_client"] * 3 == pytest.approx(1000 * median(row["passes"]))
+
+
+@pytest.mark.slow
+def test_actors_double():
+    pytest.importorskip("ray")
+    found = study("actors", {"cohort": "all"})
+    numbers = [row["actors"] for row in found.rows]
+    assert numbers == [2**i for i in range(len(numbers))]
+    assert numbers[-1] <= cores() < 2 * numbers[-1]
+    assert found.rows[0]["efficiency"] == 1.0
+
+
+@pytest.mark.slow
+def test_startup_ends_with_the_first_round():
+    pytest.importorskip("flwr")
+    found = study("startup", {"cohort": "all"})
+    assert [row["side"] for row in found.rows] == ["fedsim run", "Flower simulation"]
+    assert all(row["seconds"] == row["passes"][0] > 0 for row in found.rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"studies": ["actor"]}, "--study: 'actor' is unknown; did you mean 'actors'?"),
+        ({"studies": ["cohort"], "sides": ["*"]}, "--sides: stands beside --study"),
+        ({"peers": ["flowr"]}, "--peers: 'flowr' is unknown"),
+        ({"sides": ["x"]}, "--sides: 'x' matches none"),
+        ({"drawing": Path("no/such/folder.png")}, "--picture: no/such/folder.png cannot be written"),
+    ],
+    ids=str,
+)
+def test_wrong_wishes_are_refused_at_the_start(options, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        bench(load(CONFIG), 1, Console(file=io.StringIO()), **options)
 
 
 def test_shares_and_milliseconds_are_medians_of_turns():

@@ -409,6 +409,8 @@ def test_of_two_forms_as_frequent_that_of_the_lowest_client_counts(runtime, bad,
 class Scattered:
     """A runtime in which clients finish in any order, on any number of workers, and merge in any grouping."""
 
+    workers, exact = 1, True
+
     def __init__(self, simulation, seed):
         self.inner, self.home, self.random = simulation.runtime, simulation.runtime.home, random.Random(seed)
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SHORTER = {
     "run": ["rounds=2"],
-    "bench": ["rounds=2", "--repeats", "1"],
+    "bench": ["rounds=2", "--repeats", "1", "--sides", "fedsim serial"],
     "profile": ["--repeats", "1"],
 }  # the same commands, in less time
 

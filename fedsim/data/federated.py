@@ -44,7 +44,7 @@ class FederatedData:
     ):
         public = np.zeros(len(dataset.y_train), dtype=np.bool_) if public is None else public
         _check(owners, len(public) - int(public.sum()), clients, holdout)
-        held = hold_back(owners, holdout, random(seed, Stream.HOLDOUT))
+        held = hold_back(owners, holdout, random(seed, Stream.HOLDOUT)) if holdout else 0
         part = np.full(len(public), 2 * clients)  # the server's is the last
         part[~public] = 2 * owners + held  # what client k trains on is part 2k, what it holds back part 2k + 1
         self._order = np.argsort(part, kind="stable")
@@ -61,7 +61,8 @@ class FederatedData:
         self._x_train = dataset.x_train
         self._x_test, self._y_test = self._centre(dataset.x_test), dataset.y_test
         self._scale, self._shift = _normalisation(dataset, dtype)
-        self._mapped, self._dtype, self._device = dataset.mapped, dtype, torch.device("cpu")
+        self.mapped = dataset.mapped  # examples lie in a file, and not on the device
+        self._dtype, self._device = dtype, torch.device("cpu")
 
     def rows(self, client: int) -> Ints:
         """(n_k,) the rows that `client` trains on, ascending; a view."""
@@ -140,7 +141,7 @@ class FederatedData:
         """The same division with its tensors on `device`; mapped examples stay where they are."""
         moved = copy.copy(self)
         moved._device = torch.device(device)
-        stays = {"true_labels"} | ({"_x_train", "_x_test"} if self._mapped else set())
+        stays = {"true_labels"} | ({"_x_train", "_x_test"} if self.mapped else set())
         for name, value in vars(self).items():
             if isinstance(value, Tensor) and name not in stays:
                 setattr(moved, name, value.to(device))

@@ -1,15 +1,15 @@
-"""Benchmarks that torchvision fetches and reads; whole arrays, no image at a time."""
+"""Benchmarks that torchvision fetches; whole arrays, no image at a time."""
 
 import importlib.util
 import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torchvision import datasets
 
 from fedsim.data.dataset import Dataset
 from fedsim.errors import ConfigError, printable, reason
@@ -25,13 +25,13 @@ TRAIN_TEST = ({"train": True}, {"train": False})
 def mnist(*, root: Path = Path("data"), download: bool = False) -> Dataset:
     """MNIST: 60,000 + 10,000 grey digits of 28 x 28, 10 classes (LeCun et al. 1998)."""
     about = {"classes": 10, "mean": (0.1307,), "std": (0.3081,)}
-    return _read(_raw(datasets.MNIST), root, "MNIST/raw/*-ubyte", download, _grey, about)
+    return _read(_idx("MNIST"), root, "MNIST/raw/*-ubyte", download, _grey, about)
 
 
 def fashion_mnist(*, root: Path = Path("data"), download: bool = False) -> Dataset:
     """Fashion-MNIST: 60,000 + 10,000 grey clothes of 28 x 28, 10 classes (arXiv 1708.07747)."""
     about = {"classes": 10, "mean": (0.2860,), "std": (0.3530,)}
-    return _read(_raw(datasets.FashionMNIST), root, "FashionMNIST/raw/*-ubyte", download, _grey, about)
+    return _read(_idx("FashionMNIST"), root, "FashionMNIST/raw/*-ubyte", download, _grey, about)
 
 
 def emnist(
@@ -50,6 +50,8 @@ def emnist(
     def upright(part: Any) -> tuple[Tensor, Tensor]:
         return part.data.transpose(1, 2).unsqueeze(1).contiguous(), part.targets - first
 
+    from torchvision import datasets
+
     about = {"classes": EMNIST_CLASSES[split], "mean": (0.1751,), "std": (0.3332,)}
     parts = [{"split": split, **part} for part in TRAIN_TEST]
     return _read(
@@ -60,12 +62,16 @@ def emnist(
 def cifar10(*, root: Path = Path("data"), download: bool = False) -> Dataset:
     """CIFAR-10: 50,000 + 10,000 colour images of 32 x 32, 10 classes (Krizhevsky 2009)."""
     about = {"classes": 10, "mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
+    from torchvision import datasets
+
     return _read(datasets.CIFAR10, root, "cifar-10-batches-py/*", download, _colour, about)
 
 
 def cifar100(*, root: Path = Path("data"), download: bool = False) -> Dataset:
     """CIFAR-100: 50,000 + 10,000 colour images of 32 x 32, 100 classes (Krizhevsky 2009)."""
     about = {"classes": 100, "mean": (0.5071, 0.4865, 0.4409), "std": (0.2673, 0.2564, 0.2762)}
+    from torchvision import datasets
+
     return _read(datasets.CIFAR100, root, "cifar-100-python/*", download, _colour, about)
 
 
@@ -73,6 +79,8 @@ def svhn(*, root: Path = Path("data"), download: bool = False) -> Dataset:
     """SVHN: 73,257 + 26,032 colour house numbers of 32 x 32, 10 classes (Netzer et al. 2011)."""
     if importlib.util.find_spec("scipy") is None:
         raise ConfigError("data.name: svhn needs scipy; pip install -e '.[svhn]' brings it")
+
+    from torchvision import datasets
 
     def tensors(part: Any) -> tuple[Tensor, Tensor]:
         return torch.from_numpy(part.data).contiguous(), torch.from_numpy(part.labels)
@@ -119,12 +127,39 @@ def _check(file: Path) -> None:
         raise ValueError(f"{file.name} has {gigabytes(length)}")
     if not file.name.endswith("-ubyte"):
         return
-    dimensions = start[3] if len(start) > 3 else 0
-    sizes = [int.from_bytes(start[i : i + 4]) for i in range(4, 4 + 4 * dimensions, 4)]
-    if start[:3] != b"\0\0\x08" or dimensions not in (1, 3) or length != 4 + 4 * dimensions + math.prod(sizes):
+    sizes = _sizes(start)
+    if start[:3] != b"\0\0\x08" or len(sizes) not in (1, 3) or length != 4 + 4 * len(sizes) + math.prod(sizes):
         raise ValueError(f"{file.name} does not hold what its first bytes say")
     if sizes[0] > MOST_ROWS or math.prod(sizes[1:]) > PIXELS:
         raise ValueError(f"{file.name} is said to hold {' x '.join(map(str, sizes))} bytes")
+
+
+def _idx(name: str) -> Callable[..., Any]:
+    """What torchvision calls so, without torchvision where its files are there: it takes a second to import."""
+
+    def source(root: str, *, train: bool, download: bool) -> Any:
+        stem = f"{root}/{name}/raw/{'train' if train else 't10k'}"
+        images, labels = Path(f"{stem}-images-idx3-ubyte"), Path(f"{stem}-labels-idx1-ubyte")
+        if images.is_file() and labels.is_file():
+            return SimpleNamespace(data=_bytes(images), targets=_bytes(labels).long())
+        from torchvision import datasets
+
+        return _raw(getattr(datasets, name))(root, train=train, download=download)
+
+    return source
+
+
+def _bytes(file: Path) -> Tensor:
+    """The uint8 of an idx file that passed `_check`, in its own shape."""
+    content = bytearray(file.read_bytes())
+    sizes = _sizes(content[:16])
+    return torch.frombuffer(content, dtype=torch.uint8)[4 + 4 * len(sizes) :].view(sizes)
+
+
+def _sizes(start: bytes | bytearray) -> list[int]:
+    """By the first bytes of an idx file."""
+    dimensions = start[3] if len(start) > 3 else 0
+    return [int.from_bytes(start[i : i + 4]) for i in range(4, 4 + 4 * dimensions, 4)]
 
 
 def _raw(source: type) -> type:

@@ -30,7 +30,7 @@ class Hook:
     A hook looks at `run`, may end it by `run.stop(why)` or by raising RoundError, and changes nothing else. After
     a resume `run.records` holds the rounds before it, so what a hook knows it had best work out from there; of a
     round in which a run was stopped or killed it may be told again, or not to the end. All is told in the main
-    thread.
+    thread, or where a sweep trains several runs as one batch, in the run's own, while no other goes on.
     """
 
     _: KW_ONLY

@@ -1,4 +1,4 @@
-"""Two CIFAR-10 networks that federated papers are measured on.
+"""Three CIFAR-10 networks that federated work is measured on.
 
 cifar_cnn: the network of TensorFlow's CIFAR-10 tutorial (2016), which McMahan et al. used in Table 3 of
 Communication-Efficient Learning of Deep Networks from Decentralized Data, AISTATS 2017,
@@ -9,6 +9,9 @@ as PyTorch has them.
 pfl_cnn: the CIFAR-10 network of Granqvist et al., pfl-research: Simulation Framework for Accelerating
 Research in Private Federated Learning, NeurIPS 2024, https://arxiv.org/abs/2404.06430.
 Differs: the two dropout rates are options.
+
+lenet: the network of PyTorch's CIFAR-10 tutorial, https://pytorch.org/tutorials/beginner/blitz/cifar10_tutorial.html,
+after LeCun et al. 1998; NIID-Bench (https://arxiv.org/abs/2102.02079) and BlazeFL's benchmark have it.
 """
 
 from collections import OrderedDict
@@ -80,3 +83,30 @@ def pfl_cnn(
         if isinstance(layer, nn.Conv2d | nn.Linear):
             nn.init.xavier_uniform_(layer.weight)  # as pfl has it
     return network
+
+
+@reference((3, 32, 32), 10, 62_006)
+def lenet(shape: tuple[int, ...], classes: int, /) -> nn.Module:
+    """The network of PyTorch's CIFAR-10 tutorial: 6 and 16 filters of 5x5, hidden layers of 120 and 84.
+
+    62,006 parameters at 3 x 32 x 32 and 10 classes. Raises ConfigError for anything but images of 16 pixels a side
+    or more.
+    """
+    channels, height, width = image(shape, "lenet", smallest=16)
+    height, width = (((side - 4) // 2 - 4) // 2 for side in (height, width))
+    return nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(channels, 6, 5),
+            pool1=nn.MaxPool2d(2),
+            relu1=nn.ReLU(),  # after the pool: the same numbers, a quarter of the work
+            conv2=nn.Conv2d(6, 16, 5),
+            pool2=nn.MaxPool2d(2),
+            relu2=nn.ReLU(),
+            flatten=nn.Flatten(),
+            fc1=nn.Linear(16 * height * width, 120),
+            relu3=nn.ReLU(),
+            fc2=nn.Linear(120, 84),
+            relu4=nn.ReLU(),
+            fc3=nn.Linear(84, classes),
+        )
+    )

@@ -4,18 +4,20 @@ import re
 from collections.abc import Iterator
 from math import gcd
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torchvision.ops import StochasticDepth
 
 from fedsim.catalogue import Options, Spec, matching, options_of, validated
 from fedsim.errors import ConfigError
 from fedsim.models import MODELS
 from fedsim.models.weights import fill, head
 from fedsim.types import Count, Decay
+
+if TYPE_CHECKING:
+    from torchvision.ops import StochasticDepth
 
 NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -157,7 +159,7 @@ def _drop_values(network: nn.Module, p: float, name: str) -> None:
 
 
 def _drop_paths(network: nn.Module, p: float, name: str) -> None:
-    paths = [module for module in network.modules() if isinstance(module, StochasticDepth)]
+    paths = [module for module in network.modules() if _skips(module)]
     if not paths:
         raise ConfigError(f"{name} has no residual branch that drop_path could skip")
     for depth, path in enumerate(paths, 1):
@@ -186,14 +188,21 @@ def _zero_gammas(network: nn.Module, name: str) -> None:
 def _branch_ends(network: nn.Module) -> Iterator[Any]:
     """The last norm of each residual branch: the last that its block has before its StochasticDepth."""
     for block in network.modules():
-        if any(isinstance(child, StochasticDepth) for child in block.children()):
+        if any(_skips(child) for child in block.children()):
             last = None
             for module in block.modules():
-                if isinstance(module, StochasticDepth):
+                if _skips(module):
                     break
                 last = module if isinstance(module, NORMS) else last
             if last is not None:
                 yield last
+
+
+def _skips(module: nn.Module) -> TypeGuard["StochasticDepth"]:
+    """Whether it is torchvision's StochasticDepth."""
+    from torchvision.ops import StochasticDepth  # here, since torchvision takes a second to import
+
+    return isinstance(module, StochasticDepth)
 
 
 class FrozenBatchNorm(nn.Module):

@@ -8,7 +8,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
-from torchvision import models as torchvision_models
 
 from fedsim.errors import ConfigError, one_line, printable, reason
 from fedsim.reading import gigabytes, memory, open_regular
@@ -79,8 +78,10 @@ def _from_file(path: Path, where: str) -> dict[str, Tensor]:
 
 
 def _from_torchvision(name: str, where: str) -> dict[str, Tensor]:
+    from torchvision import models  # here, since torchvision takes a second to import
+
     try:
-        weights = torchvision_models.get_weight(name)
+        weights = models.get_weight(name)
     except (ValueError, AttributeError, KeyError, TypeError):  # the last: torchvision has it, and it is no weights
         raise ConfigError(f"{where} is no name of torchvision's, such as ResNet50_Weights.IMAGENET1K_V2") from None
     try:
@@ -88,7 +89,7 @@ def _from_torchvision(name: str, where: str) -> dict[str, Tensor]:
     except Exception as error:  # whatever a download or a broken file raises
         raise ConfigError(f"{where} cannot be fetched ({reason(error)}); `weights` takes a file") from error
     given = {DENSE.sub(r"\1\2.", key): value for key, value in given.items()}
-    return _normalised(given) if isinstance(weights, torchvision_models.Inception_V3_Weights) else given
+    return _normalised(given) if isinstance(weights, models.Inception_V3_Weights) else given
 
 
 def _normalised(given: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,16 +10,30 @@ from fedsim.catalogue import Catalogue
 from fedsim.types import Job, Report, State
 from fedsim.work import Train, Work
 
-RUNTIMES = Catalogue("runtime", "fedsim.runtimes", {"serial": "serial:Serial", "threads": "threads:Threads"})
+RUNTIMES = Catalogue(
+    "runtime",
+    "fedsim.runtimes",
+    {
+        "auto": "auto:Auto",
+        "serial": "serial:Serial",
+        "threads": "threads:Threads",
+        "vectorized": "vectorized:Vectorized",
+        "ray": "ray:Ray",
+    },
+)
 
 
 class Runtime(Protocol):
     """Runs clients one at a time or side by side; what they compute does not depend on it.
 
-    `home` is the device on which the server's state is kept, `workers` how many clients run side by side.
+    `home` is the device on which the server's state is kept, `workers` how many clients run side by side, and
+    `exact` whether the results equal serial's to the bit, and not only to rounding.
     """
 
     home: torch.device
+
+    @property
+    def exact(self) -> bool: ...
 
     @property
     def workers(self) -> int: ...

@@ -12,12 +12,17 @@ from fedsim.work import Train, Work
 
 
 class Serial:
-    """One client at a time, in the calling thread: a debugger and a traceback lead to the client."""
+    """One client at a time, in the calling thread: a debugger and a traceback lead to the client.
 
-    def __init__(self, task: Task, data: FederatedData, /, *, device: str = "auto"):
+    With `graphs`, training steps on a GPU are captured as CUDA graphs where they can be.
+    """
+
+    exact = True
+
+    def __init__(self, task: Task, data: FederatedData, /, *, graphs: bool = True, device: str = "auto"):
         self.home = devices(device)[0]
         self.workers = 1
-        self.worker = Worker(task, data.to(self.home), self.home)
+        self.worker = Worker(task, data.to(self.home), self.home, graphs=graphs)
 
     def check(self, work: Train) -> None:
         check_precision(work.recipe.precision, self.home)

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from time import perf_counter
 
 import torch
@@ -12,17 +12,17 @@ from fedsim.aggregate import Aggregator, Partial
 from fedsim.data import FederatedData
 from fedsim.errors import ClientError, ConfigError, RoundError, located, one_line
 from fedsim.task import Replica, Task
-from fedsim.types import Job, Report, State
-from fedsim.work import Work
+from fedsim.types import Job, Report, State, Update
+from fedsim.work import Work, check_message
 
 
 class Worker:
     """Runs clients in turn on a replica of its own. Not for two threads at once."""
 
-    def __init__(self, task: Task, data: FederatedData, device: torch.device):
+    def __init__(self, task: Task, data: FederatedData, device: torch.device, *, graphs: bool = False):
         if device.type == "cuda":
-            _repeat_on_gpus()
-        self.replica, self.data = Replica(task, device), data
+            repeat_on_gpus()
+        self.replica, self.data = Replica(task, device, graphs=graphs), data
 
     def run(
         self,
@@ -32,36 +32,56 @@ class Worker:
         aggregator: Aggregator,
         tolerant: bool,
         start: Partial | None = None,
+        *,
+        yields: bool = False,
     ) -> tuple[Partial, Report]:
-        """`start` and what one client adds to it, and its report; raises ClientError unless `tolerant`."""
+        """`start` and what one client adds to it, and its report; raises ClientError unless `tolerant`.
+
+        Where it `yields`, a client that runs out of memory raises torch.OutOfMemoryError, and may be run again;
+        `start` is then as it was.
+        """
         began, device = perf_counter(), self.replica.device
         try:
             if job.client:  # a copy, so that what a client spoils is its own
-                job = job._replace(client={n: value.to(device, copy=True) for n, value in job.client.items()})
+                job = job._replace(client={name: _sent(value, device) for name, value in job.client.items()})
             versions = {name: value._version for name, value in (job.client or {}).items()}
-            update = work(self.replica, self.data, server, job)
+            with _backward_here() if device.type == "cuda" else nullcontext():
+                update = work(self.replica, self.data, server, job)
             if written := [name for name, v in versions.items() if (job.client or {})[name]._version != v]:
                 raise RuntimeError(f"client[{written[0]!r}] was written in place; states are only read")
-            metrics = {name: float(value) for name, value in update.metrics.items()}
-            weight = float(update.weight)
-            if strange := [name for name in update.message if not isinstance(name, str)]:
-                raise TypeError(f"message {strange[0]!r} is no name")
-            if strange := [name for name, value in update.message.items() if not isinstance(value, Tensor)]:
-                raise TypeError(f"message {strange[0]!r} is no tensor")
         except (Exception, SystemExit) as error:
-            return aggregator.fold([], start), _failed(job, error, tolerant, perf_counter() - began)
-        try:
-            partial = aggregator.fold([(job.client_id, update.message, weight)], start)
-        except RoundError:  # no single client's doing
-            raise
-        except Exception as error:
-            return aggregator.fold([], start), _failed(job, error, tolerant, perf_counter() - began)
-        client = {name: _own(value.cpu()) for name, value in update.client.items()}
-        size = sum(value.nbytes for value in update.message.values())
-        return partial, Report(job.client_id, weight, metrics, client, perf_counter() - began, size)
+            if yields and isinstance(error, torch.OutOfMemoryError):
+                raise
+            return aggregator.fold([], start), failed(job, error, tolerant, perf_counter() - began)
+        return folded(update, job, aggregator, tolerant, start, began)
 
 
-def _failed(job: Job, error: BaseException, tolerant: bool, seconds: float) -> Report:
+def folded(
+    update: Update, job: Job, aggregator: Aggregator, tolerant: bool, start: Partial | None, began: float
+) -> tuple[Partial, Report]:
+    """`start` and one client's update on top, and its report; raises ClientError unless `tolerant`.
+
+    `began` is when it did, by perf_counter.
+    """
+    try:
+        metrics = {name: float(value) for name, value in update.metrics.items()}
+        weight = float(update.weight)
+        check_message(update)
+        partial = aggregator.fold([(job.client_id, update.message, weight)], start)
+    except RoundError:  # no single client's doing
+        raise
+    except torch.OutOfMemoryError as error:  # which may leave sums that have a part of the message
+        where = f"round {job.round + 1}: out of memory where messages are added up"
+        raise RoundError(f"{where}; lower runtime.workers") from error
+    except Exception as error:
+        return aggregator.fold([], start), failed(job, error, tolerant, perf_counter() - began)
+    client = {name: _own(value.cpu()) for name, value in update.client.items()}
+    size = sum(value.nbytes for value in update.message.values())
+    return partial, Report(job.client_id, weight, metrics, client, perf_counter() - began, size)
+
+
+def failed(job: Job, error: BaseException, tolerant: bool, seconds: float) -> Report:
+    """Its report; raises ClientError unless `tolerant`."""
     cause = one_line(error) if isinstance(error, ArithmeticError | TimeoutError) else located(error)
     if tolerant:
         return Report(job.client_id, 0.0, {}, {}, seconds, 0, cause)
@@ -70,13 +90,25 @@ def _failed(job: Job, error: BaseException, tolerant: bool, seconds: float) -> R
     raise ClientError(f"round {job.round + 1}, client {job.client_id}: {cause}{advice}") from error
 
 
-def _repeat_on_gpus() -> None:
+def repeat_on_gpus() -> None:
     """Have CUDA's libraries choose kernels that give the same bits each time; torch warns where there is none."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Which that turns on, at the price of a kernel an allocation.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _backward_here() -> AbstractContextManager[object]:
+    """Backward passes in the calling thread, and not in one that all of a GPU's workers share."""
+    return torch.autograd.set_multithreading_enabled(False)
+
+
+def _sent(value: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device, for which nobody waits."""
+    if device.type == "cuda" and not value.is_cuda:
+        return value.pin_memory().to(device, non_blocking=True)
+    return value.to(device, copy=True)
 
 
 def _own(value: Tensor) -> Tensor:

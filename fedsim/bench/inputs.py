@@ -9,21 +9,18 @@ Differs: torchvision has no cutout of several squares, so there is a small one h
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from itertools import chain, count, islice
 from statistics import median
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
+from fedsim.bench.parts import Seconds, Side
+from fedsim.bench.plain import places
 from fedsim.catalogue import Spec
-from fedsim.config import Config, Federation
-from fedsim.data import DATASETS
-from fedsim.data import Dataset as Examples
+from fedsim.config import Config, build_dataset
 from fedsim.local import LocalObjective
-from fedsim.recipe import Recipe
 from fedsim.runtimes.worker import cores, one_thread
 from fedsim.simulation import Simulation
 from fedsim.task import Replica
@@ -86,7 +83,7 @@ class Collate:
         return x, y
 
 
-def input_sides(config: Config, simulation: Simulation) -> dict[str, AbstractContextManager[Callable[[], object]]]:
+def input_sides(config: Config, simulation: Simulation) -> dict[str, AbstractContextManager[Side]]:
     """Sides that make the first round's batches; fedsim's alone where torchvision lacks an entry of the list.
 
     `simulation` is the config's, with its `local.augment`; its examples are images.
@@ -96,7 +93,7 @@ def input_sides(config: Config, simulation: Simulation) -> dict[str, AbstractCon
     return {FEDSIM: _fedsim(simulation), **theirs}
 
 
-def input_line(seconds: dict[str, list[float]], serial: str, steps: int) -> str:
+def input_line(seconds: Seconds, serial: str, steps: int) -> str:
     """Milliseconds a batch, and fedsim's as a share of a client step of the side `serial`."""
     share = median(i / s for i, s in zip(seconds[FEDSIM], seconds[serial], strict=True))
     ours = f"augmented batch: {1000 * median(seconds[FEDSIM]) / steps:.2f} ms, {share:.1%} of a client step"
@@ -105,17 +102,10 @@ def input_line(seconds: dict[str, list[float]], serial: str, steps: int) -> str:
     return f"{ours}; by torchvision {1000 * median(seconds[TORCHVISION]) / steps:.2f} ms"
 
 
-def places(recipe: Recipe, n: int, stream: np.random.Generator, device: torch.device) -> Iterator[Tensor]:
-    """(B,) for each step of a client, which of its `n` examples make the batch; as fedsim draws them."""
-    size = n if recipe.batch_size == "full" else recipe.batch_size
-    epochs = (torch.from_numpy(stream.permutation(n)).to(device) for _ in count())
-    return islice(chain.from_iterable(torch.split(epoch, size) for epoch in epochs), recipe.num_steps(n))
-
-
 def pipeline(config: Config, simulation: Simulation) -> tuple[Images, list[list[int]], Collate]:
     """What a DataLoader takes: the first round's images, which of them make each batch, and how."""
     data, specs = simulation.data, config.local["augment"]
-    dataset = DATASETS.make({k: v for k, v in config.data.items() if k not in Federation.model_fields}, Examples)
+    dataset = build_dataset(config)
     rows, batches = list[Tensor](), list[list[int]]()
     for client in simulation.sample():
         own, start = torch.from_numpy(data.rows(client)), sum(map(len, rows))
@@ -142,7 +132,7 @@ def _mixer(spec: Spec, classes: int) -> v2.Transform:
 
 
 @contextmanager
-def _fedsim(simulation: Simulation) -> Iterator[Callable[[], object]]:
+def _fedsim(simulation: Simulation) -> Iterator[Side]:
     task, home, recipe = simulation.task, simulation.runtime.home, simulation.recipe
     replica, data = Replica(task, home), simulation.data.to(home)
     buffers = task.initial_buffers.to(home)
@@ -162,7 +152,7 @@ def _fedsim(simulation: Simulation) -> Iterator[Callable[[], object]]:
 
 
 @contextmanager
-def _torchvision(config: Config, simulation: Simulation) -> Iterator[Callable[[], object]]:
+def _torchvision(config: Config, simulation: Simulation) -> Iterator[Side]:
     """The processes start in the first pass, which is not counted, and stay; a fork beside threads may hang."""
     home = simulation.runtime.home
     images, batches, collate = pipeline(config, simulation)

@@ -1,0 +1,107 @@
+"""Objects between processes: what they hold in tensors goes apart, as arrays that several processes can share."""
+
+import io
+import pickle
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from fedsim.errors import ConfigError
+
+Bytes = npt.NDArray[np.uint8]
+Packed = tuple[bytes, list[Bytes]]  # a pickle, and the arrays that it leaves out, which Ray maps and does not copy
+
+
+def pack(content: object, *, files: bool = False) -> Packed:
+    """`content` by cloudpickle; with `files`, tensors in files mapped read-only go by their file's name."""
+    stream, buffers = io.BytesIO(), list[pickle.PickleBuffer]()
+    _pickler()(files, stream, protocol=5, buffer_callback=buffers.append).dump(content)
+    return stream.getvalue(), [np.frombuffer(buffer.raw(), np.uint8) for buffer in buffers]
+
+
+def unpack(packed: Packed, *, own: bool = False) -> Any:
+    """What was packed; its tensors `own` their memory, or share the arrays', and are then only to be read."""
+    content, arrays = packed
+    return pickle.loads(content, buffers=[array.copy() for array in arrays] if own else arrays)
+
+
+@cache
+def _pickler() -> Any:
+    """A class, made where Ray is there."""
+    base: Any = import_module("ray.cloudpickle").Pickler
+
+    class Pickler(base):  # type: ignore[misc]
+        def __init__(self, files: bool, *arguments: Any, **named: Any):
+            super().__init__(*arguments, **named)
+            self.files = files
+            self.storages: dict[int, tuple[Any, Tensor]] = {}  # by address, so that views of one stay that
+
+        def reducer_override(self, value: Any) -> Any:
+            plain = type(value) is Tensor and value.layout == torch.strided and not value.is_meta
+            if plain and not (value.requires_grad or value.is_quantized):
+                return _reduced(self.storages, self.files, value)
+            return super().reducer_override(value)
+
+    return Pickler
+
+
+def _reduced(storages: dict[int, tuple[Any, Tensor]], files: bool, tensor: Tensor) -> Any:
+    tensor = tensor.cpu().resolve_conj().resolve_neg()
+    if not files and tensor.untyped_storage().nbytes() > 2 * tensor.nbytes:  # most of it is not this tensor's
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+    storage = tensor.untyped_storage()
+    address = storage.data_ptr()
+    if address not in storages:
+        place = _file_of(address) if files else None
+        whole = torch.empty(0, dtype=torch.uint8).set_(storage)
+        array = _Mapped(*place, storage.nbytes()) if place else whole.numpy()
+        storages[address] = array, tensor  # which lives as long as its address counts
+    layout = tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride()
+    return _tensor, (storages[address][0], *layout)
+
+
+def _tensor(array: Bytes, dtype: torch.dtype, offset: int, shape: torch.Size, stride: tuple[int, ...]) -> Tensor:
+    storage = from_dlpack(array).untyped_storage()  # the one way to a read-only array without a warning
+    return torch.empty(0, dtype=dtype).set_(storage, offset, shape, stride)
+
+
+class _Mapped:
+    """Stands for bytes of a file, which is mapped again where this is unpickled."""
+
+    def __init__(self, path: str, offset: int, length: int):
+        self.path, self.offset, self.length = path, offset, length
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str, int, int, int]]:
+        return _map, (self.path, self.offset, self.length, Path(self.path).stat().st_size)
+
+
+def _map(path: str, offset: int, length: int, size: int) -> Bytes:
+    try:
+        if Path(path).stat().st_size == size:
+            return np.memmap(path, np.uint8, "r", offset, (length,))
+    except OSError:
+        pass
+    raise ConfigError(f"data: {path} is not there; mapped examples must lie at the same path on each machine")
+
+
+def _file_of(address: int) -> tuple[str, int] | None:
+    """The file that is mapped there, read-only, and the place in it; None where there is none."""
+    try:
+        maps = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:  # no Linux: what is mapped is copied
+        return None
+    for line in maps:
+        where, mode, offset, _, inode, *path = line.split(maxsplit=5)
+        first, last = (int(number, 16) for number in where.split("-"))
+        if first <= address < last:
+            mapped = inode != "0" and "w" not in mode and path and not path[0].endswith(" (deleted)")
+            return (path[0], int(offset, 16) + address - first) if mapped else None
+    return None

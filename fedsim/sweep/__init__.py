@@ -1,0 +1,156 @@
+"""A grid of settings over one config: points that can be are trained as rows of one batch, and the rest beside."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from fedsim.catalogue import Spec
+from fedsim.config import build, build_hooks
+from fedsim.errors import ConfigError, printable
+from fedsim.reading import read_yaml
+from fedsim.runtimes import RUNTIMES
+from fedsim.runtimes.serial import Serial
+from fedsim.runtimes.worker import cores
+from fedsim.sweep.batch import OUTSIDE, program
+from fedsim.sweep.display import Bar, Plain
+from fedsim.sweep.folder import PointRun, Sweep, new_folder
+from fedsim.sweep.grid import parse_grid
+from fedsim.sweep.points import Datasets, as_rows, as_tasks, has_ray, in_turn
+from fedsim.sweep.results import Results
+
+TOGETHER = 64  # points of a batch: with a cohort each, more rows add to its memory and little to its speed
+NO_RAY = "Ray is not installed; pip install 'fedsim[ray]'"
+
+
+def sweep(
+    config: Path,
+    pairs: Sequence[str],
+    out: Path | None,
+    target: float | None,
+    jobs: int | None,
+    console: Console,
+) -> int:
+    """Run a grid, or go on with it where `out` holds the same one; returns the exit status.
+
+    Raises ConfigError before anything is written.
+    """
+    if target is not None and not 0 < target < 1:
+        raise ConfigError(f"--target: {target} should be between 0 and 1, such as 0.99")
+    grid = parse_grid(pairs)
+    return _run(Sweep(out or new_folder(config.stem), read_yaml(config), grid, target), jobs, console)
+
+
+def resume(folder: Path, console: Console) -> int:
+    """Go on with the sweep in a folder; returns the exit status. Raises ConfigError."""
+    return _run(Sweep.read(folder), None, console)
+
+
+def _run(what: Sweep, jobs: int | None, console: Console) -> int:
+    if jobs and jobs > 1 and not has_ray():
+        raise ConfigError(f"--jobs: {jobs} points at a time are Ray tasks; {NO_RAY}")
+    datasets = Datasets()
+    points = what.points
+    _check(points, datasets)
+    what.save()
+    lock = what.lock()
+    try:
+        left = [point for point in points if not point.finished]
+        if skipped := len(points) - len(left):
+            console.out(f"{skipped} of {len(points)} points are finished already", highlight=False)
+        with (Bar if console.is_terminal else Plain)(console, points) as display:
+            done = _go(left, datasets, jobs, display)
+        if not done:
+            finished = sum(point.finished for point in points)
+            line = f"interrupted with {finished} of {len(points)} points done; fedsim resume {what.folder} goes on"
+            print(f"fedsim: {printable(line)}", file=sys.stderr)
+            return 130
+        results = Results.of(what, display.failures)
+        results.save()
+    finally:
+        lock.release()
+    for table in results.tables():
+        console.print(table)
+    console.out(f"picture: {what.folder / 'sweep.png'}\nresults: {what.folder}")
+    return 1 if len(display.failures) == len(points) else 0
+
+
+def _check(points: Sequence[PointRun], datasets: Datasets) -> None:
+    """Build one of each kind of point, so that what would be refused is so before anything runs."""
+    seen = set[str]()
+    for point in points:
+        about = {key: value for key, value in point.config.model_dump(mode="json").items() if key in OUTSIDE}
+        kind = json.dumps([program(point.config), about | {"seed": None}])
+        if kind not in seen and not point.begun:
+            seen.add(kind)
+            try:
+                own = None if "device" in point.runtime else Serial  # others would start processes
+                build(point.config, datasets.divided(point.config), own)
+                build_hooks(point.config)
+            except ConfigError as error:
+                raise ConfigError(f"{point.name}: {error}") from None
+
+
+def _go(points: Sequence[PointRun], datasets: Datasets, jobs: int | None, display: Plain) -> bool:
+    """Run what is left; False where an interrupt ended it."""
+    groups = dict[str, list[PointRun]]()
+    for point in points:
+        groups.setdefault(program(point.config), []).append(point)
+    batches = [group for group in groups.values() if len(group) > 1 and _batch_runtime(group[0])]
+    for part in (group[i : i + TOGETHER] for group in batches for i in range(0, len(group), TOGETHER)):
+        display.say(f"{len(part)} points as rows of one vectorized batch: {part[0].name} to {part[-1].name}")
+        if not as_rows(part, _batch_runtime(part[0]) or {}, datasets, display):
+            return False
+    rest = [point for point in points if not any(point in group for group in batches)]
+    if not rest:
+        return True
+    at_once, how = _side_by_side(rest, jobs)
+    display.say(f"{len(rest)} {'point' if len(rest) == 1 else 'points'} {how}: {_why_no_rows(rest[0])}")
+    if at_once > 1:
+        return as_tasks(rest, at_once, _gpus(rest), display)
+    return in_turn(rest, datasets, display)
+
+
+def _batch_runtime(point: PointRun) -> Spec | None:
+    """What trains points as rows of one batch: their runtime if it can, and vectorized for `auto` on a GPU."""
+    runtime = point.runtime
+    if hasattr(RUNTIMES.load(runtime["name"]), "run_many"):
+        return runtime
+    if runtime["name"] == "auto" and not runtime["exact"] and _on_gpu(str(runtime["device"])):
+        return {"name": "vectorized", "device": runtime["device"]}
+    return None
+
+
+def _on_gpu(device: str) -> bool:
+    return device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+
+
+def _gpus(points: Sequence[PointRun]) -> int:
+    """How many there are to share out."""
+    wanted = any(_on_gpu(str(point.runtime.get("device", "auto"))) for point in points)
+    return torch.cuda.device_count() if wanted else 0
+
+
+def _side_by_side(points: Sequence[PointRun], jobs: int | None) -> tuple[int, str]:
+    """How many points at once, and how, in words."""
+    at_once = min(len(points), jobs or _gpus(points) or cores())
+    if at_once == 1:
+        return 1, "one after the other"
+    if any(point.runtime["name"] == "ray" for point in points):
+        return 1, "one after the other, for runtime ray has the cluster"
+    if not has_ray():
+        return 1, f"one after the other, for {NO_RAY}"
+    return at_once, f"as Ray tasks, {at_once} at a time"
+
+
+def _why_no_rows(point: PointRun) -> str:
+    """Why such a point is no row of a batch."""
+    runtime = point.runtime
+    if _batch_runtime(point):
+        return "no two differ in seed and local.lr only, on one partition"
+    if runtime["name"] != "auto":
+        return f"runtime {runtime['name']} trains each by itself"
+    return f"{'runtime.exact' if runtime['exact'] else 'without a GPU runtime auto'} trains each by itself"

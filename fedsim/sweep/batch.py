@@ -1,0 +1,207 @@
+"""Several runs as rows of one vectorized batch, in lock-step.
+
+Each run goes through its rounds as ever, in a thread of its own, with a `Member` for a runtime. Only one thread
+goes on at a time, as coroutines do: a member hands over what is to be computed and waits, and when all have, the
+main thread trains all their cohorts in one call. So hooks, files and torch see no concurrency, and Ctrl-C reaches
+the main thread, which has every run end with a checkpoint.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from threading import Semaphore, Thread
+from typing import Any, NamedTuple, Protocol
+
+from fedsim.aggregate import Aggregator, Partial
+from fedsim.catalogue import Spec
+from fedsim.config import Config, build
+from fedsim.data import FederatedData
+from fedsim.errors import ClientError
+from fedsim.experiment import Result
+from fedsim.files import uninterrupted
+from fedsim.runtimes import RUNTIMES, Runtime
+from fedsim.runtimes.vectorized import Call
+from fedsim.runtimes.worker import one_thread
+from fedsim.simulation import Simulation
+from fedsim.task import Task
+from fedsim.types import Job, Report, State
+from fedsim.work import Train, Work
+
+Results = list[tuple[Partial, list[Report]]]
+OUTSIDE = (  # of the settings, those that Simulation and experiment see to, whatever trains the clients
+    *("seed", "rounds", "cohort", "availability", "evaluate", "checkpoint", "client_store"),
+    *("recalibrate", "ema", "hooks"),
+)
+
+
+class Wanted(NamedTuple):
+    """What a member wants computed: the arguments of `Runtime.run`."""
+
+    work: Work
+    server: State
+    jobs: list[Job]
+    aggregator: Aggregator
+    tolerant: bool
+
+
+class Shared(Runtime, Protocol):
+    """A runtime that trains the cohorts of several runs at once."""
+
+    def run_many(self, calls: Sequence[Call]) -> list[Results]:
+        """Of each call what `run` yields; calls that differ only in seed, server and recipe.lr make one batch."""
+
+
+class Member:
+    """The runtime of one of several runs that share another; the run's thread, too."""
+
+    exact = False
+
+    def __init__(self, shared: Shared, choice: Spec | None):
+        self.shared, self.home, self.choice = shared, shared.home, choice  # that a checkpoint records
+        self.wanted: Wanted | None = None
+        self.result: Result | None = None
+        self.error: BaseException | None = None
+        self._answer: Results | BaseException | None = None
+        self._go, self._back = Semaphore(0), Semaphore(0)
+
+    @property
+    def workers(self) -> int:
+        """As the shared runtime."""
+        return self.shared.workers
+
+    def check(self, work: Train) -> None:
+        self.shared.check(work)
+
+    def run(
+        self,
+        work: Work,
+        server: State,
+        jobs: Iterable[Job],
+        aggregator: Aggregator,
+        *,
+        tolerant: bool = False,
+    ) -> Iterator[tuple[Partial, list[Report]]]:
+        wanted = Wanted(work, server, list(jobs), aggregator, tolerant)
+        for partial, reports in self._ask(wanted):
+            for report in reports if isinstance(work, Train) and not tolerant else ():
+                if report.error is not None:
+                    number = wanted.jobs[0].round + 1
+                    raise ClientError(f"round {number}, client {report.client_id}: {report.error}")
+            yield partial, reports
+
+    def start(self, execute: Callable[[], Result]) -> None:
+        """Let the run go until it wants something computed, or has ended."""
+
+        def lead() -> None:
+            self._go.acquire()
+            try:
+                self.result = execute()
+            except BaseException as error:
+                self.error = error
+            finally:
+                self.wanted = None
+                self._back.release()
+
+        Thread(target=lead, daemon=True).start()
+        self.answer(None)
+
+    def answer(self, answer: Results | BaseException | None) -> None:
+        """Give the run what it waits for, or raise that in it, and let it go on until it wants the next."""
+        self._answer = answer
+        with uninterrupted():
+            self._go.release()
+            self._back.acquire()
+
+    def _ask(self, wanted: Wanted) -> Results:
+        self.wanted = wanted
+        self._back.release()
+        self._go.acquire()
+        answer, self._answer = self._answer, None
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer or []
+
+
+def train_together(
+    members: Sequence[Member], executions: Sequence[Callable[[], Result]], ended: Callable[[Member], None]
+) -> bool:
+    """Run all to their ends, telling of each that has; False where an interrupt ended them before."""
+
+    def answer(member: Member, found: Results | BaseException) -> None:
+        member.answer(found)
+        if not member.wanted:
+            ended(member)
+
+    try:
+        for member, execute in zip(members, executions, strict=True):
+            member.start(execute)
+            if not member.wanted:
+                ended(member)
+        while waiting := [(member, member.wanted) for member in members if member.wanted]:
+            tests = [(member, wanted) for member, wanted in waiting if not isinstance(wanted.work, Train)]
+            for member, wanted in tests:
+                answer(member, _test(member.shared, wanted))
+            if not tests:
+                found = _train(members[0].shared, [wanted for _, wanted in waiting])
+                for (member, _), each in zip(waiting, found, strict=True):
+                    answer(member, each)
+    except KeyboardInterrupt:
+        with suppress(KeyboardInterrupt), uninterrupted():
+            for member in members:
+                while member.wanted:
+                    member.answer(KeyboardInterrupt())
+        return False
+    return True
+
+
+def _test(shared: Shared, wanted: Wanted) -> Results | Exception:
+    try:
+        return list(shared.run(*wanted[:-1], tolerant=wanted.tolerant))
+    except Exception as error:
+        return error
+
+
+def _train(shared: Shared, all_wanted: Sequence[Wanted]) -> Sequence[Results | Exception]:
+    """One answer a member; a client that fails does so in its report, and fails its own run alone."""
+    calls = [
+        Call(wanted.work, *wanted[1:-1], tolerant=True) for wanted in all_wanted if isinstance(wanted.work, Train)
+    ]
+    try:
+        with one_thread():
+            return shared.run_many(calls)
+    except Exception as error:
+        return [error] * len(all_wanted)
+
+
+def program(config: Config) -> str:
+    """What two configs have in common whose clients can be rows of one batch."""
+    values: dict[str, Any] = {k: v for k, v in config.model_dump(mode="json").items() if k not in OUTSIDE}
+    seed = config.data["partition_seed"]  # of the partition, which a batch has one of
+    values["data"] = config.data | {"partition_seed": config.seed if seed is None else seed}
+    values["local"] = {key: value for key, value in config.local.items() if key != "lr"}
+    return json.dumps(values, sort_keys=True)
+
+
+class Batch:
+    """Makes simulations that share a runtime, the data and its division.
+
+    `runtime` is one of RUNTIMES, and was `chosen` where the config names another, `auto`.
+    """
+
+    def __init__(self, runtime: Spec, data: FederatedData, chosen: bool):
+        self.runtime, self.data, self.chosen = runtime, data, chosen
+        self.shared = dict[str, Shared]()  # by the constants of its networks
+
+    def make(self, config: Config) -> Simulation:
+        """The simulation of a point, with a `Member` for a runtime; raises ConfigError."""
+        return build(config, self.data, self._member)
+
+    def _member(self, task: Task, data: FederatedData) -> Member:
+        constants = hashlib.sha256()
+        for name, value in sorted(task.constants().items()):
+            constants.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        key = constants.hexdigest()
+        if key not in self.shared:
+            self.shared[key] = RUNTIMES.bind(self.runtime)(task, data)
+        return Member(self.shared[key], RUNTIMES.resolve(self.runtime) if self.chosen else None)

@@ -1,0 +1,129 @@
+"""The folder of a sweep: sweep.yaml says what it is, and each point has a run's folder of its own in it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from glob import escape
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from filelock import FileLock, Timeout
+
+from fedsim.catalogue import Spec
+from fedsim.checkpoint import changes
+from fedsim.config import Config, load
+from fedsim.errors import ConfigError
+from fedsim.files import write
+from fedsim.reading import read_yaml
+from fedsim.runtimes import RUNTIMES
+from fedsim.sweep.grid import Grid, Point
+
+FILE = "sweep.yaml"
+
+
+@dataclass(frozen=True)
+class PointRun:
+    """One point of a sweep and its run."""
+
+    name: str
+    point: Point
+    config: Config
+    folder: Path
+
+    @property
+    def runtime(self) -> Spec:
+        """The runtime that its config names, with all options."""
+        return RUNTIMES.resolve(self.config.runtime)
+
+    @property
+    def finished(self) -> bool:
+        """Whether its run came to its end."""
+        return (self.folder / "summary.json").is_file()
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a folder of it to go on from."""
+        return (self.folder / "config.yaml").is_file()
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A config as it was read, the grid over it, and where its runs lie; `target` is an accuracy from 0 to 1."""
+
+    folder: Path
+    config: dict[str, Any]
+    grid: Grid
+    target: float | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """What sweep.yaml says; raises ConfigError."""
+        values = read_yaml(folder / FILE)
+        try:
+            config, settings, axes = (dict(values[key]) for key in ("config", "settings", "grid"))
+            if not all(isinstance(each, list) and each for each in axes.values()):
+                raise TypeError
+        except (KeyError, TypeError, ValueError):
+            raise ConfigError(f"{folder / FILE}: broken: should hold config, settings and grid") from None
+        return cls(folder, config, Grid(axes, settings), values.get("target"))
+
+    @cached_property
+    def points(self) -> list[PointRun]:
+        """Every point with its config; raises ConfigError that names the point."""
+        return [
+            PointRun(name, point, self._config(name, point), self.folder / name)
+            for name, point in zip(self.grid.names, self.grid.points, strict=True)
+        ]
+
+    def save(self) -> None:
+        """Write sweep.yaml, into a new folder or this sweep's own; raises ConfigError where it is another's."""
+        if (self.folder / FILE).is_file():
+            before = Sweep.read(self.folder)
+            differ = [line for each in changes(before._values, self._values) for line in each]
+            if differ := [line for line in differ if not line.startswith("target:")]:
+                raise ConfigError(f"{self.folder}: is another sweep, {differ[0]}; name another folder")
+        elif self.folder.exists():
+            raise ConfigError(f"{self.folder}: exists, and is no sweep's; name another folder")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write(self.folder / FILE, yaml.safe_dump(self._values, sort_keys=False).encode())
+        except OSError as error:
+            way = "name a folder with --out"
+            raise ConfigError(f"{self.folder}: cannot be made: {error.strerror}; {way}") from None
+
+    def lock(self) -> FileLock:
+        """Held while it runs; raises ConfigError where another process holds it."""
+        lock = FileLock(self.folder / ".lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise ConfigError(f"{self.folder}: another process is running it") from None
+        return lock
+
+    @property
+    def _values(self) -> dict[str, Any]:
+        return {
+            "config": self.config,
+            "settings": self.grid.fixed,
+            "grid": self.grid.axes,
+            "target": self.target,
+        }
+
+    def _config(self, name: str, point: Mapping[str, Any]) -> Config:
+        try:
+            return load(self.config, {**self.grid.fixed, **point})
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from None
+
+
+def new_folder(stem: str) -> Path:
+    """runs/STEM-sweep-N, N above those of all that are there."""
+    prefix = f"{stem}-sweep-"
+    names = [path.name.removeprefix(prefix) for path in Path("runs").glob(f"{escape(prefix)}*")]
+    return Path("runs") / f"{prefix}{max((int(name) for name in names if name.isdecimal()), default=0) + 1}"
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether it is the folder of a sweep."""
+    return (folder / FILE).is_file()
