@@ -51,8 +51,9 @@ COARSE, FINE = 1.5 * 2.0 ** (52 - 18), 1.5 * 2.0 ** (52 - 55)  # adding them rou
 LARGEST = 2.0**33  # of a sum of magnitudes: 2^51 coarse units
 MOST = 2**17  # messages: each leaves up to half a coarse unit, so that all make up to 2^53 fine ones
 BITS = struct.unpack("<q", struct.pack("<d", FINE))[0]  # of FINE
-TOGETHER = 8  # messages added at a time: reading and writing the sums is what it costs
+TOGETHER = 5  # messages added at a time: reading and writing the sums is what it costs
 BLOCK = 2**16  # entries at a time on a CPU, so that what is between two passes stays in the cache
+BLOCK_ON_GPU = 2**21  # there it is memory that what is between two passes takes: 16 bytes an entry and message
 
 
 @dataclass
@@ -176,7 +177,8 @@ def _settle(total: Sum) -> None:
             total.coarse[name] = torch.zeros(values[0].shape, dtype=torch.double, device=values[0].device)
             total.fine[name] = torch.zeros_like(total.coarse[name], dtype=torch.int64)
         weights = total.coarse[name].new_tensor([[weight] for _, weight in total.waiting])
-        products, highs = (total.coarse[name].new_empty(len(values), _block(total.coarse[name])) for _ in range(2))
+        shape = len(values), min(_block(total.coarse[name]), values[0].numel())
+        products, highs = (total.coarse[name].new_empty(shape) for _ in range(2))
         for coarse, fine, *blocks in _blocks(total.coarse[name], total.fine[name], *values):
             product, high = products[:, : len(coarse)], highs[:, : len(coarse)]
             torch._foreach_copy_(product.unbind(), blocks)
@@ -192,7 +194,7 @@ def _wrapped(number: int) -> int:
 
 
 def _block(tensor: Tensor) -> int:
-    return BLOCK if tensor.device.type == "cpu" else max(tensor.numel(), 1)
+    return BLOCK if tensor.device.type == "cpu" else BLOCK_ON_GPU
 
 
 def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -285,6 +285,7 @@ def _changed(before: Mapping[str, Any], config: Config, others: list[str], force
 def _other_runtime(checkpoint: Checkpoint, simulation: Simulation, now: Spec) -> list[str]:
     """Have `auto` run what it had chosen; in words, what is another runtime now, and rounds in another way."""
     runtime, before = simulation.runtime, checkpoint.runtime or checkpoint.config["runtime"]
+    now = getattr(runtime, "choice", None) or now
     agree = "results agree as floating point does"
     if isinstance(runtime, Auto) and checkpoint.runtime:
         try:

@@ -2,15 +2,17 @@
 
 import hashlib
 import os
+import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
+from uuid import uuid4
 
 from annotated_types import Ge
 from torch import Tensor
@@ -49,6 +51,20 @@ def write(path: Path, content: bytes, *, sync_name: bool = True) -> File:
     if sync_name:
         sync_folder(path.parent)
     return File(path.name, len(content), hashlib.sha256(content).hexdigest())
+
+
+def create(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Make a folder with these files, whole or not at all; raises OSError, as where it is there and not empty."""
+    draft = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}{DRAFT}")
+    draft.mkdir(parents=True)
+    try:
+        for name, content in contents.items():
+            write(draft / name, content)
+        draft.rename(folder)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    sync_folder(folder.parent)
 
 
 def sync_folder(path: Path) -> None:

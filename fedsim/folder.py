@@ -3,12 +3,10 @@
 import hashlib
 import json
 import os
-import shutil
 from glob import escape
 from math import isfinite
 from pathlib import Path
 from typing import Any, Self
-from uuid import uuid4
 
 import numpy as np
 import yaml
@@ -22,7 +20,7 @@ from fedsim.config import Config
 from fedsim.data import FederatedData
 from fedsim.data.partition import content_hash, label_counts
 from fedsim.errors import ConfigError, RoundError, one_line
-from fedsim.files import DRAFT, File, apart, read, sync_folder, write
+from fedsim.files import File, apart, create, read, write
 
 Line: Any = create_model("Line", __config__=ConfigDict(extra="allow", strict=True), **FIELDS)  # of rounds.jsonl
 LISTED = 1000  # clients up to which partition.json counts each one's labels
@@ -50,17 +48,8 @@ class RunFolder:
         """A new folder; raises ConfigError where there is one, for a run is never overwritten."""
         if path.exists():
             raise ConfigError(f"{path}: exists, and a run is never overwritten; name another folder")
-        draft = path.with_name(f".{path.name}.{uuid4().hex[:8]}{DRAFT}")
         try:
-            draft.mkdir(parents=True)
-            try:
-                write(draft / "config.yaml", _yaml(config))
-                write(draft / "partition.json", _json(describe(data)))
-                draft.rename(path)  # a folder is there as a whole, or not at all
-            except BaseException:
-                shutil.rmtree(draft, ignore_errors=True)
-                raise
-            sync_folder(path.parent)
+            create(path, {"config.yaml": _yaml(config), "partition.json": _json(describe(data))})
         except OSError as error:
             raise ConfigError(f"{path}: cannot be made: {error.strerror}; name a folder with --out") from None
         return cls(path)

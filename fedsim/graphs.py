@@ -20,7 +20,7 @@ from fedsim.recipe import Recipe
 from fedsim.task import Replica
 
 PAYS = 16  # steps taken before one is captured, which takes about as long as six
-WARM_UPS = 2
+WARM_UPS = 1  # in the thread that captures: cuBLAS has a workspace for each thread and stream
 
 CAPTURING = threading.Lock()  # one capture at a time in a process, and meanwhile no memory handed back
 
@@ -111,16 +111,16 @@ class Steps:
         return None
 
     def _capture(self, rows: Tensor, step: Callable[[Tensor], None]) -> Graph:
+        """On the worker's own stream: a side stream comes from a pool of 32, and may be another worker's."""
         replica, graph = self.replica, Graph(torch.cuda.CUDAGraph(), rows.clone())
-        present, side = torch.cuda.current_stream(replica.device), torch.cuda.Stream(replica.device)  # type: ignore[no-untyped-call]
-        side.wait_stream(present)
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UPS):
-                step(graph.rows)
-        present.wait_stream(side)
+        for _ in range(WARM_UPS):
+            step(graph.rows)
+        replica.auxiliary = ()  # of a pass before, which may hold on to other streams
         if replica.task.draws:
             graph.graph.register_generator_state(replica.generator)
-        with CAPTURING, torch.cuda.graph(graph.graph, stream=side, capture_error_mode="thread_local"):
+        pool = next((other.graph.pool() for other in self.graphs.values() if other), None)  # one after the other
+        stream = torch.cuda.current_stream(replica.device)
+        with CAPTURING, torch.cuda.graph(graph.graph, pool, stream, capture_error_mode="thread_local"):
             step(graph.rows)
         return graph
 

@@ -19,9 +19,12 @@ class Notes(logging.Handler):
     def __init__(self, console: Console):
         super().__init__()
         self.console, self.log = console, logging.getLogger("fedsim")
+        self.said = set[str]()
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.console.out(record.getMessage(), highlight=False)
+        if (line := record.getMessage()) not in self.said:  # of the points of a sweep, all may say the same
+            self.said.add(line)
+            self.console.out(line, highlight=False)
 
     def begin(self) -> None:
         """Listen."""

@@ -409,6 +409,7 @@ def test_startup_ends_with_the_first_round():
         ({"studies": ["cohort"], "sides": ["*"]}, "--sides: stands beside --study"),
         ({"peers": ["flowr"]}, "--peers: 'flowr' is unknown"),
         ({"sides": ["x"]}, "--sides: 'x' matches none"),
+        ({"drawing": Path("sides.png")}, "--picture: is of a study; name one with --study"),
         ({"drawing": Path("no/such/folder.png")}, "--picture: no/such/folder.png cannot be written"),
     ],
     ids=str,

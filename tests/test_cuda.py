@@ -119,6 +119,17 @@ def test_a_step_is_captured():
     assert any(steps.graphs.values())
 
 
+def test_many_captures_side_by_side_change_nothing():
+    """More than there are streams: each worker captures on its own while the others train."""
+
+    def run(name, **options):
+        settings = {"epochs": 2 * PAYS, "schedule": lambda time: 0.5**time}  # a capture a round, worker and size
+        runtime = {"name": name, "device": "cuda"} | options
+        return trace(make_simulation(runtime=runtime, **settings), rounds=6)
+
+    assert run("serial", graphs=False) == run("threads", workers=4)
+
+
 @pytest.mark.parametrize("recipe", [{}, {"momentum": 0.9, "clip_norm": 1.0}, {"optimizer": "adam"}], ids=str)
 def test_nobody_waits_while_a_client_trains(recipe):
     task = make_task()
@@ -188,11 +199,15 @@ def test_vectorized_agrees_with_serial(strategy, conv):
         torch.testing.assert_close(vectorized.server, serial.server, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("sizes", [(8, 8, 8, 8), (3, 13, 6, 9)], ids=["even", "uneven"])
+@pytest.mark.parametrize(
+    ("sizes", "dropout"),
+    [((8, 8, 8, 8), 0.0), ((8, 8, 8, 8), 0.5), ((3, 13, 6, 9), 0.0)],
+    ids=["even", "even with dropout", "uneven"],
+)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_chunk_is_replayed_as_a_graph(sizes, precision):
+def test_a_chunk_is_replayed_as_a_graph(sizes, dropout, precision):
     def run(**options):
-        task, data = make_task(lambda: conv_net(dropout=0.0)), make_data(sizes)
+        task, data = make_task(lambda: conv_net(dropout=dropout)), make_data(sizes)
         simulation = make_simulation(
             "fedprox", task=task, data=data, runtime=VECTORIZED | options, precision=precision, momentum=0.9
         )

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from runs import CONFIG
+from runs import CONFIG, rounds_done
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.slow  # each starts three nodes
@@ -34,7 +35,7 @@ if [[ $1 == start ]]; then
 fi
 exec {BIN}/ray "$@"
 """,
-    "scontrol": "#!/bin/bash\nprintf '%s\\n' one two three\n",
+    "scontrol": "#!/bin/bash\nprintf '%s\\n' $HOSTS\n",
 }
 
 
@@ -58,6 +59,9 @@ def place(monkeypatch):
         "RAY_TMPDIR": str(folder / "t"),
         "RAY_START_OPTIONS": f"--num-cpus=1 {OPTIONS}",
         "HEAD": "127.0.0.1",
+        "HOSTS": "one two three",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "[one-three]",
         "WAIT": "300",
     }
     for name, value in variables.items():
@@ -111,8 +115,6 @@ def test_a_cluster_over_ssh(place):
 
 def test_a_slurm_job(place, monkeypatch):
     script = LAUNCH / "ray_slurm.sbatch"
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setenv("SLURM_JOB_NODELIST", "[one-three]")
     monkeypatch.setenv("RAY_START_OPTIONS", OPTIONS)
     call(script, "run", "c.yaml", "--out=many", "rounds=2")
     calls = (place / "calls").read_text()
@@ -120,6 +122,23 @@ def test_a_slurm_job(place, monkeypatch):
     call("fedsim", "run", "c.yaml", "--out=one", "rounds=2", "runtime=serial")
     assert fingerprint(place / "many") == fingerprint(place / "one")
     assert "usage: sbatch" in call(script, status=2)
+
+
+def test_a_slurm_job_whose_time_is_up_leaves_a_checkpoint(place, monkeypatch):
+    """It gets SIGTERM, as --signal=B says: the script alone, which has to hand it on."""
+    monkeypatch.setenv("HOSTS", "one")
+    monkeypatch.setenv("RAY_START_OPTIONS", OPTIONS)
+    command = [LAUNCH / "ray_slurm.sbatch", "run", "c.yaml", "--out=many", "rounds=10000"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as job:
+        while rounds_done(place / "many") < 3 and job.poll() is None:
+            time.sleep(0.05)
+        job.send_signal(signal.SIGTERM)
+        _, said = job.communicate(timeout=100)
+    assert job.returncode == 130, said
+    rounds = f"rounds={rounds_done(place / 'many') + 2}"
+    call("fedsim", "resume", "many", rounds, "runtime=serial")
+    call("fedsim", "run", "c.yaml", "--out=one", rounds, "runtime=serial")
+    assert fingerprint(place / "many") == fingerprint(place / "one")
 
 
 def test_help_says_what_it_can_do(place):

@@ -132,7 +132,7 @@ def keep(folder, clients, *, size=6_000_000, memory=2**28, cohort=100):
 
 
 def test_a_cohort_of_a_thousand_needs_no_more_than_one_of_twenty():
-    """In which each of two workers has as many messages wait as it ever has."""
+    """In which each of two workers has as many messages wait as it ever has, however busy the machine."""
     assert cohort(1000) < cohort(20) + 64 * 2**20  # two such processes differ by up to 50 MiB anyway
 
 

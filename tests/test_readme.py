@@ -39,10 +39,12 @@ def fedsim(line):
     return CliRunner().invoke(app, [*arguments, *SHORTER.get(arguments[0], [])], catch_exceptions=False)
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # of processes that Ray lets go of as it shuts down
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_commands(checkout):
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("fedsim ")]
     told = {shlex.split(line)[1] for line in lines}
-    assert told == {"run", "resume", "partition", "compare", "list", "bench", "profile", "export"}
+    assert told == {"run", "resume", "partition", "compare", "list", "bench", "profile", "export", "sweep"}
     for line in lines:
         result = fedsim(line)
         assert result.exit_code == 0, (line, result.output)

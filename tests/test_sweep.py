@@ -3,11 +3,13 @@
 import csv
 import gc
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -25,6 +27,7 @@ from safetensors.torch import load_file
 from fedsim import Hook
 from fedsim.config import build_data, load, parse_overrides
 from fedsim.errors import ConfigError
+from fedsim.sweep.folder import Sweep
 from fedsim.sweep.grid import parse_grid, shown_value
 
 COMMAND = [sys.executable, "-P", "-c", "from fedsim.cli import main; main()"]
@@ -252,6 +255,46 @@ def test_a_folder_of_something_else_is_refused(place, fedsim_):
         done = fedsim_(*arguments)
         assert (done.status, done.out, done.err) == (2, "", f"fedsim: {message}\n")
     assert contents(place) == before
+
+
+def test_whoever_comes_second_finds_a_whole_sweep(place):
+    """And nothing of what the others began is left."""
+    sweep = Sweep(place / "s", {"rounds": 1}, parse_grid(["seed=0,1"]))
+    with ThreadPoolExecutor(8) as pool:
+        for future in [pool.submit(sweep.save) for _ in range(32)]:
+            future.result()
+    assert [*contents(place / "s")] == [Path("sweep.yaml")]
+    assert sorted(path.name for path in place.iterdir()) == ["c.yaml", "s"]
+
+
+@pytest.mark.parametrize("broken", [{"target": "much"}, {"grid": {"seed": []}}, {"settings": 3}], ids=str)
+def test_a_broken_sweep_is_one_line(place, fedsim_, broken):
+    Sweep(place / "s", {"rounds": 1}, parse_grid(["seed=0,1"])).save()
+    path = place / "s/sweep.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | broken))
+    done = fedsim_("resume", "s")
+    assert (done.status, done.err) == (2, "fedsim: s/sweep.yaml: broken: should hold config, settings and grid\n")
+
+
+# The runtime that is chosen
+
+
+def test_a_sweep_says_what_its_points_chose(place, fedsim_, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+    done = fedsim_("sweep", "c.yaml", "local.lr=0.05,0.1", "rounds=1", "runtime=auto", "--jobs=1")
+    assert (done.status, done.err) == (0, "")
+    assert done.out.splitlines()[1].startswith("runtime: ")
+    assert logging.getLogger("fedsim").handlers == []
+
+
+def test_rows_that_were_chosen_go_on_as_what_they_were(place, fedsim_, monkeypatch):
+    monkeypatch.setattr("fedsim.sweep._on_gpu", lambda device: True)
+    write(place, **PLAIN | {"hooks": [{"name": "test_sweep:InterruptOnce", "at": 3}]})
+    assert fedsim_("sweep", "c.yaml", "seed=0,1", "data.partition_seed=0", "runtime=auto", "--out=s").status == 130
+    done = fedsim_("resume", "s")
+    assert (done.status, done.err) == (0, "")
+    assert done.out.startswith("2 points as rows of one vectorized batch")
+    assert "changed" not in done.out
 
 
 # Rows of one batch

@@ -20,11 +20,14 @@ from test_laws import RECIPES, augmentations, plain_net
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fedsim import ConfigError, Update
 from fedsim.aggregate import WeightedMean
-from fedsim.batched import Network, compute, inputs, updates
-from fedsim.batched_cohort import Cohort, Member, rounded
+from fedsim.batched.cohort import Cohort, Member, rounded
+from fedsim.batched.compute import compute, inputs, updates
+from fedsim.batched.graph import Graphs
+from fedsim.batched.objective import Network
 from fedsim.errors import ClientError
 from fedsim.runtimes.vectorized import Call, Vectorized
 from fedsim.simulation import Failures
@@ -378,6 +381,44 @@ def test_another_cohort_s_inputs_in_the_same_form_give_its_results(sizes):
     expected = compute(network, Cohort(data, second, like), *inputs(second, like.device))
     close(found.message, expected.message)
     close(found.metrics, expected.metrics)
+
+
+class Replayed:
+    """Stands in for a CUDA graph: computes again, from the same tensors and into the same."""
+
+    def __init__(self, again):
+        self.again, self.computed = again, again()
+
+    def replay(self):
+        for mine, new in zip(tree_leaves(self.computed), tree_leaves(self.again()), strict=True):
+            mine.copy_(new)
+
+    def pool(self):
+        return None
+
+
+@pytest.mark.parametrize(
+    ("sizes", "network", "captured"),
+    [((5, 5, 5), conv_net, 1), ((3, 13, 6), plain_net, 1), ((3, 13, 6), conv_net, 0)],
+    ids=["even with dropout", "uneven", "uneven with dropout"],
+)
+def test_a_graph_is_recorded_once_and_gives_each_cohort_its_results(monkeypatch, sizes, network, captured):
+    def recorded(network, cohort, pool, *given):
+        graph = Replayed(lambda: compute(network, cohort, *given))
+        return graph, graph.computed
+
+    monkeypatch.setattr("fedsim.batched.graph.record", recorded)
+    task, data = make_task(network, dtype=torch.float64), make_data((*sizes, *sizes), dtype=torch.float64)
+    simulation = make_simulation("fedprox", task=task, data=data, momentum=0.5)
+    work = Train(simulation.strategy, simulation.recipe, 0)
+    graphs = Graphs(Network(task, torch.device("cpu"), "im2col"), data)
+    for number, clients in enumerate(((0, 1, 2), (3, 4, 5), (0, 1, 2), (3, 4, 5))):
+        members = [Member(work, simulation.server, Job(k, number, {})) for k in clients]
+        expected = updates(graphs.network, data, members)
+        for one, other in zip(graphs(members), expected, strict=True):
+            close(one.message, other.message)
+            close(one.metrics, other.metrics)
+    assert len(graphs.captured) == captured
 
 
 def test_numbers_of_steps_are_rounded_to_few():

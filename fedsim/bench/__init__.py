@@ -58,6 +58,8 @@ def bench(
     check_peers(peers)
     if studies and (peers or sides):
         raise ConfigError(f"--{'peers' if peers else 'sides'}: stands beside --study, which has sides of its own")
+    if drawing is not None and not studies:
+        raise ConfigError("--picture: is of a study; name one with --study")
     found = list[Found]()
     todo = [STUDIES[name] for name in studies] or [_comparison(peers, sides)]
     for study in todo:

@@ -164,7 +164,7 @@ def fork(*layers: Branch) -> Branch:
 
 def concurrently(block: nn.Module, x: Tensor, *branches: Branch) -> list[Tensor]:
     """What each branch of a block gives for `x`, computed at the same time; the bits are those of one by one."""
-    if _followed(x):
+    if _followed(x) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return [branch(x) for branch in branches]
     if x.is_cuda:
         return _in_streams(branches, x)  # and autograd goes back in the same streams
@@ -244,7 +244,8 @@ os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive 
 
 def _in_streams(branches: Sequence[Branch], x: Tensor) -> list[Tensor]:
     here, outputs = torch.cuda.current_stream(x.device), []
-    streams = [torch.cuda.Stream(x.device) for _ in branches]  # type: ignore[no-untyped-call]
+    # Of high priority, which are others than the workers': one of those may be capturing a graph.
+    streams = [torch.cuda.Stream(x.device, priority=-1) for _ in branches]  # type: ignore[no-untyped-call]
     for branch, stream in zip(branches, streams, strict=True):
         stream.wait_stream(here)
         with torch.cuda.stream(stream):

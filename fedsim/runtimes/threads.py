@@ -65,7 +65,7 @@ class Threads:
             torch.cuda.reset_peak_memory_stats(self.home)
         self.reserved = torch.cuda.memory_reserved(self.home) if self.measures else 0
         self.seats, self.most = Seats(1 if self.measures else most), most
-        self.crew: dict[int, tuple[Worker, torch.cuda.Stream | None]] = {}  # by seat
+        self.crew: dict[int, Worker] = {}  # by seat
         self.pool = ThreadPoolExecutor(most, "client")
         self.first: AbstractContextManager[object] = threading.Lock()
 
@@ -110,18 +110,13 @@ class Threads:
                 self._shrink(workers, cause)  # the error is gone by now, and with it what the client had
 
         def run_on(seat: int, job: Job, yields: bool) -> Report:
-            worker, stream = self.crew.get(seat) or self._hire(seat)
-            if stream:
-                stream.wait_stream(torch.cuda.default_stream(stream.device))  # which holds the broadcast
-            with torch.cuda.stream(stream) if stream else nullcontext():
-                broadcast, so_far = on_device[worker.replica.device], partials.get(seat)
-                with self.first:  # alone: PyTorch 2.15 on a CPU may crash where two threads first use convolutions
-                    partials[seat], report = worker.run(
-                        work, broadcast, job, aggregator, tolerant, so_far, yields=yields
-                    )
-                self.first = nullcontext()
-            if stream:
-                stream.synchronize()
+            worker = self.crew.get(seat) or self._hire(seat)
+            broadcast, so_far = on_device[worker.replica.device], partials.get(seat)
+            with self.first:  # alone: PyTorch 2.15 on a CPU may crash where two threads first use convolutions
+                partials[seat], report = worker.run(
+                    work, broadcast, job, aggregator, tolerant, so_far, yields=yields
+                )
+            self.first = nullcontext()
             return report
 
         running: set[Future[Report]] = set()
@@ -144,12 +139,10 @@ class Threads:
         for partial in partials.values():
             yield partial, []
 
-    def _hire(self, seat: int) -> tuple[Worker, torch.cuda.Stream | None]:
+    def _hire(self, seat: int) -> Worker:
         device = self.devices[seat % len(self.devices)]
-        worker = Worker(self.task, self.data[device], device, graphs=self.graphs)
-        stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self.crew[seat] = worker, stream
-        return worker, stream
+        worker = self.crew[seat] = Worker(self.task, self.data[device], device, graphs=self.graphs)
+        return worker
 
     def _fill(self, message: int) -> None:
         """Have as many workers as fit by what the first one took, with sums of messages of so many bytes."""

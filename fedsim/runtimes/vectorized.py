@@ -18,16 +18,17 @@ from typing import Literal, NamedTuple
 import torch
 
 from fedsim.aggregate import Aggregator, Partial
-from fedsim.batched import Network, updates
-from fedsim.batched_cohort import Member
-from fedsim.batched_graph import Graphs, capturable
-from fedsim.batched_layers import ConvMethod
-from fedsim.batched_probe import bytes_per_client, check_batchable, check_options
+from fedsim.batched.cohort import Member
+from fedsim.batched.compute import updates
+from fedsim.batched.graph import Graphs, capturable
+from fedsim.batched.layers import ConvMethod
+from fedsim.batched.objective import Network
+from fedsim.batched.probe import bytes_per_client, check_batchable, check_options
 from fedsim.data import FederatedData
 from fedsim.errors import ConfigError, RoundError
 from fedsim.local import check_precision
 from fedsim.runtimes.threads import Threads
-from fedsim.runtimes.worker import cores, failed, folded, one_thread, repeat_on_gpus
+from fedsim.runtimes.worker import cores, failed, folded, new_stream, on_stream, one_thread, repeat_on_gpus
 from fedsim.task import Task
 from fedsim.types import Count, Job, Report, State, Update
 from fedsim.work import Train, Work, check_sound
@@ -36,7 +37,7 @@ MOST_ON_CPU = 64  # clients in a batch
 FEWEST_ON_CPU = 4
 CACHE = 2**24  # bytes of weights in a batch on a CPU: with more, memory is what it waits for
 MOST_ON_GPU = 256
-SHARE = 0.5  # of the memory
+SHARE = 0.35  # of the memory: a graph has as much of its own, and there are the data
 WINDOW = 32  # chunks, of whose clients those with as many steps go together
 
 
@@ -64,7 +65,7 @@ class Vectorized:
     are computed: as products of matrices (`im2col`), or as one grouped convolution (`grouped`), as `vmap` does;
     `auto` is `grouped` on a CPU and `im2col` on a GPU. Each of `workers` threads takes a chunk at a time, on a GPU
     on a stream of its own. With `graphs` a GPU is given a chunk's work as one CUDA graph where it can be: no
-    dropout, no augmentation, data on the device.
+    augmentation, data on the device, and dropout only where its clients have as many examples each.
     """
 
     exact = False
@@ -145,10 +146,7 @@ class Vectorized:
             if not hasattr(self.local, "network"):
                 self._start_worker()
             network: Network = self.local.network
-            stream: torch.cuda.Stream | None = self.local.stream
-            if stream:
-                stream.wait_stream(torch.cuda.default_stream(stream.device))  # which holds the broadcast
-            with torch.cuda.stream(stream) if stream else nullcontext():
+            with on_stream(self.local.stream):
                 servers = on_device[network.device]
                 members = [Member(calls[i].work, servers[i], job) for i, job in chunk]
                 began, me, done = perf_counter(), threading.get_ident(), list[tuple[int, Report]]()
@@ -160,8 +158,6 @@ class Vectorized:
                     key, call = (me, i), calls[i]
                     partials[key], report = _counted(outcome, job, call, partials.get(key))
                     done.append((i, report._replace(seconds=each)))
-            if stream:
-                stream.synchronize()
             return done
 
         running: set[Future[list[tuple[int, Report]]]] = set()
@@ -207,8 +203,8 @@ class Vectorized:
         while window := list(islice(rows, WINDOW * size)):
             window.sort(key=longest)
             parts = -(-len(window) // size)
-            if self.chunk == "auto":  # work for all
-                parts = max(parts, min(self.workers, len(window)))
+            if self.chunk == "auto":  # as much work for each
+                parts = min(-(-parts // self.workers) * self.workers, len(window))
             ends = [len(window) * i // parts for i in range(parts + 1)]
             yield from (window[a:b] for a, b in pairwise(ends))
 
@@ -234,7 +230,7 @@ class Vectorized:
 
     def _updates(self, network: Network, members: Sequence[Member]) -> list[Update]:
         work, data = members[0].work, self.data[network.device]
-        if not self.graphs or network.device.type != "cuda" or not capturable(self.task, data, work):
+        if not self.graphs or network.device.type != "cuda" or not capturable(data, work):
             return updates(network, data, members)
         if not hasattr(self.local, "graphs"):
             self.local.graphs = Graphs(network, data)
@@ -247,7 +243,7 @@ class Vectorized:
         if device.type == "cpu":
             torch.set_num_threads(1)  # this thread's
         self.local.network = Network(self.task, device, self.conv)
-        self.local.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self.local.stream = new_stream(device)
 
 
 def _counted(outcome: Update | Exception, job: Job, call: Call, start: Partial | None) -> tuple[Partial, Report]:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from time import perf_counter
 
 import torch
@@ -17,11 +17,10 @@ from fedsim.work import Work, check_message
 
 
 class Worker:
-    """Runs clients in turn on a replica of its own. Not for two threads at once."""
+    """Runs clients in turn on a replica, and on a GPU a stream, of its own. Not for two threads at once."""
 
     def __init__(self, task: Task, data: FederatedData, device: torch.device, *, graphs: bool = False):
-        if device.type == "cuda":
-            repeat_on_gpus()
+        self.stream = new_stream(device)
         self.replica, self.data = Replica(task, device, graphs=graphs), data
 
     def run(
@@ -40,13 +39,25 @@ class Worker:
         Where it `yields`, a client that runs out of memory raises torch.OutOfMemoryError, and may be run again;
         `start` is then as it was.
         """
+        with on_stream(self.stream):
+            return self._run(work, server, job, aggregator, tolerant, start, yields)
+
+    def _run(
+        self,
+        work: Work,
+        server: State,
+        job: Job,
+        aggregator: Aggregator,
+        tolerant: bool,
+        start: Partial | None,
+        yields: bool,
+    ) -> tuple[Partial, Report]:
         began, device = perf_counter(), self.replica.device
         try:
             if job.client:  # a copy, so that what a client spoils is its own
                 job = job._replace(client={name: _sent(value, device) for name, value in job.client.items()})
             versions = {name: value._version for name, value in (job.client or {}).items()}
-            with _backward_here() if device.type == "cuda" else nullcontext():
-                update = work(self.replica, self.data, server, job)
+            update = work(self.replica, self.data, server, job)
             if written := [name for name, v in versions.items() if (job.client or {})[name]._version != v]:
                 raise RuntimeError(f"client[{written[0]!r}] was written in place; states are only read")
         except (Exception, SystemExit) as error:
@@ -90,6 +101,32 @@ def failed(job: Job, error: BaseException, tolerant: bool, seconds: float) -> Re
     raise ClientError(f"round {job.round + 1}, client {job.client_id}: {cause}{advice}") from error
 
 
+def new_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """A worker's, on a GPU, which from then on repeats its results."""
+    if device.type != "cuda":
+        return None
+    repeat_on_gpus()
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """What is computed inside waits for the default stream, which has the broadcast, and is done at the end.
+
+    After an error too, which frees memory that another stream may be given. Backward passes are in the calling
+    thread, and not in one that all of a GPU's workers share. Not yet seen to run on a GPU.
+    """
+    if stream is None:
+        yield
+        return
+    stream.wait_stream(torch.cuda.default_stream(stream.device))
+    with torch.cuda.stream(stream), torch.autograd.set_multithreading_enabled(False):
+        try:
+            yield
+        finally:
+            stream.synchronize()
+
+
 def repeat_on_gpus() -> None:
     """Have CUDA's libraries choose kernels that give the same bits each time; torch warns where there is none."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -97,11 +134,6 @@ def repeat_on_gpus() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Which that turns on, at the price of a kernel an allocation.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def _backward_here() -> AbstractContextManager[object]:
-    """Backward passes in the calling thread, and not in one that all of a GPU's workers share."""
-    return torch.autograd.set_multithreading_enabled(False)
 
 
 def _sent(value: Tensor, device: torch.device) -> Tensor:

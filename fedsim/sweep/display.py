@@ -7,6 +7,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fedsim.progress import Notes
 from fedsim.report import read_run
 from fedsim.sweep.folder import PointRun
 
@@ -19,12 +20,14 @@ class Plain:
         self.failures = dict[str, str]()
         self.rounds = {point.name: point.config.rounds if point.finished else 0 for point in points}
         self.over = sum(point.finished for point in points)
+        self.notes = Notes(console)  # such as of runtimes that points chose
 
     def __enter__(self) -> Self:
+        self.notes.begin()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
-        pass
+        self.notes.end()
 
     def say(self, line: str) -> None:
         """Show a line."""
@@ -68,9 +71,10 @@ class Bar(Plain):
         self.bar = self.bars.add_task("", total=total)
         self._show()
         self.bars.start()
-        return self
+        return super().__enter__()
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        super().__exit__(kind, error, trace)
         self.bars.stop()
 
     def at(self, name: str, rounds: int) -> None:

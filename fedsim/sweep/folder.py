@@ -14,7 +14,7 @@ from fedsim.catalogue import Spec
 from fedsim.checkpoint import changes
 from fedsim.config import Config, load
 from fedsim.errors import ConfigError
-from fedsim.files import write
+from fedsim.files import create, write
 from fedsim.reading import read_yaml
 from fedsim.runtimes import RUNTIMES
 from fedsim.sweep.grid import Grid, Point
@@ -62,11 +62,12 @@ class Sweep:
         values = read_yaml(folder / FILE)
         try:
             config, settings, axes = (dict(values[key]) for key in ("config", "settings", "grid"))
+            target = None if values.get("target") is None else float(values["target"])
             if not all(isinstance(each, list) and each for each in axes.values()):
                 raise TypeError
         except (KeyError, TypeError, ValueError):
             raise ConfigError(f"{folder / FILE}: broken: should hold config, settings and grid") from None
-        return cls(folder, config, Grid(axes, settings), values.get("target"))
+        return cls(folder, config, Grid(axes, settings), target)
 
     @cached_property
     def points(self) -> list[PointRun]:
@@ -78,19 +79,22 @@ class Sweep:
 
     def save(self) -> None:
         """Write sweep.yaml, into a new folder or this sweep's own; raises ConfigError where it is another's."""
-        if (self.folder / FILE).is_file():
-            before = Sweep.read(self.folder)
-            differ = [line for each in changes(before._values, self._values) for line in each]
-            if differ := [line for line in differ if not line.startswith("target:")]:
-                raise ConfigError(f"{self.folder}: is another sweep, {differ[0]}; name another folder")
-        elif self.folder.exists():
+        content = yaml.safe_dump(self._values, sort_keys=False).encode()
+        if not self.folder.exists():
+            try:
+                create(self.folder, {FILE: content})
+            except OSError as error:
+                if not self.folder.exists():  # or another process was first
+                    way = "name a folder with --out"
+                    raise ConfigError(f"{self.folder}: cannot be made: {error.strerror}; {way}") from None
+        if not is_sweep(self.folder):
             raise ConfigError(f"{self.folder}: exists, and is no sweep's; name another folder")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write(self.folder / FILE, yaml.safe_dump(self._values, sort_keys=False).encode())
-        except OSError as error:
-            way = "name a folder with --out"
-            raise ConfigError(f"{self.folder}: cannot be made: {error.strerror}; {way}") from None
+        before = Sweep.read(self.folder)
+        differ = [line for each in changes(before._values, self._values) for line in each]
+        if differ := [line for line in differ if not line.startswith("target:")]:
+            raise ConfigError(f"{self.folder}: is another sweep, {differ[0]}; name another folder")
+        if before.target != self.target:
+            write(self.folder / FILE, content)
 
     def lock(self) -> FileLock:
         """Held while it runs; raises ConfigError where another process holds it."""

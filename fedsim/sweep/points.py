@@ -128,7 +128,7 @@ def as_tasks(points: Sequence[PointRun], jobs: int, gpus: int, display: Display)
     """Run `jobs` at a time as Ray tasks that share out cores and GPUs; False where an interrupt ended them."""
     import ray
 
-    from fedsim.runtimes.ray import _join as join
+    from fedsim.runtimes.ray.cluster import join
 
     ours, all_cores = not ray.is_initialized(), sorted(os.sched_getaffinity(0))
     share = gpus / jobs if jobs >= gpus else gpus // jobs

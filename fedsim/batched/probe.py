@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedsim.batched import Network, RaggedError, updates
-from fedsim.batched_cohort import Member
+from fedsim.batched.cohort import Member
+from fedsim.batched.compute import updates
+from fedsim.batched.objective import Network, RaggedError
 from fedsim.data import FederatedData
 from fedsim.errors import ConfigError, located
 from fedsim.task import Replica, Task

@@ -3,14 +3,13 @@
 import io
 import pickle
 from collections.abc import Callable
-from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from ray import cloudpickle
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
@@ -19,11 +18,13 @@ from fedsim.errors import ConfigError
 Bytes = npt.NDArray[np.uint8]
 Packed = tuple[bytes, list[Bytes]]  # a pickle, and the arrays that it leaves out, which Ray maps and does not copy
 
+Pickler: Any = cloudpickle.Pickler  # which has no types
+
 
 def pack(content: object, *, files: bool = False) -> Packed:
     """`content` by cloudpickle; with `files`, tensors in files mapped read-only go by their file's name."""
     stream, buffers = io.BytesIO(), list[pickle.PickleBuffer]()
-    _pickler()(files, stream, protocol=5, buffer_callback=buffers.append).dump(content)
+    _Pickler(files, stream, protocol=5, buffer_callback=buffers.append).dump(content)
     return stream.getvalue(), [np.frombuffer(buffer.raw(), np.uint8) for buffer in buffers]
 
 
@@ -33,24 +34,17 @@ def unpack(packed: Packed, *, own: bool = False) -> Any:
     return pickle.loads(content, buffers=[array.copy() for array in arrays] if own else arrays)
 
 
-@cache
-def _pickler() -> Any:
-    """A class, made where Ray is there."""
-    base: Any = import_module("ray.cloudpickle").Pickler
+class _Pickler(Pickler):  # type: ignore[misc]
+    def __init__(self, files: bool, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
+        self.files = files
+        self.storages: dict[int, tuple[Any, Tensor]] = {}  # by address, so that views of one stay that
 
-    class Pickler(base):  # type: ignore[misc]
-        def __init__(self, files: bool, *arguments: Any, **named: Any):
-            super().__init__(*arguments, **named)
-            self.files = files
-            self.storages: dict[int, tuple[Any, Tensor]] = {}  # by address, so that views of one stay that
-
-        def reducer_override(self, value: Any) -> Any:
-            plain = type(value) is Tensor and value.layout == torch.strided and not value.is_meta
-            if plain and not (value.requires_grad or value.is_quantized):
-                return _reduced(self.storages, self.files, value)
-            return super().reducer_override(value)
-
-    return Pickler
+    def reducer_override(self, value: Any) -> Any:
+        plain = type(value) is Tensor and value.layout == torch.strided and not value.is_meta
+        if plain and not (value.requires_grad or value.is_quantized):
+            return _reduced(self.storages, self.files, value)
+        return super().reducer_override(value)
 
 
 def _reduced(storages: dict[int, tuple[Any, Tensor]], files: bool, tensor: Tensor) -> Any:

@@ -9,15 +9,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import wraps
-from importlib import import_module
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
+from ray import cloudpickle
 
 from fedsim.aggregate import Aggregator, Partial
 from fedsim.errors import ConfigError, one_line
 from fedsim.local import check_precision
-from fedsim.runtimes.packing import Packed, pack, unpack
+from fedsim.runtimes.ray.packing import Packed, pack, unpack
 from fedsim.runtimes.worker import Worker
 from fedsim.types import Job, Report, State
 from fedsim.work import Train, Work
@@ -152,17 +152,14 @@ def _imported(packed: Packed) -> Any:
 
 def _failure(error: Exception) -> Failure:
     where = f"in a Ray actor on {socket.gethostname()}:\n{''.join(traceback.format_exception(error))}"
-    return Failure(
-        import_module("ray.cloudpickle").dumps(
-            (_portable(error), error.__cause__ and _portable(error.__cause__), where)
-        )
-    )
+    cause = error.__cause__ and _portable(error.__cause__)
+    return Failure(cloudpickle.dumps((_portable(error), cause, where)))
 
 
 def _portable(error: BaseException) -> BaseException:
     """The exception, or where it cannot be pickled and made again, its text."""
     try:
-        pickle.loads(import_module("ray.cloudpickle").dumps(error))
+        pickle.loads(cloudpickle.dumps(error))
     except Exception:
         return RuntimeError(one_line(f"{type(error).__name__}: {error}"))
     return error

@@ -48,6 +48,27 @@ def of_each(one: Tensor, stacked: Tensor) -> Tensor:
     return made(one, lambda: stacked.view_as(stacked))
 
 
+class _AddProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(w: Tensor, factor: Tensor, g: Tensor) -> Tensor:
+        return w.addcmul_(factor, g).new_empty(0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, w: Tensor, factor: Tensor, g: Tensor) -> tuple[Tensor, None]:
+        w, g = w.movedim(in_dims[0], 0), _first(g, in_dims[2], info)
+        factor = _first(factor, in_dims[1], info).view(-1, *(1,) * (w.dim() - 1))
+        return w.addcmul_(factor, g).new_empty(0), None
+
+
+def add_product(w: Tensor, factor: Tensor, g: Tensor) -> None:
+    """`w` += `factor` () * `g`, in place: `vmap` has no rule for addcmul_, which takes one pass over memory."""
+    _AddProduct.apply(w, factor, g)
+
+
 class BatchedLayers(TorchFunctionMode):
     """While active in this thread, layers respect padding, and draw from a generator of each client's own.
 

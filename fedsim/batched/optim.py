@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fedsim.batched.layers import add_product
 from fedsim.recipe import Recipe
 
 Rate = float | Tensor
@@ -94,6 +95,6 @@ def shrunk(gradients: list[Tensor], norm: float) -> list[Tensor]:
 
 def _add(w: Tensor, factor: Rate, g: Tensor) -> None:
     if isinstance(factor, Tensor):
-        w.add_(factor * g)
+        add_product(w, factor, g)
     else:
         w.add_(g, alpha=factor)

@@ -1,7 +1,7 @@
-"""F_k of C clients at once: what `fedsim.local` is for one client, for `torch.func.vmap` over a batch of them.
+"""F_k inside a `torch.func.vmap` over clients: what `fedsim.local` is for one client alone.
 
-Strategies stay what they are, written for one client. What differs from client to client and is known before any
-client computes, such as rows, sizes and learning rates, is prepared by `Cohort`, and handed out by `of_each`.
+What differs from client to client and is known before any client computes, such as rows, sizes and learning rates,
+is prepared by `Cohort`, and handed out by `of_each`.
 
 Shapes: C clients, K steps of the longest of them, B examples of the largest batch among them, P, Q.
 """
@@ -10,21 +10,19 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import NamedTuple, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import functional_call, grad_and_value
 
-from fedsim.batched_cohort import IN_ORDER, Cohort, Member, Step
-from fedsim.batched_layers import BatchedLayers, ConvMethod, made, of_each
-from fedsim.batched_optim import Rate, make_rule, shrunk
-from fedsim.data import FederatedData
-from fedsim.local import AUTOCAST, Correction, LocalObjective, Loss
+from fedsim.batched.cohort import IN_ORDER, Cohort, Step
+from fedsim.batched.layers import BatchedLayers, ConvMethod, made, of_each
+from fedsim.batched.optim import Rate, make_rule, shrunk
+from fedsim.local import AUTOCAST, Correction, Loss
 from fedsim.objective import Objective
 from fedsim.task import Task, depthwise, in_own_precision
-from fedsim.types import Batch, State, Update
-from fedsim.work import check_message
+from fedsim.types import Batch, State
 
 COUNTER = "num_batches_tracked"  # batch norm's: on the host, where it is read, and no device waits for it
 
@@ -154,9 +152,11 @@ class BatchedObjective(Objective[Weights]):
             if recipe.clip_norm:
                 gradients = shrunk(gradients, recipe.clip_norm)
             lr = self._lr(step) if recipe.lr_every == "step" else self.lr
-            active = self._given("counts", step.schedule, step.number) > 0 if step.waits else None
+            active = self._active(step) if step.waits else None
+            if active is not None and not rule.slots:
+                lr, active = active.to(start.dtype) * lr, None
             for piece, gradient, state, decay in zip(pieces, gradients, states, decays, strict=False):
-                before = [t.clone() for t in (piece, *state)] if step.waits else []
+                before = [t.clone() for t in (piece, *state)] if active is not None else []
                 rule(piece, gradient, state, lr, step.number + 1, decay)
                 for after, old in zip((piece, *state), before, strict=False):
                     after.copy_(torch.where(cast(Tensor, active), after, old))
@@ -204,7 +204,7 @@ class BatchedObjective(Objective[Weights]):
         names = list(self._network.task.buffer_layout.shapes)
         if not step.waits:
             return moved
-        active = self._given("counts", step.schedule, step.number) > 0
+        active = self._active(step)
         return moved | {name: torch.where(active, moved[name], self._moving[name]) for name in names}
 
     def _heads(self, w: Weights, x: Tensor, train: bool) -> tuple[Tensor, ...]:
@@ -232,7 +232,7 @@ class BatchedObjective(Objective[Weights]):
         with self._layers, torch.autocast(device, dtype, cache_enabled=False) if dtype else nullcontext():
             yield
 
-    def _given(self, name: str, schedule: int | None = None, step: int = 0) -> Tensor:
+    def _given(self, name: str, schedule: int | None = None, step: int | None = None) -> Tensor:
         return made(self._one, lambda: self._cohort.tensor(name, schedule, step))
 
     def _lr(self, step: Step) -> Rate:
@@ -240,6 +240,10 @@ class BatchedObjective(Objective[Weights]):
 
     def _count(self, step: Step) -> Rate:
         return self._rate(step.counts, "counts", step)
+
+    def _active(self, step: Step) -> Tensor:
+        """() whether the client takes the step."""
+        return self._given("counts", step.schedule, step.number) > 0
 
     def _rate(self, numbers: Sequence[float], name: str, step: Step | None = None) -> Rate:
         """One number where it is the same for all, else each client's own."""
@@ -251,68 +255,3 @@ class BatchedObjective(Objective[Weights]):
         """Sums over all mini-batch gradients that were taken, as `LocalObjective` has them."""
         for name, value in {"loss": total, "examples": examples, "steps": steps}.items():
             self.metrics[name] = self.metrics.get(name, torch.zeros_like(total)) + value
-
-
-class Computed(NamedTuple):
-    """What C clients computed, (C, ...) each."""
-
-    message: State
-    weight: Tensor
-    client: State
-    metrics: State
-
-    def rows(self) -> list[Update]:
-        """By client: rows of the same tensors, numbers on the host."""
-        weight, metrics = self.weight.cpu(), {name: value.cpu() for name, value in self.metrics.items()}
-        return [
-            Update(_row(self.message, i), weight[i], _row(self.client, i), _row(metrics, i))
-            for i in range(len(weight))
-        ]
-
-
-def compute(network: Network, cohort: Cohort, server: State, own: State, clients: State) -> Computed:
-    """What each client computes, all in one batch.
-
-    `server` is what they share of the server's state; `own`, of each (C, ...), comes in the place of it where rows
-    belong to different runs. `clients` (C, ...) is what they kept. Raises, for all, what the strategy raises.
-    """
-    work = cohort.members[0].work
-
-    def one(index: Tensor, own: State, client: State) -> tuple[State, Tensor, State, State]:
-        broadcast = server | own
-        home = client if work.strategy.buffers == "private" else broadcast
-        local = BatchedObjective(network, cohort, index, home["buffers"])
-        update = work.client_update(broadcast, client, cast(LocalObjective, local))
-        check_message(update)
-        weight = update.weight if isinstance(update.weight, Tensor) else network.like.new_full((), update.weight)
-        return update.message, weight.to(network.like), update.client, update.metrics
-
-    versions = {name: value._version for name, value in clients.items()}
-    index = torch.arange(len(cohort.members), device=network.device)
-    computed = Computed(*vmap(one)(index, own, clients))
-    if written := [name for name, value in clients.items() if value._version != versions[name]]:
-        raise RuntimeError(f"client[{written[0]!r}] was written in place; states are only read")
-    return computed
-
-
-def inputs(members: Sequence[Member], device: torch.device) -> tuple[State, State, State]:
-    """Of `compute`: what the members share of the server's state, what they do not, and what they kept."""
-    server = members[0].server
-    shared = all(m.server is server for m in members)
-    own = {} if shared else stacked([m.server for m in members], device)
-    return server if shared else {}, own, stacked([m.job.client or {} for m in members], device)
-
-
-def updates(network: Network, data: FederatedData, members: Sequence[Member]) -> list[Update]:
-    """What each client computes, all in one batch."""
-    cohort = Cohort(data, members, network.like)
-    return compute(network, cohort, *inputs(members, network.device)).rows()
-
-
-def stacked(states: Sequence[State], device: torch.device) -> State:
-    """(C, ...) of each name."""
-    return {name: torch.stack([state[name] for state in states]).to(device) for name in states[0]}
-
-
-def _row(state: State, i: int) -> State:
-    return {name: value[i] for name, value in state.items()}

@@ -61,39 +61,43 @@ class Cohort:
             torch.Generator(self.device).manual_seed(int(self._random(m, Stream.NETWORK).integers(2**63)))
             for m in members
         ]
-        self.tensors: dict[tuple[str, int | None, int], Tensor] = {}  # on the device, by name, schedule and step
+        self.tensors: dict[tuple[str, int | None], Tensor] = {}  # on the device, by name and schedule
         self._schedules: dict[int | None, list[list[Tensor]]] = {}  # by client and step, (b,) rows
+        self._steps: dict[int | None, list[Step]] = {}
 
-    def tensor(self, name: str, schedule: int | None = None, step: int = 0) -> Tensor:
-        """On the device, made when first asked for."""
-        key = name, schedule, step
+    def tensor(self, name: str, schedule: int | None = None, step: int | None = None) -> Tensor:
+        """(C, ...) on the device, made when first asked for; of what there is for each step, that of `step`."""
+        key = name, schedule
         if key not in self.tensors:
             self.tensors[key] = self.host(*key).to(self.device, non_blocking=True)
-        return self.tensors[key]
+        return self.tensors[key] if step is None else self.tensors[key][step]
 
-    def host(self, name: str, schedule: int | None = None, step: int = 0) -> Tensor:
-        """(C, ...) the same on the host."""
+    def host(self, name: str, schedule: int | None = None) -> Tensor:
+        """On the host: (C, ...), or all steps of the schedule at once, (K, C, ...)."""
         if name == "rows":
-            at = self.steps(schedule)[step]
-            parts = (rows[min(step, len(rows) - 1)] for rows in self._schedule(schedule))
-            return torch.stack([filled(part, at.size) for part in parts])
+            return self._rows(schedule)
         if name == "mask":
-            at = self.steps(schedule)[step]
-            return torch.arange(at.size) < torch.tensor(at.counts).unsqueeze(1)
+            counts = torch.tensor([step.counts for step in self.steps(schedule)])
+            return torch.arange(int(counts.max())) < counts.unsqueeze(-1)  # (K, C, B)
         if name == "weights of classes":
             return self._weights_of_classes()
-        numbers: dict[str, Callable[[], Sequence[float]]] = {
+        numbers: dict[str, Callable[[], object]] = {
             "clients": lambda: [m.job.client_id for m in self.members],
             "num_examples": lambda: self.sizes,
             "num_steps": lambda: self.num_steps,
-            "counts": lambda: self.steps(schedule)[step].counts,
+            "counts": lambda: [step.counts for step in self.steps(schedule)],
             "lr": self.lr,
-            "lr of step": lambda: self.lr(step),
+            "lr of step": lambda: [self.lr(step.number) for step in self.steps(schedule)],
         }
         return torch.tensor(numbers[name](), dtype=torch.int64 if name == "clients" else self.like.dtype)
 
     def steps(self, schedule: int | None = None) -> list[Step]:
         """The round's mini-batches, those of its first epochs, or `IN_ORDER`; the same rows as everywhere."""
+        if schedule not in self._steps:
+            self._steps[schedule] = self._planned(schedule)
+        return self._steps[schedule]
+
+    def _planned(self, schedule: int | None) -> list[Step]:
         own = self._schedule(schedule)
         counts = [[len(rows[k]) if k < len(rows) else 0 for rows in own] for k in range(max(map(len, own)))]
         uneven = any(min(c) < max(c) for c in counts)
@@ -109,15 +113,18 @@ class Cohort:
         return len(self.members), *((s.schedule, s.number, s.size, s.padded, s.waits) for s in steps)
 
     def take_over(self, other: "Cohort") -> None:
-        """Give the tensors that have been asked for so far, in place, another cohort's numbers."""
+        """Give the tensors that have been asked for so far, in place, another's numbers; begin its draws."""
         for key, tensor in self.tensors.items():
             tensor.copy_(other.host(*key), non_blocking=True)
+        for mine, theirs in zip(self.generators, other.generators, strict=True):
+            mine.manual_seed(theirs.initial_seed())
 
     def batch(self, step: Step, augmented: bool) -> Batch:
         """(C, B, ...) on the device."""
         augment = self.recipe.augment if augmented else ()
-        mask = self.tensor("mask", step.schedule, step.number) if step.padded else None
-        rows = self.tensor("rows", step.schedule, step.number)
+        at = step.schedule, step.number
+        mask = self.tensor("mask", *at)[:, : step.size] if step.padded else None
+        rows = self.tensor("rows", *at)[:, : step.size]
         if not augment:
             x, y = self.data.batch(rows.flatten())
             return Batch(x.view(*rows.shape, *x.shape[1:]), y.view(rows.shape), mask=mask)
@@ -138,6 +145,18 @@ class Cohort:
             return [m.work.recipe.lr_at(m.job.round) for m in self.members]
         at = zip(self.members, self.num_steps, strict=True)
         return [m.work.recipe.lr_at(m.job.round, min(step, k - 1), k) for m, k in at]
+
+    def _rows(self, schedule: int | None) -> Tensor:
+        """(K, C, B) rows; those of a client that are too few over and over, its last ones where it sits out."""
+        steps, own = self.steps(schedule), self._schedule(schedule)
+        columns, numbers = torch.arange(max(step.size for step in steps)), torch.arange(len(steps))
+        places = []
+        for parts in own:
+            lengths = torch.tensor([len(part) for part in parts])
+            at = numbers.clamp(max=len(parts) - 1)
+            begins, lengths = (lengths.cumsum(0) - lengths)[at], lengths[at]
+            places.append(torch.cat(parts)[begins.unsqueeze(1) + columns % lengths.unsqueeze(1)])
+        return torch.stack(places, 1)
 
     def _schedule(self, schedule: int | None) -> list[list[Tensor]]:
         if schedule not in self._schedules:

@@ -1,0 +1,75 @@
+"""Clients in the processes of a Ray cluster: one machine or many, with the same result as in one process.
+
+Network and data go to each machine once, and all its actors map them. An actor adds up what its clients send and
+hands over one sum at the end of the run: what reaches the driver grows with the actors, not with the cohort.
+Ray itself is imported when a runtime is made.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Literal
+
+import torch
+from annotated_types import Ge, Gt, Le
+
+from fedsim.aggregate import Aggregator, Partial
+from fedsim.data import FederatedData
+from fedsim.errors import ConfigError
+from fedsim.task import Task
+from fedsim.types import Count, Job, Report, State
+from fedsim.work import Train, Work
+
+
+class Ray:
+    """Clients side by side in a Ray cluster's processes, one machine or many.
+
+    `address` null is the Ray that this process has joined, or a local one that ends with it; `auto` is the cluster
+    on this machine, host:port any other. Each actor takes `cpus`, or a share of a GPU if `gpus` is above 0; `auto`
+    is as many as the cluster holds. An actor or a machine that dies is replaced, and its clients of the round run
+    again; a client that kills three is said to fail. Raises ConfigError where the cluster cannot do that.
+    """
+
+    exact = True
+
+    def __init__(
+        self,
+        task: Task,
+        data: FederatedData,
+        /,
+        *,
+        actors: Count | Literal["auto"] = "auto",
+        address: str | None = None,
+        cpus: Annotated[float, Gt(0)] = 1.0,
+        gpus: Annotated[float, Ge(0), Le(1)] = 0.0,
+    ):
+        from fedsim.runtimes.ray.cluster import join, resources, room
+        from fedsim.runtimes.ray.pool import Pool
+
+        self.home = torch.device("cpu")
+        if cpus > 1 and cpus % 1:
+            raise ConfigError(f"runtime.cpus: {cpus:g} should be whole, or less than 1, for Ray to count it")
+        join(address)
+        most = room(cpus, gpus)
+        self.workers = most if actors == "auto" else actors
+        if not 1 <= self.workers <= most:
+            needs = f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
+            raise ConfigError(
+                f"runtime.actors: {actors}, each with {needs}; the cluster, {resources()}, has room for {most}"
+            )
+        self.pool = Pool(task, data, self.workers, cpus, gpus)
+
+    def check(self, work: Train) -> None:
+        self.pool.check(work)
+
+    def run(
+        self,
+        work: Work,
+        server: State,
+        jobs: Iterable[Job],
+        aggregator: Aggregator,
+        *,
+        tolerant: bool = False,
+    ) -> Iterator[tuple[Partial, list[Report]]]:
+        from fedsim.runtimes.ray.actor import Order
+        from fedsim.runtimes.ray.dispatch import Dispatch
+
+        return Dispatch(self.pool, Order(work, server, aggregator, tolerant), jobs).results()
