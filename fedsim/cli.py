@@ -172,8 +172,8 @@ def list_(
     """List what a config can name: strategies, models, datasets, partitions and so on."""
     from fedsim.listing import listing
 
-    for table in listing(kind, pattern):
-        console.print(table)
+    for part in listing(kind, pattern):
+        console.print(part, markup=False, highlight=False)
 
 
 @app.command()

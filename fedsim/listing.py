@@ -3,6 +3,8 @@
 import json
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from inspect import getdoc
+from textwrap import fill, indent
 
 import torch
 from rich import box
@@ -54,8 +56,8 @@ KINDS: dict[str, Catalogue] = {
 }
 
 
-def listing(kind: str | None, pattern: str) -> Iterator[Table]:
-    """A table a kind, a line an entry; for a single entry its options too. Raises ConfigError."""
+def listing(kind: str | None, pattern: str) -> Iterator[Table | str]:
+    """A table a kind, a line an entry; for a single entry what it is, and its options. Raises ConfigError."""
     if kind is not None and kind not in KINDS:
         raise ConfigError(f"list: {unknown(kind, KINDS)}")
     for name in [kind] if kind else KINDS:
@@ -71,7 +73,17 @@ def listing(kind: str | None, pattern: str) -> Iterator[Table]:
         if catalogue is MODELS and pattern != "*":  # of all it would take long
             yield _costs(matches)
         if len(matches) == 1:
+            _, _, more = (getdoc(catalogue.load(matches[0])) or "").partition("\n")
+            if more:
+                yield "\n\n".join(map(_wrapped, more.strip().split("\n\n"))) + "\n"
             yield _options(catalogue, matches[0])
+
+
+def _wrapped(paragraph: str) -> str:
+    """For 80 columns; one with indented lines keeps its lines."""
+    if "\n " in paragraph:
+        return indent(paragraph, "  ")
+    return fill(paragraph, 78, initial_indent="  ", subsequent_indent="  ")
 
 
 def _costs(entries: list[str]) -> Table:
