@@ -91,13 +91,22 @@ class Checkpoints:
         self._segments[f"{simulation.number:06}.json"] = {file.name for file in clients}
         self._sweep(simulation, keep)
 
-    def latest(self, log_folder: Path) -> tuple[tuple[Checkpoint, State] | None, list[str]]:
-        """The newest that is whole, with the server's state, and what is wrong with newer ones.
+    @property
+    def newest(self) -> int:
+        """The rounds that the newest has, whole or not; 0 where there is none."""
+        return max((int(path.stem) for path in self._found()), default=0)
 
-        None where there are no checkpoints; raises ConfigError where all are broken.
+    def latest(
+        self, log_folder: Path, most: int | None = None
+    ) -> tuple[tuple[Checkpoint, State] | None, list[str]]:
+        """The newest that is whole, of `most` rounds if given, with the server's state; what is wrong with others.
+
+        None where there are no such checkpoints; raises ConfigError where all are broken.
         """
         broken = list[str]()
         for path in self._found():
+            if most is not None and int(path.stem) > most:
+                continue
             try:
                 checkpoint = _read(path)
                 rounds = read(log_folder, checkpoint.log).count(b"\n")
@@ -130,8 +139,10 @@ class Checkpoints:
         simulation.last = Round(**checkpoint.last.model_dump()) if checkpoint.last else None
 
     def start(self, simulation: Simulation) -> None:
-        """Let a run begin that has no checkpoint; what one that was killed has left goes."""
+        """Let a run begin with its first round; what one that was killed has left goes."""
         self.folder.mkdir(exist_ok=True)
+        for path in self._found():
+            path.unlink()
         sync_folder(self.folder.parent)
         self._restore_clients(simulation, [])
 

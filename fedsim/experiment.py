@@ -18,7 +18,7 @@ from fedsim.errors import ConfigError
 from fedsim.files import uninterrupted
 from fedsim.folder import RunFolder, finite
 from fedsim.hooks import Hook, Hooks
-from fedsim.runtimes import RUNTIMES
+from fedsim.runtimes import RUNTIMES, close
 from fedsim.runtimes.auto import Auto, is_exact, shown
 from fedsim.simulation import Round, Simulation
 
@@ -71,8 +71,16 @@ class Run:
         return cls(config, simulation, made, hooks)
 
     @classmethod
-    def resume(cls, path: Path, overrides: Mapping[str, Any], force: bool = False, *, make: Make = build) -> Self:
-        """A run that was stopped or killed, or is to be longer, at its last checkpoint that is whole.
+    def resume(
+        cls,
+        path: Path,
+        overrides: Mapping[str, Any],
+        force: bool = False,
+        *,
+        make: Make = build,
+        most: int | None = None,
+    ) -> Self:
+        """A run that was stopped or killed, or is to be longer, at its last checkpoint, of `most` rounds if given.
 
         Raises ConfigError where settings changed that change the result, unless by `force`; and where another
         process is running it.
@@ -82,7 +90,7 @@ class Run:
         config, was = load(path / "config.yaml", overrides), load(path / "config.yaml")
         folder = RunFolder(path)
         try:
-            saved, notes = folder.checkpoints.latest(path)
+            saved, notes = folder.checkpoints.latest(path, most)
             if saved is None and (path / "summary.json").exists():
                 raise ConfigError(f"{path}: has no checkpoints, and is finished")
             simulation, hooks = make(config), build_hooks(config)
@@ -198,6 +206,7 @@ def execute(run: Run, hooks: Iterable[Hook] = ()) -> Result:
     finally:
         if run.folder:
             run.folder.close()
+        close(run.simulation.runtime)
     if run.failure and not isinstance(run.failure, KeyboardInterrupt):
         raise run.failure
     folder = run.folder.path if run.folder else None

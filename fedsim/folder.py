@@ -23,6 +23,7 @@ from fedsim.errors import ConfigError, RoundError, one_line
 from fedsim.files import File, apart, create, read, write
 
 Line: Any = create_model("Line", __config__=ConfigDict(extra="allow", strict=True), **FIELDS)  # of rounds.jsonl
+CHECKPOINTS = "checkpoints"  # in a run's folder
 LISTED = 1000  # clients up to which partition.json counts each one's labels
 
 
@@ -34,7 +35,7 @@ class RunFolder:
     """
 
     def __init__(self, path: Path):
-        self.path, self.checkpoints = path, Checkpoints(path / "checkpoints")
+        self.path, self.checkpoints = path, Checkpoints(path / CHECKPOINTS)
         self._lock = FileLock(path / ".lock")
         try:
             self._lock.acquire(blocking=False)

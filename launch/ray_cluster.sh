@@ -60,7 +60,7 @@ start() {
     until [[ $(machines) -ge $wanted ]]; do
         ((SECONDS < end)) || fail "$(machines) of $wanted machines joined in $seconds s; see /tmp/fedsim-ray-*.log there"
     done
-    echo "$wanted machines: fedsim run CONFIG runtime=ray runtime.address=$head:$port"
+    echo "$wanted machine$( ((wanted == 1)) || echo s): fedsim run CONFIG runtime=ray runtime.address=$head:$port"
 }
 
 stop() {

@@ -113,6 +113,21 @@ def test_a_cluster_over_ssh(place):
     assert fingerprint(place / "many") == fingerprint(place / "one")
 
 
+def test_points_of_a_sweep_follow_each_other_on_a_cluster_of_this_machine_alone(place):
+    """Each with all of it, whichever of its names the address has."""
+    script, address = LAUNCH / "ray_cluster.sh", f"localhost:{os.environ['PORT']}"
+    try:
+        assert call(script, "start").startswith("1 machine: fedsim run ")
+        ray = ["runtime=ray", f"runtime.address={address}"]
+        call("fedsim", "sweep", "c.yaml", "local.lr=0.1,0.2", "rounds=2", *ray, "--out=points")
+        assert len(list((place / "points").glob("**/summary.json"))) == 2
+    finally:
+        call(script, "stop")
+    said = call("fedsim", "run", "c.yaml", "--out=late", "runtime=ray", f"runtime.address={address}", status=2)
+    assert said.startswith(f"fedsim: runtime.address: {address} cannot be reached (")
+    assert said.count("\n") == 1
+
+
 def test_a_slurm_job(place, monkeypatch):
     script = LAUNCH / "ray_slurm.sbatch"
     monkeypatch.setenv("RAY_START_OPTIONS", OPTIONS)

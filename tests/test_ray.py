@@ -3,10 +3,12 @@
 import gc
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SIZES, make_data, make_simulation, make_strategy, make_task, trace
-from runs import records, rounds_done, write
+from runs import CONFIG, records, rounds_done, write
 from test_failures import (
     DROP,
     ODD,
@@ -35,8 +37,10 @@ from test_laws import RECIPES, SAMPLE
 
 from fedsim import ClientError, ConfigError, RoundError, Wrapper
 from fedsim.aggregate import TOGETHER, WeightedMean
+from fedsim.config import load
 from fedsim.data import FederatedData
 from fedsim.data.npz import npz
+from fedsim.experiment import Run, execute
 from fedsim.recalibration import Recalibrate
 from fedsim.simulation import Failures
 from fedsim.strategies import CATALOGUE
@@ -45,6 +49,7 @@ from fedsim.work import Train
 
 ray = pytest.importorskip("ray")
 from fedsim.runtimes.ray import Ray  # noqa: E402
+from fedsim.runtimes.ray.cluster import join  # noqa: E402
 from fedsim.runtimes.ray.packing import pack, unpack  # noqa: E402
 
 TASK, DATA = make_task(), make_data()
@@ -427,9 +432,9 @@ def test_a_strategy_beside_the_config_reaches_the_actors(tmp_path, monkeypatch):
     [
         (
             {"actors": 1000},
-            r"^runtime\.actors: 1000, each with 1 CPUs; the cluster, \d+ CPUs \(.* free\) and 0 GPUs .*, has room",
+            r"^runtime\.actors: 1000, each with 1 CPU; the cluster, \d+ CPUs \(.* free\) and 0 GPUs .*, has room",
         ),
-        ({"gpus": 0.5}, r"^runtime\.actors: auto, each with 1 CPUs and 0\.5 GPUs; the cluster, .*room for 0$"),
+        ({"gpus": 0.5}, r"^runtime\.actors: auto, each with 1 CPU and 0\.5 GPUs; the cluster, .*room for 0$"),
         ({"cpus": 1.5}, r"^runtime\.cpus: 1\.5 should be whole, or less than 1"),
         ({"address": "10.0.0.1:1"}, r"^runtime\.address: 10\.0\.0\.1:1, and this process has joined "),
     ],
@@ -446,7 +451,7 @@ def test_what_the_cluster_cannot_do_is_said_in_one_line(options, said):
     [
         ("127.0.0.1:1", "127.0.0.1:1 cannot be reached"),
         ("ray://host:1", "'ray://host:1' should be null, auto, or host:port"),
-        ("auto", "auto: Ray cannot be had; Could not find any running Ray instance"),
+        ("auto", r"^runtime\.address: auto: no Ray is found on this machine; launch/ray_cluster\.sh start "),
     ],
 )
 def test_a_cluster_that_is_not_there_is_said_in_one_line(address, said, monkeypatch):
@@ -455,6 +460,43 @@ def test_a_cluster_that_is_not_there_is_said_in_one_line(address, said, monkeypa
     monkeypatch.setattr("ray._private.utils.read_ray_address", lambda *_: None)
     with pytest.raises(ConfigError, match=said):
         Ray(TASK, DATA, address=address)
+
+
+@pytest.mark.parametrize("said", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
+@pytest.mark.parametrize("by", ["address", "variable", "file"])
+def test_a_cluster_that_does_not_answer_is_said_soon(by, said, monkeypatch):
+    """Where somebody listens who is no Ray: by its address, RAY_ADDRESS, or what a dead Ray left."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr("fedsim.runtimes.ray.cluster.WAIT", 0.2)
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", cache(set))
+    with socket.create_server(("", 0)) as server, ThreadPoolExecutor() as beside:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr("ray._private.utils.read_ray_address", lambda *_: address)
+        monkeypatch.setenv("RAY_ADDRESS", address if by == "variable" else "")
+
+        def serve():
+            with suppress(ConnectionError), server.accept()[0] as connection:
+                connection.sendall(said)
+                while connection.recv(1000):
+                    pass
+
+        serving = beside.submit(serve)
+        why = {
+            "address": rf"^runtime\.address: {address} cannot be",
+            "variable": r"auto: .*, RAY_ADDRESS, cannot be",
+            "file": r"^runtime\.address: auto: .*, the last Ray of this machine, cannot be",
+        }[by] + (r" reached \(what listens there is no Ray\)" if said else r" reached \(timed out\)")
+        with pytest.raises(ConfigError, match=why):
+            Ray(TASK, DATA, address=address if by == "address" else "auto")
+        serving.result()
+
+
+def test_a_process_joins_a_cluster_again_by_the_same_address():
+    """Though Ray has another name for this machine."""
+    actors(2)
+    joined = ray.get_runtime_context().gcs_address
+    join(joined)
+    join(f"127.0.0.1:{joined.rpartition(':')[2]}")
 
 
 @pytest.mark.slow
@@ -486,6 +528,57 @@ def test_ray_that_is_not_installed_is_an_extra(monkeypatch):
 def processes(runtime):
     """Their folders in /proc."""
     return [Path("/proc", seat.name.split("process ")[1].strip(",")) for seat in runtime.pool.ready()]
+
+
+def test_experiments_one_after_the_other_each_have_the_whole_cluster():
+    """A run that ended has no actors, whoever still holds it; and its runtime takes others when it is needed."""
+    actors.cache_clear()
+    crowded.cache_clear()
+    join(None)
+    runs = list[Run]()
+    for rounds in (1, 2):
+        config = load(CONFIG, {"rounds": rounds, "hooks": [], "runtime": {"name": "ray"}})
+        runs.append(Run.start(config))
+        assert execute(runs[-1]).summary["rounds"] == rounds
+        assert runs[-1].simulation.runtime.workers == 2
+        assert not runs[-1].simulation.runtime.pool.seats
+    assert runs[0].simulation.round().fingerprint == runs[1].records[1]["fingerprint"]
+    runs[0].simulation.runtime.close()
+
+
+def test_actors_of_a_run_that_failed_end_though_its_exception_is_kept():
+    config = load(CONFIG, {"hooks": [], "runtime": {"name": "ray", "cpus": SMALL, "actors": 1}})
+    run = Run.start(config)
+    (process,) = processes(run.simulation.runtime)
+    object.__setattr__(run.simulation, "strategy", None)
+    with pytest.raises(AttributeError) as kept:
+        execute(run)
+    assert kept.value.__traceback__
+    soon(lambda: not process.exists())
+
+
+def test_actors_end_with_their_runtime_in_the_middle_of_a_client(tmp_path):
+    strategy = Waits(inner=make_strategy("fedavg"), folder=tmp_path)
+    runtime = Ray(TASK, DATA, actors=1, cpus=SMALL)
+    simulation = make_simulation(strategy, task=TASK, data=DATA, runtime=runtime)
+    (process,) = processes(runtime)
+    run = runtime.run(simulation.work, simulation.server, [Job(0, 0, {})], WeightedMean())
+    next(run)
+    soon(lambda: list(tmp_path.iterdir()))
+    del runtime, simulation, run
+    gc.collect()
+    soon(lambda: not process.exists())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Waits(Wrapper):
+    """Its clients do not end."""
+
+    folder: Path
+
+    def client_update(self, server, client, local):
+        (self.folder / "here").touch()
+        time.sleep(1000)
 
 
 def kill(process):

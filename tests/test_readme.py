@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import ray
 import yaml
 from typer.testing import CliRunner
 
@@ -45,9 +46,12 @@ def test_the_commands(checkout):
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("fedsim ")]
     told = {shlex.split(line)[1] for line in lines}
     assert told == {"run", "resume", "partition", "compare", "list", "bench", "profile", "export", "sweep"}
-    for line in lines:
-        result = fedsim(line)
-        assert result.exit_code == 0, (line, result.output)
+    try:
+        for line in lines:
+            result = fedsim(line)
+            assert result.exit_code == 0, (line, result.output)
+    finally:
+        ray.shutdown()  # which `auto` would try in other tests
 
 
 def test_a_strategy_of_your_own(checkout, monkeypatch):

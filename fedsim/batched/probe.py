@@ -33,7 +33,7 @@ def check_options(work: Train) -> None:
         (work.time_limit, "failures.time_limit: the clients of a batch end together"),
     ):
         if wanted:
-            raise ConfigError(f"{why}; runtime vectorized has it not, runtime threads has it")
+            raise ConfigError(f"{why}; not in runtime vectorized; threads has it")
 
 
 def check_batchable(network: Network, data: FederatedData, work: Train) -> None:

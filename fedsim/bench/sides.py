@@ -46,8 +46,9 @@ NO_STEPS = {IDLE, CHECKPOINT, FEDSIM, TORCHVISION, LARGE_BATCHES}
 def compare(
     config: Config, repeats: int, console: Console, peers: Sequence[str] = (), patterns: Sequence[str] = ()
 ) -> Found:
-    """Time the sides whose names fit one of the patterns, all if there are none; raises ConfigError."""
+    """Time the peers and the sides whose names fit a pattern, all if there are none; raises ConfigError."""
     simulation = simulated(config, "serial", FP32)
+    patterns = patterns and [*patterns, *(PEERS[name].label for name in peers)]
     home, steps = simulation.runtime.home, steps_of(simulation)
     notes = list[str]()
     with ExitStack() as stack:
@@ -110,10 +111,14 @@ def ray(actors: int, device: str) -> Spec:
 
 def chosen(sides: Sides, patterns: Sequence[str]) -> Sides:
     """The sides whose names fit a pattern, such as '*threads*'; raises ConfigError where a pattern fits none."""
+
+    def fits(name: str, pattern: str) -> bool:
+        return fnmatchcase(name.lower(), pattern.lower())
+
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in sides):
+        if not any(fits(name, pattern) for name in sides):
             raise ConfigError(f"--sides: {pattern!r} matches none of: {'; '.join(sides)}")
-    return {n: side for n, side in sides.items() if not patterns or any(fnmatchcase(n, p) for p in patterns)}
+    return {n: side for n, side in sides.items() if not patterns or any(fits(n, p) for p in patterns)}
 
 
 def _vectorized(device: str, images: bool) -> dict[str, Spec]:

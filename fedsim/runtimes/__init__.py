@@ -27,7 +27,8 @@ class Runtime(Protocol):
     """Runs clients one at a time or side by side; what they compute does not depend on it.
 
     `home` is the device on which the server's state is kept, `workers` how many clients run side by side, and
-    `exact` whether the results equal serial's to the bit, and not only to rounding.
+    `exact` whether the results equal serial's to the bit, and not only to rounding. One that starts processes also
+    has a `close()`, which ends them; its next run starts others.
     """
 
     home: torch.device
@@ -55,3 +56,9 @@ class Runtime(Protocol):
         A client that fails raises ClientError; where the run is `tolerant`, it is reported with its `error`
         instead, and its message is left out.
         """
+
+
+def close(runtime: Runtime) -> None:
+    """End the processes of a runtime that has any."""
+    if end := getattr(runtime, "close", None):
+        end()

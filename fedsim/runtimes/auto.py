@@ -10,7 +10,7 @@ from fedsim.aggregate import Aggregator, Partial
 from fedsim.catalogue import Spec
 from fedsim.data import FederatedData
 from fedsim.errors import ConfigError, printable, reason
-from fedsim.runtimes import RUNTIMES, Runtime, choices
+from fedsim.runtimes import RUNTIMES, Runtime, choices, close
 from fedsim.runtimes.calibration import SECONDS, Calibration, release
 from fedsim.runtimes.candidates import candidates, enough, ray_is_there
 from fedsim.runtimes.choices import Choice
@@ -36,8 +36,8 @@ class Auto:
     """The fastest of the other runtimes, timed on the first clients for a second or two, and remembered.
 
     One whose results equal serial's only to rounding is taken where it is 1.5 times as fast as the others, with
-    `exact` not at all. `choice` is what was taken, as a config would name it; it is None before the first cohort
-    of two clients or more, and threads run what there is to run.
+    `exact` not at all. `choice` is what was taken, as a config would name it; before the first cohort of two
+    clients or more there is none, and threads run what there is to run.
     """
 
     def __init__(self, task: Task, data: FederatedData, /, *, exact: bool = False, device: str = "auto"):
@@ -59,6 +59,10 @@ class Auto:
 
     def check(self, work: Train) -> None:
         self.runtime.check(work)
+
+    def close(self) -> None:
+        """End the processes of what was chosen."""
+        close(self.runtime)
 
     def take(self, choice: Spec, work: Train) -> None:
         """Run as was once chosen; raises ConfigError where that cannot be here."""
@@ -109,7 +113,7 @@ class Auto:
             found = self._fastest(among, Calibration(work, self.data, server, first, aggregator))
         if found and self._took(found.runtime, work):
             self._say(found)
-            if found.timed and not choices.busy():
+            if found.timed:
                 choices.remember(key, found)
 
     def _fastest(self, among: list[Spec], on: Calibration) -> Choice | None:

@@ -56,13 +56,19 @@ def path() -> Path:
     return (Path(home) if os.path.isabs(home) else Path.home() / ".cache") / "fedsim" / "runtime.json"
 
 
+_own: dict[str, Choice] = {}  # of this process
+
+
 def recall(key: str) -> Choice | None:
     """What was chosen, if anything."""
-    return _read().choices.get(key)
+    return _read().choices.get(key) or _own.get(key)
 
 
 def remember(key: str, choice: Choice) -> None:
-    """Keep it for the runs to come, if that is possible."""
+    """Keep it for the runs to come, if that is possible; those of this process alone if the machine is busy."""
+    if busy():
+        _own[key] = choice
+        return
     with suppress(OSError, RuntimeError, Timeout):  # RuntimeError: of who has no home
         path().parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path().with_suffix(".lock"), timeout=1):

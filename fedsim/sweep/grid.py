@@ -105,8 +105,9 @@ def _separated(text: str) -> list[str]:
 
 
 def _values(part: str, key: str, alone: bool) -> list[Any]:
-    if not part.strip() and not alone:
-        raise ConfigError(f"{key}: a value is missing between commas")
+    if not part.strip():
+        where = "after =; null is one" if alone else "between commas"
+        raise ConfigError(f"{key}: a value is missing {where}")
     if ends := RANGE.fullmatch(part.strip()):
         first, last = map(int, ends.groups())
         if not first <= last < first + MOST:

@@ -9,10 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedsim.checkpoint import Checkpoints
 from fedsim.config import Config, Federation, build, build_data, build_dataset, load
 from fedsim.data import Dataset, FederatedData
 from fedsim.errors import ClientError, ConfigError, RoundError, located, one_line, reason
 from fedsim.experiment import Make, Run, execute
+from fedsim.folder import CHECKPOINTS
 from fedsim.hooks import Hook
 from fedsim.runtimes.auto import Auto
 from fedsim.simulation import Simulation
@@ -67,11 +69,11 @@ class Datasets:
         return build_data(config, self(config))
 
 
-def begin(point: PointRun, make: Make, display: Display | None = None) -> Run:
-    """A point's run, at its last checkpoint if it was begun; raises ConfigError."""
+def begin(point: PointRun, make: Make, display: Display | None = None, most: int | None = None) -> Run:
+    """A point's run, at its last checkpoint, of `most` rounds if given, if it was begun; raises ConfigError."""
     if not point.begun:
         return Run.start(point.config, point.folder, make=make)
-    run = Run.resume(point.folder, {}, make=make)
+    run = Run.resume(point.folder, {}, make=make, most=most)
     if display:
         for note in run.notes:
             display.say(f"{point.name}: {note}")
@@ -80,10 +82,13 @@ def begin(point: PointRun, make: Make, display: Display | None = None) -> Run:
 
 def in_turn(points: Sequence[PointRun], datasets: Datasets, display: Display) -> bool:
     """Run one after the other; False where an interrupt ended it."""
+
+    def make(config: Config) -> Simulation:
+        return build(config, datasets.divided(config))
+
     for point in points:
-        try:
-            run = begin(point, lambda config: build(config, datasets.divided(config)), display)
-            if execute(run, [Tell(display, point.name)]).interrupted:
+        try:  # without a name for the run, under which it would live on while the next one is made
+            if execute(begin(point, make, display), [Tell(display, point.name)]).interrupted:
                 return False
         except KeyboardInterrupt:
             return False
@@ -98,11 +103,11 @@ def as_rows(points: Sequence[PointRun], runtime: dict[str, Any], datasets: Datas
     """Run all together as rows of one batch; False where an interrupt ended them."""
     config = points[0].config
     batch = Batch(runtime, datasets.divided(config), chosen=runtime != points[0].runtime)
-    begun = list[tuple[PointRun, Run]]()
+    begun, together = list[tuple[PointRun, Run]](), _together(points)
     try:
         for point in points:
             try:
-                begun.append((point, begin(point, batch.make, display)))
+                begun.append((point, begin(point, batch.make, display, together)))
             except Exception as error:
                 display.ended(point.name, told(error))
         for shared in batch.shared.values():  # one, unless networks have constants that differ
@@ -122,6 +127,15 @@ def as_rows(points: Sequence[PointRun], runtime: dict[str, Any], datasets: Datas
             if run.folder:
                 run.folder.close()
     return True
+
+
+def _together(points: Sequence[PointRun]) -> int | None:
+    """The round that all go on from, so that rows have the neighbours that they had when they were killed.
+
+    None, each from its own, where they are further apart than a kill leaves them, as after one had failed.
+    """
+    rounds = [Checkpoints(point.folder / CHECKPOINTS).newest for point in points]
+    return min(rounds) if max(rounds) - min(rounds) <= (points[0].config.checkpoint["every"] or 0) else None
 
 
 def as_tasks(points: Sequence[PointRun], jobs: int, gpus: int, display: Display) -> bool:

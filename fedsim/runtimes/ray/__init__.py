@@ -24,8 +24,9 @@ class Ray:
 
     `address` null is the Ray that this process has joined, or a local one that ends with it; `auto` is the cluster
     on this machine, host:port any other. Each actor takes `cpus`, or a share of a GPU if `gpus` is above 0; `auto`
-    is as many as the cluster holds. An actor or a machine that dies is replaced, and its clients of the round run
-    again; a client that kills three is said to fail. Raises ConfigError where the cluster cannot do that.
+    is as many as the cluster holds. They end with the experiment, or with this object. An actor or a machine that
+    dies is replaced, and its clients of the round run again; a client that kills three is said to fail. Raises
+    ConfigError where the cluster cannot do that.
     """
 
     exact = True
@@ -41,7 +42,7 @@ class Ray:
         cpus: Annotated[float, Gt(0)] = 1.0,
         gpus: Annotated[float, Ge(0), Le(1)] = 0.0,
     ):
-        from fedsim.runtimes.ray.cluster import join, resources, room
+        from fedsim.runtimes.ray.cluster import counted, join, resources, room
         from fedsim.runtimes.ray.pool import Pool
 
         self.home = torch.device("cpu")
@@ -51,7 +52,7 @@ class Ray:
         most = room(cpus, gpus)
         self.workers = most if actors == "auto" else actors
         if not 1 <= self.workers <= most:
-            needs = f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
+            needs = counted(cpus, "CPU") + (f" and {counted(gpus, 'GPU')}" if gpus else "")
             raise ConfigError(
                 f"runtime.actors: {actors}, each with {needs}; the cluster, {resources()}, has room for {most}"
             )
@@ -59,6 +60,10 @@ class Ray:
 
     def check(self, work: Train) -> None:
         self.pool.check(work)
+
+    def close(self) -> None:
+        """End the actors, and so leave their place in the cluster to others; the next run starts new ones."""
+        self.pool.close()
 
     def run(
         self,
@@ -72,4 +77,5 @@ class Ray:
         from fedsim.runtimes.ray.actor import Order
         from fedsim.runtimes.ray.dispatch import Dispatch
 
+        self.pool.open()
         return Dispatch(self.pool, Order(work, server, aggregator, tolerant), jobs).results()

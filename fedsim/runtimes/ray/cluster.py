@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import socket
 import threading
@@ -19,16 +20,21 @@ try:
 except ModuleNotFoundError as error:
     raise ConfigError("runtime.name: ray needs Ray; pip install 'fedsim[ray]' brings it") from error
 
+WAIT = 4.0  # seconds in which a cluster has to answer
+START = "launch/ray_cluster.sh start starts a cluster, and null is a local Ray"
+# The beginning of HTTP/2, which Ray's head speaks, and which it answers with its own settings: RFC 9113, 3.4.
+GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+
 
 def join(address: str | None) -> None:
     """Have this process part of a Ray: null is any, or else a local one of its own. Raises ConfigError."""
     if ray.is_initialized():
         joined = ray.get_runtime_context().gcs_address
-        if address not in (None, "auto", joined):
+        if address not in (None, "auto", joined) and _located(address) != joined:
             raise ConfigError(f"runtime.address: {address}, and this process has joined {joined} already")
         return
-    if address not in (None, "auto"):
-        _reach(address)
+    if address:
+        address = _reach(address)
     own: dict[str, Any] = {} if address else {"num_cpus": cores(), "include_dashboard": False}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     with _as_it_was():
@@ -50,7 +56,13 @@ def room(cpus: float, gpus: float) -> int:
 def resources() -> str:
     """What all machines hold, in words."""
     has, free = ray.cluster_resources(), ray.available_resources()
-    return " and ".join(f"{has.get(kind, 0):g} {kind}s ({free.get(kind, 0):g} free)" for kind in ("CPU", "GPU"))
+    each = {kind: (counted(has.get(kind, 0), kind), free.get(kind, 0)) for kind in ("CPU", "GPU")}
+    return " and ".join(f"{held} ({left:g} free)" for held, left in each.values())
+
+
+def counted(number: float, what: str) -> str:
+    """In words: "1 CPU", "2 CPUs"."""
+    return f"{number:g} {what}" + ("" if number == 1 else "s")
 
 
 def first_line(error: Exception) -> str:
@@ -58,15 +70,33 @@ def first_line(error: Exception) -> str:
     return one_line(str(error).strip().partition("\n")[0])
 
 
-def _reach(address: str) -> None:
-    """Raise ConfigError where nobody listens; Ray itself would take minutes to say so."""
-    host, _, port = address.rpartition(":")
-    if not (host and port.isdecimal() and "/" not in host):
-        raise ConfigError(f"runtime.address: {address!r} should be null, auto, or host:port such as 10.0.0.1:6379")
+def _reach(address: str) -> str:
+    """The address as host:port. Raises ConfigError where no Ray answers; Ray itself would try for minutes."""
+    found = _located(address)
     try:
-        socket.create_connection((host, int(port)), timeout=5).close()
+        host, _, port = found.rpartition(":")
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=WAIT) as connection:
+            if not os.environ.get("RAY_USE_TLS"):
+                connection.sendall(GREETING)
+                if connection.recv(4)[3:] != b"\4":  # the kind of a frame: settings
+                    raise ConnectionError("what listens there is no Ray")
     except OSError as error:
-        raise ConfigError(f"runtime.address: {address} cannot be reached ({one_line(error)})") from error
+        by = "RAY_ADDRESS" if os.environ.get("RAY_ADDRESS") else "the last Ray of this machine"
+        what = f"auto: {found}, {by}," if address == "auto" else address
+        raise ConfigError(f"runtime.address: {what} cannot be reached ({one_line(error)}); {START}") from error
+    return found
+
+
+def _located(address: str) -> str:
+    """host:port, where Ray would look for a cluster; raises ConfigError."""
+    named = os.environ.get("RAY_ADDRESS") if address == "auto" else address
+    if named and not re.fullmatch(r"[^/]+:\d+", named):
+        key = "RAY_ADDRESS" if address == "auto" else "runtime.address"
+        raise ConfigError(f"{key}: {named!r} should be null, auto, or host:port such as 10.0.0.1:6379")
+    try:
+        return str(ray._private.services.canonicalize_bootstrap_address(address))
+    except OSError as error:  # there is none
+        raise ConfigError(f"runtime.address: {address}: no Ray is found on this machine; {START}") from error
 
 
 @contextmanager

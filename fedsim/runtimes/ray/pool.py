@@ -1,8 +1,11 @@
 """The actors of a runtime: they start, some late or never; those that die are replaced."""
 
+import gc
 import os
 import sys
 import warnings
+import weakref
+from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
@@ -12,7 +15,7 @@ import ray
 from fedsim.data import FederatedData
 from fedsim.errors import ConfigError, RoundError, one_line
 from fedsim.runtimes.ray.actor import Actor, Failure
-from fedsim.runtimes.ray.cluster import first_line, resources
+from fedsim.runtimes.ray.cluster import counted, first_line, resources
 from fedsim.runtimes.ray.packing import pack
 from fedsim.task import Task
 from fedsim.work import Train
@@ -23,6 +26,7 @@ DEATHS = 3  # in a row, of actors that start, after which no more are tried
 TICK = 1.0  # seconds between two looks at actors that do not start
 NOTICE = 10.0  # seconds until an actor without a place is told of
 PATIENCE = 60.0  # seconds until it is an error that none has a place
+POOLS = weakref.WeakSet["Pool"]()  # of this process
 
 
 @dataclass(eq=False)
@@ -37,7 +41,10 @@ class Seat:
 
 
 class Pool:
-    """So many actors with network and data, as far as the cluster has a place for them."""
+    """So many actors with network and data, as far as the cluster has a place for them.
+
+    They end when the pool is closed, or is gone: at once, whatever else has a handle of theirs.
+    """
 
     def __init__(self, task: Task, data: FederatedData, wanted: int, cpus: float, gpus: float):
         made: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0)(Actor)
@@ -46,16 +53,32 @@ class Pool:
         self._unlucky = 0  # actors in a row that died while they started
         self.wanted, self.alive = wanted, monotonic()  # when one last showed that it is
         self.seats: list[Seat] = []
-        for _ in range(wanted):
-            self._add()
+        weakref.finalize(self, _end, self.seats).atexit = False  # Ray ends them there
         try:
+            self.open()
+        except RoundError as error:
+            raise ConfigError(f"runtime.actors: {error}") from error
+
+    def open(self) -> None:
+        """Have the actors start, if none are there; raises RoundError where the cluster has no place for any."""
+        if self.seats:
+            return
+        if POOLS:  # one that is garbage still has its actors
+            gc.collect()
+        self._unlucky, self.alive = 0, monotonic()
+        POOLS.add(self)
+        try:
+            for _ in range(self.wanted):
+                self._add()
             self._settle()
-        except BaseException as error:
-            for seat in self.seats:
-                ray.kill(seat.actor)
-            if isinstance(error, RoundError):
-                raise ConfigError(f"runtime.actors: {error}") from error
+        except BaseException:
+            self.close()
             raise
+
+    def close(self) -> None:
+        """End the actors; whoever opens it again has others."""
+        _end(self.seats)
+        POOLS.discard(self)
 
     def ready(self) -> list[Seat]:
         """Those that can take clients."""
@@ -67,6 +90,7 @@ class Pool:
 
     def check(self, work: Train) -> None:
         """Have all actors check it; raises ConfigError."""
+        self.open()
         self._settle()
         packed = pack(work)
         for ref in [seat.actor.check.remote(packed) for seat in self.ready()]:
@@ -104,7 +128,9 @@ class Pool:
         """Tell of actors without a place, and raise RoundError where there is no other."""
         waiting, ready = self._overdue(), len(self.ready())
         if not ready and monotonic() - max([self.alive, *(seat.since for seat in self.seats)]) > PATIENCE:
-            raise RoundError(f"no Ray actor is left, and the cluster, {resources()}, has no place for one")
+            others = sum(len(pool.seats) for pool in POOLS if pool is not self)
+            held = f"; {counted(others, 'actor')} of this process's other runs are on it" if others else ""
+            raise RoundError(f"no Ray actor is left, and the cluster, {resources()}, has no place for one{held}")
         if ready and not all(seat.told for seat in waiting):
             for seat in waiting:
                 seat.told = True
@@ -133,6 +159,14 @@ class Pool:
         paths = [os.path.abspath(path) for path in sys.path]
         opening = actor.open.remote(self._content, paths, os.getcwd(), self._gpu)
         self.seats.append(Seat(actor, opening, monotonic()))
+
+
+def _end(seats: list[Seat]) -> None:
+    """Kill actors, and have none; the Ray that had them may be gone."""
+    for seat in seats:
+        with suppress(ray.exceptions.RayError, ValueError):
+            ray.kill(seat.actor)
+    seats.clear()
 
 
 def answer(ref: Ref) -> Any:
