@@ -20,6 +20,7 @@ SHORTER = {
     "run": ["rounds=2"],
     "bench": ["rounds=2", "--repeats", "1", "--sides", "fedsim serial"],
     "profile": ["--repeats", "1"],
+    "sweep": ["--jobs", "1"],
 }  # the same commands, in less time
 
 

@@ -22,8 +22,14 @@ except ModuleNotFoundError as error:
 
 WAIT = 4.0  # seconds in which a cluster has to answer
 START = "launch/ray_cluster.sh start starts a cluster, and null is a local Ray"
-# The beginning of HTTP/2, which Ray's head speaks, and which it answers with its own settings: RFC 9113, 3.4.
-GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+# An empty call of gRPC, which Ray's head speaks: HTTP/2 (RFC 9113, 3.4 and 4.1), its headers as in RFC 7541, 6.
+HEADERS = b"\x83\x86\x04\x02/-\x01\x01-\x0f\x10\x10application/grpc\x00\x02te\x08trailers"
+CALL = (
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+    + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+    + bytes([0, 0, len(HEADERS), 1, 5, 0, 0, 0, 1])
+    + HEADERS
+)
 
 
 def join(address: str | None) -> None:
@@ -77,14 +83,25 @@ def _reach(address: str) -> str:
         host, _, port = found.rpartition(":")
         with socket.create_connection((host.strip("[]"), int(port)), timeout=WAIT) as connection:
             if not os.environ.get("RAY_USE_TLS"):
-                connection.sendall(GREETING)
-                if connection.recv(4)[3:] != b"\4":  # the kind of a frame: settings
-                    raise ConnectionError("what listens there is no Ray")
+                _call(connection)
     except OSError as error:
         by = "RAY_ADDRESS" if os.environ.get("RAY_ADDRESS") else "the last Ray of this machine"
         what = f"auto: {found}, {by}," if address == "auto" else address
         raise ConfigError(f"runtime.address: {what} cannot be reached ({one_line(error)}); {START}") from error
     return found
+
+
+def _call(connection: socket.socket) -> None:
+    """Raise OSError where no gRPC server answers, as Ray's head would: that there is no such method."""
+    connection.sendall(CALL)
+    with connection.makefile("rb") as answer:
+        while len(head := answer.read(9)) == 9 and head[3] in (1, 4, 6, 8):  # headers, settings, ping, window
+            content = answer.read(int.from_bytes(head[:3], "big"))
+            if head[3] == 1:  # which begin with the status, 200, after sizes of tables
+                if content.lstrip(bytes(range(0x20, 0x40))).startswith(b"\x88"):
+                    return
+                break
+    raise ConnectionError("what listens there is no Ray")
 
 
 def _located(address: str) -> str:
