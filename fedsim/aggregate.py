@@ -51,7 +51,7 @@ COARSE, FINE = 1.5 * 2.0 ** (52 - 18), 1.5 * 2.0 ** (52 - 55)  # adding them rou
 LARGEST = 2.0**33  # of a sum of magnitudes: 2^51 coarse units
 MOST = 2**17  # messages: each leaves up to half a coarse unit, so that all make up to 2^53 fine ones
 BITS = struct.unpack("<q", struct.pack("<d", FINE))[0]  # of FINE
-TOGETHER = 5  # messages added at a time: reading and writing the sums is what it costs
+TOGETHER = 8  # messages added at a time: reading and writing the sums is what it costs
 BLOCK = 2**16  # entries at a time on a CPU, so that what is between two passes stays in the cache
 BLOCK_ON_GPU = 2**21  # there it is memory that what is between two passes takes: 16 bytes an entry and message
 

@@ -67,4 +67,5 @@ def batch_rows(
     batch_size = len(own) if recipe.batch_size == "full" else min(recipe.batch_size, len(own))
     labels = data.labels[own].cpu().numpy() if recipe.oversample else None
     epoch_rows = (stream.permutation(own) if labels is None else own[oversampled(labels, stream)] for _ in passes)
-    return islice((b for epoch in epoch_rows for b in torch.split(torch.from_numpy(epoch), batch_size)), steps)
+    starts = ((epoch, first) for epoch in epoch_rows for first in range(0, len(epoch), batch_size))
+    return islice((torch.from_numpy(epoch[first : first + batch_size]) for epoch, first in starts), steps)
