@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import signal
 import sys
 from collections import OrderedDict
 from functools import partial
@@ -31,6 +32,12 @@ SHAPE, CLASSES = (1, 4, 4), 3
 def _one_thread():
     """A test's own loops compute as fedsim's clients do; on networks this small more threads only wait."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interruptible():
+    """Also where a shell started the tests in the background, which has Ctrl-C ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")

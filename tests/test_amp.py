@@ -12,7 +12,10 @@ from fedsim.task import Replica
 from fedsim.types import Job
 
 SHAPE, CLASSES = (3, 32, 32), 10
-DEEP = {"densenet161", "densenet169", "densenet201", "resnext50_32x4d", "se_resnext50_32x4d", "resnet34"}
+DEEP = {
+    *("densenet121", "densenet161", "densenet169", "densenet201", "resnext50_32x4d", "se_resnext50_32x4d"),
+    *("resnet34", "resnet50", "se_resnet50", "inception_v3"),
+}
 
 
 def data(n=4):

@@ -530,6 +530,7 @@ def processes(runtime):
     return [Path("/proc", seat.name.split("process ")[1].strip(",")) for seat in runtime.pool.ready()]
 
 
+@pytest.mark.slow
 def test_experiments_one_after_the_other_each_have_the_whole_cluster():
     """A run that ended has no actors, whoever still holds it; and its runtime takes others when it is needed."""
     actors.cache_clear()
@@ -557,6 +558,7 @@ def test_actors_of_a_run_that_failed_end_though_its_exception_is_kept():
     soon(lambda: not process.exists())
 
 
+@pytest.mark.slow
 def test_actors_end_with_their_runtime_in_the_middle_of_a_client(tmp_path):
     strategy = Waits(inner=make_strategy("fedavg"), folder=tmp_path)
     runtime = Ray(TASK, DATA, actors=1, cpus=SMALL)

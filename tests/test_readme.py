@@ -58,6 +58,7 @@ def test_the_commands(checkout):
 def test_a_strategy_of_your_own(checkout, monkeypatch):
     code = next(block for block in blocks("python") if "my_strategy.py" in block)
     (checkout / "my_strategy.py").write_text(code)
+    monkeypatch.delitem(sys.modules, "my_strategy", raising=False)  # another test's
     monkeypatch.syspath_prepend(checkout)
     line = next(line for block in blocks("bash") for line in block.splitlines() if "my_strategy" in line)
     assert len(code.splitlines()) <= 30

@@ -669,7 +669,8 @@ def test_a_failed_round_leaves_the_store_as_it_was(runtime):
         assert store._bytes == held(store) <= 2000
         assert not store._staged
         assert not store._staged_place
-    assert on_disk(store.folder) != files
+    if runtime == "serial":  # in threads client 5 may be the first to end
+        assert on_disk(store.folder) != files
     strategy.bad.clear()
     assert trace(simulation, rounds=1) == expected[2:]
     free = sum(on_disk(store.folder).values())
