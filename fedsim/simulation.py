@@ -33,6 +33,7 @@ from fedsim.types import (
     Stream,
     described,
     form_of,
+    hash_into,
     random,
     torch_generator,
 )
@@ -107,7 +108,6 @@ class Simulation:
         seed: int = 0,
     ):
         recipe.check()
-        runtime.check(Train(strategy, recipe, seed, failures.time_limit))
         if isinstance(recipe.class_weights, list) and len(recipe.class_weights) != data.num_classes:
             found = len(recipe.class_weights)
             raise ConfigError(f"local.class_weights: has {found} numbers; there are {data.num_classes} classes")
@@ -117,6 +117,7 @@ class Simulation:
         check_recalibration(recalibrate, strategy.buffers, task, data)
         self.strategy, self.task, self.data, self.runtime, self.cohort = strategy, task, data, runtime, cohort
         self.recipe, self.failures, self.availability, self.seed = recipe, failures, availability, seed
+        runtime.check(self.work)
         self.aggregator = aggregator or WeightedMean()
         self.recalibrate, self.decay = recalibrate, ema
         model, buffers = task.initial_model.to(runtime.home), task.initial_buffers.to(runtime.home)
@@ -233,8 +234,7 @@ class Simulation:
         if not constants:
             return self.data.digest()
         digest = hashlib.sha256(self.data.digest().encode())
-        for name, value in sorted(constants.items()):
-            digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        hash_into(digest, constants)
         return digest.hexdigest()
 
     def fingerprint(self) -> str:

@@ -4,6 +4,7 @@ Shape letters, everywhere: P parameters, Q buffer entries, E epochs, S steps per
 C clients in a cohort, N clients in the population, K steps of one client.
 """
 
+import hashlib
 from enum import IntEnum
 from typing import Annotated, NamedTuple
 
@@ -21,6 +22,12 @@ Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Gt(0), Le(1)]  # of a whole, 0 excluded
 Decay = Annotated[float, Ge(0), Lt(1)]  # of a running mean
+
+
+def hash_into(digest: "hashlib._Hash", state: State) -> None:
+    """Have a digest know of a state's names and bytes, whatever their order."""
+    for name, value in sorted(state.items()):
+        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
 
 
 Form = tuple[tuple[str, torch.Size, torch.dtype], ...]  # of a state: names in order, with shape and type

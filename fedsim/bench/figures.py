@@ -21,7 +21,7 @@ from rich.table import Table
 from fedsim.config import Config
 from fedsim.reading import memory
 from fedsim.report import ABSENT, WIDTH
-from fedsim.runtimes.worker import cores, devices
+from fedsim.runtimes.worker import cores, cpu_name, devices
 
 PACKAGES = ("fedsim", "torch", "numpy", "ray", "flwr", "pfl")
 
@@ -85,7 +85,7 @@ def about(config: Config) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {
-            "cpu": _cpu(),
+            "cpu": cpu_name(),
             "cores": cores(),
             "memory_bytes": memory(),
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
@@ -132,13 +132,6 @@ def _panel(axes: Axes, found: Found, curve: Curve) -> None:
 
 def _written(value: Any, form: str) -> str:
     return ABSENT if value is None else format(value, form)
-
-
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _versions() -> dict[str, str]:

@@ -6,7 +6,6 @@ A file that is broken, from another version or not to be written is no error: th
 import hashlib
 import json
 import os
-import platform
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
@@ -24,7 +23,7 @@ from fedsim.catalogue import Spec
 from fedsim.data import FederatedData
 from fedsim.files import write
 from fedsim.reading import open_regular
-from fedsim.runtimes.worker import cores
+from fedsim.runtimes.worker import cores, cpu_name
 from fedsim.task import Task
 from fedsim.work import Train
 
@@ -113,9 +112,7 @@ def _read() -> _File:
 def _machine(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.device_count()} {torch.cuda.get_device_name(device)}"
-    with suppress(OSError, StopIteration), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-        return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    return f"{platform.machine()} {platform.processor()}"
+    return cpu_name()
 
 
 def _plain(value: Any) -> Any:

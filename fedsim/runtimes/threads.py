@@ -7,8 +7,8 @@ share the data, nor several of them a GPU without switching context.
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, nullcontext
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Literal
 
 import torch
@@ -19,7 +19,7 @@ from fedsim.errors import one_line
 from fedsim.graphs import CAPTURING
 from fedsim.local import check_precision
 from fedsim.runtimes.seats import Seats
-from fedsim.runtimes.worker import Worker, cores, devices
+from fedsim.runtimes.worker import Worker, cores, devices, in_window
 from fedsim.task import Task
 from fedsim.types import Count, Job, Report, State
 from fedsim.work import Train, Work
@@ -119,23 +119,9 @@ class Threads:
             self.first = nullcontext()
             return report
 
-        running: set[Future[Report]] = set()
-        upcoming = iter(jobs)
-        try:
-            while True:
-                for job in upcoming:  # a bounded window: what is finished does not pile up
-                    running.add(self.pool.submit(run_one, job))
-                    if len(running) >= 2 * self.workers:
-                        break
-                if not running:
-                    break
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                yield aggregator.fold([]), [future.result() for future in done]
-        finally:  # of an error or an interrupt: start no more, wait for those under way
-            stopped.set()
-            for future in running:
-                future.cancel()
-            wait(running)
+        with closing(in_window(self.pool, run_one, jobs, lambda: 2 * self.workers, stopped.set)) as finished:
+            for reports in finished:
+                yield aggregator.fold([]), reports
         for partial in partials.values():
             yield partial, []
 

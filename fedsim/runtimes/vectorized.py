@@ -8,8 +8,8 @@ import os
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from itertools import count, islice, pairwise
 from time import perf_counter
@@ -28,7 +28,16 @@ from fedsim.data import FederatedData
 from fedsim.errors import ConfigError, RoundError
 from fedsim.local import check_precision
 from fedsim.runtimes.threads import Threads
-from fedsim.runtimes.worker import cores, failed, folded, new_stream, on_stream, one_thread, repeat_on_gpus
+from fedsim.runtimes.worker import (
+    cores,
+    failed,
+    folded,
+    in_window,
+    new_stream,
+    on_stream,
+    one_thread,
+    repeat_on_gpus,
+)
 from fedsim.task import Task
 from fedsim.types import Count, Job, Report, State, Update
 from fedsim.work import Train, Work, check_sound
@@ -160,23 +169,10 @@ class Vectorized:
                     done.append((i, report._replace(seconds=each)))
             return done
 
-        running: set[Future[list[tuple[int, Report]]]] = set()
-        upcoming = self._chunks(rows, size, calls)
-        try:
-            while True:
-                for chunk in upcoming:  # a bounded window: what is finished does not pile up
-                    running.add(self.pool.submit(run_chunk, chunk))
-                    if len(running) >= 2 * self.workers:
-                        break
-                if not running:
-                    break
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                for i, report in (pair for future in done for pair in future.result()):
-                    yield i, calls[i].aggregator.fold([]), [report]
-        finally:  # of an error or an interrupt: start no more, wait for those under way
-            for future in running:
-                future.cancel()
-            wait(running)
+        chunks = self._chunks(rows, size, calls)
+        with closing(in_window(self.pool, run_chunk, chunks, lambda: 2 * self.workers)) as finished:
+            for i, report in (pair for done in finished for chunk in done for pair in chunk):
+                yield i, calls[i].aggregator.fold([]), [report]
         for (_, i), partial in partials.items():
             yield i, partial, []
 

@@ -1,9 +1,12 @@
 """One worker: a network, the data and a device, and one client at a time on them."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import platform
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from time import perf_counter
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +17,9 @@ from fedsim.errors import ClientError, ConfigError, RoundError, located, one_lin
 from fedsim.task import Replica, Task
 from fedsim.types import Job, Report, State, Update
 from fedsim.work import Work, check_message
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Worker:
@@ -148,6 +154,36 @@ def _own(value: Tensor) -> Tensor:
     return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
 
 
+def in_window(
+    pool: ThreadPoolExecutor,
+    call: Callable[[Item], Result],
+    items: Iterable[Item],
+    most: Callable[[], int],
+    stop: Callable[[], None] = lambda: None,
+) -> Generator[list[Result], None, None]:
+    """What `call` gives for each item, as it comes: a bounded window, so that what is finished does not pile up.
+
+    About `most()` are under way or waiting. After an error or an interrupt it asks those to `stop`, starts no
+    more, and waits for those under way.
+    """
+    running, upcoming = set[Future[Result]](), iter(items)
+    try:
+        while True:
+            for item in upcoming:
+                running.add(pool.submit(call, item))
+                if len(running) >= most():
+                    break
+            if not running:
+                break
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            yield [future.result() for future in done]
+    finally:
+        stop()
+        for future in running:
+            future.cancel()
+        wait(running)
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """One intra-op thread, in which CPU results do not depend on the machine's number of cores."""
@@ -162,6 +198,13 @@ def one_thread() -> Iterator[None]:
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def cpu_name() -> str:
+    """The processor's model, such as AMD EPYC."""
+    with suppress(OSError, StopIteration), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+        return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    return f"{platform.machine()} {platform.processor()}"
 
 
 def devices(name: str) -> list[torch.device]:

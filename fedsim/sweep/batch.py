@@ -25,7 +25,7 @@ from fedsim.runtimes.vectorized import Call
 from fedsim.runtimes.worker import one_thread
 from fedsim.simulation import Simulation
 from fedsim.task import Task
-from fedsim.types import Job, Report, State
+from fedsim.types import Job, Report, State, hash_into
 from fedsim.work import Train, Work
 
 Results = list[tuple[Partial, list[Report]]]
@@ -198,9 +198,7 @@ class Batch:
         return build(config, self.data, self._member)
 
     def _member(self, task: Task, data: FederatedData) -> Member:
-        constants = hashlib.sha256()
-        for name, value in sorted(task.constants().items()):
-            constants.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        hash_into(constants := hashlib.sha256(), task.constants())
         key = constants.hexdigest()
         if key not in self.shared:
             self.shared[key] = RUNTIMES.bind(self.runtime)(task, data)
