@@ -88,7 +88,7 @@ class Catalogue:
         """The callable of `spec` with its options set; the engine gives the positional arguments."""
         options = self.resolve(spec, at)
         target = self.load(options.pop("name"))
-        settings = dict(validated(options_of(target), options, at))
+        settings = dict(iter(validated(options_of(target), options, at)))  # iter: an option may be called keys
         if "inner" in settings:
             settings["inner"] = self.bind(settings["inner"])()
         return partial(target, **settings)

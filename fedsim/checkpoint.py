@@ -23,6 +23,7 @@ from safetensors.torch import load, save
 from fedsim.errors import ConfigError, one_line
 from fedsim.files import DRAFT, File, apart, read, sync_folder, verify, write
 from fedsim.reading import open_regular
+from fedsim.runtimes import settled
 from fedsim.simulation import Round, Simulation
 from fedsim.store import NAME as SEGMENT
 from fedsim.types import Form, State, described, form_of
@@ -58,7 +59,7 @@ class Checkpoint(BaseModel):
     log: File  # rounds.jsonl, as far as it went
     server: File
     clients: list[File]  # the older first
-    runtime: dict[str, Any] | None = None  # what `auto` chose
+    runtime: dict[str, Any] | None = None  # what `auto` chose, or who `flower` runs with
 
 
 class Checkpoints:
@@ -137,6 +138,7 @@ class Checkpoints:
         simulation.server = {name: server[name].to(simulation.runtime.home) for name in simulation.server}
         simulation.number, simulation.clock = checkpoint.round, checkpoint.clock
         simulation.last = Round(**checkpoint.last.model_dump()) if checkpoint.last else None
+        self._settle(simulation)
 
     def start(self, simulation: Simulation) -> None:
         """Let a run begin with its first round; what one that was killed has left goes."""
@@ -145,6 +147,7 @@ class Checkpoints:
             path.unlink()
         sync_folder(self.folder.parent)
         self._restore_clients(simulation, [])
+        self._settle(simulation)
 
     def _restore_clients(self, simulation: Simulation, files: list[File]) -> None:
         clients = simulation.clients
@@ -158,6 +161,9 @@ class Checkpoints:
                 raise ConfigError(f"{self.folder}: has what client {client} keeps, and there is no such client")
         for client in list(clients)[:1]:
             _check_form(self.folder, "a client keeps", form_of(clients[client]), form_of(simulation.newcomer))
+
+    def _settle(self, simulation: Simulation) -> None:
+        settled(simulation.runtime, [int(path.stem) for path in self._found()])
 
     def _found(self) -> list[Path]:
         """The newest first."""
@@ -176,6 +182,7 @@ class Checkpoints:
                 path.unlink()
         simulation.clients.pinned = set().union(*self._segments.values())
         simulation.clients.tidy()
+        self._settle(simulation)
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:

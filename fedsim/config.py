@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from annotated_types import Ge, Lt
+from annotated_types import Ge, Le, Lt
 from torch import nn
 
 from fedsim.availability import Availability
@@ -55,7 +55,7 @@ class Federation(Options):
     partition: Spec | str = "iid"
     holdout: Annotated[float, Ge(0), Lt(1)] = 0.0
     crop: Count | None = None  # pixels a side, about the centre, where no augmentation has made them that size
-    public: Annotated[float, Ge(0), Lt(1)] = 0.0  # of the training examples, the server's own
+    public: Annotated[float, Ge(0), Le(1)] = 0.0  # of the training examples, the server's; 1 if clients are elsewhere
     label_noise: Spec | None = None
     partition_seed: Seed | None = None  # of the division: owners, holdout, public, label_noise; the run's if null
 
@@ -84,9 +84,7 @@ class Config(Options):
 def load(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Config:
     """Read, override by dotted keys, validate and resolve; raises ConfigError."""
     values = dict(source) if isinstance(source, Mapping) else read_yaml(Path(source))
-    for key, value in sorted((overrides or {}).items(), key=lambda pair: pair[0].count(".")):
-        values = _override(values, key.split("."), value, key)
-    return resolve(values)
+    return resolve(overridden(values, overrides or {}))
 
 
 def resolve(values: Mapping[str, Any]) -> Config:
@@ -124,8 +122,11 @@ def build_data(config: Config, dataset: Dataset | None = None) -> FederatedData:
     """The dataset of a resolved config, unless it is given, and who holds what; raises ConfigError."""
     shared = {key: config.data[key] for key in Federation.model_fields}
     dataset = build_dataset(config) if dataset is None else dataset
+    dataset.check_parts("train", "test")
     seed = config.seed if shared["partition_seed"] is None else shared["partition_seed"]
     stream = random(seed, Stream.PARTITION)
+    if shared["public"] == 1:
+        raise ConfigError("data.public: 1 leaves clients nothing; less than 1 where they are simulated")
     public = set_apart(dataset, shared["public"], seed)
     owners = PARTITIONS.make(shared["partition"], np.ndarray, without(dataset, public), shared["clients"], stream)
     data = FederatedData(
@@ -141,27 +142,26 @@ def build_data(config: Config, dataset: Dataset | None = None) -> FederatedData:
     return data if noise is None else LabelNoise(**noise).applied(data, seed)
 
 
+def build_server_data(config: Config) -> FederatedData:
+    """The same where clients hold theirs themselves: for tests, and of `data.public` the server's own."""
+    shared, dataset = {key: config.data[key] for key in ("clients", "crop", "public")}, build_dataset(config)
+    seed = config.seed if config.data["partition_seed"] is None else config.data["partition_seed"]
+    public = set_apart(dataset, shared.pop("public"), seed)
+    return FederatedData(dataset, None, public=public, seed=seed, **shared)
+
+
 def build(
     config: Config,
     data: FederatedData | None = None,
     runtime: Callable[[Task, FederatedData], Runtime] | None = None,
 ) -> Simulation:
     """The simulation of a resolved config, with its data and runtime unless they are given; raises ConfigError."""
-    data = build_data(config) if data is None else data
+    if data is None:
+        elsewhere = getattr(RUNTIMES.load(RUNTIMES.resolve(config.runtime)["name"]), "elsewhere", False)
+        data = build_server_data(config) if elsewhere else build_data(config)
     data.check_augment(config.local["augment"])
-    recipe = _recipe(config)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(random(config.seed, Stream.MODEL).integers(2**63)))
-        network = models.make(config.model, data.shape, data.num_classes)
-        teacher = _teacher(config, recipe.distillation, data)
-    task = Task(
-        network,
-        data.shape,
-        data.num_classes,
-        channels_last=recipe.channels_last,
-        recompute=recipe.activation_checkpointing,
-        teacher=teacher,
-    )
+    recipe = build_recipe(config.local)
+    task = build_task(config.model, recipe, config.seed, data.shape, data.num_classes)
     return Simulation(
         STRATEGIES.make(config.strategy, Strategy),
         task,
@@ -175,6 +175,38 @@ def build(
         recalibrate=None if config.recalibrate is None else Recalibrate(**config.recalibrate),
         ema=config.ema,
         seed=config.seed,
+        config=config.model_dump(mode="json", include={"seed", "model", "strategy", "local", "failures"}),
+    )
+
+
+def build_recipe(local: Spec) -> Recipe:
+    """How clients train by a resolved `local`; raises ConfigError."""
+    return Recipe(
+        SCHEDULES.bind(local["schedule"]),
+        LOSSES.bind(local["loss"]),
+        [AUGMENTATIONS.bind(spec) for spec in local["augment"]],
+        **dict(recipe_options(local)),
+    )
+
+
+def build_task(
+    model: Spec | str, recipe: Recipe, seed: int, shape: tuple[int, ...], classes: int, *, sent: bool = False
+) -> Task:
+    """What is learned of examples of `shape`; raises ConfigError.
+
+    Where the weights are `sent` afterwards, a teacher is left as its initialisation has it, and no file is read.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(random(seed, Stream.MODEL).integers(2**63)))
+        network = models.make(model, shape, classes)
+        teacher = _teacher(model, recipe.distillation, shape, classes, sent)
+    return Task(
+        network,
+        shape,
+        classes,
+        channels_last=recipe.channels_last,
+        recompute=recipe.activation_checkpointing,
+        teacher=teacher,
     )
 
 
@@ -195,6 +227,13 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
     return overrides
 
 
+def overridden(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """With others in the place of some values, by dotted keys; raises ConfigError."""
+    for key, value in sorted(overrides.items(), key=lambda pair: pair[0].count(".")):
+        values = _override(values, key.split("."), value, key)
+    return values
+
+
 def _override(values: Mapping[str, Any], path: list[str], value: Any, key: str) -> dict[str, Any]:
     head, *rest = path
     if not rest:
@@ -211,14 +250,14 @@ def _options(target: Callable[..., Any], values: Spec | None, at: str) -> Spec |
     return None if values is None else validated(options_of(target), values, at).model_dump(mode="json")
 
 
-def _recipe_options(config: Config) -> Options:
+def recipe_options(local: Spec) -> Options:
     """What `local` says besides its components."""
-    local = {key: value for key, value in config.local.items() if key not in ("schedule", "loss", "augment")}
-    return validated(options_of(Recipe), local, "local")
+    own = {key: value for key, value in local.items() if key not in ("schedule", "loss", "augment")}
+    return validated(options_of(Recipe), own, "local")
 
 
 def _resolve_local(config: Config) -> Spec:
-    recipe = _recipe_options(config).model_dump(mode="json")
+    recipe = recipe_options(config.local).model_dump(mode="json")
     schedule = _run_long(config.local.get("schedule", "constant"), config.rounds - recipe["warmup"])
     augment = config.local.get("augment", [])
     if not isinstance(augment, list):
@@ -235,17 +274,9 @@ def _resolve_local(config: Config) -> Spec:
     return recipe | {"schedule": SCHEDULES.resolve(schedule), "loss": loss, "augment": specs}
 
 
-def _recipe(config: Config) -> Recipe:
-    local = config.local
-    return Recipe(
-        SCHEDULES.bind(local["schedule"]),
-        LOSSES.bind(local["loss"]),
-        [AUGMENTATIONS.bind(spec) for spec in local["augment"]],
-        **dict(_recipe_options(config)),
-    )
-
-
-def _teacher(config: Config, distillation: Distillation | None, data: FederatedData) -> nn.Module | None:
+def _teacher(
+    model: Spec | str, distillation: Distillation | None, shape: tuple[int, ...], classes: int, sent: bool
+) -> nn.Module | None:
     """The network that clients distil from, where it is not the global model."""
     if distillation is None or isinstance(distillation.teacher, str):
         if distillation and distillation.model is not None:
@@ -253,10 +284,11 @@ def _teacher(config: Config, distillation: Distillation | None, data: FederatedD
         return None
     spec, at = distillation.model, "local.distillation.model"
     if spec is None:
-        whole, at = models.resolve(config.model), "model"
+        whole, at = models.resolve(model), "model"
         spec = {key: value for key, value in whole.items() if key not in models.training(whole)}
-    network = models.make(spec, data.shape, data.num_classes, at)
-    fill(network, distillation.teacher, "local.distillation.teacher")
+    network = models.make(spec, shape, classes, at)
+    if not sent:
+        fill(network, distillation.teacher, "local.distillation.teacher")
     return network.eval().requires_grad_(False)
 
 

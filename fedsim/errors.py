@@ -12,6 +12,10 @@ class ClientError(RuntimeError):
     """One client failed in one round; the cause is chained."""
 
 
+class NodeError(RuntimeError):
+    """A client on another machine failed; its text is all that is known of why."""
+
+
 class RoundError(RuntimeError):
     """A round cannot count: too few clients answered, or what they sent does not add up."""
 

@@ -19,7 +19,7 @@ from fedsim.files import uninterrupted
 from fedsim.folder import RunFolder, finite
 from fedsim.hooks import Hook, Hooks
 from fedsim.runtimes import RUNTIMES, close
-from fedsim.runtimes.auto import Auto, is_exact, shown
+from fedsim.runtimes.auto import is_exact, shown
 from fedsim.simulation import Round, Simulation
 
 Record = dict[str, Any]
@@ -292,13 +292,13 @@ def _changed(before: Mapping[str, Any], config: Config, others: list[str], force
 
 
 def _other_runtime(checkpoint: Checkpoint, simulation: Simulation, now: Spec) -> list[str]:
-    """Have `auto` run what it had chosen; in words, what is another runtime now, and rounds in another way."""
+    """Have a runtime go on as it had chosen to; in words, what is another now, and rounds in another way."""
     runtime, before = simulation.runtime, checkpoint.runtime or checkpoint.config["runtime"]
     now = getattr(runtime, "choice", None) or now
     agree = "results agree as floating point does"
-    if isinstance(runtime, Auto) and checkpoint.runtime:
+    if (take := getattr(runtime, "take", None)) and checkpoint.runtime:
         try:
-            runtime.take(checkpoint.runtime, simulation.work)
+            take(checkpoint.runtime, simulation.work)
         except ConfigError as error:
             return [f"changed: {error}; it was {shown(before)}, and is chosen anew; {agree}"]
         return []

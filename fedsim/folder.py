@@ -133,18 +133,24 @@ def finite(record: dict[str, Any]) -> dict[str, Any]:
 def describe(data: FederatedData) -> dict[str, Any]:
     """Who holds how much: a content hash, quantiles of sizes, labels, and by client where there are few of them.
 
-    Of `examples`, all for training, `public` are the server's; `example` is the form of each.
+    Of `examples`, all for training, `public` are the server's; `example` is the form of each. Of clients elsewhere
+    there is only their number.
     """
+    shared = {
+        "clients": data.num_clients,
+        "public": len(data.public),
+        "classes": data.num_classes,
+        "example": data.form,
+    }
+    if data.elsewhere:
+        return shared | {"examples": None}
     sizes, labels = data.sizes, data.labels.cpu().numpy()
     few = data.num_clients <= LISTED
     counts = label_counts(labels, data.owners, data.num_clients, data.num_classes) if few else None
     return {
+        **shared,
         "hash": content_hash(data.owners),
-        "clients": data.num_clients,
         "examples": len(data.owners),
-        "public": len(data.public),
-        "classes": data.num_classes,
-        "example": data.form,
         "training_examples": {
             "smallest": int(sizes.min()),
             "quartiles": np.quantile(sizes, (0.25, 0.5, 0.75)).tolist(),

@@ -93,8 +93,11 @@ class Recipe:
     distillation: Distillation | None = None
     noisy_labels: NoisyLabels | None = None
 
-    def check(self) -> None:
-        """Raise ConfigError where two settings contradict each other."""
+    def check(self, classes: int | None = None) -> None:
+        """Raise ConfigError where two settings contradict each other, or one the number of classes."""
+        if classes and isinstance(self.class_weights, list) and len(self.class_weights) != classes:
+            found = len(self.class_weights)
+            raise ConfigError(f"local.class_weights: has {found} numbers; there are {classes} classes")
         if self.steps and self.epochs != 1:
             both = f"{self.epochs} and local.steps {self.steps}"
             raise ConfigError(f"local.epochs: {both}: set one of the two; local.epochs=1 unsets it")

@@ -11,6 +11,7 @@ import numpy as np
 
 from fedsim.aggregate import Aggregator, WeightedMean, largest
 from fedsim.availability import Attempt, Availability
+from fedsim.catalogue import Spec
 from fedsim.cohort import Cohort
 from fedsim.data import FederatedData
 from fedsim.errors import ClientError, ConfigError, RoundError, located
@@ -18,7 +19,7 @@ from fedsim.files import uninterrupted
 from fedsim.pace import Pace
 from fedsim.recalibration import Recalibrate, Recalibration, check_recalibration
 from fedsim.recipe import Recipe
-from fedsim.runtimes import Runtime
+from fedsim.runtimes import Runtime, kept
 from fedsim.runtimes.worker import one_thread
 from fedsim.store import ClientStore
 from fedsim.strategy import Strategy
@@ -106,17 +107,18 @@ class Simulation:
         recalibrate: Recalibrate | None = None,
         ema: float | None = None,
         seed: int = 0,
+        config: Spec | None = None,
     ):
-        recipe.check()
-        if isinstance(recipe.class_weights, list) and len(recipe.class_weights) != data.num_classes:
-            found = len(recipe.class_weights)
-            raise ConfigError(f"local.class_weights: has {found} numbers; there are {data.num_classes} classes")
+        recipe.check(data.num_classes)
         strategy.check(recipe, task.layout)
         if availability:
+            if data.elsewhere:
+                raise ConfigError("availability: simulates what clients on real machines do by themselves; leave it out")
             availability.check(data.num_clients)
         check_recalibration(recalibrate, strategy.buffers, task, data)
         self.strategy, self.task, self.data, self.runtime, self.cohort = strategy, task, data, runtime, cohort
         self.recipe, self.failures, self.availability, self.seed = recipe, failures, availability, seed
+        self.config = config
         runtime.check(self.work)
         self.aggregator = aggregator or WeightedMean()
         self.recalibrate, self.decay = recalibrate, ema
@@ -130,7 +132,7 @@ class Simulation:
         self.newcomer: State = strategy.init_client(task.initial_model, task.layout)
         if strategy.buffers == "private":
             self.newcomer |= {"buffers": task.initial_buffers}
-        self.num_examples = int(data.sizes.sum())
+        self.newcomer = kept(runtime, self.newcomer)
         self.clients = clients if clients is not None else ClientStore()
         self.pace = Pace()
         self.number, self.clock = 0, 0.0
@@ -144,7 +146,7 @@ class Simulation:
     @property
     def work(self) -> Train:
         """What each client of a cohort does."""
-        return Train(self.strategy, self.recipe, self.seed, self.failures.time_limit)
+        return Train(self.strategy, self.recipe, self.seed, self.failures.time_limit, self.config)
 
     def sample(self) -> list[int]:
         """The cohort of the next round."""
@@ -167,7 +169,7 @@ class Simulation:
         """
         start, goal = perf_counter(), self.sample()
         selected, attempt = self._attempt(goal)
-        download = {name: self.server[name].clone() for name in (*self.strategy.broadcast, "buffers")}
+        download = self._download()
         server, reports, failed = self.server, list[Report](), dict[int, str]()
         try:
             if attempt.reporting:
@@ -225,7 +227,8 @@ class Simulation:
         """
         ids = range(self.data.num_clients) if clients is None else clients
         work = EvaluateClient(self.strategy, batch_size, train)
-        sums = {r.client_id: r.metrics for r in self._reports(work, (self._job(k, self.number - 1) for k in ids))}
+        jobs, download = (self._job(k, self.number - 1) for k in ids), self._download()
+        sums = {r.client_id: r.metrics for r in self._reports(work, jobs, download)}
         return {client: _mean(sums[client]) for client in ids}
 
     def digest(self) -> str:
@@ -240,6 +243,10 @@ class Simulation:
     def fingerprint(self) -> str:
         """SHA-256 of the global model's bytes, batch-norm statistics included."""
         return _fingerprint(self.server)
+
+    def _download(self) -> State:
+        """What clients are sent."""
+        return {name: self.server[name].clone() for name in (*self.strategy.broadcast, "buffers")}
 
     def _attempt(self, cohort: list[int]) -> tuple[list[int], Attempt]:
         """Who is selected, and what becomes of them."""
@@ -264,9 +271,10 @@ class Simulation:
         before_client: Callable[[int], None],
     ) -> tuple[State, list[Report], dict[int, str]]:
         """The new server's state, the reports by client, and who failed; what clients keep is staged."""
-        total, reports, steps = self.aggregator.fold([]), list[Report](), self._steps(cohort)
+        total, reports = self.aggregator.fold([]), list[Report]()
         # Where results are equal to rounding only, that may depend on the order, and that on no clock.
         by_pace = self.runtime.workers > 1 and self.runtime.exact
+        steps = self._steps(cohort) if by_pace else {}
         order = self.pace.order(steps) if by_pace else cohort
 
         def jobs() -> Iterator[Job]:
@@ -281,7 +289,7 @@ class Simulation:
             for report in finished:
                 if report.client:
                     self.clients.stage(report.client_id, report.client)
-                if report.error is None:
+                if report.error is None and by_pace:
                     self.pace.measured(report.client_id, steps[report.client_id], report.seconds)
                 reports.append(report._replace(client={}))
                 after_client(report)
@@ -307,9 +315,10 @@ class Simulation:
 
     def _server_update(self, mean: State, answered: list[int]) -> State:
         buffers = {"buffers": mean.pop("buffers")} if "buffers" in mean else {}
-        share = float(self.data.sizes[answered].sum() / self.num_examples)
-        noise = torch_generator(self.seed, Stream.SERVER, self.number)
-        info = RoundInfo(self.number, answered, self.data.num_clients, noise, share)
+        sizes, noise = self.data.sizes, torch_generator(self.seed, Stream.SERVER, self.number)
+        examples = int(sizes.sum()) if sizes.all() else None
+        held = int(sizes[answered].sum())
+        info = RoundInfo(self.number, answered, self.data.num_clients, noise, held, examples)
         own = {name: value for name, value in self.server.items() if name not in OWN}
         copy = {name: value.clone() for name, value in own.items()}  # of which it may do what it likes
         try:

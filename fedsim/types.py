@@ -13,6 +13,8 @@ import torch
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
+from fedsim.errors import RoundError
+
 State = dict[str, Tensor]  # named tensors: what the server keeps, a client keeps, or a message carries
 
 # Ranges of hyper-parameters, checked wherever a config names them.
@@ -95,7 +97,15 @@ class RoundInfo(NamedTuple):
     cohort: list[int]  # ids of the clients whose updates count
     num_clients: int  # N
     generator: torch.Generator  # for server-side noise
-    share: float  # of all examples, how many the cohort holds: the sum of n_k / n over it
+    held: int  # examples of the cohort
+    examples: int | None  # n, of all clients; None where clients are elsewhere and have not all told theirs
+
+    @property
+    def share(self) -> float:
+        """Of all examples, how many the cohort holds: the sum of n_k / n over it; raises RoundError."""
+        if self.examples is None:
+            raise RoundError("some clients have not told how many examples they hold; begin with cohort=all")
+        return self.held / self.examples
 
     @property
     def participation(self) -> float:

@@ -1,13 +1,14 @@
 """What a client does: the same functions in every runtime."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 
 import torch
 from torch import Tensor
 
 from fedsim.aggregate import largest
+from fedsim.catalogue import Spec
 from fedsim.data import FederatedData
 from fedsim.local import LocalObjective
 from fedsim.recipe import Recipe
@@ -20,12 +21,16 @@ Work = Callable[[Replica, FederatedData, State, Job], Update]
 
 @dataclass(frozen=True)
 class Train:
-    """One round of training. Batch-norm statistics travel here, so that strategies need not mention them."""
+    """One round of training. Batch-norm statistics travel here, so that strategies need not mention them.
+
+    `config` has the settings that it was made from, by name, for a runtime that sends no objects.
+    """
 
     strategy: Strategy
     recipe: Recipe
     seed: int
     time_limit: float | None = None  # seconds
+    config: Spec | None = field(default=None, compare=False, repr=False)
 
     def __call__(self, replica: Replica, data: FederatedData, server: State, job: Job) -> Update:
         client = job.client or {}
@@ -78,9 +83,7 @@ class EvaluateClient:
     def __call__(self, replica: Replica, data: FederatedData, server: State, job: Job) -> Update:
         client = job.client or {}
         model = self.strategy.client_model(server, client, replica.task.layout)
-        held = data.held_out(job.client_id)
-        rows = torch.from_numpy(held if len(held) else data.rows(job.client_id))
-        batches = (data.batch(part) for part in torch.split(rows, self.batch_size))
+        batches = data.own_batches(job.client_id, self.batch_size)
         return _evaluate(replica, model, client.get("buffers", server["buffers"]), batches, self.train)
 
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import center_crop, resize
 
+from fedsim.config import build_data, resolve
 from fedsim.data import DATASETS, Dataset, FederatedData
 from fedsim.errors import ConfigError
 
@@ -172,7 +173,7 @@ def test_other_arrays_are_taken_as_they_are(tmp_path):
     ("changes", "message"),
     [
         ({"y_test": None}, "has no y_test"),
-        ({"x_train": None, "y_train": None}, "has no x_train and no y_train"),
+        ({"x_train": None, "y_test": None}, "has no x_train and no y_test"),
         ({"y_train": LABELS[:-1]}, r"y_train is int64 \(5,\)"),
         ({"y_train": LABELS[:, None]}, r"y_train is int64 \(6, 1\)"),
         ({"y_train": LABELS.astype(float)}, "y_train is float64; allowed: whole numbers"),
@@ -190,6 +191,26 @@ def test_other_arrays_are_taken_as_they_are(tmp_path):
 def test_arrays_that_do_not_fit_name_their_file(tmp_path, write, changes, message):
     path = write(tmp_path / "mine.npz", **changes)
     refused(re.escape(path) + ".*(" + message + ")", "npz", path=path)
+
+
+@pytest.mark.parametrize("write", [write_npz, write_folder])
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_one_of_the_two_pairs_is_enough_for_one_who_needs_no_more(tmp_path, write, part):
+    other = {"train": "test", "test": "train"}[part]
+    path = write(tmp_path / "mine.npz", **{f"x_{other}": None, f"y_{other}": None})
+    data = load("npz", path=path)
+    there, missing = getattr(data, f"x_{part}"), getattr(data, f"x_{other}")
+    assert (len(there), len(missing)) == (len(arrays()[f"x_{part}"]), 0)
+    assert (there.shape[1:], there.dtype) == (missing.shape[1:], missing.dtype)
+    data.check_parts(part)
+    word = {"train": "training", "test": "test"}[other]
+    for refuse in (
+        lambda: data.check_parts("train", "test"),
+        lambda: build_data(resolve({"rounds": 1, "model": "2nn", "strategy": "fedavg", "cohort": "all",
+                                    "data": {"name": "npz", "path": path, "clients": 1}})),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"data: has no {word} examples"):
+            refuse()
 
 
 def test_broken_files_name_themselves(tmp_path):
@@ -459,6 +480,23 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
     refused("classes that train has not: bird", "image_folder", root=root)
     (tmp_path / "both/train/bird").mkdir()
     refused("no valid file for the classes bird", "image_folder", root=root)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_machine_may_lack_some_classes_and_one_of_the_folders(tmp_path, cached):
+    root = write_images(tmp_path / "images", ["train"])
+    more = {"root": root, "size": 8} | ({"cache": str(tmp_path / "cache")} if cached else {})
+    data = load("image_folder", classes=["bird", "dog", "cat"], **more)
+    assert (data.y_train.tolist(), data.classes) == ([1] * 4 + [2] * 4, 3)
+    assert (data.x_test.shape, data.mapped) == ((0, 3, 8, 8), cached)
+    (tmp_path / "images/train").rename(tmp_path / "images/test")
+    data = load("image_folder", classes=["bird", "dog", "cat"], **more)
+    assert (len(data.y_train), data.y_test.tolist()) == (0, [1] * 4 + [2] * 4)
+    refused("data.classes: lacks folders of .*: cat", "image_folder", classes=["dog"], **more)
+    refused("data.classes: dog stands twice", "image_folder", classes=["dog", "cat", "dog"], **more)
+    (tmp_path / "none/train").mkdir(parents=True)
+    (tmp_path / "none/train/cat").mkdir()
+    refused("has no images", "image_folder", root=str(tmp_path / "none"), classes=["cat"])
 
 
 def test_every_source_says_what_it_is():

@@ -21,6 +21,9 @@ Part = Annotated[float, Gt(0), Lt(1)]  # of a whole, both ends excluded
 class Dataset:
     """Training and test examples, on the host; raises ConfigError where they do not fit together.
 
+    One of the two may be missing, on a machine that has no use for it: x and y then hold no example, and x is of
+    the other's form.
+
     Shapes: n examples for training, t for test, C channels. `x` is uint8, (n, C, height, width), or float32
     of any shape (n, ...). `mean` and `std` have one number for each channel or one for all, on the 0..1 scale
     for uint8, in the data's own units for float32; where both are empty, uint8 is divided by 255 and float32
@@ -38,9 +41,11 @@ class Dataset:
     mapped: bool = False  # x lies in a read-only file: it stays on the host, and only batches move
 
     def __post_init__(self) -> None:
-        for part, x, y in (("train", self.x_train, self.y_train), ("test", self.x_test, self.y_test)):
-            self._check_examples(f"x_{part}", x)
-            self._check_numbers(f"y_{part}", y, len(x), self.classes)
+        parts = {"train": (self.x_train, self.y_train), "test": (self.x_test, self.y_test)}
+        there = {name: part for name, part in parts.items() if any(map(len, part))} or parts
+        for name, (x, y) in there.items():
+            self._check_examples(f"x_{name}", x)
+            self._check_numbers(f"y_{name}", y, len(x), self.classes)
         if self.x_train.shape[1:] != self.x_test.shape[1:] or self.x_train.dtype != self.x_test.dtype:
             raise ConfigError(
                 f"x_train is {_form(self.x_train)}, x_test {_form(self.x_test)}: examples should be alike"
@@ -56,6 +61,13 @@ class Dataset:
         if any(s <= 0 for s in self.std):
             raise ConfigError(f"data.std: {list(self.std)} should be positive")
 
+    def check_parts(self, *names: str) -> None:
+        """Raise ConfigError where one of `train` and `test` is missing that is needed."""
+        parts = {"train": ("training", self.y_train), "test": ("test", self.y_test)}
+        for word, y in (parts[name] for name in names):
+            if not len(y):
+                raise ConfigError(f"data: has no {word} examples, which are needed here")
+
     def _check_examples(self, name: str, x: Tensor) -> None:
         if x.ndim == 0 or x.numel() == 0:
             raise ConfigError(f"{name} is {_form(x)}: it holds no example")
@@ -69,6 +81,8 @@ class Dataset:
     def _check_numbers(name: str, y: Tensor, length: int, end: int) -> None:
         if y.dtype != torch.int64 or y.shape != (length,):
             raise ConfigError(f"{name} is {_form(y)}; it should be int64 ({length},), one number an example")
+        if not length:
+            return
         low, high = y.aminmax()
         if low < 0 or high >= end:
             raise ConfigError(f"{name} has numbers from {low} to {high}; allowed: 0 to {end - 1}")

@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -27,13 +27,14 @@ class FederatedData:
     `labels` (n,) are those in use, `true_labels` (n,) the dataset's, on the host.
 
     Rows marked in `public` (n,) are the server's and no client's: `owners` then names the clients of the others,
-    in their order, and afterwards has -1 for the server.
+    in their order, and afterwards has -1 for the server. Where `owners` is None the clients are `elsewhere`, on
+    machines of their own: of the training examples only the public ones count, and `sizes` are 0 until told.
     """
 
     def __init__(
         self,
         dataset: Dataset,
-        owners: Ints,
+        owners: Ints | None,
         *,
         clients: int,
         holdout: float = 0.0,
@@ -43,23 +44,26 @@ class FederatedData:
         dtype: torch.dtype = torch.float32,
     ):
         public = np.zeros(len(dataset.y_train), dtype=np.bool_) if public is None else public
-        _check(owners, len(public) - int(public.sum()), clients, holdout)
-        held = hold_back(owners, holdout, random(seed, Stream.HOLDOUT)) if holdout else 0
+        self.elsewhere = owners is None
         part = np.full(len(public), 2 * clients)  # the server's is the last
-        part[~public] = 2 * owners + held  # what client k trains on is part 2k, what it holds back part 2k + 1
-        self._order = np.argsort(part, kind="stable")
+        if owners is not None:
+            _check(owners, len(public) - int(public.sum()), clients, holdout)
+            held = hold_back(owners, holdout, random(seed, Stream.HOLDOUT)) if holdout else 0
+            part[~public] = 2 * owners + held  # what client k trains on is part 2k, what it holds back part 2k + 1
+        self._order = np.argsort(part, kind="stable") if owners is not None else np.flatnonzero(public)
         bounds = np.concatenate([[0], np.cumsum(np.bincount(part, minlength=2 * clients))])
         self._bounds = bounds[: 2 * clients + 1]
         self.sizes: Ints = self._bounds[1::2] - self._bounds[:-1:2]  # (N,) held-out examples not counted
         self.owners: Ints = np.full(len(public), -1)
-        self.owners[~public] = owners
+        if owners is not None:
+            self.owners[~public] = owners
         self.num_clients = clients
         self.num_classes = dataset.classes
         self.num_test = len(dataset.y_test)
-        self.shape = _shape(tuple(dataset.x_train.shape[1:]), crop)
+        self.shape, self.crop = _shape(tuple(dataset.x_train.shape[1:]), crop), crop
         self.labels = self.true_labels = dataset.y_train
         self._x_train = dataset.x_train
-        self._x_test, self._y_test = self._centre(dataset.x_test), dataset.y_test
+        self._x_test, self._y_test = dataset.x_test, dataset.y_test
         self._scale, self._shift = _normalisation(dataset, dtype)
         self.mapped = dataset.mapped  # examples lie in a file, and not on the device
         self._dtype, self._device = dtype, torch.device("cpu")
@@ -76,6 +80,12 @@ class FederatedData:
     def public(self) -> Ints:
         """(p,) the server's own rows, ascending; a view, maybe empty."""
         return self._order[self._bounds[-1] :]
+
+    def own_batches(self, client: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """What `client` evaluates its own model on: the rows it holds out, or where there are none, all it has."""
+        held = self.held_out(client)
+        rows = torch.from_numpy(held if len(held) else self.rows(client))
+        return map(self.batch, torch.split(rows, batch_size))
 
     def sample(self, size: int, rng: np.random.Generator) -> Ints:
         """Random rows that clients train on, each at most once: (size,), or all of them where there are fewer."""
@@ -110,7 +120,16 @@ class FederatedData:
 
     def test_batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The same of the test set."""
-        return self._gather(self._x_test, self._y_test, rows)
+        return self._gather(self._centre(self._x_test), self._y_test, rows)
+
+    def examples(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Training examples as the dataset has them, whole and not normalised, and their labels in use."""
+        return self._x_train.index_select(0, rows.to(self._x_train.device)), self.labels[rows]
+
+    @property
+    def test_set(self) -> tuple[Tensor, Tensor]:
+        """The same of all the test examples; a view."""
+        return self._x_test, self._y_test
 
     def with_labels(self, labels: Tensor) -> Self:
         """The same division with other `labels` (n,) for training; `true_labels` stay what they were."""
@@ -131,7 +150,7 @@ class FederatedData:
     def digest(self) -> str:
         """SHA-256 of labels, of who owns what, and of up to a thousand examples spread over all."""
         digest = hashlib.sha256(self.owners.astype("<i8").tobytes())
-        for x, y in ((self._x_train, self.labels), (self._x_test, self._y_test)):
+        for x, y in ((self._x_train, self.labels), (self._centre(self._x_test), self._y_test)):
             spread = torch.linspace(0, len(y) - 1, min(len(y), 1000)).long()
             digest.update(y.cpu().numpy().astype("<i8").tobytes())
             digest.update(x[spread.to(x.device)].cpu().contiguous().numpy().tobytes())
@@ -166,11 +185,57 @@ class FederatedData:
         return x, y
 
 
+class Shard(FederatedData):
+    """What one machine holds, whichever client it is; raises ConfigError where it has nothing to train on.
+
+    The test examples are its own, too: it evaluates its own model on them. The network's `shape` and `classes` and
+    the constants of x * `scale` - `shift`, none, one or one a channel, are those of the federation, and not the
+    dataset's own; with `crop`, images are cut as `FederatedData` has it.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        classes: int,
+        scale: Sequence[float] = (),
+        shift: Sequence[float] = (),
+        crop: int | None = None,
+        dtype: torch.dtype = torch.float32,
+    ):
+        n = len(dataset.y_train)
+        if not n:
+            raise ConfigError("data: has no training examples, and a client needs some")
+        super().__init__(dataset, np.zeros(n, dtype=np.int64), clients=1, crop=crop, dtype=dtype)
+        if (most := max(int(y.max()) for y in (dataset.y_train, dataset.y_test) if len(y))) >= classes:
+            raise ConfigError(f"data: has labels up to {most}; the federation has {classes} classes")
+        channels = self.shape[0] if len(self.shape) == 3 else 1
+        for name, values in (("scale", scale), ("shift", shift)):
+            if len(values) not in {0, 1, channels}:
+                raise ConfigError(f"data: the federation's {name} is of {len(values)} channels; here are {channels}")
+        self.num_classes = classes
+        self._scale, self._shift = _by_channel(scale, dtype), _by_channel(shift, dtype)
+
+    def rows(self, client: int) -> Ints:
+        """(n_k,) all."""
+        return super().rows(0)
+
+    def held_out(self, client: int) -> Ints:
+        """(0,): what is held out is the test set."""
+        return super().held_out(0)
+
+    def own_batches(self, client: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The test examples, or where there are none, those for training."""
+        if not self.num_test:
+            return super().own_batches(client, batch_size)
+        return map(self.test_batch, torch.split(torch.arange(self.num_test), batch_size))
+
+
 def set_apart(dataset: Dataset, share: float, seed: int) -> Flags:
-    """(n,) which training examples are the server's: a random `share` of all, rounded down."""
+    """(n,) which training examples are the server's: a random `share` of all, rounded down; all where it is 1."""
     n = len(dataset.y_train)
-    if not share:
-        return np.zeros(n, dtype=np.bool_)
+    if share in (0, 1):
+        return np.full(n, bool(share))
     return hold_back(np.zeros(n, dtype=np.int64), share, random(seed, Stream.PUBLIC))
 
 
@@ -206,6 +271,13 @@ def _normalisation(data: Dataset, dtype: torch.dtype) -> tuple[Tensor | None, Te
     return (1 / (unit * std)).to(dtype).view(form), (mean / std).to(dtype).view(form)
 
 
+def _by_channel(values: Sequence[float], dtype: torch.dtype) -> Tensor | None:
+    """(C, 1, 1), or () where one number serves all."""
+    if not len(values):
+        return None
+    return torch.tensor(values, dtype=dtype).view((len(values), 1, 1) if len(values) > 1 else ())
+
+
 def _shape(shape: tuple[int, ...], crop: int | None) -> tuple[int, ...]:
     if crop is None:
         return shape
@@ -218,6 +290,8 @@ def _shape(shape: tuple[int, ...], crop: int | None) -> tuple[int, ...]:
 def _check(owners: Ints, n: int, clients: int, holdout: float) -> None:
     if not 0 <= holdout < 1:
         raise ConfigError(f"data.holdout: {holdout} should be at least 0 and less than 1")
+    if not n:
+        raise ConfigError("data: leaves clients no training examples")
     if owners.shape != (n,) or owners.dtype != np.int64:
         raise ConfigError(f"data.partition: gave {owners.dtype} {owners.shape}; it should give int64 ({n},)")
     if owners.min() < 0 or owners.max() >= clients:

@@ -40,6 +40,7 @@ def image_folder(
     root: Path,
     size: Count = 224,
     test_share: Part | None = None,
+    classes: list[str] | None = None,
     seed: Seed = 0,
     cache: Path | None = None,
     mean: tuple[float, ...] = (0.485, 0.456, 0.406),
@@ -49,12 +50,14 @@ def image_folder(
 
     Images become colour, (3, size, size): the shorter side is resized to `size`, then the centre is cut out. With
     `size` 256 and `data.crop` 224, test images are those of NVIDIA's recipe; training images begin as the square.
-    Without train/ and test/, a random `test_share` of each class is the test set, the same for one seed. With
-    `cache` images are decoded once into a folder there, which is memory-mapped from then on; it is made anew
-    when a file, `size` or the split changes. The default `mean` and `std` are ImageNet's.
+    Without train/ and test/, a random `test_share` of each class is the test set, the same for one seed.
+    `classes` are the folders' names in the order of their numbers, for a machine that lacks some: then one of
+    train/ and test/ is enough. With `cache` images are decoded once into a folder there, which is memory-mapped
+    from then on; it is made anew when a file, `size` or the split changes. The default `mean` and `std` are
+    ImageNet's.
     """
-    train, test, classes = _samples(root, test_share, seed)
-    if not test:
+    train, test, number = _samples(root, test_share, classes, seed)
+    if not test and (test_share or not classes):
         raise ConfigError(f"data.root: {printable(root)} has no images left for testing")
     _fits_in_memory(len(train) + len(test), size, cache)
     if cache is None:
@@ -63,7 +66,7 @@ def image_folder(
             for part in (train, test)
         )
         y, y_test = (torch.from_numpy(_labels(part)) for part in (train, test))
-        return Dataset(x, y, x_test, y_test, classes, mean, std)
+        return Dataset(x, y, x_test, y_test, number, mean, std)
     folder = cache / _fingerprint(root, train, test, size)
     try:
         if not folder.exists():
@@ -74,12 +77,14 @@ def image_folder(
         raise ConfigError(
             f"data.cache: {printable(cache)}: {getattr(error, 'strerror', None) or error}"
         ) from error
-    return npz(path=folder, channels="first", classes=classes, mean=mean, std=std)
+    return npz(path=folder, channels="first", classes=number, mean=mean, std=std)
 
 
-def _samples(root: Path, test_share: float | None, seed: int) -> tuple[list[Sample], list[Sample], int]:
+def _samples(
+    root: Path, test_share: float | None, classes: list[str] | None, seed: int
+) -> tuple[list[Sample], list[Sample], int]:
     split = [part for part in ("train", "test") if os.path.isdir(root / part)]
-    if len(split) == 1:
+    if len(split) == 1 and not classes:
         raise ConfigError(
             f"data.root: {printable(root)} has {split[0]}/ only; it should have train/ and test/, or neither"
         )
@@ -89,23 +94,40 @@ def _samples(root: Path, test_share: float | None, seed: int) -> tuple[list[Samp
             f"data.test_share: {printable(root)} {folders}, so it should be {'left out' if split else 'set'}"
         )
     try:
-        names, index = find_classes(root / "train" if split else root)
+        if classes:
+            names, index = classes, _numbered(classes, [root / part for part in split] or [root])
+        else:
+            names, index = find_classes(root / "train" if split else root)
+        listed = _listed if classes else _all_classes
         if split:
-            if unknown := set(find_classes(root / "test")[0]) - set(names):
+            if not classes and (unknown := set(find_classes(root / "test")[0]) - set(names)):
                 names_there = printable(", ".join(sorted(unknown)))
                 raise ConfigError(
                     f"data.root: {printable(root)}/test has classes that train has not: {names_there}"
                 )
-            train = _all_classes(root / "train", index)
-            return train, _listed(root / "test", index), len(names)
-        samples = _all_classes(root, index)
+            train, test = listed(root / "train", index), _listed(root / "test", index)
+            if not (train or test):
+                raise ConfigError(f"data.root: {printable(root)} has no images")
+            return train, test, len(names)
+        samples = listed(root, index)
     except ConfigError:
         raise
     except (OSError, ValueError, RecursionError) as error:  # no folder, a name with a zero in it, too deep a tree
         raise ConfigError(f"data.root: {printable(root)}: {error}") from error
-    test = hold_back(_labels(samples), test_share or 0, random(seed, Stream.DATASET))
-    train = [sample for sample, held in zip(samples, test, strict=True) if not held]
-    return train, [sample for sample, held in zip(samples, test, strict=True) if held], len(names)
+    held_back = hold_back(_labels(samples), test_share or 0, random(seed, Stream.DATASET))
+    train = [sample for sample, held in zip(samples, held_back, strict=True) if not held]
+    return train, [sample for sample, held in zip(samples, held_back, strict=True) if held], len(names)
+
+
+def _numbered(classes: list[str], folders: list[Path]) -> dict[str, int]:
+    """The number of each; raises ConfigError where one stands twice, or a folder has others."""
+    if twice := [name for i, name in enumerate(classes) if name in classes[:i]]:
+        raise ConfigError(f"data.classes: {printable(twice[0])} stands twice")
+    for folder in folders:
+        if unknown := set(find_classes(folder)[0]) - set(classes):
+            names_there = printable(", ".join(sorted(unknown)))
+            raise ConfigError(f"data.classes: lacks folders of {printable(folder)}: {names_there}")
+    return {name: number for number, name in enumerate(classes)}
 
 
 def _all_classes(root: Path, index: dict[str, int]) -> list[Sample]:
@@ -173,6 +195,8 @@ def _fill(folder: Path, train: list[Sample], test: list[Sample], size: int) -> N
         if takes > free:  # to write to a mapped file on a full disk would end the process
             raise ConfigError(f"data.cache: {gigabytes(takes)} of images, {gigabytes(free)} are free there")
         for name, part in (("train", train), ("test", test)):
+            if not part:  # which no file can be mapped for
+                continue
             shape = (len(part), 3, size, size)
             file = draft / f"x_{name}.npy"
             _decode(part, np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=shape)).flush()

@@ -22,6 +22,7 @@ from fedsim.types import Count
 Array = npt.NDArray[Any]
 Channels = Literal["last", "first"]
 NAMES = ("x_train", "y_train", "x_test", "y_test")
+X = ("x_train", "x_test")
 HEADER = 2**14  # bytes, in which the longest header fits that numpy reads
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 PACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # as numpy does; others unpack without bound
@@ -43,24 +44,29 @@ def npz(
     dimensions are grey images, (n, height, width); anything else is taken as it is. y and owner are whole
     numbers, (n,). `classes` defaults to the highest label plus one.
 
-    The x of a folder are never read as a whole, so they may be larger than memory; they are uint8 or float32.
+    A machine that only trains, or only tests, needs only that x and y. The x of a folder are never read as a
+    whole, so they may be larger than memory; they are uint8 or float32.
     """
     mapped = os.path.isdir(path)
     with warnings.catch_warnings(action="ignore"):  # of numpy, about headers that Python 2 wrote
         arrays = _folder(path) if mapped else _file(path, channels)
     missing = [name for name in NAMES if name not in arrays]
-    if missing:
+    if missing and set(missing) not in ({"x_train", "y_train"}, {"x_test", "y_test"}):
         raise ConfigError(
-            f"data.path: {printable(path)} has no {' and no '.join(missing)}; it needs {', '.join(NAMES)}"
+            f"data.path: {printable(path)} has no {' and no '.join(missing)}; it needs {', '.join(NAMES)}, "
+            "or one of the two pairs"
         )
     try:
         y = {name: _numbers(name, arrays[name]) for name in ("y_train", "y_test", "owner") if name in arrays}
+        x = {name: _examples(name, arrays[name], channels, mapped) for name in X if name in arrays}
+        form, none = next(iter(x.values())), torch.empty(0, dtype=torch.int64)
+        x_train, x_test = (x.get(name, form[:0]) for name in X)
         return Dataset(
-            _examples("x_train", arrays["x_train"], channels, mapped),
-            y["y_train"],
-            _examples("x_test", arrays["x_test"], channels, mapped),
-            y["y_test"],
-            classes=classes or _classes(y["y_train"], y["y_test"]),
+            x_train,
+            y.get("y_train", none),
+            x_test,
+            y.get("y_test", none),
+            classes=classes or _classes(*(y[name] for name in ("y_train", "y_test") if name in y)),
             mean=mean,
             std=std,
             owner=y.get("owner"),
@@ -116,7 +122,7 @@ def _folder(path: Path) -> dict[str, Array]:
         try:
             with open_regular(file) as stream:
                 needed = _takes(file.stem, stream, os.fstat(stream.fileno()).st_size)
-            takes += 0 if file.stem in ("x_train", "x_test") else needed
+            takes += 0 if file.stem in X else needed
             # Mode "c" would count the whole file against memory, and fail for one that is larger.
             arrays[file.stem] = np.lib.format.open_memmap(file, mode="r")
         except Exception as error:  # a broken header raises anything
@@ -135,7 +141,7 @@ def _takes(name: str, stream: IO[bytes], length: int, channels: Channels = "firs
     count = math.prod(shape)
     if min(shape, default=0) < 0 or begin + count * dtype.itemsize > length:
         raise ValueError(f"{name} holds less than it should, {dtype} {shape}")
-    if name not in ("x_train", "x_test"):
+    if name not in X:
         return count * (dtype.itemsize + 8)
     as_it_is = dtype in (np.uint8, np.float32) and not (len(shape) == 4 and channels == "last")
     return count * (dtype.itemsize + (0 if as_it_is else 1 if dtype == np.uint8 else 4))
@@ -173,6 +179,8 @@ def _classes(*labels: Tensor) -> int:
 
 def _examples(name: str, array: Array, channels: Channels, mapped: bool) -> Tensor:
     """`array` in NCHW; a view of it if `mapped`."""
+    if not array.size:
+        raise ConfigError(f"{name} is {array.dtype} {array.shape}: it holds no example")
     if array.dtype not in (np.uint8, np.float32):
         if mapped or array.dtype.kind != "f":
             raise ConfigError(f"{name} is {array.dtype}; allowed: uint8 or float32")

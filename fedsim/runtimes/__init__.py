@@ -19,6 +19,7 @@ RUNTIMES = Catalogue(
         "threads": "threads:Threads",
         "vectorized": "vectorized:Vectorized",
         "ray": "ray:Ray",
+        "flower": "flower:Flower",
     },
 )
 
@@ -28,7 +29,9 @@ class Runtime(Protocol):
 
     `home` is the device on which the server's state is kept, `workers` how many clients run side by side, and
     `exact` whether the results equal serial's to the bit, and not only to rounding. One that starts processes also
-    has a `close()`, which ends them; its next run starts others.
+    has a `close()`, which ends them; its next run starts others. Where clients keep their states themselves, there
+    is a `ticket(newcomer)`, what the server keeps instead, and a `settled(rounds)`, which is told after which rounds
+    there are checkpoints that a run may go back to.
     """
 
     home: torch.device
@@ -56,6 +59,18 @@ class Runtime(Protocol):
         A client that fails raises ClientError; where the run is `tolerant`, it is reported with its `error`
         instead, and its message is left out.
         """
+
+
+def kept(runtime: Runtime, newcomer: State) -> State:
+    """What the server keeps for a client that has not taken part: its state, or where it has that, a ticket."""
+    ticket = getattr(runtime, "ticket", None)
+    return ticket(newcomer) if ticket else newcomer
+
+
+def settled(runtime: Runtime, rounds: list[int]) -> None:
+    """Tell a runtime after which rounds there are checkpoints."""
+    if tell := getattr(runtime, "settled", None):
+        tell(rounds)
 
 
 def close(runtime: Runtime) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedsim.aggregate import Aggregator, Partial
 from fedsim.data import FederatedData
-from fedsim.errors import ClientError, ConfigError, RoundError, located, one_line
+from fedsim.errors import ClientError, ConfigError, NodeError, RoundError, located, one_line
 from fedsim.task import Replica, Task
 from fedsim.types import Job, Report, State, Update
 from fedsim.work import Work, check_message
@@ -99,10 +99,11 @@ def folded(
 
 def failed(job: Job, error: BaseException, tolerant: bool, seconds: float) -> Report:
     """Its report; raises ClientError unless `tolerant`."""
-    cause = one_line(error) if isinstance(error, ArithmeticError | TimeoutError) else located(error)
+    told = isinstance(error, ArithmeticError | TimeoutError | NodeError)
+    cause = one_line(error) if told else located(error)
     if tolerant:
         return Report(job.client_id, 0.0, {}, {}, seconds, 0, cause)
-    diverged = isinstance(error, ArithmeticError) and ("not finite" in cause or "too large" in cause)
+    diverged = isinstance(error, ArithmeticError | NodeError) and ("not finite" in cause or "too large" in cause)
     advice = "; lower local.lr, or set failures.policy=drop" if diverged else ""
     raise ClientError(f"round {job.round + 1}, client {job.client_id}: {cause}{advice}") from error
 
@@ -207,12 +208,12 @@ def cpu_name() -> str:
     return f"{platform.machine()} {platform.processor()}"
 
 
-def devices(name: str) -> list[torch.device]:
-    """`auto` is every GPU, or the CPU; otherwise the device of that name. Raises ConfigError."""
+def devices(name: str, at: str = "runtime.device") -> list[torch.device]:
+    """`auto` is every GPU, or the CPU; otherwise the device of that name. Raises ConfigError naming the key `at`."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         return [torch.device("cuda", i) for i in range(gpus)] or [torch.device("cpu")]
     allowed = ["auto", "cpu", *(["cuda"] if gpus else []), *(f"cuda:{i}" for i in range(gpus))]
     if name not in allowed:
-        raise ConfigError(f"runtime.device: {name!r} is not on this machine; allowed: {', '.join(allowed)}")
+        raise ConfigError(f"{at}: {name!r} is not on this machine; allowed: {', '.join(allowed)}")
     return [torch.device("cuda", 0) if name == "cuda" else torch.device(name)]
