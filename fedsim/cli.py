@@ -43,6 +43,81 @@ def run(
 
 
 @app.command()
+def serve(
+    config: ConfigPath,
+    settings: Settings = None,
+    superlink: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Flower's SuperLink")] = None,
+    ca: Annotated[Path | None, typer.Option(help="the certificate of the SuperLink's authority")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="plain HTTP, without a certificate")] = False,
+    nodes: Annotated[
+        str | None, typer.Option(metavar="N | A,B,C", help="how many nodes, or the names of those that take part")
+    ] = None,
+    keys: Annotated[
+        Path | None, typer.Option(help="a folder of NAME.pub: a name belongs to the owner of its key")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="a new folder for the results; runs/NAME-1 and so on if not given")
+    ] = None,
+) -> None:
+    """Train a federation of nodes on other machines, over Flower; `fedsim resume` goes on with it."""
+    from fedsim.config import load, parse_overrides
+    from fedsim.experiment import Run
+    from fedsim.flower.options import on_nodes
+
+    chosen = on_nodes(config, superlink=superlink, ca=ca, insecure=insecure, nodes=nodes, keys=keys)
+    _execute(Run.start(load(config, chosen | parse_overrides(settings or [])), out, config.stem))
+
+
+@app.command()
+def node(
+    settings: Annotated[Path, typer.Argument(metavar="NODE.yaml", help="the node's name, data and so on")],
+    superlink: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Flower's SuperLink")] = None,
+    ca: Annotated[Path | None, typer.Option(help="the certificate of the SuperLink's authority")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="plain HTTP, without a certificate")] = False,
+    key: Annotated[Path | None, typer.Option(help="the node's private key, if the SuperLink asks for one")] = None,
+) -> None:
+    """Be a client with data of its own, for whoever drives the federation, until interrupted."""
+    from fedsim.flower.options import work
+
+    work(settings, superlink=superlink, ca=ca, insecure=insecure or None, key=key)
+
+
+@app.command()
+def nodes(
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="RUN", help="a run's folder, for what nodes have told in it")
+    ] = None,
+    superlink: Annotated[str, typer.Option(metavar="HOST:PORT", help="Flower's SuperLink")] = "127.0.0.1:8000",
+    ca: Annotated[Path | None, typer.Option(help="the certificate of the SuperLink's authority")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="plain HTTP, without a certificate")] = False,
+) -> None:
+    """Show the nodes of a federation: names, when they were last seen, and how much data, as far as told."""
+    from fedsim.flower.options import table
+
+    console.print(table(folder, superlink, ca, insecure))
+
+
+@app.command(name="app")
+def flower_app(
+    config: ConfigPath,
+    out: Annotated[Path, typer.Option(help="a new folder for it")],
+    settings: Settings = None,
+) -> None:
+    """Write an experiment as a Flower app, for `flwr run` and Flower's own SuperNodes."""
+    from fedsim.config import overridden, parse_overrides
+    from fedsim.flower.app import checked, write_app
+    from fedsim.flower.options import on_nodes
+    from fedsim.reading import read_yaml
+
+    chosen = on_nodes(config, superlink=None, ca=None, insecure=False, nodes=None, keys=None)
+    values = overridden(read_yaml(config), chosen | parse_overrides(settings or []))
+    checked(values)
+    console.out(f"app: {write_app(out, config.stem, values)}", highlight=False)
+    console.out(f"run: flwr run {out} SUPERLINK --stream", highlight=False)
+    console.out("how it ended: flwr ls SUPERLINK --format json", highlight=False)
+
+
+@app.command()
 def resume(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a run, or of a sweep")],
     settings: Settings = None,
@@ -122,13 +197,22 @@ def partition(
     config: ConfigPath,
     settings: Settings = None,
     out: Annotated[Path | None, typer.Option(help="the picture; NAME-partition.png if not given")] = None,
+    shards: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="a new folder for files of each client's own examples")
+    ] = None,
 ) -> None:
     """Show who holds what: a table, and a picture of labels and sizes by client."""
-    from fedsim.config import build_data, load, parse_overrides
+    from fedsim.config import build_data, build_dataset, load, parse_overrides
     from fedsim.data.partition import content_hash
     from fedsim.data.picture import draw, label_table
 
-    data = build_data(load(config, parse_overrides(settings or [])))
+    loaded = load(config, parse_overrides(settings or []))
+    dataset = build_dataset(loaded)
+    data = build_data(loaded, dataset)
+    if shards is not None:
+        from fedsim.flower.shards import server_data, write_shards
+
+        write_shards(data, shards)
     out = out or Path(f"{config.stem}-partition.png")
     console.print(label_table(data))
     if public := len(data.public):
@@ -137,6 +221,9 @@ def partition(
         console.out(f"label noise: {wrong:,} of {len(data.labels):,} labels are wrong")
     draw(data.labels.numpy(), data.owners, data.num_classes, out)
     console.out(f"hash:    {content_hash(data.owners)}\npicture: {out}")
+    if shards is not None:
+        console.out(f"shards:  {shards}, a k.npz and a k.yaml for each client k: fedsim node k.yaml")
+        console.out(f"server:  fedsim serve {config} 'data={server_data(data, dataset, shards)}'", highlight=False)
 
 
 @app.command()
@@ -191,7 +278,7 @@ def bench(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="actors, population, cohort, idle, aggregation or startup instead; may be given again",
+            help="actors, population, cohort, idle, aggregation, startup or flower instead; may be given again",
         ),
     ] = None,
     picture: Annotated[Path | None, typer.Option(help="of a study; next to the JSON if not given")] = None,
@@ -291,6 +378,28 @@ def export(
         console.out("not checked" + (": ONNX Runtime is not installed" if check and format == "onnx" else ""))
     if format == "onnx":
         console.out(f"TensorRT: {trtexec(made.path, made.shape, size)}")
+
+
+@app.command()
+def certificates(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="new, or one of earlier to add nodes to")],
+    server: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HOST", help="a name or address that nodes know the server by; may be given again"),
+    ] = None,
+    node: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="a node that gets a pair of keys; may be given again")
+    ] = None,
+    days: Annotated[int, typer.Option(help="that the server's certificate holds")] = 825,
+    renew: Annotated[
+        bool, typer.Option("--renew", help="the server's certificate anew, from the CA in DIR, for the same key")
+    ] = False,
+) -> None:
+    """Make what a federation over Flower needs: a CA, the server's certificate, and a key for each node."""
+    from fedsim.flower.certificates import make
+
+    for made in make(folder, server or [], node or [], days, renew):
+        console.out(f"{made.path}: {made.place}", highlight=False)
 
 
 def main() -> None:

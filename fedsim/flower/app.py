@@ -1,0 +1,116 @@
+"""What Flower calls an app: here a pyproject.toml that points into the installed package, and nothing else."""
+
+import re
+import shlex
+import tempfile
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedsim.config import Config, load, overridden, parse_overrides
+from fedsim.errors import ConfigError, printable
+from fedsim.files import create
+from fedsim.reading import MOST_BYTES, parse
+from fedsim.runtimes import RUNTIMES
+
+TEMPLATE = """\
+[project]
+name = "{name}"
+version = "1.0.0"
+description = "A federation of fedsim"
+license = "Apache-2.0"
+dependencies = ["flwr>=1.41,<1.42"]
+
+[tool.flwr.app]
+publisher = "fedsim"
+
+[tool.flwr.app.components]
+serverapp = "fedsim.flower.server_app:app"
+clientapp = "fedsim.flower.client_app:app"
+
+[tool.flwr.app.config]
+"""
+
+# Of `flwr run DIR -c 'KEY="VALUE"'`, whose keys have to stand in the file.
+CONFIG = """\
+settings = "" # more of the same, such as "local.lr=0.1 rounds=5"
+name = {name} # of the run's folder: runs/NAME-1 and so on, where the SuperLink was started
+out = "" # a new folder on the SuperLink's machine instead
+resume = "" # a run's folder there, to go on with; it has the experiment, and only settings count
+experiment = {experiment}
+"""
+
+LONGEST = 32  # characters of an app's name
+
+
+def write_app(folder: Path, name: str, experiment: Mapping[str, Any]) -> Path:
+    """Have an app in a new folder that runs an experiment, given as a config's values; raises ConfigError."""
+    path = folder / "pyproject.toml"
+    text = _toml(yaml.safe_dump(dict(experiment), sort_keys=False))
+    content = TEMPLATE.format(name=_project(name)) + CONFIG.format(name=_toml(name), experiment=text)
+    try:
+        create(folder, {path.name: content.encode()})
+    except OSError as error:
+        raise ConfigError(f"--out: {printable(folder)}: cannot be made: {error.strerror}") from None
+    return path
+
+
+def checked(values: Mapping[str, Any]) -> Config:
+    """The config of an app's experiment; raises ConfigError."""
+    config = load(values)
+    if (name := RUNTIMES.resolve(config.runtime)["name"]) != "flower":
+        raise ConfigError(f"runtime.name: {name}; in a Flower app it should be flower")
+    return config
+
+
+def values_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The `experiment` of an app's config, with its `settings` in the place of some; raises ConfigError."""
+    text = str(config.get("experiment", ""))
+    if len(text) > MOST_BYTES:
+        raise ConfigError(f"experiment: is longer than a config may be, {MOST_BYTES} characters")
+    values = parse(text, "experiment")
+    if not isinstance(values, dict):
+        raise ConfigError("experiment: should hold a mapping of settings, as `fedsim app` writes it")
+    return overridden(values, overrides_of(config))
+
+
+def overrides_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The `settings` of an app's config; raises ConfigError."""
+    text = str(config.get("settings", ""))
+    try:
+        return parse_overrides(shlex.split(text))
+    except ConfigError:
+        raise
+    except ValueError as error:  # of quotes
+        raise ConfigError(f"settings: {printable(text)!r}: {error}") from None
+
+
+@cache
+def flower_app() -> bytes:
+    """The FAB of an app that is driven from outside, for nodes that run what Flower gives them."""
+    from fedsim.flower.internals import build_fab
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "pyproject.toml").write_text(TEMPLATE.format(name="fedsim-app"))
+        return build_fab(Path(folder))
+
+
+def _toml(text: str) -> str:
+    """A text as TOML has it; that of more than a line is kept in lines, for people to read and change."""
+    escaped = "".join(_character(c) for c in text)
+    return f'"""\n{escaped}"""' if "\n" in text else f'"{escaped}"'
+
+
+def _character(c: str) -> str:
+    if c in '"\\':
+        return f"\\{c}"
+    return c if c.isprintable() or c == "\n" else f"\\U{ord(c):08x}"
+
+
+def _project(name: str) -> str:
+    """As Flower allows it: letters, digits and hyphens, a letter first."""
+    words = re.sub(r"[^a-zA-Z0-9]+", "-", name).strip("-")
+    return (words if words[:1].isalpha() else f"fedsim-{words}")[:LONGEST].strip("-")

@@ -1,0 +1,54 @@
+"""Who is connected to a SuperLink, by name: every node is asked."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from time import monotonic, sleep
+
+from fedsim.errors import ConfigError, one_line
+from fedsim.flower import wire
+from fedsim.flower.app import flower_app
+from fedsim.flower.internals import Link, LinkError, Listed, Superlink, listed
+from fedsim.flower.messages import Invitation, Joined
+
+PATIENCE = 12.0  # seconds that nodes have to answer: Flower's own take six, and more while they are at work
+TICK = 0.05
+
+
+def census(superlink: Superlink, told: Mapping[str, int]) -> Iterator[tuple[str, ...]]:
+    """Rows for each node: name, number, status, last seen, versions, examples; raises ConfigError."""
+    try:
+        known = {node.node: node for node in listed(superlink)}
+        answers = _asked(superlink)
+    except LinkError as error:
+        raise ConfigError(f"superlink {superlink.address}: {error}") from error
+    for number, node in sorted(known.items(), key=lambda pair: (_name(answers, pair[1]), pair[0])):
+        joined = answers.get(number)
+        name, versions = _name(answers, node), joined.versions if joined else {}
+        examples = str(told[name]) if name in told else "not told"
+        row = name or "unknown", str(number), node.status, _seen(node)
+        yield *row, versions.get("fedsim", ""), versions.get("torch", ""), examples
+
+
+def _name(answers: Mapping[int, Joined], node: Listed) -> str:
+    joined = answers.get(node.node)
+    return one_line(joined.name) if joined else one_line(node.name)
+
+
+def _seen(node: Listed) -> str:
+    return "now" if node.status == "online" else f"{node.online_until}"
+
+
+def _asked(superlink: Superlink) -> dict[int, Joined]:
+    """What the nodes say that are online: who they are, for they are told nothing that they could join."""
+    answers = dict[int, Joined]()
+    with closing(Link.open(superlink, flower_app())) as link:
+        content = wire.record(Invitation("", "", {}))
+        waiting = link.send(dict.fromkeys(link.nodes(), content), "query", group="census", ttl=PATIENCE)
+        deadline = monotonic() + PATIENCE
+        while waiting and monotonic() < deadline:
+            for reply in link.receive(waiting, most_bytes=2**20):
+                node = waiting.pop(reply.to)
+                if reply.content is not None:
+                    answers[node] = wire.read(Joined, reply.content)
+            sleep(TICK)
+    return answers

@@ -1,0 +1,174 @@
+"""A run's connection to its nodes: made when it is needed, and made anew where the SuperLink went away."""
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic, sleep
+from uuid import uuid4
+
+from fedsim.catalogue import Spec
+from fedsim.errors import ConfigError, RoundError
+from fedsim.flower.app import flower_app
+from fedsim.flower.internals import Link, LinkError, Superlink, listed
+from fedsim.flower.messages import Invitation
+from fedsim.flower.roster import Roster, read_keys
+from fedsim.types import State
+
+log = logging.getLogger(__name__)
+TICK = 0.1  # seconds between two looks for nodes, while nothing else is done
+RETRY = 1.0  # seconds between two attempts to connect
+LOOK = 0.5  # seconds between two looks for nodes, while clients train
+
+
+@dataclass(frozen=True)
+class Timing:
+    """In seconds: how long nodes have to come, and clients to answer."""
+
+    wait: float
+    round_timeout: float
+
+
+def address_of(superlink: str, ca: Path | None, insecure: bool, at: str = "runtime.") -> Superlink:
+    """Where a SuperLink is; raises ConfigError where that is not said clearly."""
+    host, _, port = superlink.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ConfigError(f"{at}superlink: {superlink!r} should be HOST:PORT, such as lab.example.org:8000")
+    if insecure == (ca is not None):
+        raise ConfigError(
+            f"{at}ca: the certificate of the SuperLink's authority; or {at}insecure=true, plain HTTP without one; "
+            f"{'one of the two' if insecure else 'neither is set'}"
+        )
+    if ca is None:
+        return Superlink(superlink, None)
+    try:
+        return Superlink(superlink, ca.expanduser().read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{at}ca: {ca}: {error.strerror}") from None
+
+
+class Federation:
+    """The nodes of a run, and the link to them.
+
+    `run` is the run's id, under which nodes keep their clients' states; `settled` has the rounds after which there
+    are checkpoints, or None where the run keeps none.
+    """
+
+    def __init__(
+        self,
+        superlink: Superlink | None,
+        nodes: list[str] | None,
+        keys: Path | None,
+        clients: int,
+        timing: Timing,
+        link: Callable[[], Link] | None = None,
+    ):
+        self.superlink, self.clients, self.timing = superlink, clients, timing
+        self._given = link
+        self.roster = Roster(None if keys is None else read_keys(keys), self._keys)
+        if nodes is not None and len(set(nodes)) != clients:
+            raise ConfigError(f"runtime.nodes: {len(set(nodes))} names, and data.clients is {clients}")
+        self.roster.names = sorted(nodes or [])
+        self.run = uuid4().hex
+        self.settled: list[int] | None = None
+        self.plan, self.initial = "", State()  # what nodes are told of the experiment
+        self._link: Link | None = None
+        self._looked, self._gathered = 0.0, False
+
+    def link(self) -> Link:
+        """The link in use; raises LinkError where there is none to be had."""
+        if self._link is None:
+            if self._given:
+                self._link = self._given()
+            elif self.superlink:
+                self._link = Link.open(self.superlink, flower_app())
+            else:
+                raise LinkError("there is no SuperLink")
+        return self._link
+
+    def _keys(self) -> dict[int, bytes]:
+        """The nodes' public keys."""
+        return {node.node: node.key for node in listed(self.superlink)} if self.superlink else {}
+
+    def look(self, every: float = LOOK) -> None:
+        """Look for nodes, if the last look is so long ago; raises LinkError."""
+        if monotonic() - self._looked >= every:
+            self._looked = monotonic()
+            self.roster.look(self.link(), Invitation(self.run, self.plan, self.initial))
+
+    def gather(self) -> None:
+        """Wait for the run's nodes, when it begins or goes on; raises RoundError where they are not enough."""
+        if self._gathered:
+            return
+        roster = self.roster
+        self._await(lambda: roster.complete if roster.names else len(roster.joined) >= self.clients)
+        if not roster.names:
+            roster.settle(self.clients)
+        elif not roster.complete:
+            log.warning("nodes: goes on with %s", roster.shown(self.clients))
+        self._gathered = True
+
+    def reconnect(self, error: LinkError) -> None:
+        """Have another link, and the nodes that were there; raises RoundError where none is to be had."""
+        log.warning("superlink: %s; waits for it to come back", error)
+        there = self.roster.joined.keys()
+        self._drop(str(error))
+        self._await(lambda: there <= self.roster.joined.keys())
+
+    def _await(self, there: Callable[[], bool]) -> None:
+        """Look for nodes until who should be there is, or time is up; raises RoundError without a link."""
+        deadline, said = monotonic() + self.timing.wait, ""
+        while True:
+            try:
+                self.look(TICK)
+                if there() or monotonic() > deadline:
+                    return
+                said = self._say(said)
+                sleep(TICK)
+            except LinkError as error:
+                fresh = self._link is None  # then it was not an old one that broke
+                self._drop(str(error))
+                if (fresh and not error.again) or monotonic() > deadline:
+                    raise RoundError(
+                        f"superlink {self.superlink.address if self.superlink else ''}: {error}"
+                    ) from error
+                sleep(RETRY)
+
+    def _say(self, before: str) -> str:
+        now = self.roster.shown(self.clients)
+        if now != before:
+            log.info("nodes: waiting; there are %s", now)
+        return now
+
+    def abandon(self, messages: Iterable[str]) -> None:
+        """Let late answers to these be dropped."""
+        if self._link is not None:
+            self._link.abandon([*messages])
+
+    def close(self) -> None:
+        """End the Flower run; the next round begins another."""
+        self._drop(None)
+
+    def _drop(self, error: str | None) -> None:
+        if self._link is not None:
+            with suppress(LinkError):
+                self._link.close(error)
+            self._link = None
+
+    @property
+    def plan_hash(self) -> str:
+        """SHA-256 of the plan."""
+        return hashlib.sha256(self.plan.encode()).hexdigest()
+
+    def choice(self, sizes: list[int]) -> Spec | None:
+        """What a checkpoint has to know, once it is known who takes part."""
+        names = self.roster.names
+        return {"name": "flower", "run": self.run, "nodes": names, "sizes": sizes} if names else None
+
+    def take(self, run: str, names: list[str]) -> None:
+        """Go on with a run and its nodes; raises ConfigError where others are wanted."""
+        if self.roster.names not in ([], names):
+            raise ConfigError(f"runtime.nodes: {', '.join(self.roster.names)}, and the run has {', '.join(names)}")
+        self.run, self.roster.names = run, names

@@ -1,0 +1,33 @@
+"""All that fedsim takes from inside flwr 1.41, in one place: a contract test says what changed when flwr does.
+
+`Link` drives a Flower run from this process, `Member` is a SuperNode that is this process; `listed`, `register`
+and `unregister` do what `flwr supernode` does. They speak with an ordinary SuperLink, on its wire and with its
+authentication. What cannot go on is told as a LinkError: nothing here ends the process, signals it or writes to
+its output. Objects are read without unpickling anything, and no more memory is taken than the caller allows.
+"""
+
+from fedsim.errors import ConfigError
+
+try:
+    from fedsim.flower.internals.connection import LinkError, Pace, Superlink
+    from fedsim.flower.internals.control import Listed, listed, public_key_bytes, register, unregister
+    from fedsim.flower.internals.link import Kind, Link, Reply, build_fab
+    from fedsim.flower.internals.member import Member
+except ImportError as error:
+    raise ConfigError(f"flower: needs flwr 1.41; pip install 'fedsim[flower]' brings it ({error})") from error
+
+__all__ = [
+    "Kind",
+    "Link",
+    "LinkError",
+    "Listed",
+    "Member",
+    "Pace",
+    "Reply",
+    "Superlink",
+    "build_fab",
+    "listed",
+    "public_key_bytes",
+    "register",
+    "unregister",
+]

@@ -1,0 +1,243 @@
+"""A SuperNode that is this process: it takes messages and answers them."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Self
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_ssh_private_key
+from flwr.app import Message, RecordDict
+from flwr.app.error import Error
+from flwr.app.message.message import remove_content_from_message
+from flwr.common.constant import HEARTBEAT_MIN_INTERVAL, HEARTBEAT_PATIENCE, ErrorCode
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+    RegisterNodeFleetRequest,
+    UnregisterNodeFleetRequest,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest, PushObjectRequest
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+from fedsim.errors import ConfigError, one_line
+from fedsim.flower.internals.connection import (
+    TRIES,
+    LinkError,
+    Pulse,
+    Request,
+    Response,
+    RunEndedError,
+    Superlink,
+    TooLargeError,
+    call,
+    connect,
+)
+from fedsim.flower.internals.control import listed
+from fedsim.flower.internals.objects import WORKERS, Arrival, GoneError, packed, push
+
+INTERVAL = HEARTBEAT_MIN_INTERVAL  # seconds; the shortest that a SuperLink takes
+LAPSE = HEARTBEAT_PATIENCE * INTERVAL  # seconds after which it counts a silent node as gone
+LEAVE = 3.0  # seconds that leaving may take
+
+
+class Member:
+    """A node of a federation, with one message at a time. Not for two threads at once.
+
+    It outlives a SuperLink that cannot be reached for a while: `receive` and `answer` raise LinkError with
+    `again`, and may be called again. Without `again` the node is known no more: close it and open another.
+    """
+
+    def __init__(self, client: FleetHttpClient, node_id: int, *, registered: bool):
+        self.node_id = node_id
+        self._client, self._node, self._registered = client, Node(node_id=node_id), registered
+        self._pool = ThreadPoolExecutor(WORKERS, "member")
+        self._arriving: tuple[Message, Arrival] | None = None
+        self._began = time.perf_counter()
+        self._pulse = Pulse(self._beat, 0.6 * INTERVAL)
+        self._closed = False
+
+    @classmethod
+    def open(cls, superlink: Superlink, key: Path | None) -> Self:
+        """Join the federation; raises LinkError, and ConfigError for a `key` that is none.
+
+        `key` is a private EC key's file, in OpenSSH's format or PEM; without one the node registers itself, which
+        a SuperLink with --enable-supernode-auth refuses.
+        """
+        private, public = _key_pair(key)
+        pem = public_key_to_bytes(public)
+        client = connect(FleetHttpClient, superlink, "SuperNode", [NodeAuthHttpInterceptor(private, public)])
+        try:
+            if key is None:
+                call(client.RegisterNode, RegisterNodeFleetRequest(public_key=pem))
+            request = ActivateNodeRequest(public_key=pem, heartbeat_interval=INTERVAL)
+            try:
+                node_id = call(client.ActivateNode, request).node_id
+            except LinkError as error:
+                raise _inactive(superlink, pem, error) from None
+        except BaseException:
+            client.close()
+            raise
+        return cls(client, node_id, registered=key is None)
+
+    def receive(self, *, most_bytes: int) -> Message | None:
+        """A message, where there is one and all of it is here by now; raises LinkError.
+
+        It waits for nothing: call it every few hundredths of a second. A message with more than `most_bytes` is
+        not read, but answered with an error.
+        """
+        if self._arriving is None:
+            pulled = self._call(self._client.PullMessages, PullMessagesRequest(node=self._node))
+            if not pulled.messages_list:
+                return None
+            self._began = time.perf_counter()
+            head, tree = message_from_proto(pulled.messages_list[0]), pulled.message_object_trees[0]
+            try:
+                self._arriving = head, Arrival(tree, most_bytes)
+            except TooLargeError as error:
+                self.answer(head, f"the message is too large: {error}")
+                return None
+        head, arrival = self._arriving
+        try:
+            if not arrival.advance(lambda name: self._get(head, name), self._pool):
+                return None
+            message = arrival.message()
+        except LinkError as error:
+            if isinstance(error, RunEndedError):
+                self._arriving = None
+                return None
+            raise
+        except TooLargeError:
+            self._refuse(head, f"the message has more than {most_bytes} bytes")
+        except GoneError:
+            self._refuse(head, "the SuperLink no longer has the message")
+        except ValueError as error:
+            self._refuse(head, f"the message cannot be read: {error}")
+        else:
+            self._arriving = None
+            self._done(head)
+            return message
+        return None
+
+    def _refuse(self, head: Message, reason: str) -> None:
+        self._arriving = None
+        self.answer(head, reason)
+        self._done(head)
+
+    def _get(self, head: Message, name: str) -> bytes | None:
+        request = PullObjectRequest(node=self._node, run_id=head.metadata.run_id, object_id=name)
+        found = self._call(self._client.PullObject, request, tries=TRIES)
+        if not found.object_found:
+            raise GoneError
+        return found.object_content if found.object_available else None
+
+    def _done(self, head: Message) -> None:
+        """Let the SuperLink forget a message; nobody waits for that."""
+        request = ConfirmMessageReceivedRequest(
+            node=self._node, run_id=head.metadata.run_id, message_object_id=head.metadata.message_id
+        )
+        self._pool.submit(lambda: self._call(self._client.ConfirmMessageReceived, request, tries=TRIES))
+
+    def answer(self, message: Message, content: RecordDict | str) -> bool:
+        """Answer a message with content, or with an error's reason; raises LinkError.
+
+        False says that its run has ended, so that nobody wants the answer.
+        """
+        if isinstance(content, str):
+            error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, one_line(content))
+            reply = Message(error, reply_to=message)
+        else:
+            reply = Message(content, reply_to=message)
+        run = message.metadata.run_id
+        trees, objects = packed([reply], self._pool)
+        request = PushMessagesRequest(
+            node=self._node,
+            messages_list=[message_to_proto(remove_content_from_message(reply))],
+            message_object_trees=trees,
+            clientapp_runtime_list=[time.perf_counter() - self._began],
+        )
+        try:
+            taken = self._call(self._client.PushMessages, request)
+            push(
+                objects,
+                taken.objects_to_push,
+                lambda name, part: self._put(run, taken.session_id, name, part),
+                self._pool,
+            )
+        except RunEndedError:
+            return False
+        return True
+
+    def _put(self, run: int, session: str, name: str, content: bytes) -> None:
+        request = PushObjectRequest(
+            node=self._node, run_id=run, object_id=name, object_content=content, session_id=session
+        )
+        self._call(self._client.PushObject, request, tries=TRIES)
+
+    def _beat(self) -> None:
+        request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=INTERVAL)
+        if not call(self._client.SendNodeHeartbeat, request).success:
+            raise LinkError("the SuperLink does not know this node any more")
+
+    def _call(self, method: Callable[[Request], Response], request: Request, *, tries: int = 1) -> Response:
+        self._pulse.check()
+        return call(method, request, tries=tries)
+
+    def close(self) -> None:
+        """Leave the federation; it may be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        self._pulse.stop()
+        self._pool.shutdown(cancel_futures=True)
+        self._client._client.timeout = LEAVE
+        with suppress(LinkError):  # then the heartbeat lapses
+            call(self._client.DeactivateNode, DeactivateNodeRequest(node_id=self.node_id))
+            if self._registered:
+                call(self._client.UnregisterNode, UnregisterNodeFleetRequest(node_id=self.node_id))
+        self._client.close()
+
+
+def _key_pair(key: Path | None) -> tuple[ec.EllipticCurvePrivateKey, ec.EllipticCurvePublicKey]:
+    if key is None:
+        return generate_key_pairs()
+    try:
+        content = key.expanduser().read_bytes()
+        load = load_ssh_private_key if b"OPENSSH" in content else load_pem_private_key
+        private = load(content, None)
+    except OSError as error:
+        raise ConfigError(f"{key}: {error.strerror}") from None
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:  # TypeError: it has a password
+        raise ConfigError(f"{key}: not a private key without password: {error}") from None
+    if not isinstance(private, ec.EllipticCurvePrivateKey):
+        raise ConfigError(f"{key}: not an EC key; `ssh-keygen -t ecdsa -b 384` makes one")
+    return private, private.public_key()
+
+
+def _inactive(superlink: Superlink, pem: bytes, error: LinkError) -> LinkError:
+    """Why a node may not join; the SuperLink tells one reason for several."""
+    if error.again:
+        return error
+    try:
+        known = next((each for each in listed(superlink) if each.key == pem), None)
+    except LinkError:
+        return error
+    if known is None:
+        return LinkError("this node's key is not registered: `flwr supernode register` it")
+    rest = max((known.online_until or 0) - time.time(), 0)
+    if rest:
+        return LinkError(
+            f"a node with this key still counts as connected: its heartbeat has to lapse, up to {rest:.0f} s",
+            again=True,
+        )
+    return error

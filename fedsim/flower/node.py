@@ -1,0 +1,309 @@
+"""What a node does: it joins runs that its owner allows, and trains and evaluates on its own examples.
+
+It computes with the very same functions as a simulation's workers. Nothing here knows how messages travel.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated, Any, Self, get_args
+
+import torch
+from pydantic import AfterValidator
+
+from fedsim.catalogue import Options, Spec, options_of, validated
+from fedsim.checkpoint import versions
+from fedsim.config import overridden
+from fedsim.data import DATASETS, Dataset
+from fedsim.data.federated import Shard
+from fedsim.errors import ConfigError, RoundError, located, one_line
+from fedsim.flower.keeping import RUN, Keeping, Kept, needed
+from fedsim.flower.messages import Answer, Invitation, Joined, Order, failure
+from fedsim.flower.plan import Allow, Parts, Plan, digest, parts_of
+from fedsim.flower.transport import ROUNDED, TRANSPORTS, encode
+from fedsim.local import check_precision
+from fedsim.reading import read_yaml
+from fedsim.runtimes.worker import Worker, devices, one_thread
+from fedsim.types import Form, Job, Positive, State, described, form_of
+from fedsim.work import EvaluateClient, Train
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+MOST_ROUNDS = 10**9 - 1
+
+
+def _name(name: str) -> str:
+    if not NAME.fullmatch(name):
+        raise ValueError(f"{name[:70]!r} should be 1 to 64 letters, digits and -._, a letter or digit first")
+    return name
+
+
+class NodeSettings(Options):
+    """A NODE.yaml: who a node is, what it holds, and what it does for others.
+
+    `name` is what the federation knows it by; `data` names a dataset, whose training examples it trains on, and
+    on whose test examples, if there are any, it evaluates its own model. `state` is where its client's states are
+    kept, by default under $XDG_STATE_HOME or ~/.local/state; a run's go `forget_after` days after its last
+    message. Paths are relative to the file's folder.
+
+    `superlink` is host:port of Flower's SuperLink, `ca` a file with the certificate of its authority, `key` the
+    private key that the node signs with; `insecure` is plain HTTP.
+    """
+
+    name: Annotated[str, AfterValidator(_name)]
+    data: Spec | str
+    state: Path | None = None
+    device: str = "auto"
+    allow: Allow = Allow()
+    forget_after: Positive = 90.0  # days
+    superlink: str = "127.0.0.1:8000"
+    ca: Path | None = None
+    key: Path | None = None
+    insecure: bool = False
+
+    @classmethod
+    def read(cls, path: Path, overrides: Mapping[str, Any] | None = None) -> Self:
+        """Those of a file, with others in the place of some, by dotted keys; raises ConfigError."""
+        return cls.of(overridden(read_yaml(path), overrides or {}), path.parent)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], folder: Path = Path()) -> Self:
+        """Those of a mapping, with paths relative to `folder`; raises ConfigError."""
+        settings = validated(cls, values)
+        data = DATASETS.resolve(settings.data)
+        fields = options_of(DATASETS.load(data["name"])).model_fields
+        paths = {n for n, field in fields.items() if Path in (field.annotation, *get_args(field.annotation))}
+        data |= {name: str(_at(folder, Path(data[name]))) for name in paths if data[name] is not None}
+        places = {name: _at(folder, path) for name in ("state", "ca", "key") if (path := getattr(settings, name))}
+        return settings.model_copy(update={"data": data, **places})
+
+    @property
+    def home(self) -> Path:
+        """The folder of the node's own states."""
+        default = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "fedsim"
+        return (self.state or default) / self.name
+
+
+def _at(folder: Path, path: Path) -> Path:
+    return folder / path.expanduser()
+
+
+class Messages:
+    """An aggregator that leaves messages as they are, on the host."""
+
+    def fold(self, updates: Iterable[tuple[int, State, float]], start: list[State] | None = None) -> list[State]:
+        """`start`, or none, and copies of these."""
+        return [*(start or []), *({n: v.to("cpu", copy=True) for n, v in m.items()} for _, m, _ in updates)]
+
+    def merge(self, a: list[State], b: list[State]) -> list[State]:
+        """All of both."""
+        return [*a, *b]
+
+    def odd(self, total: list[State]) -> dict[int, str]:
+        """None: each is right by itself."""
+        return {}
+
+    def result(self, total: list[State]) -> State:
+        """The one that there is; raises RoundError where there are others."""
+        if len(total) != 1:
+            raise RoundError(f"{len(total)} messages are not one")
+        return total[0]
+
+
+@dataclass
+class Member:
+    """A node's part in a run, ready to work: `newcomer` is the state it starts from, `sent` the form of orders."""
+
+    run: str
+    plan: str  # its digest
+    parts: Parts
+    train: Train
+    worker: Worker
+    newcomer: State
+    sent: Form
+    client: int | None = None  # its id, from the first order on
+    last: tuple[int, Kept] | None = None  # version, and what is on disk
+
+
+class Node:
+    """A node between two messages; raises ConfigError where its settings cannot be used.
+
+    Another process that has the node's folder is waited for `patience` seconds. Not for two threads at once.
+    """
+
+    def __init__(self, settings: NodeSettings, patience: float = 0.0):
+        self.settings = settings
+        self.device = devices(settings.device, "device")[0]
+        self.dataset = DATASETS.make(settings.data, Dataset)
+        self.dataset.check_parts("train")
+        self.keeping = Keeping(settings.home, settings.forget_after, patience)
+        self.member: Member | None = None  # of the run that it worked for last
+
+    def close(self) -> None:
+        """Let another process be this node."""
+        self.keeping.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def join(self, invitation: Invitation) -> Joined:
+        """Get ready for a run and remember it, or say why not."""
+        run, plan, initial = invitation
+        self.member = None  # two networks may not fit into memory, and the last is on disk
+        try:
+            if not RUN.fullmatch(run):
+                raise ConfigError(f"run: {run[:40]!r} is no run's id")
+            with one_thread():
+                member = self._member(run, plan, initial)
+            self.keeping.join(run, plan, initial)
+            told = self.keeping.told(run)
+        except Exception as error:
+            return Joined(self.settings.name, versions(), None, _told(error))
+        self.member = member
+        return Joined(self.settings.name, versions(), len(self.dataset.y_train) if told else None)
+
+    def work(self, order: Order) -> Answer:
+        """Train or evaluate, or say why not; raises nothing but what ends the process."""
+        began = perf_counter()
+        try:
+            with one_thread():
+                return self._work(order, began)
+        except Exception as error:
+            return failure(_told(error), seconds=perf_counter() - began)
+
+    def _work(self, order: Order, began: float) -> Answer:
+        member = self._known(order)
+        if member is None:
+            return failure("does not know the plan", lost=True)
+        self._check(order, member)
+        self.keeping.touch(order.run)
+        kept = self._kept(order, member)
+        training = order.task == "train"
+        evaluate = EvaluateClient(member.parts.strategy, order.batch_size, order.train_mode)
+        work = member.train if training else evaluate
+        server = {name: value.to(self.device) for name, value in order.server.items()}
+        unwritten = {name: value._version for name, value in server.items()}
+        messages = Messages()
+        job = Job(order.client, order.round, _below("client", kept.state))
+        partial, report = member.worker.run(work, server, job, messages, tolerant=True)
+        if report.error is not None:
+            return failure(report.error, seconds=perf_counter() - began)
+        if written := [name for name, value in server.items() if value._version != unwritten[name]]:
+            raise ValueError(f"client_update wrote server[{written[0]!r}] in place; states are only read")
+        message, version = messages.result(partial), 0
+        encoded, left = encode(message, order.transport, _below("residual", kept.state))
+        if training:
+            if member.newcomer or order.transport in ROUNDED:
+                version = order.round + 1
+                self._keep(order, member, kept, _above("client", report.client) | _above("residual", left))
+            self.keeping.tell(order.run)
+        examples = len(self.dataset.y_train)
+        return Answer(encoded, report.weight, report.metrics, examples, version, perf_counter() - began)
+
+    def _known(self, order: Order) -> Member | None:
+        """The node's part in the order's run, if it has joined with this plan; raises ConfigError."""
+        if not RUN.fullmatch(order.run):
+            raise ConfigError(f"run: {order.run[:40]!r} is no run's id")
+        if self.member is None or (self.member.run, self.member.plan) != (order.run, order.plan):
+            joined = self.keeping.joined(order.run)
+            if joined is None or digest(joined[0]) != order.plan:
+                return None
+            self.member = None
+            self.member = self._member(order.run, *joined)
+        return self.member
+
+    def _member(self, run: str, text: str, initial: State) -> Member:
+        """What a plan makes of this node; raises ConfigError where it is not allowed, or does not fit the data."""
+        allow, plan = self.settings.allow, Plan.read(text)
+        allow.check_names(plan)
+        allow.check_bytes(initial)
+        form = plan.examples
+        dtype = initial["model"].dtype if "model" in initial else torch.float32
+        data = Shard(
+            self.dataset,
+            classes=form.classes,
+            scale=form.scale,
+            shift=form.shift,
+            crop=form.crop,
+            dtype=dtype if dtype.is_floating_point else torch.float32,
+        )
+        for what, here, there in (
+            ("shape", list(data.shape), list(form.shape)),
+            ("dtype", data.form["dtype"], form.dtype),
+        ):
+            if here != there:
+                raise ConfigError(f"data: examples have {what} {here}, and the federation's have {there}")
+        allow.check_numbers(plan)
+        parts = parts_of(plan, initial)
+        data.check_augment(plan.local["augment"])
+        check_precision(parts.recipe.precision, self.device)
+        task, strategy, recipe = parts
+        newcomer = strategy.init_client(task.initial_model, task.layout)
+        if strategy.buffers == "private":
+            newcomer |= {"buffers": task.initial_buffers}
+        server = strategy.init_server(task.initial_model) | {"buffers": task.initial_buffers}
+        sent = form_of({name: server[name] for name in (*strategy.broadcast, "buffers")})
+        train = Train(strategy, recipe, plan.seed, plan.time_limit)
+        worker = Worker(task, data.to(self.device), self.device, graphs=True)
+        return Member(run, digest(text), parts, train, worker, newcomer, sent)
+
+    def _check(self, order: Order, member: Member) -> None:
+        """Raise ValueError where an order cannot be one of this run."""
+        evaluates = order.task == "evaluate"
+        most = self.settings.allow.max_batch_size
+        for name, value, low, high in (
+            ("round", order.round, 0, MOST_ROUNDS - 1),
+            ("client", order.client, 0, 2**31),
+            ("version", order.version, 0, order.round + evaluates),
+            ("batch_size", order.batch_size, 1, most),
+        ):
+            if not low <= value <= high:
+                raise ValueError(f"order.{name}: {str(value)[:20]} should be from {low} to {high}")
+        if order.transport not in TRANSPORTS:
+            raise ValueError(f"order.transport: {order.transport[:20]!r} is none of {', '.join(TRANSPORTS)}")
+        if member.client not in (None, order.client):
+            raise ValueError(f"order.client: {order.client}, and in this run the node is client {member.client}")
+        self.settings.allow.check_bytes(order.server)
+        if (found := form_of(order.server)) != member.sent:
+            raise ValueError(f"order.server: is {described(found)}, and should be {described(member.sent)}")
+        member.client = order.client
+
+    def _kept(self, order: Order, member: Member) -> Kept:
+        """What the client keeps that counts; raises ValueError where that is not here as it was."""
+        if order.version == 0:
+            return Kept(_above("client", member.newcomer))
+        if member.last is None or member.last[0] != order.version:
+            member.last = None
+            kept = self.keeping.load(order.run, order.client, order.version)
+            found, wanted = form_of(_below("client", kept.state)), form_of(member.newcomer)
+            if found != wanted:
+                raise ValueError(f"state {order.version} is {described(found)}, and should be {described(wanted)}")
+            member.last = order.version, kept
+        return member.last[1]
+
+    def _keep(self, order: Order, member: Member, before: Kept, state: State) -> None:
+        """Have the new state on disk, and of the others those that the run may go back to."""
+        kept = Kept(state, needed(order.version, before.earlier, order.checkpoints))
+        self.keeping.store(order.run, order.client, order.round + 1, kept)
+        self.keeping.prune(order.run, order.version, kept.earlier)
+        member.last = order.round + 1, kept
+
+
+def _told(error: Exception) -> str:
+    """In a line: what was found wrong, or else where it went wrong."""
+    if isinstance(error, OSError) and error.filename:
+        return one_line(f"{error.filename}: {error.strerror}")
+    return one_line(error) if isinstance(error, ArithmeticError | ValueError | OSError) else located(error)
+
+
+def _above(part: str, state: State) -> State:
+    return {f"{part}.{name}": value for name, value in state.items()}
+
+
+def _below(part: str, state: State) -> State:
+    return {n.removeprefix(f"{part}."): value for n, value in state.items() if n.startswith(f"{part}.")}

@@ -1,0 +1,89 @@
+"""What the commands `serve`, `node` and `nodes` are given, and what they do with it."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.table import Table
+
+from fedsim.errors import ConfigError
+from fedsim.flower import needs_flwr
+from fedsim.reading import read_yaml
+
+
+def on_nodes(
+    config: Path,
+    *,
+    superlink: str | None,
+    ca: Path | None,
+    insecure: bool,
+    nodes: str | None,
+    keys: Path | None,
+) -> dict[str, Any]:
+    """The overrides by which a config's clients are nodes."""
+    runtime = read_yaml(config).get("runtime")
+    name = runtime.get("name") if isinstance(runtime, dict) else runtime
+    given = {
+        "superlink": superlink,
+        "ca": ca and str(ca),
+        "insecure": insecure or None,
+        "keys": keys and str(keys),
+    }
+    overrides: dict[str, Any] = {} if name == "flower" else {"runtime": {"name": "flower"}}
+    overrides |= {f"runtime.{key}": value for key, value in given.items() if value is not None}
+    if nodes is None:
+        return overrides
+    if nodes.isdecimal():
+        return overrides | {"data.clients": int(nodes)}
+    names = [each.strip() for each in nodes.split(",")]
+    if not all(names) or len(set(names)) < len(names):
+        raise ConfigError(f"--nodes: {nodes!r} should be a number, or different names such as a,b,c")
+    return overrides | {"runtime.nodes": names, "data.clients": len(names)}
+
+
+def work(path: Path, **given: Any) -> NoReturn:
+    """Be a node until interrupted."""
+    needs_flwr("fedsim node")
+    from fedsim.flower.federation import address_of
+    from fedsim.flower.node import Node, NodeSettings
+    from fedsim.flower.station import serve
+
+    overrides = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+    settings = NodeSettings.read(path, {name: value for name, value in overrides.items() if value is not None})
+    superlink = address_of(settings.superlink, settings.ca, settings.insecure, "")
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {settings.name}: %(message)s"))
+    log = logging.getLogger("fedsim")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        serve(Node(settings), superlink, settings.key)
+    except KeyboardInterrupt:
+        log.info("stopped")
+        raise SystemExit(0) from None
+
+
+def table(folder: Path | None, address: str, ca: Path | None, insecure: bool) -> Table:
+    """Who is connected to a SuperLink; of a run's nodes also what they have told in it. Raises ConfigError."""
+    needs_flwr("fedsim nodes")
+    from fedsim.flower.census import census
+    from fedsim.flower.federation import address_of
+
+    told = {} if folder is None else sizes_told(folder)
+    shown = Table("node", "Flower's number", "status", "last seen", "fedsim", "torch", "examples")
+    for row in census(address_of(address, ca, insecure, "--"), told):
+        shown.add_row(*row)
+    return shown
+
+
+def sizes_told(folder: Path) -> dict[str, int]:
+    """How many examples each node of a run has, as far as its last checkpoint knows; raises ConfigError."""
+    from fedsim.checkpoint import Checkpoints
+    from fedsim.folder import CHECKPOINTS
+
+    saved, _ = Checkpoints(folder / CHECKPOINTS).latest(folder)
+    choice = (saved[0].runtime if saved else None) or {}
+    if choice.get("name") != "flower":
+        raise ConfigError(f"{folder}: has no checkpoint of a run with nodes")
+    return dict(zip(choice["nodes"], choice["sizes"], strict=True))

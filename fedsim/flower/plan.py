@@ -1,0 +1,257 @@
+"""What of an experiment a node has to know, what a node allows, and the parts it makes of it.
+
+A plan is names and numbers: everything in it is checked against what the node allows before any of its names is
+looked up, so that no plan makes a node import, open or fetch anything that its owner did not list.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from typing import Annotated, Any, Literal, NamedTuple, Self
+
+import torch
+from annotated_types import Ge
+from pydantic import AfterValidator, ByteSize
+from pydantic_core import from_json
+from torch import Tensor
+
+from fedsim.catalogue import Catalogue, Options, Spec, unknown, validated
+from fedsim.config import build_recipe, build_task, recipe_options
+from fedsim.data import AUGMENTATIONS, FederatedData
+from fedsim.errors import ConfigError, located, one_line
+from fedsim.losses import LOSSES
+from fedsim.models import MODELS
+from fedsim.models import options as models
+from fedsim.reading import MOST_BYTES
+from fedsim.recipe import Recipe
+from fedsim.schedules import SCHEDULES
+from fedsim.strategies import CATALOGUE as STRATEGIES
+from fedsim.strategy import Strategy
+from fedsim.task import Task
+from fedsim.types import Count, Positive, Seed, State, described, form_of
+
+FILES = ("weights", "pretrained", "new_head")  # of a model: where it starts is sent
+SENT = "sent"  # in the place of a teacher's file
+
+
+class Examples(Options):
+    """The form of an example before a batch makes it x * scale - shift: none of these, one, or one a channel."""
+
+    shape: tuple[Count, ...]  # that the network takes
+    dtype: Literal["uint8", "float32"]
+    classes: Count
+    scale: tuple[float, ...] = ()
+    shift: tuple[float, ...] = ()
+    crop: Count | None = None
+
+
+class Plan(Options):
+    """An experiment as nodes are told it: the parts of a resolved config that clients depend on."""
+
+    format: Literal[1] = 1
+    seed: Seed
+    model: Spec
+    strategy: Spec
+    local: Spec
+    time_limit: Positive | None = None  # seconds that a client may take
+    examples: Examples
+
+    def json_text(self) -> str:
+        """The same text for the same plan."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+    @classmethod
+    def read(cls, text: str) -> Self:
+        """The plan of a text from elsewhere; raises ConfigError."""
+        if len(text) > MOST_BYTES:
+            raise ConfigError(f"plan: is longer than a plan may be, {MOST_BYTES} characters")
+        try:
+            values = from_json(text, allow_inf_nan=False)
+        except ValueError as error:
+            raise ConfigError(f"plan: is not JSON: {one_line(error)}") from None
+        if not isinstance(values, dict):
+            raise ConfigError("plan: should be a mapping")
+        return validated(cls, values, "plan")
+
+
+def plan_of(config: Mapping[str, Any], data: FederatedData) -> Plan:
+    """The plan of a resolved config's `seed`, `model`, `strategy`, `local` and `failures`, for such examples.
+
+    Files are taken out of it: what they hold is sent.
+    """
+    distillation = config["local"]["distillation"]
+    if distillation and distillation["teacher"] != "global":
+        distillation = distillation | {"teacher": SENT}
+    plan = {
+        "seed": config["seed"],
+        "model": {key: value for key, value in config["model"].items() if key not in FILES},
+        "strategy": config["strategy"],
+        "local": config["local"] | {"distillation": distillation},
+        "time_limit": config["failures"]["time_limit"],
+        "examples": data.form | {"classes": data.num_classes, "crop": data.crop},
+    }
+    return validated(Plan, plan, "plan")
+
+
+def digest(text: str) -> str:
+    """SHA-256 of a plan's text, by which orders name it."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def initial_of(task: Task) -> State:
+    """What a node needs besides a plan: `model` (P,), `buffers` (Q,), and `constant.NAME`s."""
+    fixed = {f"constant.{name}": value.detach() for name, value in task.constants().items()}
+    return {"model": task.initial_model, "buffers": task.initial_buffers} | fixed
+
+
+class Parts(NamedTuple):
+    """What a plan names."""
+
+    task: Task
+    strategy: Strategy
+    recipe: Recipe
+
+
+def parts_of(plan: Plan, initial: State) -> Parts:
+    """The parts of a plan that was allowed, with the tensors that came with it; raises ConfigError."""
+    try:
+        recipe = build_recipe(plan.local)
+        shape, classes = plan.examples.shape, plan.examples.classes
+        recipe.check(classes)
+        task = build_task(plan.model, recipe, plan.seed, shape, classes, sent=True)
+        strategy = STRATEGIES.make(plan.strategy, Strategy)
+        _receive(task, initial)
+        strategy.check(recipe, task.layout)
+    except ConfigError:
+        raise
+    except Exception as error:  # of whatever a plan's numbers drive a network or a strategy to
+        raise ConfigError(f"plan: cannot be built here: {located(error)}") from error
+    return Parts(task, strategy, recipe)
+
+
+def _receive(task: Task, initial: State) -> None:
+    """Have the task start where the server's does; raises ConfigError unless all tensors fit."""
+    own = initial_of(task)
+    for name, value in own.items():
+        if name not in initial:
+            raise ConfigError(f"initial: {name} was not sent")
+        there, here = (described(form_of({name: tensor})) for tensor in (initial[name], value))
+        if there != here:
+            raise ConfigError(f"initial: {there} was sent, and the plan's network has {here}")
+        if value.is_floating_point() and not initial[name].isfinite().all():
+            raise ConfigError(f"initial: {name} has values that are not finite")
+    if strange := sorted(initial.keys() - own.keys()):
+        raise ConfigError(f"initial: {strange[0]} was sent, which the plan's network has not")
+    task.initial_model, task.initial_buffers = initial["model"].clone(), initial["buffers"].clone()
+    with torch.no_grad():
+        for name, value in task.constants().items():  # the networks' own
+            value.copy_(initial[f"constant.{name}"])
+
+
+def _known(catalogue: Catalogue) -> AfterValidator:
+    """Refuses names that are neither in the catalogue nor of a module."""
+
+    def check(names: list[str]) -> list[str]:
+        for name in names:
+            if name not in catalogue and ":" not in name:
+                raise ValueError(f"{unknown(name, catalogue)}, or your own package.module:attribute")
+        return names
+
+    return AfterValidator(check)
+
+
+class Allow(Options):
+    """What a node does for others. Null is every entry that fedsim brings; what else it imports is listed.
+
+    `max_parameters` counts a network's parameters and buffers, and a teacher's as many again, `max_bytes` is of a
+    message; the others bound what stands in `local`.
+    """
+
+    strategies: Annotated[list[str], _known(STRATEGIES)] | None = None
+    models: Annotated[list[str], _known(MODELS)] | None = None
+    losses: Annotated[list[str], _known(LOSSES)] | None = None
+    schedules: Annotated[list[str], _known(SCHEDULES)] | None = None
+    augmentations: Annotated[list[str], _known(AUGMENTATIONS)] | None = None
+    max_epochs: Count = 1000
+    max_steps: Count = 1_000_000
+    max_batch_size: Count = 2**16
+    max_parameters: Count = 2_000_000_000
+    max_bytes: Annotated[ByteSize, Ge(1)] = ByteSize(16 * 2**30)
+
+    def check_names(self, plan: Plan) -> None:
+        """Raise ConfigError where a plan names what is not allowed; nothing is imported for it."""
+        for at, spec, catalogue, names in self._named(plan):
+            _check_name(at, spec, catalogue, names)
+        for at, spec in _networks(plan):
+            if opened := [key for key in FILES if spec.get(key) not in (None, False)]:
+                raise ConfigError(f"{at}.{opened[0]}: should be left out; weights are sent, a plan opens no file")
+        distillation = plan.local.get("distillation")
+        if distillation and distillation.get("teacher") not in ("global", SENT):
+            raise ConfigError(f"local.distillation.teacher: allowed: global, {SENT}; a plan opens no file")
+
+    def check_numbers(self, plan: Plan) -> None:
+        """Raise ConfigError where a plan, whose names are allowed, asks for more."""
+        options: Any = recipe_options(plan.local)
+        for name in ("epochs", "steps", "batch_size"):
+            value, most = getattr(options, name), getattr(self, f"max_{name}")
+            if isinstance(value, int) and value > most:
+                raise ConfigError(f"local.{name}: is more than this node allows; allowed: up to {most:,}")
+        for at, spec in _networks(plan):
+            self._check_size(at, spec, plan.examples)
+
+    def check_bytes(self, state: State) -> None:
+        """Raise ConfigError where a message has too many."""
+        if (size := sum(value.nbytes for value in state.values())) > self.max_bytes:
+            most = f"allowed: up to {self.max_bytes:,}"
+            raise ConfigError(f"message: {size:,} bytes are more than this node allows; {most}")
+
+    def _named(self, plan: Plan) -> Iterator[tuple[str, Any, Catalogue, list[str] | None]]:
+        """Where the plan names what a catalogue would import."""
+        local = plan.local
+        yield "strategy", plan.strategy, STRATEGIES, self.strategies
+        for at, spec in _networks(plan):
+            yield at, spec, MODELS, self.models
+        yield "local.schedule", local.get("schedule"), SCHEDULES, self.schedules
+        yield "local.loss", local.get("loss"), LOSSES, self.losses
+        augment = local.get("augment")
+        if not isinstance(augment, list):
+            raise ConfigError("local.augment: should be a list")
+        for i, spec in enumerate(augment):
+            yield f"local.augment[{i}]", spec, AUGMENTATIONS, self.augmentations
+
+    def _check_size(self, at: str, spec: Spec, examples: Examples) -> None:
+        """Raise ConfigError where a network is too large, before there is memory for it."""
+        try:
+            with torch.device("meta"):
+                network = models.make(spec, examples.shape, examples.classes, at)
+        except ConfigError:
+            raise
+        except Exception as error:
+            if ":" in spec["name"]:  # the owner's, who listed it, and it needs numbers to be made
+                return
+            raise ConfigError(f"{at}: cannot be built here: {located(error)}") from error
+        tensors: Iterator[Tensor] = chain(network.parameters(), network.buffers())
+        if (size := sum(tensor.numel() for tensor in tensors)) > self.max_parameters:
+            most = f"allowed: up to {self.max_parameters:,}"
+            raise ConfigError(f"{at}: {size:,} parameters are more than this node allows; {most}")
+
+
+def _networks(plan: Plan) -> Iterator[tuple[str, Any]]:
+    """The models that a plan has networks of."""
+    yield "model", plan.model
+    distillation = plan.local.get("distillation")
+    if distillation is not None and not isinstance(distillation, dict):
+        raise ConfigError("local.distillation: should be a mapping")
+    if distillation and distillation.get("model") is not None:
+        yield "local.distillation.model", distillation["model"]
+
+
+def _check_name(at: str, spec: Any, catalogue: Catalogue, names: list[str] | None) -> None:
+    if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
+        raise ConfigError(f"{at}: should be a mapping with a name, such as {{name: {next(iter(catalogue))}}}")
+    allowed = list(catalogue) if names is None else names
+    if spec["name"] not in allowed:
+        raise ConfigError(f"{at}.name: on this node {unknown(spec['name'][:80], allowed)}")
+    if "inner" in spec:
+        _check_name(f"{at}.inner", spec["inner"], catalogue, names)

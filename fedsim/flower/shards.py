@@ -1,0 +1,85 @@
+"""Who holds what, on disk: a file a client, for machines that hold only their own."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from fedsim.data import Dataset, FederatedData
+from fedsim.errors import ConfigError, printable
+from fedsim.files import sync_folder
+
+Arrays = dict[str, Any]
+
+
+def write_shards(data: FederatedData, folder: Path) -> list[Path]:
+    """Have k.npz and k.yaml there for each client k, and server.npz; returns their paths. Raises ConfigError.
+
+    A client's file has the examples that it trains on, with the labels in use, and those it holds out as x_test;
+    the server's has the test set, and where it has public examples, those as x_train. A k.yaml is a NODE.yaml.
+    The folder is new, or empty, and is whole or not there.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"--shards: {printable(folder)} exists, and nothing is overwritten; name another folder")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as draft:
+            names = [_write(Path(draft), name, arrays) for name, arrays in _shards(data)]
+            names += [_settings(Path(draft), k, data) for k in range(data.num_clients)]
+            made = Path(draft) / "shards"
+            made.mkdir()
+            for name in names:
+                (Path(draft) / name).rename(made / name)
+            made.rename(folder)
+        sync_folder(folder.parent)
+    except OSError as error:
+        raise ConfigError(f"--shards: {printable(folder)}: cannot be written: {error.strerror}") from None
+    return [folder / name for name in names]
+
+
+def server_data(data: FederatedData, dataset: Dataset, folder: Path) -> str:
+    """What `data` is in the config of who serves the clients of `folder`, as YAML in a line."""
+    spec: dict[str, Any] = {"name": "npz", "path": str(folder / "server.npz"), "channels": "first"}
+    spec |= {"classes": data.num_classes, "clients": data.num_clients}
+    spec |= {"mean": list(dataset.mean), "std": list(dataset.std)} if dataset.mean else {}
+    spec |= {"crop": data.crop} if data.crop else {}
+    spec |= {"public": 1.0} if len(data.public) else {}
+    return yaml.safe_dump(spec, sort_keys=False, default_flow_style=True, width=10**6).strip()
+
+
+def client_name(client: int, clients: int) -> str:
+    """Such that the names, sorted, are in the order of the clients: client-00 to client-99."""
+    return f"client-{client:0{max(2, len(str(clients - 1)))}}"
+
+
+def _shards(data: FederatedData) -> Iterator[tuple[str, Arrays]]:
+    """One at a time, since all together may be larger than memory."""
+    for client in range(data.num_clients):
+        arrays = _pair(data, "train", data.rows(client))
+        held = data.held_out(client)
+        yield f"{client}.npz", arrays | (_pair(data, "test", held) if len(held) else {})
+    public = data.public
+    x, y = data.test_set
+    yield "server.npz", (_pair(data, "train", public) if len(public) else {}) | {"x_test": x, "y_test": y}
+
+
+def _pair(data: FederatedData, part: str, rows: np.ndarray[Any, Any]) -> Arrays:
+    x, y = data.examples(torch.from_numpy(rows))
+    return {f"x_{part}": x, f"y_{part}": y}
+
+
+def _write(folder: Path, name: str, arrays: Arrays) -> str:
+    with (folder / name).open("wb") as file:
+        np.savez(file, **{key: value.cpu().numpy() for key, value in arrays.items()})
+    return name
+
+
+def _settings(folder: Path, client: int, data: FederatedData) -> str:
+    source = {"name": "npz", "path": f"{client}.npz", "channels": "first", "classes": data.num_classes}
+    values = {"name": client_name(client, data.num_clients), "data": source}
+    (folder / f"{client}.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    return f"{client}.yaml"

@@ -1,0 +1,96 @@
+"""Messages as Flower carries them: a JSON text of names and numbers, and tensors as plain bytes.
+
+Nothing is unpickled. What comes in is checked before it is used: the JSON against the fields of the message, the
+bytes of a tensor against its shape and type.
+"""
+
+from collections import OrderedDict
+from typing import Any, TypeVar, get_type_hints
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from fedsim.errors import one_line
+from fedsim.flower.messages import FORMAT, Answer, Invitation, Joined, Order
+from fedsim.flower.transport import Coded, Encoded, decode, encode
+from fedsim.types import State
+
+Message = TypeVar("Message", Invitation, Joined, Order, Answer)
+
+KEY = f"fedsim.{FORMAT}"  # of the record with the JSON
+STYPE = "fedsim."  # begins the name of how a tensor's bytes are to be read: its coding
+MOST_ARRAYS = 10_000
+
+
+def _schema(kind: Any) -> type[BaseModel]:
+    """Of the fields that hold no tensors."""
+    fields: dict[str, Any] = {n: (h, ...) for n, h in get_type_hints(kind).items() if n not in TENSORS[kind]}
+    config = ConfigDict(extra="forbid", strict=True, ser_json_inf_nan="constants")
+    return create_model(kind.__name__, __config__=config, **fields)
+
+
+KINDS: tuple[Any, ...] = (Invitation, Joined, Order, Answer)
+TENSORS = {kind: {n: h for n, h in get_type_hints(kind).items() if h in (State, Encoded)} for kind in KINDS}
+SCHEMAS = {kind: _schema(kind) for kind in KINDS}
+
+
+def record(message: Invitation | Joined | Order | Answer, **made: ArrayRecord) -> RecordDict:
+    """One of `fedsim.flower.messages`; the states that `made` has records of already are not made again."""
+    numbers, states = {}, dict[str, ArrayRecord]()
+    for name, value in message._asdict().items():
+        if name in TENSORS[type(message)]:
+            states[name] = made[name] if name in made else arrays(_encoded(type(message), name, value))
+        else:
+            numbers[name] = value
+    text = SCHEMAS[type(message)](**numbers).model_dump_json()
+    return RecordDict({KEY: ConfigRecord({"kind": type(message).__name__, "json": text}), **states})
+
+
+def read(kind: type[Message], content: RecordDict) -> Message:
+    """The message of that kind; raises ValueError, in one line, where it is none."""
+    try:
+        about = content.config_records[KEY]
+        if about["kind"] != kind.__name__:
+            raise ValueError(f"is {about['kind']!r:.40}, and should be {kind.__name__}")
+        numbers = SCHEMAS[kind].model_validate_json(str(about["json"]))
+        found: dict[str, Any] = dict(numbers)
+        found |= {name: _decoded(kind, name, content.array_records[name]) for name in TENSORS[kind]}
+    except KeyError as error:
+        raise ValueError(f"has no {error.args[0]!r:.40}; it is of another fedsim, or of none") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(one_line(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")) from None
+    return kind(**found)
+
+
+def kind(content: RecordDict) -> str:
+    """The name of the message that it says it holds; raises ValueError where that is none of fedsim's."""
+    if KEY not in content.config_records:
+        raise ValueError(f"has no {KEY!r}: it is of another fedsim, or of none")
+    return str(content.config_records[KEY].get("kind", ""))
+
+
+def arrays(values: Encoded) -> ArrayRecord:
+    """Named tensors as they travel."""
+    return ArrayRecord(OrderedDict((name, _array(value)) for name, value in sorted(values.items())))
+
+
+def encoded(values: ArrayRecord) -> Encoded:
+    """The reverse; raises ValueError where there are too many."""
+    if len(values) > MOST_ARRAYS:
+        raise ValueError(f"has {len(values)} tensors; allowed: {MOST_ARRAYS}")
+    return {
+        name: Coded(a.dtype, tuple(a.shape), a.stype.removeprefix(STYPE), a.data) for name, a in values.items()
+    }
+
+
+def _array(value: Coded) -> Array:
+    return Array(dtype=value.dtype, shape=value.shape, stype=STYPE + value.coding, data=value.data)
+
+
+def _encoded(kind: type, name: str, value: Any) -> Encoded:
+    return encode(value, "exact")[0] if TENSORS[kind][name] == State else value
+
+
+def _decoded(kind: type, name: str, values: ArrayRecord) -> State | Encoded:
+    return decode(encoded(values)) if TENSORS[kind][name] == State else encoded(values)
