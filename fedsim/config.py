@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from annotated_types import Ge, Le, Lt
+from annotated_types import Ge, Lt
 from torch import nn
 
 from fedsim.availability import Availability
@@ -55,7 +55,8 @@ class Federation(Options):
     partition: Spec | str = "iid"
     holdout: Annotated[float, Ge(0), Lt(1)] = 0.0
     crop: Count | None = None  # pixels a side, about the centre, where no augmentation has made them that size
-    public: Annotated[float, Ge(0), Le(1)] = 0.0  # of the training examples, the server's; 1 if clients are elsewhere
+    # Of the training examples, the server's own; all where clients are elsewhere.
+    public: Annotated[float, Ge(0), Lt(1)] | Literal["all"] = 0.0
     label_noise: Spec | None = None
     partition_seed: Seed | None = None  # of the division: owners, holdout, public, label_noise; the run's if null
 
@@ -125,8 +126,8 @@ def build_data(config: Config, dataset: Dataset | None = None) -> FederatedData:
     dataset.check_parts("train", "test")
     seed = config.seed if shared["partition_seed"] is None else shared["partition_seed"]
     stream = random(seed, Stream.PARTITION)
-    if shared["public"] == 1:
-        raise ConfigError("data.public: 1 leaves clients nothing; less than 1 where they are simulated")
+    if shared["public"] == "all":
+        raise ConfigError("data.public: all leaves nothing to clients that are simulated; a share of them does")
     public = set_apart(dataset, shared["public"], seed)
     owners = PARTITIONS.make(shared["partition"], np.ndarray, without(dataset, public), shared["clients"], stream)
     data = FederatedData(
@@ -145,6 +146,7 @@ def build_data(config: Config, dataset: Dataset | None = None) -> FederatedData:
 def build_server_data(config: Config) -> FederatedData:
     """The same where clients hold theirs themselves: for tests, and of `data.public` the server's own."""
     shared, dataset = {key: config.data[key] for key in ("clients", "crop", "public")}, build_dataset(config)
+    dataset.check_parts("test")
     seed = config.seed if config.data["partition_seed"] is None else config.data["partition_seed"]
     public = set_apart(dataset, shared.pop("public"), seed)
     return FederatedData(dataset, None, public=public, seed=seed, **shared)

@@ -245,7 +245,7 @@ def _tests(config: Config, simulation: Simulation) -> Record:
         found |= {"ema_test_loss": mean.loss, "ema_test_accuracy": mean.accuracy}
     if config.evaluate.clients:
         clients = simulation.evaluate_clients(batch_size=size, train=train)
-        found |= spread([each.accuracy for each in clients.values()])
+        found |= spread([each.accuracy for each in clients.values()]) if clients else {}
     return found
 
 

@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 from torch import nn
 
-from fedsim.catalogue import Catalogue, allowed, options_of, unknown
+from fedsim.catalogue import Catalogue, Options, allowed, options_of, unknown
 from fedsim.cohort import COHORTS
 from fedsim.cost import flops, short, size
 from fedsim.data import AUGMENTATIONS, DATASETS, PARTITIONS
@@ -39,6 +39,8 @@ SETTINGS = Catalogue(  # the mappings of a config that are no entry of a catalog
         "availability": "availability:Availability",
         "checkpoint": "hooks.checkpointing:Checkpointing",
         "client_store": "store:ClientStore",
+        "NODE.yaml": "flower.node:NodeSettings",
+        "allow": "flower.plan:Allow",
     },
 )
 KINDS: dict[str, Catalogue] = {
@@ -114,4 +116,5 @@ def _options(catalogue: Catalogue, entry: str) -> Table:
 
 def _shown(default: object) -> str:
     """As a config would have it."""
-    return default if isinstance(default, str) else json.dumps(default, default=str)
+    plain = {} if isinstance(default, Options) else default  # whose options have defaults of their own
+    return plain if isinstance(plain, str) else json.dumps(plain, default=str)

@@ -113,7 +113,7 @@ class Simulation:
         strategy.check(recipe, task.layout)
         if availability:
             if data.elsewhere:
-                raise ConfigError("availability: simulates what clients on real machines do by themselves; leave it out")
+                raise ConfigError("availability: is simulated, and real machines have their own; leave it out")
             availability.check(data.num_clients)
         check_recalibration(recalibrate, strategy.buffers, task, data)
         self.strategy, self.task, self.data, self.runtime, self.cohort = strategy, task, data, runtime, cohort
@@ -223,13 +223,15 @@ class Simulation:
     ) -> dict[int, Evaluation]:
         """Each client's own model on its own examples, by client; all of them unless some are named.
 
-        On what it holds out, or where it holds out nothing, on what it trains on.
+        On what it holds out, or where it holds out nothing, on what it trains on. With failures.policy=drop those
+        that fail are left out.
         """
         ids = range(self.data.num_clients) if clients is None else clients
         work = EvaluateClient(self.strategy, batch_size, train)
-        jobs, download = (self._job(k, self.number - 1) for k in ids), self._download()
-        sums = {r.client_id: r.metrics for r in self._reports(work, jobs, download)}
-        return {client: _mean(sums[client]) for client in ids}
+        jobs, tolerant = (self._job(k, self.number - 1) for k in ids), self.failures.policy == "drop"
+        reports = self._reports(work, jobs, self._download(), tolerant=tolerant)
+        sums = {r.client_id: r.metrics for r in reports if r.error is None}
+        return {client: _mean(sums[client]) for client in ids if client in sums}
 
     def digest(self) -> str:
         """SHA-256 of what a run depends on besides settings and state: the data, and constants of networks."""
@@ -352,8 +354,11 @@ class Simulation:
     def _job(self, client: int, number: int | None = None) -> Job:
         return Job(client, self.number if number is None else number, self.clients.get(client, self.newcomer))
 
-    def _reports(self, work: Work, jobs: Iterable[Job], server: State | None = None) -> list[Report]:
-        runs = self.runtime.run(work, self.server if server is None else server, jobs, self.aggregator)
+    def _reports(
+        self, work: Work, jobs: Iterable[Job], server: State | None = None, *, tolerant: bool = False
+    ) -> list[Report]:
+        server = self.server if server is None else server
+        runs = self.runtime.run(work, server, jobs, self.aggregator, tolerant=tolerant)
         batches = [reports for _, reports in runs]
         return sorted((r for batch in batches for r in batch), key=lambda report: report.client_id)
 

@@ -4,7 +4,7 @@ import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -212,7 +212,7 @@ class Shard(FederatedData):
         channels = self.shape[0] if len(self.shape) == 3 else 1
         for name, values in (("scale", scale), ("shift", shift)):
             if len(values) not in {0, 1, channels}:
-                raise ConfigError(f"data: the federation's {name} is of {len(values)} channels; here are {channels}")
+                raise ConfigError(f"data: the federation's {name} has {len(values)} channels; here are {channels}")
         self.num_classes = classes
         self._scale, self._shift = _by_channel(scale, dtype), _by_channel(shift, dtype)
 
@@ -231,10 +231,10 @@ class Shard(FederatedData):
         return map(self.test_batch, torch.split(torch.arange(self.num_test), batch_size))
 
 
-def set_apart(dataset: Dataset, share: float, seed: int) -> Flags:
-    """(n,) which training examples are the server's: a random `share` of all, rounded down; all where it is 1."""
+def set_apart(dataset: Dataset, share: float | Literal["all"], seed: int) -> Flags:
+    """(n,) which training examples are the server's: all, or a random `share`, rounded down."""
     n = len(dataset.y_train)
-    if share in (0, 1):
+    if not share or share == "all":
         return np.full(n, bool(share))
     return hold_back(np.zeros(n, dtype=np.int64), share, random(seed, Stream.PUBLIC))
 

@@ -8,7 +8,7 @@ from fedsim.errors import ConfigError, one_line
 from fedsim.flower import wire
 from fedsim.flower.app import flower_app
 from fedsim.flower.internals import Link, LinkError, Listed, Superlink, listed
-from fedsim.flower.messages import Invitation, Joined
+from fedsim.flower.messages import Hello, Joined
 
 PATIENCE = 12.0  # seconds that nodes have to answer: Flower's own take six, and more while they are at work
 TICK = 0.05
@@ -39,10 +39,10 @@ def _seen(node: Listed) -> str:
 
 
 def _asked(superlink: Superlink) -> dict[int, Joined]:
-    """What the nodes say that are online: who they are, for they are told nothing that they could join."""
+    """What the nodes say that are online."""
     answers = dict[int, Joined]()
     with closing(Link.open(superlink, flower_app())) as link:
-        content = wire.record(Invitation("", "", {}))
+        content = wire.record(Hello())
         waiting = link.send(dict.fromkeys(link.nodes(), content), "query", group="census", ttl=PATIENCE)
         deadline = monotonic() + PATIENCE
         while waiting and monotonic() < deadline:

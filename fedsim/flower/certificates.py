@@ -274,5 +274,5 @@ def _where(folder: Path, name: str) -> str:
         return "to the server" + (" and no other machine" if name == SERVER_KEY else "")
     node = Path(name).name
     if _public(name):
-        return f"to the server, which registers {node[:-4]} by it: fedsim serve --keys {folder / NODES}"
+        return f"to the server, where `flwr supernode register` lets {node[:-4]} join by it"
     return f"to the machine of {node} and no other; delete it here then"

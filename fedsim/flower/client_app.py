@@ -14,7 +14,7 @@ from fedsim.checkpoint import versions
 from fedsim.config import overridden
 from fedsim.errors import ConfigError, one_line
 from fedsim.flower import foreign, wire
-from fedsim.flower.messages import Invitation, Joined, failure
+from fedsim.flower.messages import Hello, Invitation, Joined, failure
 from fedsim.flower.node import Node, NodeSettings
 from fedsim.flower.station import respond
 
@@ -73,7 +73,7 @@ def refusal(message: Message, context: Context, why: str) -> Message:
         kind = wire.kind(message.content)
     except ValueError:  # of Flower's own
         return Message(Error(RAISED, why), reply_to=message)
-    if kind != Invitation.__name__:
+    if kind not in (Hello.__name__, Invitation.__name__):
         return Message(wire.record(failure(why)), reply_to=message)
     name = str(context.node_config.get("name", f"node {context.node_id}"))
     return Message(wire.record(Joined(name, versions(), None, why)), reply_to=message)

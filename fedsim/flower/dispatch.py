@@ -26,6 +26,8 @@ MOST = 16  # times what a client is sent, and
 LEAST = 2**26  # bytes more, that it may answer
 GRACE = 30.0  # seconds that a SuperLink may be out of reach before there is another Flower run
 INVITED = 3  # times in a round that a node may say that it does not know the plan
+EXAMPLES = 2**40  # that a client may have
+SUMS = {Train: {"loss", "examples", "steps"}, EvaluateClient: {"loss", "examples", "correct"}}
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Dispatch:
         self.broadcast = wire.arrays(encode(server, "exact")[0])  # once, whoever gets it
         self.most = LEAST + MOST * sum(value.nbytes for value in server.values())
         self.total = aggregator.fold([])
-        self.todo: list[tuple[Job, float]] = []  # and since when they wait for their nodes
+        self.todo: list[tuple[Job, float]] = []  # and until when they wait for their nodes
         self.flights: dict[str, Flight] = {}  # by message
         self.invited = Counter[int]()  # clients, whose nodes had lost the plan
         self.placed = False
@@ -69,7 +71,7 @@ class Dispatch:
         """Reports as answers come, and the sum of what they brought at the end."""
         self.federation.gather()
         self.began = last = heard = monotonic()
-        self.todo = [(job, self.began) for job in jobs]
+        self._wait_for(jobs, 0.0 if self.tolerant else self.federation.timing.wait)
         try:
             while self.todo or self.flights:
                 try:
@@ -101,14 +103,14 @@ class Dispatch:
         roster = self.federation.roster
         nodes = {job.client_id: roster.node(job.client_id) for job, _ in self.todo}
         jobs = {node: job for job, _ in self.todo if (node := nodes[job.client_id]) is not None}
-        if not jobs:
+        if not jobs or self._left() <= 0:
             return
-        self.todo = [(job, since) for job, since in self.todo if nodes[job.client_id] is None]
+        self.todo = [(job, until) for job, until in self.todo if nodes[job.client_id] is None]
         orders = {node: wire.record(self._order(job), server=self.broadcast) for node, job in jobs.items()}
         try:
             sent = self.federation.link().send(orders, "train", group=type(self.work).__name__, ttl=self._left())
         except LinkError:
-            self.todo += [(job, monotonic()) for job in jobs.values()]
+            self._wait_for(jobs.values(), self.federation.timing.wait)
             raise
         began = perf_counter()
         self.flights |= {message: Flight(jobs[node], node, began) for message, node in sent.items()}
@@ -150,11 +152,14 @@ class Dispatch:
         """Add a message to the sum; raises ValueError where the answer cannot be one."""
         job, trained = flight.job, isinstance(self.work, Train)
         message = decode(answer.message, self.most)
-        if answer.examples < 1 or answer.version != (job.round + 1 if trained and job.client else 0):
-            raise ValueError(f"has {answer.examples} examples and state {answer.version}, which cannot be")
-        if strange := [name for name, value in answer.metrics.items() if not isfinite(value)]:
+        version, sums = job.round + 1 if trained and job.client else 0, answer.metrics
+        if not 1 <= answer.examples <= EXAMPLES or answer.version != version:
+            raise ValueError(f"has {answer.examples:.9g} examples and state {answer.version}, which cannot be")
+        if strange := [name for name, value in sums.items() if not isfinite(value)]:
             raise ValueError(f"has {strange[0]}, which is not finite")
-        metrics = {name: torch.tensor(value, dtype=torch.double) for name, value in answer.metrics.items()}
+        if (sums or not trained) and (sums.keys() != SUMS[type(self.work)] or sums["examples"] < 1):
+            raise ValueError("has other metrics than its work gives")  # none where nothing was minimised
+        metrics = {name: torch.tensor(value, dtype=torch.double) for name, value in sums.items()}
         update = Update(message, answer.weight, {}, metrics)
         self.total, report = folded(update, job, self.aggregator, self.tolerant, self.total, flight.since)
         if report.error is not None or not trained:
@@ -166,7 +171,7 @@ class Dispatch:
         """Of a client whose node went away: it fails, or where that is not tolerated, waits for it."""
         if self.tolerant:
             return self._failed(flight, why)
-        self.todo.append((flight.job, monotonic()))
+        self._wait_for([flight.job], self.federation.timing.wait)
         return None
 
     def _lost(self, flight: Flight) -> Report | None:
@@ -176,7 +181,7 @@ class Dispatch:
         if self.invited[client] > INVITED:
             return self._failed(flight, "forgets the plan as often as it is told")
         self.federation.roster.forget(flight.node)
-        self.todo.append((flight.job, monotonic()))
+        self._wait_for([flight.job], self.federation.timing.wait)
         return None
 
     def _given_up(self) -> Iterator[Report | None]:
@@ -191,9 +196,10 @@ class Dispatch:
                 yield self._failed(flight, f"has not answered within {timing.round_timeout:g} s")
             else:
                 yield self._gone(flight, "its node is gone")
-        for job, since in [*self.todo]:
-            if late or monotonic() - since > timing.wait or (self.tolerant and self.placed):
-                self.todo.remove((job, since))
+        begun = self.placed or monotonic() > self.began + timing.wait
+        for job, until in [*self.todo]:
+            if late or (begun and monotonic() > until):
+                self.todo.remove((job, until))
                 yield self._failed(Flight(job, 0, perf_counter()), roster.why(job.client_id))
 
     def _failed(self, flight: Flight, why: str) -> Report:
@@ -203,7 +209,11 @@ class Dispatch:
 
     def _again(self, messages: Iterable[str]) -> None:
         """Have these clients' orders sent once more."""
-        self.todo += [(self.flights.pop(message).job, monotonic()) for message in [*messages]]
+        self._wait_for([self.flights.pop(message).job for message in [*messages]], self.federation.timing.wait)
+
+    def _wait_for(self, jobs: Iterable[Job], seconds: float) -> None:
+        """Have orders sent once their nodes are there, and for so many seconds at least."""
+        self.todo += [(job, monotonic() + seconds) for job in jobs]
 
     def _left(self) -> float:
         """Seconds until the round is over."""

@@ -100,6 +100,7 @@ class Federation:
 
     def gather(self) -> None:
         """Wait for the run's nodes, when it begins or goes on; raises RoundError where they are not enough."""
+        self._looked = 0.0  # who was there in the last round may have gone since
         if self._gathered:
             return
         roster = self.roster
@@ -150,6 +151,7 @@ class Federation:
     def close(self) -> None:
         """End the Flower run; the next round begins another."""
         self._drop(None)
+        self._gathered = False
 
     def _drop(self, error: str | None) -> None:
         if self._link is not None:

@@ -2,8 +2,8 @@
 
 They send a network's state_dict as "arrays" and numbers as "config", and want a state_dict and metrics back. What
 a node is to do stands in the app's config: `experiment` has `model`, `local`, `seed` and `strategy` as any config
-has, and may have `examples`, with `classes`, `scale` and `shift` where a node's data does not tell them. All of it
-is held against what the node allows.
+has, and may have `examples`: `classes`, `scale`, `shift` and `crop`, where a node's own data would have others.
+All of it is held against what the node allows.
 """
 
 import hashlib
@@ -15,9 +15,9 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from torch import Tensor
 
-from fedsim.catalogue import validated
+from fedsim.catalogue import Options, validated
 from fedsim.config import build_recipe, build_task
-from fedsim.data import FederatedData
+from fedsim.data import Dataset, FederatedData
 from fedsim.errors import ConfigError, located
 from fedsim.flower import wire
 from fedsim.flower.app import values_of
@@ -26,11 +26,21 @@ from fedsim.flower.node import Node
 from fedsim.flower.plan import Plan, digest, initial_of
 from fedsim.flower.transport import decode
 from fedsim.task import Task
+from fedsim.types import Count
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"  # records, as Flower's strategies name them
 EXAMPLES = "num-examples"
 ROUND = "server-round"  # from 1
 BATCH_SIZE = 500  # of an evaluation
+
+
+class Told(Options):
+    """What an experiment may say of examples: a network takes x * scale - shift, of images their centre."""
+
+    classes: Count | None = None
+    scale: tuple[float, ...] | None = None
+    shift: tuple[float, ...] | None = None
+    crop: Count | None = None
 
 
 def is_foreign(content: RecordDict) -> bool:
@@ -69,7 +79,7 @@ def _work(node: Node, message: Message, context: Context, what: Any) -> tuple[di
     initial = initial_of(task)
     if error := node.join(Invitation(run, text, initial)).error:
         raise ConfigError(error)
-    if node.member and node.member.newcomer:
+    if node.role and node.role.newcomer:
         raise ConfigError(
             f"strategy: in {plan.strategy['name']} clients keep states, which Flower's know nothing of"
         )
@@ -95,33 +105,39 @@ def _work(node: Node, message: Message, context: Context, what: Any) -> tuple[di
 
 def _plan(node: Node, values: Mapping[str, Any]) -> Plan:
     """What an experiment amounts to on this node; only what the node allows is looked up. Raises ConfigError."""
-    local, dataset = values.get("local", {}), node.dataset
+    local = values.get("local", {})
     if not isinstance(local, dict) or "model" not in values:
         raise ConfigError("experiment: should have a model, and local as a mapping")
     augment = local.get("augment", [])
-    own = FederatedData(dataset, np.zeros(len(dataset.y_train), dtype=np.int64), clients=1)
-    about = {
+    components = {
         "schedule": _named(local.get("schedule", "constant")),
         "loss": _named(local.get("loss", "cross_entropy")),
+        "augment": [_named(each) for each in augment] if isinstance(augment, list) else augment,
     }
-    told = values.get("examples", {})
-    examples = {**own.form, "classes": dataset.classes, "crop": None, **(told if isinstance(told, dict) else {})}
     plan = validated(
         Plan,
         {
             "seed": values.get("seed", 0),
             "model": _named(values["model"]),
             "strategy": _named(values.get("strategy", "fedavg")),
-            "local": local
-            | about
-            | {"augment": [*map(_named, augment)] if isinstance(augment, list) else augment},
-            "examples": examples,
+            "local": local | components,
+            "examples": _examples(node.dataset, values.get("examples", {})),
         },
         "experiment",
     )
     node.settings.allow.check_names(plan)
     node.settings.allow.check_numbers(plan)
     return plan
+
+
+def _examples(dataset: Dataset, said: Any) -> dict[str, Any]:
+    """The form of this node's examples, with what the experiment says of them; raises ConfigError."""
+    if not isinstance(said, dict):
+        raise ConfigError("experiment.examples: should be a mapping")
+    told = validated(Told, said, "experiment.examples").model_dump(mode="json", exclude_none=True)
+    owners = np.zeros(len(dataset.y_train), dtype=np.int64)
+    own = FederatedData(dataset, owners, clients=1, crop=told.get("crop"))
+    return {**own.form, "classes": dataset.classes, "crop": None, **told}
 
 
 def _named(spec: Any) -> Any:
@@ -159,6 +175,10 @@ def _task(plan: Plan, sent: Mapping[str, Tensor]) -> Task:
 
 
 def _round(config: ConfigRecord) -> int:
+    if strange := sorted(config.keys() - {ROUND}):
+        raise ValueError(
+            f"config.{strange[0]}: is nothing to fedsim's clients; the experiment says how they train"
+        )
     number = config.get(ROUND, 1)
     if not isinstance(number, int) or number < 1:
         raise ValueError(f"config.{ROUND}: {str(number)[:20]} should be a whole number from 1")

@@ -47,7 +47,7 @@ class Keeping:
     def __init__(self, folder: Path, forget_after: float, patience: float = 0.0):
         self.folder = folder
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = FileLock(folder / ".lock")
             self._lock.acquire(timeout=patience)
         except Timeout:

@@ -8,6 +8,10 @@ from fedsim.types import State
 FORMAT = 1  # of all of these; both sides have to have the same
 
 
+class Hello(NamedTuple):
+    """Who are you?"""
+
+
 class Invitation(NamedTuple):
     """To join a run: what of an experiment a node has to know before it can work."""
 
@@ -17,7 +21,7 @@ class Invitation(NamedTuple):
 
 
 class Joined(NamedTuple):
-    """Who accepts, or why not."""
+    """Who a node is; and whether it takes part in what it was invited to, or why not."""
 
     name: str
     versions: dict[str, str]  # of fedsim, torch, numpy and python there

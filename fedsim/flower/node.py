@@ -91,11 +91,11 @@ def _at(folder: Path, path: Path) -> Path:
 
 
 class Messages:
-    """An aggregator that leaves messages as they are, on the host."""
+    """An aggregator that leaves messages as they are, on the host; what is there already is not copied."""
 
     def fold(self, updates: Iterable[tuple[int, State, float]], start: list[State] | None = None) -> list[State]:
-        """`start`, or none, and copies of these."""
-        return [*(start or []), *({n: v.to("cpu", copy=True) for n, v in m.items()} for _, m, _ in updates)]
+        """`start`, or none, and these."""
+        return [*(start or []), *({name: value.cpu() for name, value in m.items()} for _, m, _ in updates)]
 
     def merge(self, a: list[State], b: list[State]) -> list[State]:
         """All of both."""
@@ -113,7 +113,7 @@ class Messages:
 
 
 @dataclass
-class Member:
+class Role:
     """A node's part in a run, ready to work: `newcomer` is the state it starts from, `sent` the form of orders."""
 
     run: str
@@ -139,7 +139,7 @@ class Node:
         self.dataset = DATASETS.make(settings.data, Dataset)
         self.dataset.check_parts("train")
         self.keeping = Keeping(settings.home, settings.forget_after, patience)
-        self.member: Member | None = None  # of the run that it worked for last
+        self.role: Role | None = None  # of the run that it worked for last
 
     def close(self) -> None:
         """Let another process be this node."""
@@ -154,17 +154,17 @@ class Node:
     def join(self, invitation: Invitation) -> Joined:
         """Get ready for a run and remember it, or say why not."""
         run, plan, initial = invitation
-        self.member = None  # two networks may not fit into memory, and the last is on disk
+        self.role = None  # two networks may not fit into memory, and the last is on disk
         try:
             if not RUN.fullmatch(run):
                 raise ConfigError(f"run: {run[:40]!r} is no run's id")
             with one_thread():
-                member = self._member(run, plan, initial)
+                role = self._role(run, plan, initial)
             self.keeping.join(run, plan, initial)
             told = self.keeping.told(run)
         except Exception as error:
             return Joined(self.settings.name, versions(), None, _told(error))
-        self.member = member
+        self.role = role
         return Joined(self.settings.name, versions(), len(self.dataset.y_train) if told else None)
 
     def work(self, order: Order) -> Answer:
@@ -177,20 +177,20 @@ class Node:
             return failure(_told(error), seconds=perf_counter() - began)
 
     def _work(self, order: Order, began: float) -> Answer:
-        member = self._known(order)
-        if member is None:
+        role = self._known(order)
+        if role is None:
             return failure("does not know the plan", lost=True)
-        self._check(order, member)
+        self._check(order, role)
         self.keeping.touch(order.run)
-        kept = self._kept(order, member)
+        kept = self._kept(order, role)
         training = order.task == "train"
-        evaluate = EvaluateClient(member.parts.strategy, order.batch_size, order.train_mode)
-        work = member.train if training else evaluate
+        evaluate = EvaluateClient(role.parts.strategy, order.batch_size, order.train_mode)
+        work = role.train if training else evaluate
         server = {name: value.to(self.device) for name, value in order.server.items()}
         unwritten = {name: value._version for name, value in server.items()}
         messages = Messages()
         job = Job(order.client, order.round, _below("client", kept.state))
-        partial, report = member.worker.run(work, server, job, messages, tolerant=True)
+        partial, report = role.worker.run(work, server, job, messages, tolerant=True)
         if report.error is not None:
             return failure(report.error, seconds=perf_counter() - began)
         if written := [name for name, value in server.items() if value._version != unwritten[name]]:
@@ -198,26 +198,26 @@ class Node:
         message, version = messages.result(partial), 0
         encoded, left = encode(message, order.transport, _below("residual", kept.state))
         if training:
-            if member.newcomer or order.transport in ROUNDED:
+            if role.newcomer or order.transport in ROUNDED:
                 version = order.round + 1
-                self._keep(order, member, kept, _above("client", report.client) | _above("residual", left))
+                self._keep(order, role, kept, _above("client", report.client) | _above("residual", left))
             self.keeping.tell(order.run)
         examples = len(self.dataset.y_train)
         return Answer(encoded, report.weight, report.metrics, examples, version, perf_counter() - began)
 
-    def _known(self, order: Order) -> Member | None:
+    def _known(self, order: Order) -> Role | None:
         """The node's part in the order's run, if it has joined with this plan; raises ConfigError."""
         if not RUN.fullmatch(order.run):
             raise ConfigError(f"run: {order.run[:40]!r} is no run's id")
-        if self.member is None or (self.member.run, self.member.plan) != (order.run, order.plan):
+        if self.role is None or (self.role.run, self.role.plan) != (order.run, order.plan):
             joined = self.keeping.joined(order.run)
             if joined is None or digest(joined[0]) != order.plan:
                 return None
-            self.member = None
-            self.member = self._member(order.run, *joined)
-        return self.member
+            self.role = None
+            self.role = self._role(order.run, *joined)
+        return self.role
 
-    def _member(self, run: str, text: str, initial: State) -> Member:
+    def _role(self, run: str, text: str, initial: State) -> Role:
         """What a plan makes of this node; raises ConfigError where it is not allowed, or does not fit the data."""
         allow, plan = self.settings.allow, Plan.read(text)
         allow.check_names(plan)
@@ -250,9 +250,9 @@ class Node:
         sent = form_of({name: server[name] for name in (*strategy.broadcast, "buffers")})
         train = Train(strategy, recipe, plan.seed, plan.time_limit)
         worker = Worker(task, data.to(self.device), self.device, graphs=True)
-        return Member(run, digest(text), parts, train, worker, newcomer, sent)
+        return Role(run, digest(text), parts, train, worker, newcomer, sent)
 
-    def _check(self, order: Order, member: Member) -> None:
+    def _check(self, order: Order, role: Role) -> None:
         """Raise ValueError where an order cannot be one of this run."""
         evaluates = order.task == "evaluate"
         most = self.settings.allow.max_batch_size
@@ -266,32 +266,32 @@ class Node:
                 raise ValueError(f"order.{name}: {str(value)[:20]} should be from {low} to {high}")
         if order.transport not in TRANSPORTS:
             raise ValueError(f"order.transport: {order.transport[:20]!r} is none of {', '.join(TRANSPORTS)}")
-        if member.client not in (None, order.client):
-            raise ValueError(f"order.client: {order.client}, and in this run the node is client {member.client}")
+        if role.client not in (None, order.client):
+            raise ValueError(f"order.client: {order.client}, and in this run the node is client {role.client}")
         self.settings.allow.check_bytes(order.server)
-        if (found := form_of(order.server)) != member.sent:
-            raise ValueError(f"order.server: is {described(found)}, and should be {described(member.sent)}")
-        member.client = order.client
+        if (found := form_of(order.server)) != role.sent:
+            raise ValueError(f"order.server: is {described(found)}, and should be {described(role.sent)}")
+        role.client = order.client
 
-    def _kept(self, order: Order, member: Member) -> Kept:
+    def _kept(self, order: Order, role: Role) -> Kept:
         """What the client keeps that counts; raises ValueError where that is not here as it was."""
         if order.version == 0:
-            return Kept(_above("client", member.newcomer))
-        if member.last is None or member.last[0] != order.version:
-            member.last = None
+            return Kept(_above("client", role.newcomer))
+        if role.last is None or role.last[0] != order.version:
+            role.last = None
             kept = self.keeping.load(order.run, order.client, order.version)
-            found, wanted = form_of(_below("client", kept.state)), form_of(member.newcomer)
+            found, wanted = form_of(_below("client", kept.state)), form_of(role.newcomer)
             if found != wanted:
                 raise ValueError(f"state {order.version} is {described(found)}, and should be {described(wanted)}")
-            member.last = order.version, kept
-        return member.last[1]
+            role.last = order.version, kept
+        return role.last[1]
 
-    def _keep(self, order: Order, member: Member, before: Kept, state: State) -> None:
+    def _keep(self, order: Order, role: Role, before: Kept, state: State) -> None:
         """Have the new state on disk, and of the others those that the run may go back to."""
         kept = Kept(state, needed(order.version, before.earlier, order.checkpoints))
         self.keeping.store(order.run, order.client, order.round + 1, kept)
         self.keeping.prune(order.run, order.version, kept.earlier)
-        member.last = order.round + 1, kept
+        role.last = order.round + 1, kept
 
 
 def _told(error: Exception) -> str:

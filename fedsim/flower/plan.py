@@ -165,7 +165,7 @@ class Allow(Options):
     """What a node does for others. Null is every entry that fedsim brings; what else it imports is listed.
 
     `max_parameters` counts a network's parameters and buffers, and a teacher's as many again, `max_bytes` is of a
-    message; the others bound what stands in `local`.
+    message, `max_augmentation` whole numbers of augmentations; the others bound what stands in `local`.
     """
 
     strategies: Annotated[list[str], _known(STRATEGIES)] | None = None
@@ -176,6 +176,7 @@ class Allow(Options):
     max_epochs: Count = 1000
     max_steps: Count = 1_000_000
     max_batch_size: Count = 2**16
+    max_augmentation: Count = 1000
     max_parameters: Count = 2_000_000_000
     max_bytes: Annotated[ByteSize, Ge(1)] = ByteSize(16 * 2**30)
 
@@ -197,6 +198,11 @@ class Allow(Options):
             value, most = getattr(options, name), getattr(self, f"max_{name}")
             if isinstance(value, int) and value > most:
                 raise ConfigError(f"local.{name}: is more than this node allows; allowed: up to {most:,}")
+        for i, spec in enumerate(plan.local["augment"]):
+            for name, value in spec.items():
+                if isinstance(value, int) and value > self.max_augmentation:
+                    most = f"allowed: up to {self.max_augmentation:,}"
+                    raise ConfigError(f"local.augment[{i}].{name}: is more than this node allows; {most}")
         for at, spec in _networks(plan):
             self._check_size(at, spec, plan.examples)
 

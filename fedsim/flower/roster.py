@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 PATIENCE = 300.0  # seconds that a node has to accept an invitation
 MOST_BYTES = 2**20  # of an answer to one
+WAITING = "has not answered yet"
 
 
 class Roster:
@@ -45,14 +46,19 @@ class Roster:
             self._link, self.joined, self._invited, self._asked = link, {}, {}, {}
         self.online = link.nodes()
         self._asked = {node: why for node, why in self._asked.items() if node in self.online}
+        self.joined = {name: node for name, node in self.joined.items() if node in self.online}
         if new := self.online - self._asked.keys():
             content = wire.record(invitation)
             sent = link.send(dict.fromkeys(new, content), "query", group="join", ttl=PATIENCE)
             self._invited |= {message: (node, monotonic()) for message, node in sent.items()}
-            self._asked |= dict.fromkeys(new, "has not answered yet")
+            self._asked |= dict.fromkeys(new, WAITING)
+        keys = self._key_of() if self.keys is not None and self._invited else {}  # which may raise: before replies
         for reply in link.receive(self._invited, most_bytes=MOST_BYTES) if self._invited else []:
             node, _ = self._invited.pop(reply.to)
-            self._asked[node] = self._accept(node, reply.error, reply.content)
+            if reply.gone:
+                self._asked.pop(node, None)
+            else:
+                self._asked[node] = self._accept(node, reply.error, reply.content, keys)
         for message, (node, since) in list(self._invited.items()):
             if monotonic() - since > PATIENCE:  # it may have come to itself: ask again
                 del self._invited[message]
@@ -65,9 +71,11 @@ class Roster:
 
     def settle(self, clients: int) -> None:
         """Have those that joined be the run's nodes; raises RoundError where they are not so many."""
-        if len(self.joined) != clients:
-            way_out = "; name those that take part in runtime.nodes" if len(self.joined) > clients else ""
-            raise RoundError(f"nodes: {self.shown(clients)}, and data.clients is {clients}{way_out}")
+        if len(self.joined) < clients:
+            raise RoundError(f"nodes: there are {self.shown(clients)}")
+        if len(self.joined) > clients:
+            there = ", ".join(sorted(self.joined))
+            raise RoundError(f"nodes: {there} are more than {clients}; name those that take part in runtime.nodes")
         self.names = sorted(self.joined)
         log.info("nodes: %s", ", ".join(self.names))
 
@@ -78,8 +86,7 @@ class Roster:
 
     def node(self, client: int) -> int | None:
         """The node that a client is now, if it is there."""
-        node = self.joined.get(self.names[client])
-        return node if node in self.online else None
+        return self.joined.get(self.names[client])
 
     def forget(self, node: int) -> None:
         """Have a node invited again, which has lost what it was told."""
@@ -92,10 +99,15 @@ class Roster:
 
     def _why(self) -> str:
         """What is known of nodes that are connected and do not take part."""
-        refused = [why for node, why in self._asked.items() if why and node in self.online]
-        return f"; {one_line('; '.join(refused))}" if refused else ""
+        asked = [why for node, why in self._asked.items() if node in self.online]
+        reasons = sorted({*asked} - {"", WAITING})
+        if waiting := asked.count(WAITING):
+            reasons.append(f"{waiting} connected, and not answered yet")
+        return f"; {one_line('; '.join(reasons))}" if reasons else ""
 
-    def _accept(self, node: int, error: str | None, content: "RecordDict | None") -> str:
+    def _accept(
+        self, node: int, error: str | None, content: "RecordDict | None", keys: dict[int, bytes]
+    ) -> str:
         """Have it among those that joined; or why not."""
         if error is not None or content is None:
             return f"node {node}: {error}"
@@ -108,11 +120,12 @@ class Roster:
             return f"{name}: {one_line(joined.error)}"
         if self.names and name not in self.names:
             return f"{name} is none of this run's nodes"
-        if self.keys is not None and self._key_of().get(node) != self.keys.get(name):
+        if self.keys is not None and (name not in self.keys or keys.get(node) != self.keys[name]):
             return f"{name}: its key is not the one that is kept for this name"
-        if name in self.joined and self.joined[name] in self.online:
+        if name in self.joined:
             log.warning("nodes: %s has joined a second time, and its first connection no longer counts", name)
-        self.joined[name], self.told[name] = node, joined
+        self.joined = {other: there for other, there in self.joined.items() if there != node} | {name: node}
+        self.told[name] = joined
         return ""
 
 

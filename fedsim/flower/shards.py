@@ -47,7 +47,7 @@ def server_data(data: FederatedData, dataset: Dataset, folder: Path) -> str:
     spec |= {"classes": data.num_classes, "clients": data.num_clients}
     spec |= {"mean": list(dataset.mean), "std": list(dataset.std)} if dataset.mean else {}
     spec |= {"crop": data.crop} if data.crop else {}
-    spec |= {"public": 1.0} if len(data.public) else {}
+    spec |= {"public": "all"} if len(data.public) else {}
     return yaml.safe_dump(spec, sort_keys=False, default_flow_style=True, width=10**6).strip()
 
 

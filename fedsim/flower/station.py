@@ -8,10 +8,11 @@ from typing import NoReturn
 
 from flwr.app import Message, RecordDict
 
+from fedsim.checkpoint import versions
 from fedsim.errors import ConfigError
 from fedsim.flower import wire
 from fedsim.flower.internals import LinkError, Member, Superlink
-from fedsim.flower.messages import Answer, Invitation, Order, failure
+from fedsim.flower.messages import Answer, Hello, Invitation, Joined, Order, failure
 from fedsim.flower.node import Node
 
 log = logging.getLogger(__name__)
@@ -24,6 +25,8 @@ RETRY = 1.0  # seconds between two attempts to connect
 def respond(node: Node, content: RecordDict) -> RecordDict:
     """The node's answer to a message; raises ValueError, in one line, for one that is none of fedsim's."""
     kind = wire.kind(content)
+    if kind == Hello.__name__:
+        return wire.record(Joined(node.settings.name, versions(), None))
     if kind == Invitation.__name__:
         joined = node.join(wire.read(Invitation, content))
         log.info("%s", f"refused: {joined.error}" if joined.error else "joined a run")

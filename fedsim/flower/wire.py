@@ -11,11 +11,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from fedsim.errors import one_line
-from fedsim.flower.messages import FORMAT, Answer, Invitation, Joined, Order
+from fedsim.flower.messages import FORMAT, Answer, Hello, Invitation, Joined, Order
 from fedsim.flower.transport import Coded, Encoded, decode, encode
 from fedsim.types import State
 
-Message = TypeVar("Message", Invitation, Joined, Order, Answer)
+Message = TypeVar("Message", Hello, Invitation, Joined, Order, Answer)
 
 KEY = f"fedsim.{FORMAT}"  # of the record with the JSON
 STYPE = "fedsim."  # begins the name of how a tensor's bytes are to be read: its coding
@@ -29,12 +29,12 @@ def _schema(kind: Any) -> type[BaseModel]:
     return create_model(kind.__name__, __config__=config, **fields)
 
 
-KINDS: tuple[Any, ...] = (Invitation, Joined, Order, Answer)
+KINDS: tuple[Any, ...] = (Hello, Invitation, Joined, Order, Answer)
 TENSORS = {kind: {n: h for n, h in get_type_hints(kind).items() if h in (State, Encoded)} for kind in KINDS}
 SCHEMAS = {kind: _schema(kind) for kind in KINDS}
 
 
-def record(message: Invitation | Joined | Order | Answer, **made: ArrayRecord) -> RecordDict:
+def record(message: Hello | Invitation | Joined | Order | Answer, **made: ArrayRecord) -> RecordDict:
     """One of `fedsim.flower.messages`; the states that `made` has records of already are not made again."""
     numbers, states = {}, dict[str, ArrayRecord]()
     for name, value in message._asdict().items():

@@ -30,8 +30,8 @@ class Runtime(Protocol):
     `home` is the device on which the server's state is kept, `workers` how many clients run side by side, and
     `exact` whether the results equal serial's to the bit, and not only to rounding. One that starts processes also
     has a `close()`, which ends them; its next run starts others. Where clients keep their states themselves, there
-    is a `ticket(newcomer)`, what the server keeps instead, and a `settled(rounds)`, which is told after which rounds
-    there are checkpoints that a run may go back to.
+    is a `ticket(newcomer)`, what the server keeps instead, and a `settled(rounds)`, told after which rounds there
+    are checkpoints that a run may go back to.
     """
 
     home: torch.device

@@ -23,8 +23,9 @@ class Flower:
     """Clients on nodes of a Flower federation, each with its own data; the server has only what tests need.
 
     `superlink` is HOST:PORT of Flower's SuperLink, `ca` the certificate of its authority; `insecure` is plain
-    HTTP instead. The clients are the nodes named in `nodes`, in the order of their names, or the first data.clients
-    that come; they have `wait` seconds for it. With `keys`, a folder of NAME.pub, a name belongs to its key's owner.
+    HTTP instead. The clients are the nodes named in `nodes`, in the order of their names, or the first
+    data.clients that come; they have `wait` seconds for it. With `keys`, a folder of NAME.pub, a name belongs to
+    the owner of its key.
     A client fails that has not answered `round_timeout` seconds after its round began. One whose node is gone does
     at once under failures.policy=drop; otherwise it has `wait` seconds to come back, and is asked again.
 

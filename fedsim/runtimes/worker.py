@@ -209,7 +209,7 @@ def cpu_name() -> str:
 
 
 def devices(name: str, at: str = "runtime.device") -> list[torch.device]:
-    """`auto` is every GPU, or the CPU; otherwise the device of that name. Raises ConfigError naming the key `at`."""
+    """`auto` is every GPU, or the CPU; otherwise the device of that name. Raises ConfigError naming `at`."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         return [torch.device("cuda", i) for i in range(gpus)] or [torch.device("cpu")]

@@ -9,7 +9,7 @@ its output. Objects are read without unpickling anything, and no more memory is 
 from fedsim.errors import ConfigError
 
 try:
-    from fedsim.flower.internals.connection import LinkError, Pace, Superlink
+    from fedsim.flower.internals.connection import LinkError, Superlink
     from fedsim.flower.internals.control import Listed, listed, public_key_bytes, register, unregister
     from fedsim.flower.internals.link import Kind, Link, Reply, build_fab
     from fedsim.flower.internals.member import Member
@@ -22,7 +22,6 @@ __all__ = [
     "LinkError",
     "Listed",
     "Member",
-    "Pace",
     "Reply",
     "Superlink",
     "build_fab",

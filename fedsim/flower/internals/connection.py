@@ -18,7 +18,8 @@ from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
 from fedsim.errors import one_line
 
 TIMEOUT = httpx.Timeout(20, connect=5)  # seconds without a byte
-TRIES, PAUSE = 3, 0.2  # of a call that may be made twice; seconds between
+BRIEF, LONG = 1.0, 60.0  # seconds for which a call that may be made twice is tried again
+PAUSE = 0.25  # seconds between
 PLAIN = 2**26  # bytes of an answer that holds no object
 
 Client = TypeVar("Client", bound=ProtobufClient)
@@ -41,6 +42,10 @@ class RunEndedError(LinkError):
     """The run is over, whoever ended it."""
 
 
+class RefusedError(LinkError):
+    """The SuperLink has understood, and does not want to."""
+
+
 class UnknownError(LinkError):
     """The SuperLink does not know who calls, or no longer."""
 
@@ -58,16 +63,16 @@ class Superlink:
 
 
 class Room:
-    """How many bytes may still be taken, by several threads together."""
+    """How many bytes may still be taken, by several threads together; `wrapping` more than what is told."""
 
-    def __init__(self, most: int):
-        self._left, self._lock = most, threading.Lock()
+    def __init__(self, most: int, wrapping: int = 0):
+        self._most, self._left, self._lock = most, most + wrapping, threading.Lock()
 
     def take(self, count: int) -> None:
         """Raises TooLargeError where there is no room for so many."""
         with self._lock:
             if count > self._left:
-                raise TooLargeError(f"{count} bytes where {self._left} are left")
+                raise TooLargeError(f"more than {self._most} bytes")
             self._left -= count
 
 
@@ -88,8 +93,9 @@ def _check_size(response: httpx.Response) -> None:
     """Called by httpx when it has the headers, and before it reads the rest."""
     length = response.headers.get("content-length", "")
     if not length.isdecimal() or response.headers.get("content-encoding", "identity") != "identity":
-        raise TooLargeError("an answer that does not tell its size")
+        raise TooLargeError("what does not tell its size")
     getattr(_within, "room", Room(PLAIN)).take(int(length))
+    _within.taken = int(length)
 
 
 def guard(client: Client) -> Client:
@@ -118,19 +124,23 @@ def connect(
     return guard(client)
 
 
-def call(method: Callable[[Request], Response], request: Request, *, tries: int = 1) -> Response:
-    """What the SuperLink answers; raises LinkError. `tries` above 1 is for what may safely be said twice."""
-    for left in reversed(range(tries)):
+def call(method: Callable[[Request], Response], request: Request, *, patience: float = 0) -> Response:
+    """What the SuperLink answers; raises LinkError.
+
+    What may be said twice has `patience`: the seconds for which it is said again where that may help.
+    """
+    end = time.monotonic() + patience
+    while True:
         try:
             return _call(method, request)
         except LinkError as error:
-            if not error.again or not left:
+            if not error.again or time.monotonic() >= end:
                 raise
             time.sleep(PAUSE)
-    raise AssertionError("not reached")
 
 
 def _call(method: Callable[[Request], Response], request: Request) -> Response:
+    _within.taken = 0
     try:
         return method(request)
     except httpx.HTTPStatusError as error:
@@ -138,6 +148,8 @@ def _call(method: Callable[[Request], Response], request: Request) -> Response:
     except RunNotRunningException:
         raise RunEndedError("the SuperLink has ended our run") from None
     except httpx.TransportError as error:
+        if hasattr(_within, "room"):  # what broke off takes none
+            _within.room.take(-_within.taken)
         words = str(error) or type(error).__name__
         trust = any(word in words.lower() for word in ("certificate", "ssl", "tls"))
         raise LinkError(f"no connection to the SuperLink: {words}", again=not trust) from None
@@ -159,26 +171,7 @@ def _refused(response: httpx.Response) -> LinkError:
         return RunEndedError(f"the SuperLink has ended our run: {words.strip()}")
     if response.status_code == httpx.codes.UNAUTHORIZED:
         return UnknownError(f"{told}: it does not know us, or no longer")
-    return LinkError(told, again=response.status_code >= 500)
-
-
-class Pace:
-    """How often to ask what is new: soon while something happens, and ever less often while nothing does.
-
-    Each wait is a twentieth of the time since something last happened. So asking takes little from a SuperLink
-    that has other things to do (each question costs it 2 ms), and an answer is late by 5 % of the time it took.
-    """
-
-    def __init__(self, least: float = 0.01, most: float = 1.0):
-        self._least, self._most, self._last = least, most, time.monotonic()
-
-    def happened(self) -> None:
-        """Something came, or was sent."""
-        self._last = time.monotonic()
-
-    def seconds(self) -> float:
-        """How long to wait before asking again."""
-        return min(max((time.monotonic() - self._last) / 20, self._least), self._most)
+    return RefusedError(told, again=response.status_code >= 500)
 
 
 class Pulse:

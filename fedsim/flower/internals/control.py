@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ class Listed(NamedTuple):
     node: int
     status: str  # registered | online | offline
     since: str  # when it got that status, ISO 8601
-    online_until: float | None  # seconds since 1970: when it counts as gone unless it is heard of
+    online_until: str | None  # when it counts as gone unless it is heard of, ISO 8601
     key: bytes  # its public key, PEM
     name: str
 
@@ -43,13 +44,17 @@ def listed(superlink: Superlink) -> list[Listed]:
             each.status,
             {"online": each.last_activated_at, "offline": each.last_deactivated_at}.get(each.status)
             or each.registered_at,
-            each.online_until if each.HasField("online_until") else None,
+            _iso(each.online_until) if each.HasField("online_until") else None,
             each.public_key,
             each.name,
         )
         for each in found
         if each.status != "unregistered"
     ]
+
+
+def _iso(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
 
 
 def register(superlink: Superlink, public_key: Path, name: str = "") -> int:

@@ -23,6 +23,7 @@ from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequ
 from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
+    AcquireTaskResponse,
     GetNodesRequest,
     PullAppMessagesRequest,
     PullTaskInputRequest,
@@ -39,7 +40,8 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedsim.errors import one_line
 from fedsim.flower.internals.connection import (
-    TRIES,
+    BRIEF,
+    LONG,
     LinkError,
     Pulse,
     Request,
@@ -130,7 +132,9 @@ class Link:
 
     def nodes(self) -> set[int]:
         """The ids of the nodes that are online."""
-        return {node.node_id for node in self._call(self._runtime.GetNodes, GetNodesRequest(), tries=TRIES).nodes}
+        return {
+            node.node_id for node in self._call(self._runtime.GetNodes, GetNodesRequest(), patience=BRIEF).nodes
+        }
 
     def send(self, contents: Mapping[int, RecordDict], kind: Kind, *, group: str, ttl: float) -> dict[str, int]:
         """Send each node its content, and give the messages' ids with their nodes; raises LinkError.
@@ -140,8 +144,6 @@ class Link:
         """
         if not contents:
             return {}
-        # part of what a message's id is made of, so that nobody guesses it and answers for another
-        secret = secrets.token_hex(16)
         messages = [
             make_message(
                 Metadata(
@@ -150,7 +152,7 @@ class Link:
                     src_node_id=SUPERLINK_NODE_ID,
                     dst_node_id=node,
                     reply_to_message_id="",
-                    group_id=f"{group}/{secret}",
+                    group_id=f"{group}/{secrets.token_hex(16)}",  # so that no other node can guess the id
                     created_at=time.time(),
                     ttl=ttl,
                     message_type=kind,
@@ -182,13 +184,13 @@ class Link:
         request = PushObjectRequest(
             node=NODE, run_id=self.run_id, object_id=name, object_content=content, session_id=session
         )
-        self._call(self._runtime.PushObject, request, tries=TRIES)
+        self._call(self._runtime.PushObject, request, patience=LONG)
 
     def receive(self, waiting: Collection[str], *, most_bytes: int) -> list[Reply]:
         """The replies that are here by now, to some of the messages `waiting`; raises LinkError.
 
-        It waits for nothing: call it every few hundredths of a second. A reply with more than `most_bytes` is not
-        read, and comes as an error.
+        It waits for nothing: call it again soon, and less often while nothing comes, for each question costs the
+        SuperLink 2 ms. A reply with more than `most_bytes` is not read, and comes as an error.
         """
         if not (asked := {*waiting, *self._abandoned} - self._arriving.keys()) and not self._arriving:
             return []
@@ -208,10 +210,18 @@ class Link:
                             self._arriving[to] = Arrival(tree, most_bytes)
                         except TooLargeError as error:
                             replies.append(self._reply(to, name, error=f"its reply is too large: {error}"))
-        arrived = [self._arrived(to, most_bytes) for to in list(self._arriving)]
-        return replies + [reply for reply in arrived if reply]
+        for to in list(self._arriving):
+            try:
+                reply = self._arrived(to)
+            except LinkError:
+                if replies:  # which would be lost: the SuperLink forgets them. The error comes again
+                    break
+                raise
+            if reply:
+                replies.append(reply)
+        return replies
 
-    def _arrived(self, to: str, most_bytes: int) -> Reply | None:
+    def _arrived(self, to: str) -> Reply | None:
         arrival = self._arriving[to]
         try:
             if not arrival.advance(self._get, self._pool):
@@ -220,8 +230,8 @@ class Link:
             if message.has_error():
                 return self._failed(to, arrival.name, message.error)
             return self._reply(to, arrival.name, message.content, arrival.bytes)
-        except TooLargeError:
-            return self._reply(to, arrival.name, error=f"its reply has more than {most_bytes} bytes")
+        except TooLargeError as error:
+            return self._reply(to, arrival.name, error=f"its reply is too large: {error}")
         except GoneError:
             return self._reply(to, arrival.name, error="the node did not send all of its reply")._replace(
                 gone=True
@@ -242,11 +252,11 @@ class Link:
     def _done(self, name: str) -> None:
         """Let the SuperLink forget a reply; nobody waits for that."""
         request = ConfirmMessageReceivedRequest(node=NODE, run_id=self.run_id, message_object_id=name)
-        self._pool.submit(lambda: self._call(self._runtime.ConfirmMessageReceived, request, tries=TRIES))
+        self._pool.submit(lambda: self._call(self._runtime.ConfirmMessageReceived, request, patience=BRIEF))
 
     def _get(self, name: str) -> bytes | None:
         request = PullObjectRequest(node=NODE, run_id=self.run_id, object_id=name)
-        found = self._call(self._runtime.PullObject, request, tries=TRIES)
+        found = self._call(self._runtime.PullObject, request, patience=BRIEF)
         if not found.object_found:
             raise GoneError
         return found.object_content if found.object_available else None
@@ -267,11 +277,14 @@ class Link:
         self._closed = True
         if self._pulse:
             self._pulse.stop()
-        self._pool.shutdown(cancel_futures=True)
+        self._pool.shutdown(wait=False, cancel_futures=True)
         if self._ours:
             status = "completed" if error is None else "failed"
             with suppress(LinkError):  # it has heard already, or cannot hear
-                call(self._runtime.PushTaskOutput, PushTaskOutputRequest(sub_status=status, details=error or ""))
+                call(
+                    self._runtime.PushTaskOutput,
+                    PushTaskOutputRequest(sub_status=status, details=one_line(error or "")),
+                )
             self._runtime.close()
 
     def _beat(self) -> None:
@@ -282,13 +295,13 @@ class Link:
         if not known:
             raise RunEndedError(ENDED)
 
-    def _call(self, method: Callable[[Request], Response], request: Request, *, tries: int = 1) -> Response:
+    def _call(self, method: Callable[[Request], Response], request: Request, *, patience: float = 0) -> Response:
         if self._closed:
             raise LinkError("the run is closed")
         if self._pulse:
             self._pulse.check()
         try:
-            return call(method, request, tries=tries)
+            return call(method, request, patience=patience)
         except UnknownError:
             raise RunEndedError(ENDED) from None
 
@@ -311,7 +324,7 @@ def _begin(control: ControlHttpClient, runtime: RuntimeHttpClient, fab: bytes) -
     if not began.run_id:
         raise LinkError("the SuperLink refuses the app: it is too large")
     try:
-        acquired = call(runtime.AcquireTask, AcquireTaskRequest(agentapp_fab_hashes=[name]))
+        acquired = _acquire(runtime, name)
         if not acquired.token:
             call(control.StopRun, StopRunRequest(run_id=began.run_id))
             return None
@@ -322,6 +335,15 @@ def _begin(control: ControlHttpClient, runtime: RuntimeHttpClient, fab: bytes) -
             call(control.StopRun, StopRunRequest(run_id=began.run_id))
         raise
     return began.run_id, acquired.task.task_id
+
+
+def _acquire(runtime: RuntimeHttpClient, name: str) -> AcquireTaskResponse:
+    try:
+        return call(runtime.AcquireTask, AcquireTaskRequest(agentapp_fab_hashes=[name]))
+    except UnknownError:
+        raise LinkError(
+            "the SuperLink gives runs to those who know its secret: start it without --superexec-auth-secret-file"
+        ) from None
 
 
 def _unique(fab: bytes) -> bytes:

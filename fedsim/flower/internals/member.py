@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
@@ -32,9 +33,11 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedsim.errors import ConfigError, one_line
 from fedsim.flower.internals.connection import (
-    TRIES,
+    BRIEF,
+    LONG,
     LinkError,
     Pulse,
+    RefusedError,
     Request,
     Response,
     RunEndedError,
@@ -93,8 +96,8 @@ class Member:
     def receive(self, *, most_bytes: int) -> Message | None:
         """A message, where there is one and all of it is here by now; raises LinkError.
 
-        It waits for nothing: call it every few hundredths of a second. A message with more than `most_bytes` is
-        not read, but answered with an error.
+        It waits for nothing: call it again soon, and less often while nothing comes, for each question costs the
+        SuperLink 2 ms. A message with more than `most_bytes` is not read, but answered with an error.
         """
         if self._arriving is None:
             pulled = self._call(self._client.PullMessages, PullMessagesRequest(node=self._node))
@@ -105,7 +108,7 @@ class Member:
             try:
                 self._arriving = head, Arrival(tree, most_bytes)
             except TooLargeError as error:
-                self.answer(head, f"the message is too large: {error}")
+                self._refuse(head, f"the message is too large: {error}")
                 return None
         head, arrival = self._arriving
         try:
@@ -117,8 +120,8 @@ class Member:
                 self._arriving = None
                 return None
             raise
-        except TooLargeError:
-            self._refuse(head, f"the message has more than {most_bytes} bytes")
+        except TooLargeError as error:
+            self._refuse(head, f"the message is too large: {error}")
         except GoneError:
             self._refuse(head, "the SuperLink no longer has the message")
         except ValueError as error:
@@ -136,7 +139,7 @@ class Member:
 
     def _get(self, head: Message, name: str) -> bytes | None:
         request = PullObjectRequest(node=self._node, run_id=head.metadata.run_id, object_id=name)
-        found = self._call(self._client.PullObject, request, tries=TRIES)
+        found = self._call(self._client.PullObject, request, patience=BRIEF)
         if not found.object_found:
             raise GoneError
         return found.object_content if found.object_available else None
@@ -146,12 +149,13 @@ class Member:
         request = ConfirmMessageReceivedRequest(
             node=self._node, run_id=head.metadata.run_id, message_object_id=head.metadata.message_id
         )
-        self._pool.submit(lambda: self._call(self._client.ConfirmMessageReceived, request, tries=TRIES))
+        self._pool.submit(lambda: self._call(self._client.ConfirmMessageReceived, request, patience=BRIEF))
 
     def answer(self, message: Message, content: RecordDict | str) -> bool:
         """Answer a message with content, or with an error's reason; raises LinkError.
 
-        False says that its run has ended, so that nobody wants the answer.
+        It waits up to a minute for a SuperLink that cannot be reached. False says that the message's run has
+        ended, so that nobody wants the answer.
         """
         if isinstance(content, str):
             error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, one_line(content))
@@ -167,7 +171,7 @@ class Member:
             clientapp_runtime_list=[time.perf_counter() - self._began],
         )
         try:
-            taken = self._call(self._client.PushMessages, request)
+            taken = self._call(self._client.PushMessages, request, patience=LONG)
             push(
                 objects,
                 taken.objects_to_push,
@@ -182,16 +186,16 @@ class Member:
         request = PushObjectRequest(
             node=self._node, run_id=run, object_id=name, object_content=content, session_id=session
         )
-        self._call(self._client.PushObject, request, tries=TRIES)
+        self._call(self._client.PushObject, request, patience=LONG)
 
     def _beat(self) -> None:
         request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=INTERVAL)
         if not call(self._client.SendNodeHeartbeat, request).success:
             raise LinkError("the SuperLink does not know this node any more")
 
-    def _call(self, method: Callable[[Request], Response], request: Request, *, tries: int = 1) -> Response:
+    def _call(self, method: Callable[[Request], Response], request: Request, *, patience: float = 0) -> Response:
         self._pulse.check()
-        return call(method, request, tries=tries)
+        return call(method, request, patience=patience)
 
     def close(self) -> None:
         """Leave the federation; it may be called twice."""
@@ -199,7 +203,7 @@ class Member:
             return
         self._closed = True
         self._pulse.stop()
-        self._pool.shutdown(cancel_futures=True)
+        self._pool.shutdown(wait=False, cancel_futures=True)
         self._client._client.timeout = LEAVE
         with suppress(LinkError):  # then the heartbeat lapses
             call(self._client.DeactivateNode, DeactivateNodeRequest(node_id=self.node_id))
@@ -226,16 +230,17 @@ def _key_pair(key: Path | None) -> tuple[ec.EllipticCurvePrivateKey, ec.Elliptic
 
 def _inactive(superlink: Superlink, pem: bytes, error: LinkError) -> LinkError:
     """Why a node may not join; the SuperLink tells one reason for several."""
-    if error.again:
+    if error.again or not isinstance(error, RefusedError):
         return error
     try:
         known = next((each for each in listed(superlink) if each.key == pem), None)
-    except LinkError:
-        return error
+    except LinkError:  # a gate, say, that lets nodes through and nothing else: nobody tells which it is
+        why = "its key is not registered, or counts as connected until its heartbeat lapses"
+        return LinkError(f"{error}; {why}", again=True)
     if known is None:
         return LinkError("this node's key is not registered: `flwr supernode register` it")
-    rest = max((known.online_until or 0) - time.time(), 0)
-    if rest:
+    until = datetime.fromisoformat(known.online_until) if known.online_until else datetime.now(UTC)
+    if (rest := (until - datetime.now(UTC)).total_seconds()) > 0:
         return LinkError(
             f"a node with this key still counts as connected: its heartbeat has to lapse, up to {rest:.0f} s",
             again=True,

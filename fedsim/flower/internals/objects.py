@@ -28,7 +28,7 @@ WORKERS = 4  # objects that move side by side
 DEPTH = 5  # message, record dict, array record, array, chunk
 MOST_OBJECTS = 100_000  # of one message
 WRAPPING = 2**20  # bytes that a message may have besides its content, at most
-
+RECORDS = 2**23  # bytes that it may have besides its arrays' data; in memory they take some ten times as many
 
 Objects = dict[str, bytes | InflatableObject]  # by id; as bytes where they are made already
 
@@ -105,11 +105,11 @@ class Arrival:
     def __init__(self, tree: ObjectTree, most_bytes: int):
         names = list(dict.fromkeys(each.object_id for each in iterate_object_tree(tree)))
         if len(names) > MOST_OBJECTS:
-            raise TooLargeError(f"it has {len(names)} objects; {MOST_OBJECTS} are allowed")
+            raise TooLargeError(f"{len(names)} objects; {MOST_OBJECTS} are allowed")
         self.bytes = 0  # of the objects that are here
         self.name, self._missing = tree.object_id, names
         self._contents = dict[str, bytes]()
-        self._most, self._room = most_bytes, Room(most_bytes + min(1024 * len(names), WRAPPING))
+        self._most, self._room = most_bytes, Room(most_bytes, min(1024 * len(names), WRAPPING))
 
     def advance(self, fetch: Callable[[str], bytes | None], pool: Executor) -> bool:
         """Take the objects that are there, and say whether all are.
@@ -137,6 +137,10 @@ class Arrival:
 
     def message(self) -> Message:
         """The message; raises ValueError where its objects do not make one."""
+        chunk = ArrayChunk.__qualname__.encode()
+        records = sum(len(content) for content in self._contents.values() if not content.startswith(chunk))
+        if records > RECORDS:
+            raise TooLargeError(f"{records} bytes besides arrays; {RECORDS} are allowed")
         try:
             made = _inflated(self.name, self._contents, Room(self._most), DEPTH)
         except ValueError:
@@ -154,15 +158,14 @@ def _inflated(name: str, contents: Mapping[str, bytes], room: Room, depth: int) 
         raise ValueError(f"objects lie more than {DEPTH} deep")
     content = contents[name]
     kind, children, _ = get_object_head_values_from_object_content(content)
-    if (
-        kind == Array.__qualname__
-    ):  # its own takes each byte three times, and a few bytes may name a chunk a million times
+    if kind == Array.__qualname__:
         return _array(content, children, contents, room)
     inner = {child: _inflated(child, contents, room, depth - 1) for child in children}
     return inflatable_class_registry[kind].inflate(content, children=inner)
 
 
 def _array(content: bytes, children: list[str], contents: Mapping[str, bytes], room: Room) -> Array:
+    """Flower's own takes each byte three times, and lets a few bytes name a chunk a million times."""
     told = json.loads(bytes(_body(content)))
     chunks = {child: _body(contents[child]) for child in children}
     for child in children:

@@ -1,0 +1,733 @@
+"""Laws of nodes: they compute what a simulation does, whatever becomes of them, and obey their owner."""
+
+import copy
+import json
+import os
+import re
+import sys
+from dataclasses import replace
+from functools import cache
+from uuid import uuid4
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import trace
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from fedsim.catalogue import options_of
+from fedsim.config import build, build_data, build_server_data, load, parse_overrides
+from fedsim.data import DATASETS
+from fedsim.data.federated import Shard
+from fedsim.errors import ClientError, ConfigError, NodeError
+from fedsim.files import apart
+from fedsim.flower.keeping import Keeping, Kept, needed
+from fedsim.flower.messages import Invitation, Order
+from fedsim.flower.node import Node, NodeSettings
+from fedsim.flower.plan import Allow, Plan, digest, initial_of, plan_of
+from fedsim.flower.shards import client_name, write_shards
+from fedsim.flower.transport import decode
+from fedsim.runtimes.serial import Serial
+from fedsim.runtimes.worker import failed, folded
+from fedsim.strategies import CATALOGUE
+from fedsim.types import Update
+from fedsim.work import EvaluateClient, Train
+
+CONFIG = {
+    "seed": 3,
+    "rounds": 3,
+    "data": {
+        "name": "synthetic",
+        "shape": [1, 8, 8],
+        "examples": 60,
+        "test_examples": 30,
+        "classes": 3,
+        "noise": 0.7,
+        "clients": 3,
+        "holdout": 0.2,
+        "label_noise": {"rate": 0.2},
+    },
+    "model": {"name": "cnn_bn", "widths": [3, 4]},
+    "strategy": "fedavg",
+    "cohort": {"name": "uniform", "fraction": 0.7},
+    "local": {"lr": 0.05, "batch_size": 4, "augment": ["flip", "random_crop"]},
+    "runtime": {"name": "serial", "device": "cpu"},
+}
+NEEDED = {"inner": "scaffold", "layers": ["*.weight"]}  # what options without a default get
+
+
+class Nodes:
+    """A runtime in this process whose clients are nodes, each with its shard and its own folder."""
+
+    workers, exact, home = 1, True, torch.device("cpu")
+
+    def __init__(self, folder, *, transport="exact", around=lambda nodes, order, work: work(order), more=None):
+        self.folder, self.transport, self.around = folder, transport, around
+        self.settings = {"state": str(folder / "state"), "device": "cpu"} | (more or {})
+        self.run_id, self.nodes, self.checkpoints = uuid4().hex, {}, None
+
+    def __call__(self, task, data):
+        self.initial, self.data, self.local = initial_of(task), data, Serial(task, data, device="cpu")
+        return self
+
+    def check(self, work):
+        self.plan = plan_of(work.config, self.data).json_text()
+
+    def ticket(self, newcomer):
+        return {"version": torch.tensor(0)} if newcomer or self.transport != "exact" else {}
+
+    def node(self, client):
+        if client not in self.nodes:
+            settings = NodeSettings.read(self.folder / f"{client}.yaml", self.settings)
+            self.nodes[client] = Node(settings)
+        return self.nodes[client]
+
+    def restart(self):
+        for node in self.nodes.values():
+            node.close()
+        self.nodes = {}
+
+    def answer(self, order):
+        node = self.node(order.client)
+        answer = node.work(order)
+        if answer.lost:
+            assert node.join(Invitation(self.run_id, self.plan, self.initial)).error is None
+            answer = node.work(order)
+        return answer
+
+    def order(self, work, server, job):
+        training = isinstance(work, Train)
+        return Order(
+            run=self.run_id,
+            plan=digest(self.plan),
+            task="train" if training else "evaluate",
+            round=max(job.round, 0),
+            client=job.client_id,
+            version=int(job.client["version"]) if job.client else 0,
+            checkpoints=tuple([job.round] if self.checkpoints is None else self.checkpoints),
+            transport=self.transport,
+            batch_size=1 if training else work.batch_size,
+            train_mode=False if training else work.train,
+            server={name: value.clone() for name, value in server.items()},
+        )
+
+    def run(self, work, server, jobs, aggregator, *, tolerant=False):
+        if not isinstance(work, Train | EvaluateClient):
+            yield from self.local.run(work, server, jobs, aggregator, tolerant=tolerant)
+            return
+        total = aggregator.fold([])
+        for job in jobs:
+            order = self.order(work, server, job)
+            answer = self.around(self, order, self.answer)
+            if answer.error is not None:
+                yield aggregator.fold([]), [failed(job, NodeError(answer.error), tolerant, 0.0)]
+                continue
+            assert answer.version == (job.round + 1 if isinstance(work, Train) and job.client else 0)
+            metrics = {name: torch.tensor(value, dtype=torch.double) for name, value in answer.metrics.items()}
+            update = Update(decode(answer.message), answer.weight, {}, metrics)
+            total, report = folded(update, job, aggregator, tolerant, total, 0.0)
+            kept = {"version": torch.tensor(answer.version)} if answer.version else {}
+            yield aggregator.fold([]), [report._replace(client=kept)]
+        yield total, []
+
+
+def config(strategy="fedavg", **settings):
+    fields = options_of(CATALOGUE.load(strategy)).model_fields
+    needed = {key: value for key, value in NEEDED.items() if key in fields and fields[key].is_required()}
+    return load(CONFIG | {"strategy": {"name": strategy} | needed} | settings)
+
+
+@cache
+def truth(strategy):
+    """What a simulation shows."""
+    return shown(build(config(strategy)))
+
+
+def shown(simulation):
+    records = trace(simulation, 3)
+    return [{name: value for name, value in record.items() if name != "clients"} for record in records]
+
+
+@pytest.fixture
+def shards(tmp_path):
+    write_shards(build_data(config()), tmp_path / "shards")
+    return tmp_path / "shards"
+
+
+def simulated(runtime, strategy="fedavg", **settings):
+    """The same federation on nodes; test data are the server's."""
+    made = config(strategy, **settings)
+    return build(made, build_data(made), runtime)
+
+
+@pytest.mark.parametrize("strategy", list(CATALOGUE))
+def test_nodes_compute_what_a_simulation_does(shards, strategy):
+    assert shown(simulated(Nodes(shards), strategy)) == truth(strategy)
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedbn"])
+def test_nodes_restarted_before_every_order_change_nothing(shards, strategy):
+    def around(nodes, order, work):
+        nodes.restart()
+        return work(order)
+
+    assert shown(simulated(Nodes(shards, around=around), strategy)) == truth(strategy)
+
+
+def test_repeated_and_late_orders_change_nothing(shards):
+    before = {}
+
+    def around(nodes, order, work):
+        if late := before.get((order.client, order.task)):  # the last round's, once more, and after it this one's
+            assert work(late).error is None
+        first, again = work(order), work(order)
+        assert first._replace(seconds=0.0) == again._replace(seconds=0.0)
+        if order.task == "train":
+            before[order.client, order.task] = order
+        return again
+
+    assert shown(simulated(Nodes(shards, around=around), "scaffold")) == truth("scaffold")
+
+
+def test_what_was_not_counted_is_never_used(shards):
+    """Every other answer comes too late: the same as where those clients fail."""
+
+    class Late(Nodes):
+        def answer(self, order):
+            answer = super().answer(order)
+            if order.task == "train" and (order.round + order.client) % 2:
+                return answer._replace(error="late")
+            return answer
+
+    def failing(work, order):
+        if order.task == "train" and (order.round + order.client) % 2:
+            return work(order)._replace(error="late")
+        return work(order)
+
+    drop = {"failures": {"policy": "drop"}, "cohort": "all"}
+    late = simulated(Late(shards), "scaffold", **drop)
+    records = [late.round() for _ in range(4)]
+    assert all(record.failed for record in records)
+    reference = build(config("scaffold", **drop))
+    run = reference.runtime.run
+
+    def some(work, server, jobs, aggregator, **how):
+        if not isinstance(work, Train):
+            yield from run(work, server, jobs, aggregator, **how)
+            return
+        kept = list(jobs)
+        good = [job for job in kept if not (job.round + job.client_id) % 2]
+        yield from run(work, server, good, aggregator, **how)
+        late = [failed(job, NodeError("late"), True, 0.0) for job in kept if (job.round + job.client_id) % 2]
+        yield aggregator.fold([]), late
+
+    reference.runtime.run = some
+    assert [reference.round().fingerprint for _ in range(4)] == [record.fingerprint for record in records]
+
+
+def test_a_rounded_transport_feeds_back_what_it_left(shards):
+    """Also to clients that keep nothing else, from disk as from memory."""
+    settings = {"model": {"name": "2nn"}}
+    once = simulated(Nodes(shards, transport="bf16"), **settings)
+    runtime = Nodes(shards, transport="bf16", around=lambda nodes, order, work: (nodes.restart(), work(order))[1])
+    fingerprints = [once.round().fingerprint for _ in range(3)]
+    once.runtime.restart()
+    twice = simulated(runtime, **settings)
+    assert [twice.round().fingerprint for _ in range(3)] == fingerprints
+    exact = simulated(Nodes(shards), **settings)
+    runtime.restart()
+    assert exact.round().fingerprint != fingerprints[0]
+
+
+@given(st.data())
+def test_pruning_keeps_what_a_driver_could_go_back_to(data):
+    """Against a driver with tickets and checkpoints, over rounds that count or come late, and rollbacks."""
+    ticket, disk, checkpoints = 0, {0: ()}, {0: 0}  # round: ticket
+    number = 0
+    for _ in range(data.draw(st.integers(1, 30))):
+        step = data.draw(st.sampled_from(["counts", "late", "checkpoint", "back"]))
+        if step in ("counts", "late"):
+            assert ticket in disk
+            kept = needed(ticket, disk[ticket], sorted(checkpoints))
+            disk[number + 1] = kept
+            disk = {v: e for v, e in disk.items() if v == 0 or v >= ticket or v in kept}
+            number += 1
+            ticket = number if step == "counts" else ticket
+        elif step == "checkpoint":
+            checkpoints[number] = ticket
+            for old in sorted(checkpoints)[: -data.draw(st.integers(1, 3))]:
+                del checkpoints[old]
+        else:
+            number = data.draw(st.sampled_from(sorted(checkpoints)))
+            ticket = checkpoints[number]
+            checkpoints = {n: t for n, t in checkpoints.items() if n <= number}
+        assert set(checkpoints.values()) <= disk.keys()
+
+
+def test_a_state_that_is_not_what_it_was_is_refused(shards):
+    nodes = Nodes(shards)
+    simulation = simulated(nodes, "scaffold", cohort="all")
+    simulation.round()
+    nodes.restart()
+    (path,) = (shards / "state" / client_name(1, 3)).glob("*/state-*")
+    whole = path.read_bytes()
+    for content, why in (
+        (whole[:-4] + b"abcd", "is broken: is not what it was"),
+        (whole[:-1], "is broken"),
+        (b"", "is broken"),
+        (whole.replace(b'"client":"1"', b'"client":"2"'), "is broken"),
+        (None, "is not here"),
+    ):
+        path.write_bytes(content) if content is not None else path.unlink()
+        with pytest.raises(ClientError, match=f"state 1 of client 1 {why}"):
+            simulation.round()
+        nodes.restart()
+    path.write_bytes(whole)
+    simulation.round()
+
+
+def test_orders_that_cannot_be_are_refused(shards):
+    nodes = Nodes(shards)
+    simulation = simulated(nodes, "scaffold", cohort="all")
+    orders = []
+    nodes.around = lambda nodes, order, work: orders.append(order) or work(order)
+    simulation.round()
+    order, node = orders[0], nodes.node(0)
+    server = order.server
+    for changes, why in (
+        ({"client": 1}, "in this run the node is client 0"),
+        ({"client": -1}, "order.client"),
+        ({"round": -1}, "order.round"),
+        ({"round": 10**12}, "order.round"),
+        ({"version": 1}, "order.version"),
+        ({"batch_size": 0}, "order.batch_size"),
+        ({"transport": "pickle"}, "order.transport"),
+        ({"run": "../../elsewhere"}, "no run's id"),
+        ({"server": {}}, "order.server: is nothing"),
+        ({"server": server | {"more": server["c"]}}, "more float32"),
+        ({"server": server | {"model": server["model"][:-1]}}, "order.server"),
+        ({"server": server | {"model": server["model"].double()}}, "float64"),
+    ):
+        answer = node.work(order._replace(**changes))
+        assert why in answer.error
+        assert "\n" not in answer.error
+        assert not answer.lost
+    for changes in ({"plan": "0" * 64}, {"run": uuid4().hex}):
+        assert node.work(order._replace(**changes)).lost
+    assert node.work(order).error is None
+
+
+MINE = """
+import sys, torch
+from fedsim import Update
+from fedsim.strategies.fedavg import FedAvg
+
+class Raises(FedAvg):
+    def client_update(self, server, client, local):
+        raise KeyError("one\\ntwo")
+class Exits(FedAvg):
+    def client_update(self, server, client, local):
+        sys.exit(3)
+class Writes(FedAvg):
+    def client_update(self, server, client, local):
+        server["model"].add_(1)
+        return Update({}, 1.0)
+class Sends(FedAvg):
+    def client_update(self, server, client, local):
+        return Update({"model": "all"}, 1.0)
+class Keeps(FedAvg):
+    def init_client(self, model, layout):
+        return {"h": torch.zeros(2)}
+    def client_update(self, server, client, local):
+        return Update({}, 1.0, client={"h": client["h"] / 0})
+class Interrupts(FedAvg):
+    def client_update(self, server, client, local):
+        raise KeyboardInterrupt
+"""
+
+
+@pytest.mark.parametrize(
+    ("strategy", "why"),
+    [
+        ("Raises", r"KeyError: 'one\\ntwo' \(mine_that_fails.py:8\)"),
+        ("Exits", r"SystemExit: 3 \(mine_that_fails.py:11\)"),
+        ("Writes", r"client_update wrote server\['model'\] in place"),
+        ("Sends", "message 'model' is no tensor"),
+        ("Keeps", "keeps h, which is not finite"),
+        ("Interrupts", None),
+    ],
+)
+def test_what_goes_wrong_in_a_strategy_is_told_in_a_line(shards, monkeypatch, strategy, why):
+    (shards / "mine_that_fails.py").write_text(MINE)
+    monkeypatch.syspath_prepend(shards)
+    name = f"mine_that_fails:{strategy}"
+    nodes = Nodes(shards, more={"allow.strategies": [name]})
+    simulation = simulated(nodes, name)
+    if why is None:
+        with pytest.raises(KeyboardInterrupt):
+            simulation.round()
+        return
+    with pytest.raises(ClientError, match=why) as caught:
+        simulation.round()
+    assert str(caught.value).isprintable()
+    assert not list((shards / "state").glob("*/*/state-*"))
+
+
+def test_one_process_at_a_time_has_a_node(shards):
+    values = NodeSettings.read(shards / "0.yaml", {"state": str(shards / "state")})
+    with Node(values), pytest.raises(ConfigError, match="another process has it"):
+        Node(values)
+    Node(values).close()
+
+
+def test_runs_that_nobody_asks_for_go(tmp_path):
+    old, new = uuid4().hex, uuid4().hex
+    keeping = Keeping(tmp_path, 1.0)
+    for run in (old, new):
+        keeping.join(run, "{}", {"model": torch.ones(3)})
+        keeping.store(run, 0, 1, Kept({"c": torch.ones(2)}))
+    keeping.close()
+    os.utime(tmp_path / old, (0, 0))
+    (tmp_path / "mine").mkdir()
+    keeping = Keeping(tmp_path, 1.0)
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "mine", new}
+    assert keeping.joined(old) is None
+    plan, initial = keeping.joined(new)
+    assert (plan, initial["model"].tolist()) == ("{}", [1, 1, 1])
+    keeping.close()
+    with pytest.raises(ValueError, match="no run's id"):
+        keeping.joined("../" + new)
+
+
+# Plans
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model": {"name": "cnn_bn", "widths": [3, 4], "freeze": ["*1*"]}},
+        {"model": {"name": "cnn_bn", "widths": [3, 4], "dropout": 0.3, "norm": "group"}},
+        {"local": {"lr": 0.1, "distillation": {"teacher": "TEACHER", "model": {"name": "2nn"}}}},
+        {"local": {"lr": 0.1, "distillation": {"teacher": "global"}, "channels_last": True}},
+        {
+            "local": {
+                "lr": 0.1,
+                "loss": {"name": "hinge", "margin": 2},
+                "class_weights": [1, 2, 3],
+                "oversample": False,
+            }
+        },
+    ],
+    ids=["frozen", "group", "teacher", "distilled", "weighted"],
+)
+def test_a_plan_has_all_that_clients_depend_on(shards, tmp_path, settings):
+    if settings.get("local", {}).get("distillation", {}).get("model"):
+        teacher = build(load(CONFIG | {"model": {"name": "2nn"}, "seed": 9})).task
+        file = tmp_path / "teacher.safetensors"
+        save_file(apart(teacher.network.state_dict()), file)
+        settings = json.loads(json.dumps(settings).replace("TEACHER", str(file)))
+    simulation = build(config(**settings))
+    nodes = Nodes(shards)
+    deployed = simulated(nodes, **settings)
+    assert str(tmp_path) not in nodes.plan
+    assert [deployed.round().fingerprint for _ in range(2)] == [simulation.round().fingerprint for _ in range(2)]
+
+
+def test_weights_from_a_file_are_sent_and_the_file_is_not_named(shards, tmp_path):
+    file = tmp_path / "w.safetensors"
+    save_file(apart(build(load(CONFIG | {"seed": 9})).task.network.state_dict()), file)
+    spec = {"model": {"name": "cnn_bn", "widths": [3, 4], "weights": str(file), "freeze": ["*1*"]}}
+    simulation, nodes = build(config(**spec)), Nodes(shards)
+    deployed = simulated(nodes, **spec)
+    file.unlink()
+    assert deployed.round().fingerprint == simulation.round().fingerprint
+    assert str(tmp_path) not in nodes.plan
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=1))
+def test_a_plan_keeps_every_bit_and_has_one_text(scale):
+    form = {"shape": [1, 8, 8], "dtype": "float32", "classes": 3, "scale": scale, "shift": []}
+    plan = Plan.read(json.dumps(PLAN | {"examples": form}))
+    again = Plan.read(plan.json_text())
+    assert again.json_text() == plan.json_text()
+    assert torch.equal(torch.tensor(again.examples.scale), torch.tensor(scale))
+
+
+PLAN = json.loads(plan_of(load(CONFIG).model_dump(mode="json"), build_data(load(CONFIG))).json_text())
+NAMES = st.sampled_from(["os:system", "builtins:eval", "fedavg", "cnn_bn", "this:that", "", "a:b:c"])
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | NAMES | st.just(10**400),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["name", "inner", "weights", "x"]), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+def paths(values, before=()):
+    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+        yield (*before, key)
+        if isinstance(value, dict | list):
+            yield from paths(value, (*before, key))
+
+
+PATHS = list(paths(PLAN))
+
+
+@cache
+def initial():
+    return initial_of(build(load(CONFIG)).task)
+
+
+def changed(path, value, new_key=None):
+    plan = copy.deepcopy(PLAN)
+    place = plan
+    for key in path[:-1]:
+        place = place[key]
+    if new_key is not None and isinstance(place, dict):
+        place[new_key] = value
+    else:
+        place[path[-1]] = value
+    return plan
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("node")
+    write_shards(build_data(load(CONFIG)), folder / "shards")
+    with Node(
+        NodeSettings.read(folder / "shards/0.yaml", {"state": str(folder), "device": "cpu", "allow": TIGHT})
+    ) as made:
+        yield made
+
+
+TIGHT = {"max_epochs": 5, "max_steps": 9, "max_batch_size": 8, "max_parameters": 10_000, "max_bytes": "1MiB"}
+
+
+def refused(node, plan, why="", tensors=None):
+    text = plan if isinstance(plan, str) else json.dumps(plan)
+    joined = node.join(Invitation(uuid4().hex, text, initial() if tensors is None else tensors))
+    assert joined.error is not None
+    assert why in joined.error
+    assert joined.error.isprintable()
+    assert len(joined.error) <= 200
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(PATHS), JUNK, st.none() | st.sampled_from(["inner", "weights", "pretrained", "name"]))
+def test_a_hostile_plan_is_refused_in_a_line(node, path, value, new_key):
+    modules = set(sys.modules)
+    joined = node.join(Invitation(uuid4().hex, json.dumps(changed(path, value, new_key)), initial()))
+    assert joined.error is None or (joined.error.isprintable() and len(joined.error) <= 200)
+    assert not {"this", "that", "a"} & (set(sys.modules) - modules)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "why"),
+    [
+        (("strategy", "name"), "os:system", "strategy.name: on this node 'os:system' is unknown; allowed: fedavg"),
+        (
+            ("strategy",),
+            {"name": "personal", "inner": {"name": "os:system"}, "layers": ["*"]},
+            "strategy.inner.name",
+        ),
+        (("strategy",), {"name": "personal", "inner": "os:system", "layers": ["*"]}, "strategy.inner: should be"),
+        (("strategy",), {"name": "fedavg", "inner": {"name": "os:system"}}, "strategy.inner.name"),
+        (("strategy",), "fedavg", 'plan.strategy: "fedavg" should be a mapping'),
+        (("model", "name"), "torchvision.models:resnet18", "model.name"),
+        (("model", "name"), "resnt18", "did you mean 'resnet18'"),
+        (("model", "weights"), "/etc/passwd", "model.weights: should be left out"),
+        (("model", "pretrained"), "ResNet18_Weights.DEFAULT", "model.pretrained: should be left out"),
+        (("model", "widths"), [10**6, 10**6], "more than this node allows; allowed: up to 10,000"),
+        (("model", "widths"), [10**15, 10**15], "model"),
+        (("local", "loss"), {"name": "os:system"}, "local.loss.name"),
+        (("local", "schedule"), {"name": "os:system"}, "local.schedule.name"),
+        (("local", "schedule"), None, "local.schedule"),
+        (("local", "augment"), [{"name": "os:system"}], "local.augment[0].name"),
+        (("local", "augment"), {"name": "flip"}, "local.augment: should be a list"),
+        (("local", "augment"), [{"name": "cutout", "holes": 10**9}], "local.augment[0].holes: is more"),
+        (("local", "distillation"), {"model": {"name": "os:system"}}, "local.distillation.model.name"),
+        (("local", "distillation"), {"model": "os:system"}, "local.distillation.model"),
+        (("local", "distillation"), {"teacher": "/etc/passwd", "model": {"name": "2nn"}}, "a plan opens no file"),
+        (("local", "epochs"), 6, "local.epochs: is more than this node allows; allowed: up to 5"),
+        (("local", "epochs"), 10**30, "local.epochs"),
+        (("local", "steps"), 10, "local.steps: is more"),
+        (("local", "batch_size"), 9, "local.batch_size: is more"),
+        (("local", "lr"), -1, "local.lr: -1 should be a number > 0"),
+        (("local", "class_weights"), [1.0], "local.class_weights: has 1 numbers"),
+        (("local", "momentum"), "x" * 10**5, "local.momentum"),
+        (
+            ("examples", "shape"),
+            [3, 8, 8],
+            "data: examples have shape [1, 8, 8], and the",
+        ),
+        (("examples", "dtype"), "float32", "data: examples have dtype uint8"),
+        (("examples", "classes"), 2, "data: has labels up to 2; the federation has 2 classes"),
+        (("examples", "crop"), 9, "data.crop"),
+        (("examples", "scale"), [1.0, 2.0], "2 channels"),
+        (("format",), 2, "plan.format: 2 should be 1"),
+        (("seed",), -1, "plan.seed"),
+        (("time_limit",), 0, "plan.time_limit"),
+    ],
+)
+def test_a_plan_that_is_not_allowed_names_the_key(node, path, value, why):
+    modules = set(sys.modules)
+    plan = changed(path, value)
+    refused(node, plan, why)
+    assert not {name for name in set(sys.modules) - modules if not name.startswith(("fedsim", "torchvision"))}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "null", "[]", "{", "NaN", '{"seed": NaN}', '{"a":' * 10**4 + "1" + "}" * 10**4, "[" * 10**5,
+        "1" * 10**6, json.dumps({"x": "y" * 2**21}), '{"a\\nb": 1}', '"\\ud800"', "\ud800", "{}",
+        json.dumps(PLAN)[:-1],
+    ],
+    ids=range(15),
+)  # fmt: skip
+def test_what_is_no_plan_is_refused(node, text):
+    refused(node, text, "")
+
+
+def test_initial_tensors_have_to_fit(node):
+    good = initial()
+    model = good["model"]
+    for tensors, why in (
+        ({}, "model was not sent"),
+        (good | {"model": model[:-1]}, "was sent, and the plan's network has model float32"),
+        (good | {"model": model.double()}, "initial: model float64"),
+        (good | {"model": model.long()}, "initial: model int64"),
+        (good | {"model": torch.full_like(model, torch.nan)}, "not finite"),
+        (good | {"constant.x": model}, "constant.x was sent, which the plan's network has not"),
+        (good | {"more": torch.zeros(2**19)}, "bytes are more than this node allows"),
+    ):
+        refused(node, PLAN, why, tensors)
+
+
+def test_only_what_is_listed_is_imported(node, tmp_path, monkeypatch):
+    (tmp_path / "mine_of_the_node.py").write_text(
+        "from fedsim.strategies.fedavg import FedAvg\nclass Mine(FedAvg):\n    'Mine.'\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    name = "mine_of_the_node:Mine"
+    plan = PLAN | {"strategy": PLAN["strategy"] | {"name": name}}
+    refused(node, plan, "strategy.name")
+    assert "mine_of_the_node" not in sys.modules
+    allow = Allow(strategies=[name], models=["cnn_bn"])
+    listing = Node(node.settings.model_copy(update={"allow": allow, "name": "other"}))
+    assert listing.join(Invitation(uuid4().hex, json.dumps(plan), initial())).error is None
+    refused(listing, PLAN, "strategy.name: on this node 'fedavg' is unknown; allowed: mine_of_the_node:Mine")
+    listing.close()
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"name": "../x"}, "name: '../x' should be 1 to 64 letters"),
+        ({"name": ""}, "name"),
+        ({"allow": {"models": ["resnt18"]}}, "allow.models: 'resnt18' is unknown; did you mean 'resnet18'"),
+        ({"allow": {"max_epochs": 0}}, "allow.max_epochs: 0 should be a whole number >= 1"),
+        ({"allow": {"max_bytes": "much"}}, "allow.max_bytes"),
+        ({"data": {"name": "npz"}}, "data.path: missing"),
+        ({"devise": "cpu"}, "devise: 'devise' is unknown; did you mean 'device'"),
+        ({"forget_after": -1}, "forget_after"),
+    ],
+)
+def test_settings_that_cannot_be_name_the_key(values, why):
+    with pytest.raises(ConfigError, match=re.escape(why)):
+        NodeSettings.of({"name": "a", "data": {"name": "npz", "path": "x"}} | values)
+
+
+# Data
+
+
+def test_a_node_says_what_it_holds_only_after_an_update(shards):
+    nodes = Nodes(shards)
+    simulation = simulated(nodes, cohort="all")
+    node = nodes.node(0)
+    invitation = Invitation(nodes.run_id, nodes.plan, nodes.initial)
+    assert node.join(invitation).examples is None
+    simulation.evaluate_clients()
+    assert node.join(invitation).examples is None
+    simulation.round()
+    assert node.join(invitation).examples == simulation.data.sizes[0]
+
+
+def test_shards_are_what_clients_hold(shards):
+    data = build_data(config())
+    for client in range(3):
+        found = dict(np.load(shards / f"{client}.npz"))
+        rows, held = data.rows(client), data.held_out(client)
+        assert (found["y_train"] == data.labels[rows].numpy()).all()
+        assert (found["y_test"] == data.labels[held].numpy()).all()
+        assert (torch.from_numpy(found["x_test"]) == data.examples(torch.from_numpy(held))[0]).all()
+    names = [client_name(k, 1000) for k in range(1000)]
+    assert sorted(names) == names
+    assert client_name(3, 12) == "client-03"
+    with pytest.raises(ConfigError, match="nothing is overwritten"):
+        write_shards(data, shards)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_shards_of_larger_images_are_whole_and_cut_as_told(tmp_path, mapped):
+    rng = np.random.default_rng(0)
+    arrays = {
+        "x_train": rng.integers(0, 256, (30, 3, 7, 9), dtype=np.uint8),
+        "y_train": np.arange(30) % 3,
+        "x_test": rng.integers(0, 256, (6, 3, 7, 9), dtype=np.uint8),
+        "y_test": np.arange(6) % 3,
+    }
+    source = tmp_path / "arrays"
+    if mapped:
+        source.mkdir()
+        for name, array in arrays.items():
+            np.save(source / f"{name}.npy", array)
+    else:
+        source = tmp_path / "a.npz"
+        np.savez(source, **arrays)
+    about = {"mean": [0.1, 0.2, 0.3], "std": [0.3, 0.2, 0.1]}
+    npz = {"name": "npz", "path": str(source), "channels": "first"}
+    settings = {"data": npz | about | {"clients": 3, "crop": 5, "holdout": 0.3, "public": 0.2}}
+    made = config(**settings)
+    data = build_data(made)
+    write_shards(data, tmp_path / "shards")
+    simulation, nodes = build(made), Nodes(tmp_path / "shards")
+    deployed = simulated(nodes, **settings)
+    assert deployed.round().fingerprint == simulation.round().fingerprint
+    assert deployed.evaluate_clients() == simulation.evaluate_clients()
+    servers = dict(np.load(tmp_path / "shards" / "server.npz"))
+    assert (servers["x_test"] == arrays["x_test"]).all()
+    assert (servers["x_train"] == arrays["x_train"][data.public]).all()
+
+
+def test_a_shard_takes_its_form_from_the_federation():
+    data = DATASETS.bind({"name": "synthetic", "examples": 20, "classes": 3})()
+    shard = Shard(data, classes=5, scale=(2.0,), shift=(1.0,))
+    x, _ = shard.batch(torch.arange(20))
+    assert torch.equal(x, data.x_train * 2.0 - 1)
+    assert (shard.num_classes, len(shard.rows(7)), len(shard.held_out(7))) == (5, 20, 0)
+    own = list(shard.own_batches(7, 100))
+    assert torch.equal(torch.cat([y for _, y in own]), data.y_test)
+    alone = Shard(replace(data, x_test=data.x_test[:0], y_test=data.y_test[:0]), classes=3)
+    assert torch.equal(torch.cat([y for _, y in alone.own_batches(7, 6)]), data.y_train)
+    with pytest.raises(ConfigError, match="no training examples"):
+        Shard(replace(data, x_train=data.x_train[:0], y_train=data.y_train[:0]), classes=3)
+
+
+def test_the_command_writes_shards_and_says_how_to_serve_them(tmp_path, fedsim_):
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(CONFIG))
+    arguments = ("partition", tmp_path / "c.yaml", "--out", tmp_path / "p.png", "--shards", tmp_path / "shards")
+    done = fedsim_(*arguments)
+    assert done.status == 0
+    (line,) = [line for line in done.out.splitlines() if line.startswith("server:")]
+    override = re.search("'(data=.*)'", line)[1]
+    served = load(CONFIG, parse_overrides([override]))
+    assert build_server_data(served).form == build_data(config()).form
+    again = fedsim_(*arguments)
+    assert (again.status, again.err.count("\n")) == (2, 1)
+    assert "nothing is overwritten" in again.err
