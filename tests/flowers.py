@@ -56,12 +56,13 @@ class Federation:
 
     `isolation` is process for what drives rounds itself (fedsim serve), subprocess for `flwr run`. With `auth`
     only nodes whose key was registered may join. `env` has FLWR_HOME, where the SuperLink is known as "lab".
+    `host` is the address at which it listens.
     """
 
-    def __init__(self, folder, *, tls=True, auth=False, isolation="process"):
+    def __init__(self, folder, *, tls=True, auth=False, isolation="process", host="127.0.0.1"):
         self.folder, self.auth, self.isolation = Path(folder), auth, isolation
-        self.port = free_port()
-        self.address = f"127.0.0.1:{self.port}"
+        self.host, self.port = host, free_port()
+        self.address = f"{host}:{self.port}"
         self.keys = self.folder / "keys"
         self.ca = self.keys / "ca.crt" if tls else None
         self.env = os.environ | QUIET | {"FLWR_HOME": str(self.folder / "flwr")}
@@ -70,7 +71,7 @@ class Federation:
         if tls or auth:
             from fedsim.flower.certificates import make
 
-            make(self.keys, ["127.0.0.1"])
+            make(self.keys, [host])
         (self.folder / "flwr").mkdir(parents=True)
         trust = f'root-certificates = "{self.ca}"' if self.ca else "insecure = true"
         (self.folder / "flwr" / "config.toml").write_text(
@@ -131,12 +132,16 @@ class Federation:
             trust += ["--ssl-keyfile", self.keys / "server.key"]
         self.superlink = self.start(
             "superlink",
-            *(BIN / "flower-superlink", "--host", "127.0.0.1", "--port", self.port, "--isolation", self.isolation),
+            *(BIN / "flower-superlink", "--host", self.host, "--port", self.port, "--isolation", self.isolation),
             *("--disable-runtime-dependency-installation", "--database", self.folder / "superlink.db", *trust),
             *(["--enable-supernode-auth"] if self.auth else []),
         )
-        until(lambda: listens(self.port), "SuperLink", process=self.superlink)
+        until(self.listens, "SuperLink", process=self.superlink)
         return self.superlink
+
+    def listens(self):
+        """Whether the SuperLink takes connections."""
+        return listens(self.port)
 
     def key(self, name):
         """The private key of a node, made and registered."""

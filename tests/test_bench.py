@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import sys
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
@@ -15,7 +16,8 @@ import torch
 from rich.cells import cell_len
 from rich.console import Console
 
-from fedsim.bench import STUDIES, bench, programs, scaling
+from fedsim.aggregate import WeightedMean
+from fedsim.bench import STUDIES, bench, federation, programs, scaling
 from fedsim.bench.apart import apart
 from fedsim.bench.figures import picture, show
 from fedsim.bench.inputs import FEDSIM, TORCHVISION, Cutout, input_line, pipeline
@@ -400,6 +402,59 @@ def test_startup_ends_with_the_first_round():
     found = study("startup", {"cohort": "all"})
     assert [row["side"] for row in found.rows] == ["fedsim run", "Flower simulation"]
     assert all(row["seconds"] == row["passes"][0] > 0 for row in found.rows)
+
+
+# Federations
+
+
+@pytest.fixture
+def still(monkeypatch):
+    """Has the parts of idle nodes in this process, too."""
+    monkeypatch.syspath_prepend(federation.APPS)
+    yield {"model": {"name": "still:vector", "parameters": 1000}, "strategy": "still:Still", "cohort": "all"}
+    sys.modules.pop("still", None)
+
+
+class Noted(WeightedMean):
+    """Remembers what was sent."""
+
+    def __init__(self):
+        self.sent = set()
+
+    def fold(self, updates, start=None):
+        updates = list(updates)
+        self.sent |= {message["delta"].numpy().tobytes() for _, message, _ in updates}
+        return super().fold(updates, start)
+
+
+def test_idle_nodes_send_what_nobody_sent_before(still):
+    simulation, models = build(load(CONFIG, still)), set()
+    simulation.aggregator = Noted()
+    for _ in range(3):
+        models.add(simulation.fingerprint())
+        simulation.round()
+    assert simulation.server["model"].shape == (1000,)
+    assert len(models) == 3
+    assert len(simulation.aggregator.sent) == 9
+
+
+def test_a_federations_process_that_fails_says_why(tmp_path):
+    pytest.importorskip("flwr")
+    nodes = federation.Federation(tmp_path, stock=True)
+    with pytest.raises(RoundError, match=r" -c failed: no such app\Z"):
+        nodes._finish("x", [sys.executable, "-c", "raise SystemExit('no such app')"])
+
+
+@pytest.mark.slow
+def test_federations_of_idle_nodes(monkeypatch):
+    pytest.importorskip("flwr")
+    monkeypatch.setattr(federation, "SIZES", (1000,))
+    found = study("flower", {})
+    assert [row["side"] for row in found.rows] == [federation.FAST, federation.STOCK, federation.FLOOR]
+    assert found.rows[0]["seconds"] < min(row["seconds"] for row in found.rows[1:])
+
+
+# Wrong wishes
 
 
 @pytest.mark.parametrize(

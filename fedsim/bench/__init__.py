@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fedsim.bench.aggregation import aggregation
+from fedsim.bench.federation import flower
 from fedsim.bench.figures import Found, picture, save, show
 from fedsim.bench.programs import check_peers
 from fedsim.bench.scaling import actors, cohort, idle, population
@@ -27,6 +28,7 @@ STUDIES: dict[str, Callable[[Config, int, Console], Found]] = {
     "idle": idle,
     "aggregation": aggregation,
     "startup": startup,
+    "flower": flower,
 }
 
 

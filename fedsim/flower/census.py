@@ -1,7 +1,7 @@
 """Who is connected to a SuperLink, by name: every node is asked."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from time import monotonic, sleep
 
 from fedsim.errors import ConfigError, one_line
@@ -15,7 +15,7 @@ TICK = 0.05
 
 
 def census(superlink: Superlink, told: Mapping[str, int]) -> Iterator[tuple[str, ...]]:
-    """Rows for each node: name, number, status, last seen, versions, examples; raises ConfigError."""
+    """A row for each node: name, last seen, examples, versions, number; raises ConfigError."""
     try:
         known = {node.node: node for node in listed(superlink)}
         answers = _asked(superlink)
@@ -24,9 +24,9 @@ def census(superlink: Superlink, told: Mapping[str, int]) -> Iterator[tuple[str,
     for number, node in sorted(known.items(), key=lambda pair: (_name(answers, pair[1]), pair[0])):
         joined = answers.get(number)
         name, versions = _name(answers, node), joined.versions if joined else {}
-        examples = str(told[name]) if name in told else "not told"
-        row = name or "unknown", str(number), node.status, _seen(node)
-        yield *row, versions.get("fedsim", ""), versions.get("torch", ""), examples
+        shown = ", ".join(f"{one_line(each)} {one_line(version)}" for each, version in versions.items())
+        examples = f"{told[name]:,}" if told.get(name) else "not told"
+        yield name or "unknown", _seen(node, joined), examples, shown, str(number)
 
 
 def _name(answers: Mapping[int, Joined], node: Listed) -> str:
@@ -34,8 +34,10 @@ def _name(answers: Mapping[int, Joined], node: Listed) -> str:
     return one_line(joined.name) if joined else one_line(node.name)
 
 
-def _seen(node: Listed) -> str:
-    return "now" if node.status == "online" else f"{node.online_until}"
+def _seen(node: Listed, joined: Joined | None) -> str:
+    if node.status == "online":
+        return "now" if joined else "at work, or not fedsim's"
+    return f"{node.status}, {node.online_until or node.since}"
 
 
 def _asked(superlink: Superlink) -> dict[int, Joined]:
@@ -48,7 +50,8 @@ def _asked(superlink: Superlink) -> dict[int, Joined]:
         while waiting and monotonic() < deadline:
             for reply in link.receive(waiting, most_bytes=2**20):
                 node = waiting.pop(reply.to)
-                if reply.content is not None:
-                    answers[node] = wire.read(Joined, reply.content)
+                with suppress(ValueError):  # not fedsim's
+                    if reply.content is not None:
+                        answers[node] = wire.read(Joined, reply.content)
             sleep(TICK)
     return answers

@@ -162,7 +162,9 @@ class Dispatch:
         metrics = {name: torch.tensor(value, dtype=torch.double) for name, value in sums.items()}
         update = Update(message, answer.weight, {}, metrics)
         self.total, report = folded(update, job, self.aggregator, self.tolerant, self.total, flight.since)
-        if report.error is not None or not trained:
+        if report.error is not None:
+            return report._replace(error=f"{self._name(job)}: {report.error}")
+        if not trained:
             return report
         self.data.sizes[job.client_id] = answer.examples
         return report._replace(client={"version": torch.tensor(answer.version)} if job.client else {})
@@ -204,8 +206,11 @@ class Dispatch:
 
     def _failed(self, flight: Flight, why: str) -> Report:
         """A report; raises ClientError unless the round is tolerant."""
-        cause = NodeError(f"{self.federation.roster.names[flight.job.client_id]}: {why}")
+        cause = NodeError(f"{self._name(flight.job)}: {why}")
         return failed(flight.job, cause, self.tolerant, perf_counter() - flight.since)
+
+    def _name(self, job: Job) -> str:
+        return self.federation.roster.names[job.client_id]
 
     def _again(self, messages: Iterable[str]) -> None:
         """Have these clients' orders sent once more."""

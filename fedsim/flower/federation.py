@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import ssl
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -44,9 +45,13 @@ def address_of(superlink: str, ca: Path | None, insecure: bool, at: str = "runti
     if ca is None:
         return Superlink(superlink, None)
     try:
-        return Superlink(superlink, ca.expanduser().read_bytes())
+        content = ca.expanduser().read_bytes()
+        ssl.create_default_context(cadata=content.decode("ascii"))
+    except (ssl.SSLError, ValueError):  # the first is an OSError, too
+        raise ConfigError(f"{at}ca: {ca}: is no certificate in PEM") from None
     except OSError as error:
         raise ConfigError(f"{at}ca: {ca}: {error.strerror}") from None
+    return Superlink(superlink, content)
 
 
 class Federation:

@@ -52,7 +52,7 @@ def train(node: Node, message: Message, context: Context) -> RecordDict:
     """The state_dict after local training, and n_k; raises ValueError."""
     sent, task, answer = _work(node, message, context, "train")
     update = decode(answer.message)
-    if update.keys() - {"delta", "buffers"}:
+    if update.keys() - {"buffers"} != {"delta"}:
         raise ConfigError(f"strategy: sends {', '.join(sorted(update))}; Flower's add up models, and nothing else")
     found = task.layout.split(task.initial_model + update["delta"])
     found |= task.buffer_layout.split(update.get("buffers", task.initial_buffers))
@@ -146,6 +146,8 @@ def _named(spec: Any) -> Any:
 
 def _tensors(content: RecordDict, most: int) -> dict[str, Tensor]:
     """A state_dict as it was sent; raises ValueError."""
+    if ARRAYS not in content.array_records:
+        raise ValueError(f"has no {ARRAYS!r}: it is neither of fedsim nor of a strategy of Flower's")
     record = content.array_records[ARRAYS]
     if (size := sum(len(array.data) for array in record.values())) > most:
         raise ValueError(f"arrays: {size:,} bytes are more than this node allows; allowed: up to {most:,}")

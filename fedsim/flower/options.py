@@ -71,7 +71,7 @@ def table(folder: Path | None, address: str, ca: Path | None, insecure: bool) ->
     from fedsim.flower.federation import address_of
 
     told = {} if folder is None else sizes_told(folder)
-    shown = Table("node", "Flower's number", "status", "last seen", "fedsim", "torch", "examples")
+    shown = Table("node", "last seen", "examples", "versions", "Flower's number")
     for row in census(address_of(address, ca, insecure, "--"), told):
         shown.add_row(*row)
     return shown

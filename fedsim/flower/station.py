@@ -20,6 +20,7 @@ POLL = 0.01, 0.5  # seconds between two looks for messages, at least and at most
 SHARE = 0.01  # of the time since the last message, to wait for the next look
 PLAN = 2**23  # bytes of a message besides its tensors
 RETRY = 1.0  # seconds between two attempts to connect
+AWAY = 1.0  # seconds for which a process shows that the last one with its key is gone
 
 
 def respond(node: Node, content: RecordDict) -> RecordDict:
@@ -49,17 +50,20 @@ def described(order: Order, answer: Answer) -> str:
 def serve(node: Node, superlink: Superlink, key: Path | None) -> NoReturn:
     """Answer messages until interrupted, whatever becomes of the SuperLink.
 
-    Raises ConfigError where it refuses the node for good.
+    Raises ConfigError where it refuses the node at the start, and for good.
     """
-    said = ""
+    said, known = "", False
     while True:
         try:
+            if key and not known:  # else nobody may notice that what the last process was at is lost
+                Member.open(superlink, key).close()
+                sleep(AWAY)
             with closing(Member.open(superlink, key)) as member:
                 log.info("connected to %s", superlink.address)
-                said = ""
+                said, known = "", True
                 _answer(node, member)
         except LinkError as error:
-            if not error.again and not said:
+            if not error.again and not known:
                 raise ConfigError(f"superlink {superlink.address}: {error}") from error
             if str(error) != said:
                 log.warning("%s; tries again", error)

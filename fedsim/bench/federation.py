@@ -1,0 +1,283 @@
+"""A study of federations on real machines: what a round costs before any client takes a step.
+
+All processes are here, and speak over loopback with TLS and with keys, as they would from machine to machine.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from itertools import count
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from time import monotonic, sleep
+from typing import Any, Self
+
+import yaml
+from rich.console import Console
+from rich.progress import track
+
+from fedsim.bench import apps
+from fedsim.bench.figures import Column, Found
+from fedsim.bench.parts import Seconds, times_as_fast
+from fedsim.bench.programs import ENVIRONMENT
+from fedsim.config import Config
+from fedsim.errors import RoundError, one_line
+from fedsim.flower import needs_flwr
+
+SIZES = 1_663_370, 25_000_000  # parameters, as float32: McMahan's CNN, and about a ResNet-50
+NODES = "a", "b"
+ROUNDS = 4  # of a run; the first, in which nodes join and networks are made, does not count
+FAST, STOCK, FLOOR = "fedsim serve and node", "fedsim's app in Flower", "Flower alone"
+APPS = Path(apps.__path__[0])
+PATIENCE = 600  # seconds for a run
+FLOOR_APP = """\
+[project]
+name = "floor"
+version = "1.0.0"
+dependencies = ["flwr>=1.41,<1.42"]
+
+[tool.flwr.app]
+publisher = "fedsim"
+
+[tool.flwr.app.components]
+serverapp = "floor:server"
+clientapp = "floor:client"
+
+[tool.flwr.app.config]
+out = ""
+parameters = 0
+rounds = 0
+nodes = 0
+"""
+EXAMPLES = {"name": "synthetic", "examples": 4, "test_examples": 2, "classes": 2, "shape": [1, 1, 1]}
+
+
+def flower(config: Config, repeats: int, console: Console) -> Found:
+    """Rounds of two idle nodes: driven by `fedsim serve`, by `flwr run`, and by an app without fedsim.
+
+    Nothing of the config counts: the networks have as many parameters as SIZES says, and do not train.
+    """
+    needs_flwr("--study flower")
+    seconds = dict[int, Seconds]()
+    with TemporaryDirectory(prefix="fedsim-bench-") as temporary, ExitStack() as stack:
+        fast = stack.enter_context(Federation(Path(temporary) / "fast", stock=False))
+        stock = stack.enter_context(Federation(Path(temporary) / "stock", stock=True))
+        sides = {FAST: fast.served, STOCK: stock.ran, FLOOR: stock.alone}
+        for size in track(SIZES * repeats, "turns", console=console, transient=True):
+            for name, side in sides.items():
+                took = side(size)[1:]
+                seconds.setdefault(size, {}).setdefault(name, []).append(median(took))
+    return Found(
+        "flower",
+        f"seconds a round of {len(NODES)} idle nodes, on loopback with TLS and keys",
+        [
+            Column("side", "side"),
+            Column("parameters", "parameters", ",d"),
+            Column("seconds", "seconds", ".2f"),
+            Column("least", "least", ".2f"),
+            Column("most", "most", ".2f"),
+            Column("ratio", "ratio", ".1f"),
+        ],
+        [_row(size, name, times) for size, times in seconds.items() for name in times],
+        f"a turn is a run, the median of its rounds after the first; ratio: times as fast as '{FLOOR}'",
+    )
+
+
+def _row(size: int, name: str, seconds: Seconds) -> dict[str, Any]:
+    ratio, times = times_as_fast(seconds, name, FLOOR), seconds[name]
+    row = {"parameters": size, "side": name, "seconds": median(times), "least": min(times), "most": max(times)}
+    return row | {"ratio": ratio.median, "low": ratio.low, "high": ratio.high, "passes": times}
+
+
+class Federation:
+    """A SuperLink and two nodes, `stock` Flower's own or fedsim's; each ends with the `with` block.
+
+    What they write is in `folder`. Raises RoundError with the last line of what ended.
+    """
+
+    def __init__(self, folder: Path, *, stock: bool):
+        self.folder, self.stock, self.keys = folder, stock, folder / "keys"
+        self.address = f"127.0.0.1:{free_port()}"
+        self.started = list[subprocess.Popen[bytes]]()
+        self.runs = count()
+        programs, modules = Path(sys.executable).parent, os.environ.get("PYTHONPATH")
+        self.environment = (
+            os.environ
+            | ENVIRONMENT
+            | {
+                "FLWR_HOME": str(folder / "flwr"),
+                "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', '')}",
+                "PYTHONPATH": os.pathsep.join([str(APPS), *([modules] if modules else [])]),
+            }
+        )
+
+    def __enter__(self) -> Self:
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End all of them, and what they started."""
+        for process in reversed(self.started):
+            process.terminate()
+        for process in reversed(self.started):
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def served(self, size: int) -> list[float]:
+        """Seconds of each round of a run by `fedsim serve`."""
+        out, written = self._run(size)
+        address = ["--superlink", self.address, "--ca", str(self.keys / "ca.crt")]
+        self._finish("serve", ["fedsim", "serve", str(written), *address, "--out", str(out)])
+        return self._rounds(out, "serve", FAST)
+
+    def ran(self, size: int) -> list[float]:
+        """The same by `flwr run` of the app that `fedsim app` writes."""
+        out, written = self._run(size)
+        app = out.with_name(f"{out.name}-app")
+        self._finish("app", ["fedsim", "app", str(written), "--out", str(app)])
+        self._finish("run", ["flwr", "run", str(app), "lab", "--stream", "-c", f'out="{out}"'])
+        return self._rounds(out, "run", STOCK)
+
+    def alone(self, size: int) -> list[float]:
+        """The same by `flwr run` of an app that has nothing of fedsim."""
+        out = self.folder / f"run-{next(self.runs)}"
+        app = out.with_name(f"{out.name}-app")
+        app.mkdir()
+        shutil.copy(APPS / "floor.py", app)
+        (app / "pyproject.toml").write_text(FLOOR_APP)
+        given = f'out="{out}" parameters={size} rounds={ROUNDS} nodes={len(NODES)}'
+        self._finish("alone", ["flwr", "run", str(app), "lab", "--stream", "-c", given])
+        if not out.exists():
+            raise self._failed("alone", FLOOR)
+        return [float(each) for each in json.loads(out.read_text())]
+
+    def _start(self) -> None:
+        from fedsim.flower.certificates import make
+        from fedsim.flower.internals import Superlink, register
+
+        make(self.keys, ["127.0.0.1"], NODES)
+        ca, port = self.keys / "ca.crt", self.address.rpartition(":")[2]
+        flwr = self.folder / "flwr"
+        flwr.mkdir()
+        lab = f'address = "{self.address}"\nroot-certificates = "{ca}"'
+        (flwr / "config.toml").write_text(f'[superlink]\ndefault = "lab"\n[superlink.lab]\n{lab}\n')
+        certificate = [
+            "--ssl-certfile",
+            str(self.keys / "server.pem"),
+            "--ssl-keyfile",
+            str(self.keys / "server.key"),
+        ]
+        trust = ["--ssl-ca-certfile", str(ca), *certificate, "--enable-supernode-auth"]
+        isolation = [] if self.stock else ["--isolation", "process"]
+        here = ["--host", "127.0.0.1", "--port", port, "--disable-runtime-dependency-installation"]
+        superlink = self._begin("superlink", ["flower-superlink", *here, *trust, *isolation])
+        deadline = monotonic() + PATIENCE
+        while not listens(int(port)):
+            if superlink.poll() is not None or monotonic() > deadline:
+                raise self._failed("superlink", "flower-superlink")
+            sleep(0.05)
+        for name in NODES:
+            key = self.keys / "nodes" / name
+            register(Superlink(self.address, ca.read_bytes()), key.with_name(f"{name}.pub"))
+            settings = {
+                "name": name,
+                "data": EXAMPLES,
+                "state": str(self.folder / "states"),
+                "device": "cpu",
+                "allow": {"strategies": ["still:Still"], "models": ["still:vector"]},
+                "superlink": self.address,
+                "ca": str(ca),
+                "key": str(key),
+            }
+            path = self.folder / f"{name}.yaml"
+            path.write_text(yaml.safe_dump(settings))
+            if self.stock:
+                local = ["--port", str(free_port()), "--node-config", f'config="{path}"']
+                where = ["--superlink", self.address, "--root-certificates", str(ca)]
+                self._begin(name, ["flower-supernode", *where, "--auth-supernode-private-key", str(key), *local])
+            else:
+                self._begin(name, ["fedsim", "node", str(path)])
+
+    def _run(self, size: int) -> tuple[Path, Path]:
+        """A new run's folder, which is not there yet, and its config."""
+        out = self.folder / f"run-{next(self.runs)}"
+        written = out.with_name(f"{out.name}.yaml")
+        config = {
+            "rounds": ROUNDS,
+            "data": EXAMPLES | {"clients": len(NODES)},
+            "model": {"name": "still:vector", "parameters": size},
+            "strategy": "still:Still",
+            "cohort": "all",
+            "local": {"batch_size": 1, "lr": 0.1},
+            "evaluate": {"every": ROUNDS},
+            "runtime": {"name": "flower", "nodes": list(NODES), "device": "cpu"},
+            "hooks": [],
+        }
+        written.write_text(yaml.safe_dump(config))
+        return out, written
+
+    def _begin(self, name: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
+        """A process in a session of its own, whose output goes to NAME.log."""
+        path = shutil.which(command[0], path=self.environment["PATH"]) or command[0]
+        with (self.folder / f"{name}.log").open("wb") as log:
+            process = subprocess.Popen(
+                [path, *command[1:]],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self.environment,
+                cwd=self.folder,
+                start_new_session=True,
+            )
+        self.started.append(process)
+        return process
+
+    def _finish(self, name: str, command: Sequence[str]) -> None:
+        """Run a command to its end."""
+        process = self._begin(name, command)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(PATIENCE)
+        if process.returncode != 0:
+            raise self._failed(name, " ".join(command[:2]))
+        self.started.remove(process)
+
+    def _rounds(self, out: Path, name: str, label: str) -> list[float]:
+        """Seconds of each round of a run, which Flower may have let fail without saying so."""
+        log = out / "rounds.jsonl"
+        lines = log.read_text().splitlines() if log.exists() else []
+        if len(lines) < ROUNDS:
+            raise self._failed(name, label)
+        return [float(json.loads(line)["seconds"]) for line in lines]
+
+    def _failed(self, name: str, label: str) -> RoundError:
+        lines = (self.folder / f"{name}.log").read_text(errors="replace").strip().splitlines()
+        said = [line for line in lines if "Error: " in line] or lines or ["it said nothing"]
+        return RoundError(f"{label} failed: {one_line(said[-1])}")
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody has just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def listens(port: int) -> bool:
+    """Whether somebody does there."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0

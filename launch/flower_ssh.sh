@@ -1,0 +1,150 @@
+#!/usr/bin/env bash
+# A federation over Flower on machines that ssh reaches: a SuperLink on one, a node on each other, the rounds from here.
+#
+#   launch/flower_ssh.sh start SERVER NODE [NODE ...]      hosts; - is this machine
+#   launch/flower_ssh.sh serve CONFIG [KEY=VALUE ...]      as `fedsim serve`, with its options and its exit status
+#   launch/flower_ssh.sh resume RUN [KEY=VALUE ...]
+#   launch/flower_ssh.sh status
+#   launch/flower_ssh.sh stop
+#
+# Each node's host has a NODE.yaml with its name, data and state. Keys are made here and go to their hosts over ssh.
+# These may be set, and are explained in launch/README.md: ADDRESS BIND PORT NODE SSH FEDSIM WAIT STATE
+set -euo pipefail
+
+port=${PORT:-8000}
+fedsim=${FEDSIM:-$(command -v fedsim || true)}
+node=${NODE:-fedsim-node.yaml}
+state=${STATE:-${XDG_CACHE_HOME:-$HOME/.cache}/fedsim/flower-$port}
+seconds=${WAIT:-60}
+there=.cache/fedsim/flower-$port # on the other machines, in the home folder
+read -ra ssh <<<"${SSH:-ssh -o BatchMode=yes}"
+
+fail() {
+    echo "flower_ssh: $1" >&2
+    exit "${2:-1}"
+}
+
+# on HOST COMMAND ...: there, in the home folder; "-" is this machine.
+on() {
+    local host=$1 command
+    shift
+    command="cd && $(printf '%q ' "$@")"
+    if [[ $host == - ]]; then bash -c "$command"; else "${ssh[@]}" "$host" "$command"; fi
+}
+
+# put HOST FILE ...: there, in a folder that is its owner's only.
+put() {
+    local host=$1 file
+    on "$host" bash -c "umask 077 && mkdir -p $there" </dev/null
+    for file in "${@:2}"; do
+        on "$host" bash -c "umask 077 && cat >$there/${file##*/}" <"$file" || fail "$host: cannot put ${file##*/} there"
+    done
+}
+
+# launch HOST NAME COMMAND ...: have it run there after this script, and write down its process.
+launch() {
+    local host=$1 name=$2 pid
+    shift 2
+    # shellcheck disable=SC2016 # the other shell is to expand it
+    pid=$(on "$host" bash -c 'log=$1; shift; nohup setsid "$@" </dev/null >"$log" 2>&1 & echo $!' - "$there/$name.log" \
+        env FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 "PATH=${fedsim%/*}:/usr/local/bin:/usr/bin:/bin" \
+        "$@" </dev/null) || fail "$host: cannot start $name there"
+    [[ $pid =~ ^[0-9]+$ ]] || fail "$host: should have told a process id, and told ${pid:-nothing}"
+    echo "$host $pid $name" >>"$state/processes"
+}
+
+# alive HOST PROCESS: and not only waiting for its parent to hear that it ended.
+alive() {
+    [[ $(on "$1" ps -o stat= -p "$2" </dev/null) == [!Z]* ]]
+}
+
+start() {
+    (($# >= 2)) || fail "$usage" 2
+    [[ -x $fedsim ]] || fail "no fedsim command; FEDSIM names it, at its path on every host" 2
+    [[ ! -e $state/processes ]] || fail "a federation of port $port was started; stop ends it"
+    local server=$1 address=${ADDRESS:-${1##*@}} host name pid names=() hosts=("${@:2}") end
+    [[ $server != - ]] || address=${ADDRESS:-$(hostname -I | cut -d' ' -f1)}
+    mkdir -p "$state"
+    for host in "${hosts[@]}"; do
+        name=$(on "$host" sed -n 's/^name: *"\{0,1\}\([A-Za-z0-9._-]*\).*/\1/p' "$node" </dev/null) ||
+            fail "$host: has no $node"
+        [[ -n $name ]] || fail "$host: $node has no name: NAME"
+        names+=("$name")
+        [[ -e $state/keys/nodes/$name ]] || "$fedsim" certificates "$state/keys" --node "$name" >/dev/null
+    done
+    if [[ ! -e $state/keys/ca.crt ]]; then
+        "$fedsim" certificates "$state/keys" --server "$address" >/dev/null
+    elif [[ $address != $(cat "$state/address" 2>/dev/null) ]]; then
+        "$fedsim" certificates "$state/keys" --renew --server "$address" >/dev/null
+    fi
+    echo "$address" >"$state/address"
+    (IFS=, && echo "${names[*]}" >"$state/names")
+
+    put "$server" "$state"/keys/{ca.crt,server.pem,server.key}
+    launch "$server" superlink "${fedsim%/*}/flower-superlink" --host "${BIND:-0.0.0.0}" --port "$port" \
+        --isolation process --enable-supernode-auth --disable-runtime-dependency-installation \
+        --ssl-ca-certfile "$there/ca.crt" --ssl-certfile "$there/server.pem" --ssl-keyfile "$there/server.key" \
+        --database "$there/superlink.db"
+    end=$((SECONDS + seconds))
+    until (exec 3<>"/dev/tcp/$address/$port") 2>/dev/null; do
+        read -r host pid name < <(head -n 1 "$state/processes")
+        alive "$host" "$pid" || fail "the SuperLink has ended; see $there/superlink.log on $server, then stop"
+        ((SECONDS < end)) || fail "$address:$port is not reached in $seconds s; see $there/superlink.log there, then stop"
+        sleep 0.2
+    done
+    # Only nodes with registered keys can join; it remembers those of the last time.
+    export FLWR_HOME=$state/flwr
+    mkdir -p "$FLWR_HOME"
+    printf '[superlink.hosts]\naddress = "%s"\nroot-certificates = "%s"\n' "$address:$port" "$state/keys/ca.crt" \
+        >"$FLWR_HOME/config.toml"
+    for ((k = 0; k < ${#hosts[@]}; k++)); do
+        "${fedsim%/*}/flwr" supernode register "$state/keys/nodes/${names[k]}.pub" hosts --name "${names[k]}" \
+            >"$state/register.log" 2>&1 || grep -q "already in use" "$state/register.log" ||
+            fail "${names[k]} could not be registered; see $state/register.log"
+        put "${hosts[k]}" "$state/keys/ca.crt" "$state/keys/nodes/${names[k]}"
+        launch "${hosts[k]}" "${names[k]}" "$fedsim" node "$node" --superlink "$address:$port" --ca "$there/ca.crt" \
+            --key "$there/${names[k]}"
+    done
+    echo "nodes ${names[*]}: flower_ssh.sh serve CONFIG"
+}
+
+# told: the options by which the SuperLink is found.
+told() {
+    [[ -e $state/processes ]] || fail "no federation of port $port was started here"
+    superlink=(--superlink "$(<"$state/address"):$port" --ca "$state/keys/ca.crt")
+}
+
+serve() {
+    told
+    exec "$fedsim" serve "$@" "${superlink[@]}" --nodes "$(<"$state/names")" --keys "$state/keys/nodes"
+}
+
+status() {
+    told
+    local host pid name
+    while read -r host pid name <&3; do
+        alive "$host" "$pid" || echo "$name on $host has ended; see $there/$name.log there"
+    done 3<"$state/processes"
+    "$fedsim" nodes "${superlink[@]}"
+}
+
+stop() {
+    [[ -e $state/processes ]] || fail "no federation of port $port was started here"
+    local host pid name
+    # Nodes first, which take leave of the SuperLink.
+    while read -r host pid name <&3; do
+        on "$host" bash -c "kill -TERM $pid 2>/dev/null; for _ in {1..100}; do kill -0 $pid 2>/dev/null || exit 0; sleep 0.1; done; kill -KILL -- -$pid" </dev/null ||
+            echo "flower_ssh: $host: $name, process $pid, could not be ended" >&2
+    done 3< <(sed '1!G;h;$!d' "$state/processes")
+    rm "$state/processes"
+}
+
+usage="usage: flower_ssh.sh start SERVER NODE [NODE ...] | serve CONFIG [KEY=VALUE ...] | resume RUN | status | stop"
+case ${1:-} in
+start) start "${@:2}" ;;
+serve) serve "${@:2}" ;;
+resume) exec "$fedsim" "$@" ;;
+status) status ;;
+stop) stop ;;
+*) fail "$usage" 2 ;;
+esac

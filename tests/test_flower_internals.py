@@ -1,0 +1,762 @@
+"""What fedsim takes from inside flwr is as it was, and carries messages between a Link and Members."""
+
+import ast
+import inspect
+import json
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("flwr")
+
+import httpx
+from flowers import Federation, until
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app.message.message import make_message
+from flwr.app.metadata import Metadata
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.supercore.constant import TASK_TOKEN_HEADER
+from flwr.supercore.control.control_http_client import ControlHttpClient
+from flwr.supercore.inflatable import inflatable_object, inflatable_utils
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid.http_grid import HttpGrid
+
+from fedsim.errors import ConfigError
+from fedsim.flower import internals
+from fedsim.flower.certificates import make
+from fedsim.flower.internals import (
+    Link,
+    LinkError,
+    Member,
+    Superlink,
+    connection,
+    listed,
+    public_key_bytes,
+    register,
+    unregister,
+)
+from fedsim.flower.internals import link as driving
+from fedsim.flower.internals import objects as wire
+from fedsim.flower.internals.connection import TooLargeError, connect
+
+ROOM = 2**20  # bytes that a message may have here
+APP = {
+    "pyproject.toml": """
+[project]
+name = "empty"
+version = "1.0.0"
+dependencies = ["flwr>=1.41.0"]
+[tool.flwr.app]
+publisher = "fedsim"
+[tool.flwr.app.components]
+serverapp = "empty:app"
+clientapp = "empty:app"
+""",
+    "empty.py": "from flwr.serverapp import ServerApp\n\napp = ServerApp()\n",
+}
+
+# --- the contract ------------------------------------------------------------------------------------------------
+
+CALLS = [  # (module, name, parameters that we pass, or rely on being there)
+    ("flwr.app", "Array", "dtype shape stype data"),
+    ("flwr.app", "Message", "content error reply_to"),
+    ("flwr.app.error", "Error", "code reason"),
+    ("flwr.app.message.arraychunk", "ArrayChunk", "data"),
+    ("flwr.app.message.message", "make_message", "metadata content error"),
+    ("flwr.app.message.message", "remove_content_from_message", "message"),
+    (
+        "flwr.app.metadata",
+        "Metadata",
+        "run_id message_id src_node_id dst_node_id reply_to_message_id group_id created_at ttl message_type "
+        "src_task_id",
+    ),
+    ("flwr.cli.build", "build_fab_from_disk", "app"),
+    ("flwr.common.serde", "fab_to_proto", "fab"),
+    ("flwr.common.serde", "message_from_proto", "message_proto"),
+    ("flwr.common.serde", "message_to_proto", "message"),
+    ("flwr.supercore.fab", "Fab", "hash_str content verifications"),
+    ("flwr.supercore.error", "FlowerError.from_json", "value"),
+    ("flwr.supercore.inflatable.inflatable_object", "InflatableObject.deflate", ""),
+    ("flwr.supercore.inflatable.inflatable_object", "InflatableObject.inflate", "object_content children"),
+    (
+        "flwr.supercore.inflatable.inflatable_object",
+        "get_object_head_values_from_object_content",
+        "object_content",
+    ),
+    ("flwr.supercore.inflatable.inflatable_object", "get_object_id", "object_content"),
+    ("flwr.supercore.inflatable.inflatable_object", "iterate_object_tree", "tree"),
+    ("flwr.supercore.inflatable.inflatable_object", "no_object_id_recompute", ""),
+    ("flwr.supercore.primitives.asymmetric", "generate_key_pairs", ""),
+    ("flwr.supercore.primitives.asymmetric", "public_key_to_bytes", "public_key"),
+    ("flwr.supercore.primitives.asymmetric", "uses_nist_ec_curve", "public_key"),
+    (
+        "flwr.supercore.protobuf.client",
+        "ProtobufClient.from_server_address",
+        "server_address insecure root_certificates interceptors retry_invoker",
+    ),
+    (
+        "flwr.supercore.runtime_version_compatibility",
+        "RuntimeVersionMetadata.from_local_component",
+        "component_name",
+    ),
+    ("flwr.supercore.runtime_version_compatibility", "RuntimeVersionMetadata.as_metadata", ""),
+    ("flwr.supernode.node_auth_http_interceptor", "NodeAuthHttpInterceptor", "private_key public_key"),
+    ("flwr.supercore.control.control_http_client", "ControlHttpClient.StartRun", "request"),
+    ("flwr.supercore.control.control_http_client", "ControlHttpClient.StopRun", "request"),
+    ("flwr.supercore.control.control_http_client", "ControlHttpClient.ListNodes", "request"),
+    ("flwr.supercore.control.control_http_client", "ControlHttpClient.RegisterNode", "request"),
+    ("flwr.supercore.control.control_http_client", "ControlHttpClient.UnregisterNode", "request"),
+    ("flwr.supercore.runtime", "RuntimeHttpClient.AcquireTask", "request"),
+    ("flwr.supercore.runtime", "RuntimeHttpClient.PullTaskInput", "request"),
+    ("flwr.supercore.runtime", "RuntimeHttpClient.PushTaskOutput", "request"),
+    ("flwr.supercore.runtime", "RuntimeHttpClient.SendTaskHeartbeat", "request"),
+    ("flwr.supercore.runtime", "RuntimeHttpClient.GetNodes", "request"),
+    ("flwr.supercore.runtime", "RuntimeHttpClient.PushMessages", "request"),
+    ("flwr.supercore.runtime", "RuntimeHttpClient.PullMessages", "request"),
+    ("flwr.supercore.runtime", "RuntimeHttpClient.PushObject", "request"),
+    ("flwr.supercore.runtime", "RuntimeHttpClient.PullObject", "request"),
+    ("flwr.supercore.runtime", "RuntimeHttpClient.ConfirmMessageReceived", "request"),
+    ("flwr.supernode.fleet_http_client", "FleetHttpClient.RegisterNode", "request"),
+    ("flwr.supernode.fleet_http_client", "FleetHttpClient.ActivateNode", "request"),
+    ("flwr.supernode.fleet_http_client", "FleetHttpClient.DeactivateNode", "request"),
+    ("flwr.supernode.fleet_http_client", "FleetHttpClient.UnregisterNode", "request"),
+    ("flwr.supernode.fleet_http_client", "FleetHttpClient.SendNodeHeartbeat", "request"),
+    ("flwr.supernode.fleet_http_client", "FleetHttpClient.PullMessages", "request"),
+    ("flwr.supernode.fleet_http_client", "FleetHttpClient.PushMessages", "request"),
+    ("flwr.supernode.fleet_http_client", "FleetHttpClient.PushObject", "request"),
+    ("flwr.supernode.fleet_http_client", "FleetHttpClient.PullObject", "request"),
+    ("flwr.supernode.fleet_http_client", "FleetHttpClient.ConfirmMessageReceived", "request"),
+]
+FIELDS = [  # of what goes over the wire: (module, message, fields)
+    ("control_pb2", "StartRunRequest", "fab"),
+    ("control_pb2", "StartRunResponse", "run_id"),
+    ("control_pb2", "StopRunRequest", "run_id"),
+    ("control_pb2", "ListNodesResponse", "nodes_info"),
+    ("control_pb2", "RegisterNodeRequest", "public_key name"),
+    ("control_pb2", "UnregisterNodeRequest", "node_id"),
+    ("fleet_pb2", "RegisterNodeFleetRequest", "public_key"),
+    ("fleet_pb2", "ActivateNodeRequest", "public_key heartbeat_interval"),
+    ("fleet_pb2", "ActivateNodeResponse", "node_id"),
+    ("fleet_pb2", "DeactivateNodeRequest", "node_id"),
+    ("fleet_pb2", "UnregisterNodeFleetRequest", "node_id"),
+    ("fleet_pb2", "PullMessagesRequest", "node"),
+    ("fleet_pb2", "PullMessagesResponse", "messages_list message_object_trees"),
+    ("fleet_pb2", "PushMessagesRequest", "node messages_list message_object_trees clientapp_runtime_list"),
+    ("fleet_pb2", "PushMessagesResponse", "objects_to_push session_id"),
+    ("heartbeat_pb2", "SendNodeHeartbeatRequest", "node heartbeat_interval"),
+    ("heartbeat_pb2", "SendNodeHeartbeatResponse", "success"),
+    ("message_pb2", "Message", "metadata error"),
+    ("message_pb2", "ObjectTree", "object_id children"),
+    ("message_pb2", "PullObjectRequest", "node run_id object_id"),
+    ("message_pb2", "PullObjectResponse", "object_found object_available object_content"),
+    ("message_pb2", "PushObjectRequest", "node run_id object_id object_content session_id"),
+    ("message_pb2", "ConfirmMessageReceivedRequest", "node run_id message_object_id"),
+    ("node_pb2", "Node", "node_id"),
+    (
+        "node_pb2",
+        "NodeInfo",
+        "node_id status registered_at last_activated_at last_deactivated_at online_until public_key name",
+    ),
+    ("runtime_pb2", "AcquireTaskRequest", "agentapp_fab_hashes"),
+    ("runtime_pb2", "AcquireTaskResponse", "task token"),
+    ("runtime_pb2", "GetNodesResponse", "nodes"),
+    ("runtime_pb2", "PushAppMessagesRequest", "messages_list message_object_trees"),
+    ("runtime_pb2", "PushAppMessagesResponse", "message_ids objects_to_push session_id"),
+    ("runtime_pb2", "PullAppMessagesRequest", "message_ids"),
+    ("runtime_pb2", "PullAppMessagesResponse", "messages_list message_object_trees"),
+    ("runtime_pb2", "PushTaskOutputRequest", "sub_status details"),
+    ("runtime_pb2", "SendTaskHeartbeatResponse", "success"),
+    ("task_pb2", "Task", "task_id"),
+]
+VALUES = [  # (module, name, value)
+    ("flwr.common.constant", "SUPERLINK_NODE_ID", 1),
+    ("flwr.common.constant", "HEARTBEAT_MIN_INTERVAL", 10),
+    ("flwr.common.constant", "HEARTBEAT_PATIENCE", 2),
+    ("flwr.supercore.constant", "TASK_TOKEN_HEADER", "flwr-task-token"),
+    ("flwr.supercore.constant", "HEAD_BODY_DIVIDER", b"\0"),
+]
+CODES = "LOAD_CLIENT_APP_EXCEPTION CLIENT_APP_RAISED_EXCEPTION MESSAGE_UNAVAILABLE REPLY_MESSAGE_UNAVAILABLE \
+NODE_UNAVAILABLE MOD_FAILED_PRECONDITION INVALID_FAB CLIENT_APP_CRASHED"
+
+
+def found(module, name):
+    """What a module has under a dotted name, or a failure that says what is gone."""
+    try:
+        thing = import_module(module)
+        for part in name.split("."):
+            thing = getattr(thing, part)
+    except (ImportError, AttributeError) as error:
+        pytest.fail(f"flwr {version('flwr')} has no {module}.{name}: {error}")
+    return thing
+
+
+def test_flwr_is_the_one_whose_inside_is_known():
+    assert version("flwr").startswith("1.41."), "fedsim.flower.internals was written for flwr 1.41"
+
+
+@pytest.mark.parametrize(("module", "name", "parameters"), CALLS, ids=lambda each: str(each)[:60])
+def test_what_is_called_takes_what_it_took(module, name, parameters):
+    has = inspect.signature(found(module, name)).parameters
+    assert set(parameters.split()) <= set(has), f"{module}.{name} takes {list(has)} now"
+    added = [
+        p.name for p in has.values() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    assert set(added) <= {*parameters.split(), "self"}, f"{module}.{name} wants {added} now"
+
+
+@pytest.mark.parametrize(("module", "name", "fields"), FIELDS)
+def test_what_goes_over_the_wire_has_the_fields_it_had(module, name, fields):
+    has = found(f"flwr.proto.{module}", name).DESCRIPTOR.fields_by_name
+    assert set(fields.split()) <= set(has), f"{name} has {list(has)} now"
+
+
+@pytest.mark.parametrize(("module", "name", "value"), VALUES)
+def test_constants_are_what_they_were(module, name, value):
+    assert found(module, name) == value
+
+
+def test_each_of_flowers_errors_is_put_in_words():
+    codes = {
+        name: code for name, code in vars(found("flwr.common.constant", "ErrorCode")).items() if name.isupper()
+    }
+    assert {*CODES.split(), "UNKNOWN"} == set(codes)
+    assert {codes[name] for name in CODES.split()} == set(driving.FAULTS)
+
+
+def test_the_kinds_of_objects_are_those_it_had():
+    known = {"ArrayChunk", "Array", "ArrayRecord", "ConfigRecord", "Message", "MetricRecord", "RecordDict"}
+    assert set(inflatable_utils.inflatable_class_registry) == known
+
+
+@pytest.mark.parametrize("missing", ["flwr", "flwr.supernode.fleet_http_client"])
+def test_without_the_flwr_it_knows_it_says_what_to_install(missing):
+    code = f"import sys; sys.modules[{missing!r}] = None; import fedsim.flower.internals"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.stderr.splitlines()[-1].startswith(
+        "fedsim.errors.ConfigError: flower: needs flwr 1.41; pip install"
+    )
+
+
+def test_no_other_file_reaches_inside_flwr():
+    here = Path(internals.__file__).parent
+    public = {"flwr", "flwr.app", "flwr.serverapp", "flwr.clientapp"}
+    for file in [
+        *here.parent.glob("*.py"),
+        here.parents[1] / "runtimes" / "flower.py",
+        here.parents[1] / "cli.py",
+    ]:
+        if file.exists():
+            for node in ast.walk(ast.parse(file.read_text())):
+                names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                inside = [name for name in names if name.split(".")[0] == "flwr" and name not in public]
+                assert not inside, f"{file.name}:{node.lineno} imports {inside[0]}"
+
+
+# --- objects -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with ThreadPoolExecutor(2) as made:
+        yield made
+
+
+def note(content, node=7):
+    """A message of a run to a node."""
+    return make_message(Metadata(1, "", 1, node, "", "g", time.time(), 60.0, "train", 3), content)
+
+
+def content(size=1000, seed=0):
+    """A record of an array of `size` float32, twice, and of some settings."""
+    model = Array(np.random.default_rng(seed).standard_normal(size, dtype=np.float32))
+    return RecordDict(
+        {"arrays": ArrayRecord({"x": model, "y": model}), "config": ConfigRecord({"name": "é", "n": 3})}
+    )
+
+
+def values(record):
+    return {name: array.numpy() for name, array in record["arrays"].items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def made_bytes(objects):
+    return {name: each if isinstance(each, bytes) else each.deflate() for name, each in objects.items()}
+
+
+@pytest.mark.parametrize("size", [0, 1, 1000])
+def test_packing_equals_flowers_own(pool, monkeypatch, size):
+    monkeypatch.setattr(wire, "CHUNK", 1500)
+    monkeypatch.setattr("flwr.app.message.array.FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", 1500)
+    message = note(content(size))
+    theirs = make_message(message.metadata, content(size))
+    (tree,), objects = wire.packed([message], pool)
+    assert tree == inflatable_object.get_object_tree(theirs)
+    their_objects = {
+        name: each.deflate() for name, each in inflatable_object.get_all_nested_objects(theirs).items()
+    }
+    assert made_bytes(objects) == their_objects
+    again = inflatable_utils.inflate_object_from_contents(tree.object_id, dict(their_objects))
+    assert same(values(again.content), values(message.content))
+
+
+def arrived(tree, contents, most=ROOM, pool=None):
+    arrival = wire.Arrival(tree, most)
+    with ThreadPoolExecutor(1) as own:
+        assert arrival.advance(contents.get, pool or own)
+    return arrival.message()
+
+
+@pytest.mark.parametrize("size", [0, 1, 1000])
+def test_unpacking_equals_flowers_own(size):
+    theirs = note(content(size))
+    tree = inflatable_object.get_object_tree(theirs)
+    objects = {name: each.deflate() for name, each in inflatable_object.get_all_nested_objects(theirs).items()}
+    message = arrived(tree, objects)
+    assert same(values(message.content), values(theirs.content))
+    assert dict(message.content["config"]) == {"name": "é", "n": 3}
+    assert message.metadata.message_id == tree.object_id
+    assert message.metadata.dst_node_id == 7
+
+
+def test_what_several_messages_share_is_packed_once(pool):
+    shared = content()
+    trees, objects = wire.packed([note(shared, node) for node in (7, 8, 9)], pool)
+    assert len(trees) == 3
+    assert sum(isinstance(each, Message) for each in objects.values()) == 3
+    assert sum(isinstance(each, bytes) for each in objects.values()) == 1  # the array's only chunk
+    assert len(objects) == 3 + 1 + 2 + 1 + 1  # messages, record dict, two records, array, chunk
+
+
+def bomb(message, monkeypatch):
+    """An array whose few bytes name its chunk again and again, under the ids that it then has."""
+    array = message.content["arrays"]["x"]
+    (name, _), *_ = array.slice_array()
+    told = {"dtype": "uint8", "shape": [8], "stype": "numpy.ndarray", "arraychunk_ids": [0] * 10_000}
+    monkeypatch.setattr(
+        type(array),
+        "deflate",
+        lambda self: inflatable_object.add_header_to_object_body(json.dumps(told).encode(), self),
+    )
+    return name
+
+
+def test_an_array_that_unfolds_beyond_the_room_is_refused(pool, monkeypatch):
+    message = note(content())
+    with monkeypatch.context() as patch:
+        bomb(message, patch)
+        (tree,), objects = wire.packed([message], pool)
+        objects = made_bytes(objects)
+    with pytest.raises(TooLargeError):
+        arrived(tree, objects)
+
+
+def test_records_are_small_where_arrays_may_be_large(pool):
+    for size, fits in ((wire.RECORDS // 2, True), (wire.RECORDS, False)):
+        (tree,), objects = wire.packed([note(RecordDict({"config": ConfigRecord({"blob": bytes(size)})}))], pool)
+        if fits:
+            assert len(arrived(tree, made_bytes(objects), 2**30).content["config"]["blob"]) == size
+        else:
+            with pytest.raises(TooLargeError, match="besides arrays"):
+                arrived(tree, made_bytes(objects), 2**30)
+
+
+def test_a_tree_that_is_too_wide_or_deep_is_refused():
+    wide = ObjectTree(object_id="0", children=[ObjectTree(object_id=str(n)) for n in range(wire.MOST_OBJECTS + 1)])
+    with pytest.raises(TooLargeError):
+        wire.Arrival(wide, ROOM)
+    names = [f"{n:064x}" for n in range(wire.DEPTH + 1)]
+    contents = {
+        name: f"RecordDict {below} 0\0".encode() for name, below in zip(names, [*names[1:], ""], strict=True)
+    }
+    flat = ObjectTree(object_id=names[0], children=[ObjectTree(object_id=name) for name in names[1:]])
+    with pytest.raises(ValueError, match="deep"):
+        arrived(flat, contents)
+
+
+def test_what_breaks_off_takes_no_room():
+    def cut(_):
+        connection._check_size(httpx.Response(200, headers={"content-length": "80"}))
+        raise httpx.ReadError("cut")
+
+    room = connection.Room(100)
+    with connection.within(room):
+        for _ in range(3):
+            with pytest.raises(LinkError, match="cut") as caught:
+                connection.call(cut, None)
+            assert caught.value.again
+    room.take(100)
+    with pytest.raises(TooLargeError):
+        room.take(1)
+
+
+@pytest.mark.parametrize(
+    "headers", [{}, {"content-length": "9", "content-encoding": "gzip"}, {"content-length": "-1"}]
+)
+def test_an_answer_that_does_not_tell_its_size_is_not_read(headers):
+    def unsized(_):
+        connection._check_size(httpx.Response(200, headers=headers))
+
+    with pytest.raises(LinkError, match="size"):
+        connection.call(unsized, None)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda name, text: b"",
+        lambda name, text: text[: len(text) // 2],
+        lambda name, text: text.replace(b"Array", b"Thing"),
+        lambda name, text: text.replace(b"{", b"["),
+        lambda name, text: text.replace(name[:8].encode(), b"00000000"),
+        lambda name, text: b"RecordDict  2\0{}",
+        lambda name, text: b"Message  1\0\xff",
+    ],
+)
+def test_objects_that_make_no_message_are_a_value_error(pool, spoil):
+    message = note(content())
+    (tree,), objects = wire.packed([message], pool)
+    for name, text in made_bytes(objects).items():
+        child = (ObjectTree.FromString(tree.SerializeToString()).children or [tree])[0].object_id
+        spoiled = spoil(child, text)
+        if spoiled != text:
+            try:
+                got = arrived(tree, made_bytes(objects) | {name: spoiled})
+            except ValueError:
+                continue
+            assert isinstance(got.content, RecordDict)  # what it spoiled is data, or means nothing
+
+
+# --- a SuperLink, with TLS and registered nodes -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory):
+    """An ordinary SuperLink, which starts ServerApps itself where nobody is before it."""
+    with Federation(tmp_path_factory.mktemp("federation"), auth=True, isolation="subprocess") as made:
+        make(made.keys, nodes=["a", "b", "c"])
+        for name in "ab":
+            register(at(made), public(made, name))
+        yield made
+
+
+def at(federation):
+    return Superlink(federation.address, federation.ca and federation.ca.read_bytes())
+
+
+def public(federation, name):
+    return federation.keys / "nodes" / f"{name}.pub"
+
+
+def key(federation, name):
+    return federation.keys / "nodes" / name
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("app")
+    for name, text in APP.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.fixture
+def link(federation, app):
+    with closing(Link.open(at(federation), app)) as opened:
+        yield opened
+
+
+@contextmanager
+def serving(superlink, key, answer):
+    """A member, in a thread, that gives `answer(message)` to each message."""
+    member, stop = Member.open(superlink, key), threading.Event()
+
+    def serve():
+        while not stop.wait(0.02):
+            if message := member.receive(most_bytes=ROOM):
+                member.answer(message, answer(message))
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield member
+    finally:
+        stop.set()
+        thread.join()
+        member.close()
+
+
+def collect(link, waiting, most_bytes=ROOM, seconds=20):
+    """All the replies, by node."""
+    replies, deadline, waiting = {}, time.monotonic() + seconds, set(waiting)
+    while waiting and time.monotonic() < deadline:
+        for reply in link.receive(waiting, most_bytes=most_bytes):
+            waiting.remove(reply.to)
+            replies[reply.node] = reply
+        time.sleep(0.02)
+    assert not waiting, "no answer"
+    return replies
+
+
+def echo(message):
+    return message.content
+
+
+def test_tensors_go_there_and_back_and_are_uploaded_once(federation, link, monkeypatch):
+    uploads = []
+    put = link._put
+    monkeypatch.setattr(
+        link, "_put", lambda session, name, part: (uploads.append(len(part)), put(session, name, part))
+    )
+    shared = content(50_000)  # 200 kB
+    with (
+        serving(at(federation), key(federation, "a"), echo) as a,
+        serving(at(federation), key(federation, "b"), echo) as b,
+    ):
+        nodes = {a.node_id, b.node_id}
+        assert link.nodes() == nodes
+        for _ in range(2):
+            sent = link.send(dict.fromkeys(nodes, shared), "train", group="1", ttl=60)
+            assert set(sent.values()) == nodes
+            replies = collect(link, sent)
+            assert set(replies) == nodes
+            for reply in replies.values():
+                assert reply.error is None
+                assert same(values(reply.content), values(shared))
+                assert dict(reply.content["config"]) == {"name": "é", "n": 3}
+                assert 200_000 < reply.bytes < 210_000
+    assert sum(uploads) < 2 * 210_000  # for two sendings to two nodes
+    assert link.send({}, "train", group="1", ttl=60) == {}
+    assert link.receive([], most_bytes=ROOM) == []
+
+
+def test_an_error_is_told_in_a_line(federation, link):
+    with serving(at(federation), key(federation, "a"), lambda message: "no\nmemory") as member:
+        sent = link.send({member.node_id: content()}, "evaluate", group="", ttl=60)
+        (reply,) = collect(link, sent).values()
+    assert reply == (next(iter(sent)), member.node_id, None, "the node's app raised: no memory", 0, False)
+
+
+def test_what_is_too_large_is_not_read(federation, link):
+    with serving(at(federation), key(federation, "a"), echo) as member:
+        small, large = content(1000), content(ROOM)
+        (reply,) = collect(link, link.send({member.node_id: large}, "train", group="", ttl=60)).values()
+        assert reply.error == f"the node's app raised: the message is too large: more than {ROOM} bytes"
+        (reply,) = collect(
+            link, link.send({member.node_id: small}, "train", group="", ttl=60), most_bytes=500
+        ).values()
+        assert (reply.content, reply.error) == (None, "its reply is too large: more than 500 bytes")
+        (reply,) = collect(link, link.send({member.node_id: small}, "train", group="", ttl=60)).values()
+        assert reply.error is None  # and both go on
+
+
+def test_who_is_gone_or_late_is_an_error(federation, link):
+    with serving(at(federation), key(federation, "a"), echo) as member:
+        pass
+    (reply,) = collect(link, link.send({member.node_id: content()}, "train", group="", ttl=60)).values()
+    assert (reply.node, reply.gone) == (member.node_id, True)
+    assert reply.error.startswith("the node is gone")
+    with closing(Member.open(at(federation), key(federation, "a"))) as silent:
+        (reply,) = collect(link, link.send({silent.node_id: content()}, "train", group="", ttl=0.3)).values()
+        assert "expired" in reply.error
+
+
+def test_a_reply_that_nobody_waits_for_is_dropped(federation, link):
+    with closing(Member.open(at(federation), key(federation, "a"))) as member:
+        (late,) = link.send({member.node_id: content()}, "train", group="", ttl=60)
+        message = until(lambda: member.receive(most_bytes=ROOM), "message")
+        link.abandon([late])
+        assert member.answer(message, content())
+        until(lambda: link.receive([], most_bytes=ROOM) == [] and not link._abandoned, "reply")
+        (other,) = link.send({member.node_id: content()}, "train", group="", ttl=60)
+        assert member.answer(until(lambda: member.receive(most_bytes=ROOM), "message"), content())
+        assert collect(link, [other])[member.node_id].error is None
+
+
+def test_only_registered_keys_join_and_one_at_a_time(federation, tmp_path):
+    superlink = at(federation)
+    with pytest.raises(LinkError, match="not registered") as caught:
+        Member.open(superlink, key(federation, "c"))
+    assert not caught.value.again
+    with pytest.raises(LinkError, match="must be registered"):
+        Member.open(superlink, None)
+    node = register(superlink, public(federation, "c"), "ward c")
+    (known,) = [each for each in listed(superlink) if each.node == node]
+    assert known[:2] == (node, "registered")
+    assert (known.key, known.name) == (public_key_bytes(public(federation, "c")), "ward c")
+    with closing(Member.open(superlink, key(federation, "c"))) as member:
+        assert member.node_id == node
+        (known,) = [each for each in listed(superlink) if each.node == node]
+        assert known.status == "online"
+        assert (
+            timedelta(0) < datetime.fromisoformat(known.online_until) - datetime.now(UTC) <= timedelta(seconds=20)
+        )
+        with pytest.raises(LinkError, match=r"still counts as connected.*up to \d+ s") as caught:
+            Member.open(superlink, key(federation, "c"))
+        assert caught.value.again
+        unregister(superlink, node)
+        assert node not in {each.node for each in listed(superlink)}
+        with pytest.raises(LinkError, match="does not know us") as caught:
+            member.receive(most_bytes=ROOM)
+        assert not caught.value.again
+    (tmp_path / "key").write_text("secret")
+    with pytest.raises(ConfigError, match="not a private key"):
+        Member.open(superlink, tmp_path / "key")
+    with pytest.raises(ConfigError, match="not an OpenSSH public key"):
+        register(superlink, tmp_path / "key")
+
+
+def test_no_connection_is_one_line_that_says_whether_to_try_again(federation, app):
+    other = federation.folder / "other"
+    make(other, ["127.0.0.1"])
+    address = federation.address
+    for superlink, words, again in [
+        (Superlink(address, (other / "ca.crt").read_bytes()), "certificate verify failed", False),
+        (Superlink(address, b"no PEM"), "certificate authority", False),
+        (Superlink(address, None), "SuperLink", None),  # plain HTTP, where TLS is spoken
+        (Superlink("127.0.0.1:9", at(federation).ca), "refused", True),
+    ]:
+        for attempt in (lambda at: Link.open(at, app), lambda at: Member.open(at, key(federation, "a")), listed):
+            with pytest.raises(LinkError, match=words) as caught:
+                attempt(superlink)
+            assert "\n" not in str(caught.value)
+            assert again is None or caught.value.again is again
+
+
+def test_a_run_that_another_process_takes_is_told_with_the_way_out(federation, app, monkeypatch):
+    with pytest.raises(LinkError, match="no FAB"):
+        Link.open(at(federation), b"zip")
+    acquire = driving.RuntimeHttpClient.AcquireTask
+
+    def beaten(client, request):
+        acquire(client, request)  # another process asks first
+        return acquire(client, request)
+
+    monkeypatch.setattr(driving.RuntimeHttpClient, "AcquireTask", beaten)
+    with pytest.raises(LinkError, match="--isolation process"):
+        Link.open(at(federation), app)
+
+
+def test_a_run_that_has_ended_is_told_to_both(federation, app):
+    with closing(Member.open(at(federation), key(federation, "a"))) as member:
+        with closing(Link.open(at(federation), app)) as link:
+            link.send({member.node_id: content()}, "train", group="", ttl=60)
+            message = until(lambda: member.receive(most_bytes=ROOM), "message")
+            with closing(connect(ControlHttpClient, at(federation), "flwr CLI")) as control:  # as `flwr stop` does
+                control.StopRun(driving.StopRunRequest(run_id=link.run_id))
+            assert not member.answer(message, content())
+            for attempt in (link.nodes, link._beat):
+                with pytest.raises(LinkError, match="ended our run") as caught:
+                    attempt()
+                assert not caught.value.again
+        link.close("again")  # says nothing new
+        with pytest.raises(LinkError, match="closed"):
+            link.nodes()
+        assert member.receive(most_bytes=ROOM) is None
+
+
+def test_the_grid_of_a_server_app_is_a_link_too(federation, link, monkeypatch):
+    token = link._runtime._client.headers[TASK_TOKEN_HEADER]
+    grid = HttpGrid(federation.address, False, at(federation).ca, token=token)
+    grid.set_run(Run.create_empty(link.run_id))
+    monkeypatch.setattr(TaskIdentity, "_task_id", link._task)
+    inside = Link.inside(grid)
+    with serving(at(federation), key(federation, "a"), echo) as member:
+        assert inside.nodes() == {member.node_id}
+        shared = content()
+        (reply,) = collect(inside, inside.send({member.node_id: shared}, "query", group="", ttl=60)).values()
+        assert same(values(reply.content), values(shared))
+    inside.close("nothing that it could fail")
+    grid.close()
+    assert isinstance(link.nodes(), set)  # its run goes on
+
+
+# --- slow -------------------------------------------------------------------------------------------------------
+
+MEMBER = """
+import sys
+from pathlib import Path
+from fedsim.flower.internals import Member, Superlink
+address, ca, key = sys.argv[1:]
+member = Member.open(Superlink(address, Path(ca).read_bytes()), Path(key))
+while True:
+    member.receive(most_bytes=0)
+"""
+
+
+@pytest.mark.slow  # heartbeats lapse after 20 s
+def test_a_dead_node_is_noticed_and_its_key_may_come_back(federation, link):
+    process = federation.start(
+        "dies", sys.executable, "-c", MEMBER, federation.address, federation.ca, key(federation, "b")
+    )
+    node = until(lambda: next(iter(link.nodes()), None), "node", process=process)
+    sent = link.send({node: content(10)}, "train", group="", ttl=600)
+    federation.stop(process)
+    died = time.monotonic()
+    with pytest.raises(LinkError, match="still counts") as caught:
+        Member.open(at(federation), key(federation, "b"))
+    assert caught.value.again
+    (reply,) = collect(link, sent, seconds=30).values()
+    assert reply.gone or "too large" in reply.error
+    assert time.monotonic() - died < 25
+
+    def back():
+        with suppress(LinkError):
+            return Member.open(at(federation), key(federation, "b"))
+
+    with closing(until(back, "return", seconds=25)) as member:
+        assert member.node_id == node
+        assert link.nodes() == {node}
+
+
+@pytest.mark.slow  # three starts of a SuperLink
+@pytest.mark.parametrize("auth", [True, False])
+def test_a_superlink_that_restarts_is_waited_for(tmp_path, app, auth):
+    with Federation(tmp_path, tls=auth, auth=auth) as federation:
+        mine = None
+        if auth:
+            make(federation.keys, nodes=["a"])
+            register(at(federation), public(federation, "a"))
+            mine = key(federation, "a")
+        with closing(Member.open(at(federation), mine)) as member, closing(Link.open(at(federation), app)) as link:
+            assert link.nodes() == {member.node_id}
+            federation.stop(federation.superlink)
+            for attempt in (lambda: member.receive(most_bytes=ROOM), link.nodes):
+                with pytest.raises(LinkError, match="no connection") as caught:
+                    attempt()
+                assert caught.value.again
+            federation.restart_superlink()
+            assert until(lambda: member.receive(most_bytes=ROOM) is None, "SuperLink")
+            assert link.nodes() == {member.node_id}  # what it knew is in its database
+            (sent,) = link.send({member.node_id: content()}, "train", group="", ttl=60)
+            message = until(lambda: member.receive(most_bytes=ROOM), "message")
+            assert member.answer(message, message.content)
+            assert collect(link, [sent])[member.node_id].error is None
+            federation.stop(federation.superlink)
+            (federation.folder / "superlink.db").unlink()
+            federation.restart_superlink()
+            for attempt in (lambda: member.receive(most_bytes=ROOM), link.nodes):
+                with pytest.raises(LinkError, match=r"no longer|ended our run") as caught:
+                    attempt()
+                assert not caught.value.again
+
+
+@pytest.mark.slow  # starts two dozen runs
+def test_an_ordinary_superlink_lets_us_drive(federation, app):
+    for _ in range(25):
+        with closing(Link.open(at(federation), app)) as link:
+            link.nodes()
