@@ -1,6 +1,7 @@
 """A study of federations on real machines: what a round costs before any client takes a step.
 
-All processes are here, and speak over loopback with TLS and with keys, as they would from machine to machine.
+All processes are here, and speak over loopback, with TLS and with keys as they would from machine to machine; one
+side goes without, to show what these cost.
 """
 
 import json
@@ -34,7 +35,8 @@ from fedsim.flower import needs_flwr
 SIZES = 1_663_370, 25_000_000  # parameters, as float32: McMahan's CNN, and about a ResNet-50
 NODES = "a", "b"
 ROUNDS = 4  # of a run; the first, in which nodes join and networks are made, does not count
-FAST, STOCK, FLOOR = "fedsim serve and node", "fedsim's app in Flower", "Flower alone"
+FAST, PLAIN = "fedsim serve and node", "the same in plain HTTP"
+STOCK, FLOOR = "fedsim's app in Flower", "Flower alone"
 APPS = Path(apps.__path__[0])
 PATIENCE = 600  # seconds for a run
 FLOOR_APP = """\
@@ -67,16 +69,18 @@ def flower(config: Config, repeats: int, console: Console) -> Found:
     needs_flwr("--study flower")
     seconds = dict[int, Seconds]()
     with TemporaryDirectory(prefix="fedsim-bench-") as temporary, ExitStack() as stack:
-        fast = stack.enter_context(Federation(Path(temporary) / "fast", stock=False))
-        stock = stack.enter_context(Federation(Path(temporary) / "stock", stock=True))
-        sides = {FAST: fast.served, STOCK: stock.ran, FLOOR: stock.alone}
+        fast, plain, stock = (
+            stack.enter_context(Federation(Path(temporary) / name, stock=name == "stock", tls=name != "plain"))
+            for name in ("fast", "plain", "stock")
+        )
+        sides = {FAST: fast.served, PLAIN: plain.served, STOCK: stock.ran, FLOOR: stock.alone}
         for size in track(SIZES * repeats, "turns", console=console, transient=True):
             for name, side in sides.items():
                 took = side(size)[1:]
                 seconds.setdefault(size, {}).setdefault(name, []).append(median(took))
     return Found(
         "flower",
-        f"seconds a round of {len(NODES)} idle nodes, on loopback with TLS and keys",
+        f"seconds a round of {len(NODES)} idle nodes, on loopback",
         [
             Column("side", "side"),
             Column("parameters", "parameters", ",d"),
@@ -102,8 +106,9 @@ class Federation:
     What they write is in `folder`. Raises RoundError with the last line of what ended.
     """
 
-    def __init__(self, folder: Path, *, stock: bool):
+    def __init__(self, folder: Path, *, stock: bool, tls: bool = True):
         self.folder, self.stock, self.keys = folder, stock, folder / "keys"
+        self.tls = tls  # and keys
         self.address = f"127.0.0.1:{free_port()}"
         self.started = list[subprocess.Popen[bytes]]()
         self.runs = count()
@@ -140,7 +145,8 @@ class Federation:
     def served(self, size: int) -> list[float]:
         """Seconds of each round of a run by `fedsim serve`."""
         out, written = self._run(size)
-        address = ["--superlink", self.address, "--ca", str(self.keys / "ca.crt")]
+        trust = ["--ca", str(self.keys / "ca.crt")] if self.tls else ["--insecure"]
+        address = ["--superlink", self.address, *trust]
         self._finish("serve", ["fedsim", "serve", str(written), *address, "--out", str(out)])
         return self._rounds(out, "serve", FAST)
 
@@ -182,6 +188,7 @@ class Federation:
             str(self.keys / "server.key"),
         ]
         trust = ["--ssl-ca-certfile", str(ca), *certificate, "--enable-supernode-auth"]
+        trust = trust if self.tls else ["--insecure"]
         isolation = [] if self.stock else ["--isolation", "process"]
         here = ["--host", "127.0.0.1", "--port", port, "--disable-runtime-dependency-installation"]
         superlink = self._begin("superlink", ["flower-superlink", *here, *trust, *isolation])
@@ -192,7 +199,8 @@ class Federation:
             sleep(0.05)
         for name in NODES:
             key = self.keys / "nodes" / name
-            register(Superlink(self.address, ca.read_bytes()), key.with_name(f"{name}.pub"))
+            if self.tls:
+                register(Superlink(self.address, ca.read_bytes()), key.with_name(f"{name}.pub"))
             settings = {
                 "name": name,
                 "data": EXAMPLES,
@@ -200,8 +208,7 @@ class Federation:
                 "device": "cpu",
                 "allow": {"strategies": ["still:Still"], "models": ["still:vector"]},
                 "superlink": self.address,
-                "ca": str(ca),
-                "key": str(key),
+                **({"ca": str(ca), "key": str(key)} if self.tls else {"insecure": True}),
             }
             path = self.folder / f"{name}.yaml"
             path.write_text(yaml.safe_dump(settings))
