@@ -107,12 +107,9 @@ class Run:
             others = [] if simulation.digest() == checkpoint.data else others
             changed = _changed(checkpoint.config, config, others, force)
             folder.checkpoints.restore(simulation, checkpoint, server)
+            other = _other_runtime(checkpoint, simulation, RUNTIMES.resolve(config.runtime))
             records = folder.go_on(config, simulation.data, checkpoint.log)
-            notes += [
-                *changed,
-                *_other_runtime(checkpoint, simulation, RUNTIMES.resolve(config.runtime)),
-                *_other_versions(checkpoint.versions),
-            ]
+            notes += [*changed, *other, *_other_versions(checkpoint.versions)]
             own_length = config.local["schedule"].get("rounds")
             length = own_length + config.local["warmup"] if own_length else config.rounds
             if checkpoint.config["rounds"] < config.rounds > length:
@@ -292,7 +289,10 @@ def _changed(before: Mapping[str, Any], config: Config, others: list[str], force
 
 
 def _other_runtime(checkpoint: Checkpoint, simulation: Simulation, now: Spec) -> list[str]:
-    """Have a runtime go on as it had chosen to; in words, what is another now, and rounds in another way."""
+    """Have a runtime go on as it had chosen to; in words, what is another now, and rounds in another way.
+
+    Raises ConfigError where the clients are others, who do not have what theirs have kept.
+    """
     runtime, before = simulation.runtime, checkpoint.runtime or checkpoint.config["runtime"]
     now = getattr(runtime, "choice", None) or now
     agree = "results agree as floating point does"
@@ -300,6 +300,8 @@ def _other_runtime(checkpoint: Checkpoint, simulation: Simulation, now: Spec) ->
         try:
             take(checkpoint.runtime, simulation.work)
         except ConfigError as error:
+            if simulation.data.elsewhere:
+                raise
             return [f"changed: {error}; it was {shown(before)}, and is chosen anew; {agree}"]
         return []
     same = before == now or (is_exact(before) and is_exact(now))

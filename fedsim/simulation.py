@@ -38,7 +38,7 @@ from fedsim.types import (
     random,
     torch_generator,
 )
-from fedsim.work import EvaluateClient, EvaluateGlobal, Train, Work
+from fedsim.work import EvaluateClient, EvaluateGlobal, Train, Work, newcomer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,10 +129,7 @@ class Simulation:
         self.server |= {"buffers": buffers}
         if ema is not None:
             self.server |= {"ema.model": self.server["model"], "ema.buffers": buffers}
-        self.newcomer: State = strategy.init_client(task.initial_model, task.layout)
-        if strategy.buffers == "private":
-            self.newcomer |= {"buffers": task.initial_buffers}
-        self.newcomer = kept(runtime, self.newcomer)
+        self.newcomer = kept(runtime, newcomer(strategy, task))
         self.clients = clients if clients is not None else ClientStore()
         self.pace = Pace()
         self.number, self.clock = 0, 0.0

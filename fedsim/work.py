@@ -13,7 +13,7 @@ from fedsim.data import FederatedData
 from fedsim.local import LocalObjective
 from fedsim.recipe import Recipe
 from fedsim.strategy import Strategy
-from fedsim.task import Replica
+from fedsim.task import Replica, Task
 from fedsim.types import Job, State, Update, described, form_of
 
 Work = Callable[[Replica, FederatedData, State, Job], Update]
@@ -49,6 +49,12 @@ class Train:
         if self.strategy.buffers == "private":
             return update._replace(client=update.client | {"buffers": local.buffers})
         return update
+
+
+def newcomer(strategy: Strategy, task: Task) -> State:
+    """What a client has that has not taken part."""
+    state = strategy.init_client(task.initial_model, task.layout)
+    return state | {"buffers": task.initial_buffers} if strategy.buffers == "private" else state
 
 
 def check_message(update: Update) -> None:

@@ -77,7 +77,7 @@ class Nodes:
         self.plan = plan_of(work.config, self.data).json_text()
 
     def ticket(self, newcomer):
-        return {"version": torch.tensor(0)} if newcomer or self.transport != "exact" else {}
+        return {"version": torch.tensor([0, 0])} if newcomer or self.transport != "exact" else {}
 
     def node(self, client):
         if client not in self.nodes:
@@ -100,13 +100,15 @@ class Nodes:
 
     def order(self, work, server, job):
         training = isinstance(work, Train)
+        version, mark = job.client["version"].tolist() if job.client else (0, 0)
         return Order(
             run=self.run_id,
             plan=digest(self.plan),
             task="train" if training else "evaluate",
             round=max(job.round, 0),
             client=job.client_id,
-            version=int(job.client["version"]) if job.client else 0,
+            version=version,
+            mark=mark,
             checkpoints=tuple([job.round] if self.checkpoints is None else self.checkpoints),
             transport=self.transport,
             batch_size=1 if training else work.batch_size,
@@ -129,7 +131,7 @@ class Nodes:
             metrics = {name: torch.tensor(value, dtype=torch.double) for name, value in answer.metrics.items()}
             update = Update(decode(answer.message), answer.weight, {}, metrics)
             total, report = folded(update, job, aggregator, tolerant, total, 0.0)
-            kept = {"version": torch.tensor(answer.version)} if answer.version else {}
+            kept = {"version": torch.tensor([answer.version, answer.mark])} if answer.version else {}
             yield aggregator.fold([]), [report._replace(client=kept)]
         yield total, []
 
@@ -402,6 +404,16 @@ def test_runs_that_nobody_asks_for_go(tmp_path):
         keeping.joined("../" + new)
 
 
+def test_a_process_that_never_ends_forgets_runs_too(tmp_path):
+    old, new = uuid4().hex, uuid4().hex
+    keeping = Keeping(tmp_path, 1.0)
+    keeping.join(old, "{}", {})
+    os.utime(tmp_path / old, (0, 0))
+    keeping.join(new, "{}", {})
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", new}
+    keeping.close()
+
+
 # Plans
 
 
@@ -649,13 +661,11 @@ def test_settings_that_cannot_be_name_the_key(values, why):
 def test_a_node_says_what_it_holds_only_after_an_update(shards):
     nodes = Nodes(shards)
     simulation = simulated(nodes, cohort="all")
-    node = nodes.node(0)
-    invitation = Invitation(nodes.run_id, nodes.plan, nodes.initial)
-    assert node.join(invitation).examples is None
+    said = []
+    nodes.around = lambda nodes, order, answer: said.append(found := answer(order)) or found
     simulation.evaluate_clients()
-    assert node.join(invitation).examples is None
     simulation.round()
-    assert node.join(invitation).examples == simulation.data.sizes[0]
+    assert [answer.examples for answer in said] == [0, 0, 0, *simulation.data.sizes]
 
 
 def test_shards_are_what_clients_hold(shards):

@@ -15,7 +15,7 @@ from fedsim.data import FederatedData
 from fedsim.errors import ConfigError, located
 from fedsim.task import Replica, Task
 from fedsim.types import Job, State, Update
-from fedsim.work import Train
+from fedsim.work import Train, newcomer
 
 COMPARED = {"loss", "buffers"}
 TRIALS = 3  # two examples may be so alike that batch norm makes much of rounding; not in all of them
@@ -60,7 +60,7 @@ def _tried(
     network: Network, data: FederatedData, work: Train, server: State, clients: Sequence[int], number: int
 ) -> str | None:
     """In that round, the name of what differs, if something does."""
-    state = _newcomer(work, network.task, network.device)
+    state = {name: value.to(network.device) for name, value in newcomer(work.strategy, network.task).items()}
     members = [Member(work, server, Job(client, number, state)) for client in clients]
     try:
         replica = Replica(network.task, network.device)
@@ -83,13 +83,6 @@ def _download(work: Train, task: Task, device: torch.device) -> State:
     server = work.strategy.init_server(task.initial_model.to(device))
     broadcast = {name: server[name] for name in work.strategy.broadcast}
     return broadcast | {"buffers": task.initial_buffers.to(device)}
-
-
-def _newcomer(work: Train, task: Task, device: torch.device) -> State:
-    state = work.strategy.init_client(task.initial_model, task.layout)
-    if work.strategy.buffers == "private":
-        state = state | {"buffers": task.initial_buffers}
-    return {name: value.to(device) for name, value in state.items()}
 
 
 def _unequal(data: FederatedData, batch_size: int | Literal["full"]) -> tuple[int, int]:

@@ -83,10 +83,13 @@ def image_folder(
 def _samples(
     root: Path, test_share: float | None, classes: list[str] | None, seed: int
 ) -> tuple[list[Sample], list[Sample], int]:
+    if not os.path.isdir(root):
+        raise ConfigError(f"data.root: {printable(root)}: no such folder")
     split = [part for part in ("train", "test") if os.path.isdir(root / part)]
     if len(split) == 1 and not classes:
         raise ConfigError(
-            f"data.root: {printable(root)} has {split[0]}/ only; it should have train/ and test/, or neither"
+            f"data.root: {printable(root)} has {split[0]}/ only; it should have train/ and test/, or neither; "
+            "or with data.classes, the folders' names in the order of their numbers, one of them"
         )
     if bool(split) == (test_share is not None):
         folders = "has train/ and test/" if split else "has no train/ and test/"

@@ -9,6 +9,7 @@ from fedsim.flower import wire
 from fedsim.flower.app import flower_app
 from fedsim.flower.internals import Link, LinkError, Listed, Superlink, listed
 from fedsim.flower.messages import Hello, Joined
+from fedsim.flower.roster import MATTER
 
 PATIENCE = 12.0  # seconds that nodes have to answer: Flower's own take six, and more while they are at work
 TICK = 0.05
@@ -24,7 +25,7 @@ def census(superlink: Superlink, told: Mapping[str, int]) -> Iterator[tuple[str,
     for number, node in sorted(known.items(), key=lambda pair: (_name(answers, pair[1]), pair[0])):
         joined = answers.get(number)
         name, versions = _name(answers, node), joined.versions if joined else {}
-        shown = ", ".join(f"{one_line(each)} {one_line(version)}" for each, version in versions.items())
+        shown = ", ".join(f"{each} {one_line(versions.get(each, '?'))}" for each in MATTER) if joined else ""
         examples = f"{told[name]:,}" if told.get(name) else "not told"
         yield name or "unknown", _seen(node, joined), examples, shown, str(number)
 

@@ -275,4 +275,4 @@ def _where(folder: Path, name: str) -> str:
     node = Path(name).name
     if _public(name):
         return f"to the server, where `flwr supernode register` lets {node[:-4]} join by it"
-    return f"to the machine of {node} and no other; delete it here then"
+    return f"for the machine of {node}, and no other machine keeps it"

@@ -20,7 +20,7 @@ from fedsim.flower.station import respond
 
 app = ClientApp()
 
-PATIENCE = 30.0  # seconds that the process of the message before may take to end
+PATIENCE = 0.9  # of a message's time to live, for the process of another run's to end
 RAISED = 2  # Flower's code for a ClientApp that raises
 FLOWERS = ("partition-id", "num-partitions")  # keys of a node's config that examples of Flower's have
 
@@ -48,7 +48,7 @@ def evaluate(message: Message, context: Context) -> Message:
 def answer(message: Message, context: Context, work: Callable[[Node], RecordDict]) -> Message:
     """What the node of this context makes of a message; it raises nothing."""
     try:
-        with Node(settings_of(context.node_config), PATIENCE) as node:
+        with Node(settings_of(context.node_config), PATIENCE * message.metadata.ttl) as node:
             return Message(work(node), reply_to=message)
     except (ValueError, OSError) as error:
         return refusal(message, context, one_line(error))
@@ -76,4 +76,4 @@ def refusal(message: Message, context: Context, why: str) -> Message:
     if kind not in (Hello.__name__, Invitation.__name__):
         return Message(wire.record(failure(why)), reply_to=message)
     name = str(context.node_config.get("name", f"node {context.node_id}"))
-    return Message(wire.record(Joined(name, versions(), None, why)), reply_to=message)
+    return Message(wire.record(Joined(name, versions(), why)), reply_to=message)

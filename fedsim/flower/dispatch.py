@@ -1,14 +1,15 @@
 """One round on the nodes: orders go out, answers come back in any order and are added up as they come."""
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from math import isfinite
 from time import monotonic, perf_counter, sleep
+from typing import NamedTuple
 
 import torch
 
-from fedsim.aggregate import Aggregator, Partial
+from fedsim.aggregate import LARGEST, Aggregator, Partial, largest
 from fedsim.data import FederatedData
 from fedsim.errors import NodeError
 from fedsim.flower import wire
@@ -20,6 +21,7 @@ from fedsim.runtimes.worker import failed, folded
 from fedsim.types import Job, Report, State, Update
 from fedsim.work import EvaluateClient, Train
 
+log = logging.getLogger(__name__)
 POLL = 0.01, 0.2  # seconds between two looks for answers, at least and at most
 SHARE = 0.02  # of the time since the last answer, to wait for the next look
 MOST = 16  # times what a client is sent, and
@@ -27,7 +29,17 @@ LEAST = 2**26  # bytes more, that it may answer
 GRACE = 30.0  # seconds that a SuperLink may be out of reach before there is another Flower run
 INVITED = 3  # times in a round that a node may say that it does not know the plan
 EXAMPLES = 2**40  # that a client may have
+MOST_SUM = 1e300  # of a metric, so that there is a sum of all
 SUMS = {Train: {"loss", "examples", "steps"}, EvaluateClient: {"loss", "examples", "correct"}}
+
+
+class Waiting(NamedTuple):
+    """A client whose order has yet to be sent; both times are by monotonic."""
+
+    job: Job
+    least: float  # until when it waits for its node,
+    most: float  # and until when it does while there is no other to go on with
+    why: str | None = None  # its node went away, if it did
 
 
 @dataclass(frozen=True)
@@ -62,28 +74,32 @@ class Dispatch:
         self.broadcast = wire.arrays(encode(server, "exact")[0])  # once, whoever gets it
         self.most = LEAST + MOST * sum(value.nbytes for value in server.values())
         self.total = aggregator.fold([])
-        self.todo: list[tuple[Job, float]] = []  # and until when they wait for their nodes
+        self.todo: list[Waiting] = []
         self.flights: dict[str, Flight] = {}  # by message
         self.invited = Counter[int]()  # clients, whose nodes had lost the plan
-        self.placed = False
+        self.reported = False  # whether anything is known of a client
 
     def results(self, jobs: Iterable[Job]) -> Iterator[tuple[Partial, list[Report]]]:
         """Reports as answers come, and the sum of what they brought at the end."""
         self.federation.gather()
         self.began = last = heard = monotonic()
         self._wait_for(jobs, 0.0 if self.tolerant else self.federation.timing.wait)
+        self.cohort, shaken = len(self.todo), False
         try:
             while self.todo or self.flights:
                 try:
-                    reports, heard = self._step(), monotonic()
-                except LinkError as error:
-                    if not error.again or monotonic() - heard > GRACE:
-                        self.federation.reconnect(error)
+                    if shaken:
                         self._again(self.flights)
+                    reports, heard, shaken = self._step(), monotonic(), False
+                except LinkError as error:
+                    shaken = True  # an answer may have been lost, and a node that has given it gives it again
+                    if not error.again or monotonic() - heard > GRACE:
+                        self.federation.reconnect(error, self._left())
+                        heard = monotonic()
                     sleep(POLL[1])
                     continue
                 if reports:
-                    last = monotonic()
+                    last, self.reported = monotonic(), True
                     yield self.aggregator.fold([]), reports
                 else:
                     sleep(min(max(SHARE * (monotonic() - last), POLL[0]), POLL[1]))
@@ -101,23 +117,24 @@ class Dispatch:
 
     def _send(self) -> None:
         roster = self.federation.roster
-        nodes = {job.client_id: roster.node(job.client_id) for job, _ in self.todo}
-        jobs = {node: job for job, _ in self.todo if (node := nodes[job.client_id]) is not None}
+        nodes = {each.job.client_id: roster.node(each.job.client_id) for each in self.todo}
+        jobs = {node: each.job for each in self.todo if (node := nodes[each.job.client_id]) is not None}
         if not jobs or self._left() <= 0:
             return
-        self.todo = [(job, until) for job, until in self.todo if nodes[job.client_id] is None]
+        self.todo = [each for each in self.todo if nodes[each.job.client_id] is None]
         orders = {node: wire.record(self._order(job), server=self.broadcast) for node, job in jobs.items()}
         try:
-            sent = self.federation.link().send(orders, "train", group=type(self.work).__name__, ttl=self._left())
+            ttl = max(self._left(), 0) + GRACE  # so that who is late is told by us
+            sent = self.federation.link().send(orders, "train", group=type(self.work).__name__, ttl=ttl)
         except LinkError:
             self._wait_for(jobs.values(), self.federation.timing.wait)
             raise
         began = perf_counter()
         self.flights |= {message: Flight(jobs[node], node, began) for message, node in sent.items()}
-        self.placed = True
 
     def _order(self, job: Job) -> Order:
         federation, work = self.federation, self.work
+        version, mark = job.client["version"].tolist() if job.client else (0, 0)
         checkpoints = [job.round] if federation.settled is None else federation.settled
         training = isinstance(work, Train)
         return Order(
@@ -126,7 +143,8 @@ class Dispatch:
             task="train" if training else "evaluate",
             round=max(job.round, 0),  # an evaluation may be before the first
             client=job.client_id,
-            version=int(job.client["version"]) if job.client else 0,
+            version=version,
+            mark=mark,
             checkpoints=tuple(checkpoints),
             transport=self.transport,
             batch_size=1 if isinstance(work, Train) else work.batch_size,
@@ -153,10 +171,15 @@ class Dispatch:
         job, trained = flight.job, isinstance(self.work, Train)
         message = decode(answer.message, self.most)
         version, sums = job.round + 1 if trained and job.client else 0, answer.metrics
-        if not 1 <= answer.examples <= EXAMPLES or answer.version != version:
-            raise ValueError(f"has {answer.examples:.9g} examples and state {answer.version}, which cannot be")
-        if strange := [name for name, value in sums.items() if not isfinite(value)]:
+        kept, known = (answer.version, answer.mark), 1 <= answer.examples <= EXAMPLES if trained else True
+        if not known or kept[0] != version or not 0 <= kept[1] < 2**62:
+            held, which = str(answer.examples)[:20], str(kept)[:40]
+            raise ValueError(f"has {held} examples and keeps {which}, which cannot be")
+        if strange := [name for name, value in sums.items() if not -MOST_SUM <= value <= MOST_SUM]:
             raise ValueError(f"has {strange[0]}, which is not finite")
+        for name, value in message.items():  # so that no node spoils the sum of all
+            if value.is_floating_point() and abs(answer.weight) * largest(value) > LARGEST / self.cohort:
+                raise ValueError(f"has {name}, which is too large")
         if (sums or not trained) and (sums.keys() != SUMS[type(self.work)] or sums["examples"] < 1):
             raise ValueError("has other metrics than its work gives")  # none where nothing was minimised
         metrics = {name: torch.tensor(value, dtype=torch.double) for name, value in sums.items()}
@@ -167,13 +190,14 @@ class Dispatch:
         if not trained:
             return report
         self.data.sizes[job.client_id] = answer.examples
-        return report._replace(client={"version": torch.tensor(answer.version)} if job.client else {})
+        return report._replace(client={"version": torch.tensor(kept)} if job.client else {})
 
     def _gone(self, flight: Flight, why: str) -> Report | None:
-        """Of a client whose node went away: it fails, or where that is not tolerated, waits for it."""
-        if self.tolerant:
-            return self._failed(flight, why)
-        self._wait_for([flight.job], self.federation.timing.wait)
+        """Of a client whose node went away: it waits for it."""
+        wait = 0.0 if self.tolerant else self.federation.timing.wait
+        if wait:
+            log.warning("nodes: %s: %s; waits up to %g s for it", self._name(flight.job), why, wait)
+        self._wait_for([flight.job], wait, why)
         return None
 
     def _lost(self, flight: Flight) -> Report | None:
@@ -198,11 +222,13 @@ class Dispatch:
                 yield self._failed(flight, f"has not answered within {timing.round_timeout:g} s")
             else:
                 yield self._gone(flight, "its node is gone")
-        begun = self.placed or monotonic() > self.began + timing.wait
-        for job, until in [*self.todo]:
-            if late or (begun and monotonic() > until):
-                self.todo.remove((job, until))
-                yield self._failed(Flight(job, 0, perf_counter()), roster.why(job.client_id))
+        others, now = self.flights or self.reported, monotonic()
+        for each in [*self.todo]:
+            refusal = roster.refusal(each.job.client_id)
+            if late or refusal or now > (each.least if others else each.most):
+                self.todo.remove(each)
+                why = refusal or each.why or roster.absence()
+                yield self._failed(Flight(each.job, 0, perf_counter()), why)
 
     def _failed(self, flight: Flight, why: str) -> Report:
         """A report; raises ClientError unless the round is tolerant."""
@@ -214,11 +240,13 @@ class Dispatch:
 
     def _again(self, messages: Iterable[str]) -> None:
         """Have these clients' orders sent once more."""
+        self.federation.abandon([*messages])
         self._wait_for([self.flights.pop(message).job for message in [*messages]], self.federation.timing.wait)
 
-    def _wait_for(self, jobs: Iterable[Job], seconds: float) -> None:
+    def _wait_for(self, jobs: Iterable[Job], seconds: float, why: str | None = None) -> None:
         """Have orders sent once their nodes are there, and for so many seconds at least."""
-        self.todo += [(job, monotonic() + seconds) for job in jobs]
+        now = monotonic()
+        self.todo += [Waiting(job, now + seconds, now + self.federation.timing.wait, why) for job in jobs]
 
     def _left(self) -> float:
         """Seconds until the round is over."""

@@ -6,6 +6,7 @@ import ssl
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from time import monotonic, sleep
 from uuid import uuid4
@@ -21,6 +22,7 @@ from fedsim.types import State
 log = logging.getLogger(__name__)
 TICK = 0.1  # seconds between two looks for nodes, while nothing else is done
 RETRY = 1.0  # seconds between two attempts to connect
+QUIET = 2.0  # seconds for which waiting needs no word
 LOOK = 0.5  # seconds between two looks for nodes, while clients train
 
 
@@ -39,7 +41,7 @@ def address_of(superlink: str, ca: Path | None, insecure: bool, at: str = "runti
         raise ConfigError(f"{at}superlink: {superlink!r} should be HOST:PORT, such as lab.example.org:8000")
     if insecure == (ca is not None):
         raise ConfigError(
-            f"{at}ca: the certificate of the SuperLink's authority; or {at}insecure=true, plain HTTP without one; "
+            f"{at}ca: the certificate of the SuperLink's authority; or {at}insecure, plain HTTP without one; "
             f"{'one of the two' if insecure else 'neither is set'}"
         )
     if ca is None:
@@ -73,9 +75,11 @@ class Federation:
         self.superlink, self.clients, self.timing = superlink, clients, timing
         self._given = link
         self.roster = Roster(None if keys is None else read_keys(keys), self._keys)
-        if nodes is not None and len(set(nodes)) != clients:
-            raise ConfigError(f"runtime.nodes: {len(set(nodes))} names, and data.clients is {clients}")
+        if nodes is not None and (len(nodes) != clients or len({*nodes}) != clients):
+            raise ConfigError(f"runtime.nodes: {len({*nodes})} different names, and data.clients is {clients}")
         self.roster.names = sorted(nodes or [])
+        if unknown := [name for name in self.roster.names if keys and name not in (self.roster.keys or {})]:
+            raise ConfigError(f"runtime.keys: {keys} has no {unknown[0]}.pub")
         self.run = uuid4().hex
         self.settled: list[int] | None = None
         self.plan, self.initial = "", State()  # what nodes are told of the experiment
@@ -109,44 +113,48 @@ class Federation:
         if self._gathered:
             return
         roster = self.roster
-        self._await(lambda: roster.complete if roster.names else len(roster.joined) >= self.clients)
-        if not roster.names:
+        self._await(lambda: roster.hopeless(self.clients) or (roster.complete if roster.named else self._enough))
+        if not roster.named:
             roster.settle(self.clients)
         elif not roster.complete:
             log.warning("nodes: goes on with %s", roster.shown(self.clients))
         self._gathered = True
 
-    def reconnect(self, error: LinkError) -> None:
-        """Have another link, and the nodes that were there; raises RoundError where none is to be had."""
-        log.warning("superlink: %s; waits for it to come back", error)
+    @property
+    def _enough(self) -> bool:
+        return len(self.roster.joined) >= self.clients
+
+    def reconnect(self, error: LinkError, seconds: float) -> None:
+        """Have another link, and the nodes that were there; raises RoundError where none is to be had.
+
+        For so many seconds at most, and as long as nodes may take to come.
+        """
+        log.warning("superlink: %s; connects anew", error)
         there = self.roster.joined.keys()
         self._drop(str(error))
-        self._await(lambda: there <= self.roster.joined.keys())
+        self._await(lambda: there <= self.roster.joined.keys(), seconds)
 
-    def _await(self, there: Callable[[], bool]) -> None:
+    def _await(self, there: Callable[[], bool], seconds: float = inf) -> None:
         """Look for nodes until who should be there is, or time is up; raises RoundError without a link."""
-        deadline, said = monotonic() + self.timing.wait, ""
+        began, said, address = monotonic(), "", self.superlink.address if self.superlink else "that started this"
+        seconds = min(seconds, self.timing.wait)
         while True:
+            now = f"nodes: {self.roster.shown(self.clients)}"
             try:
                 self.look(TICK)
-                if there() or monotonic() > deadline:
+                if there() or monotonic() - began > seconds:
                     return
-                said = self._say(said)
-                sleep(TICK)
             except LinkError as error:
                 fresh = self._link is None  # then it was not an old one that broke
                 self._drop(str(error))
-                if (fresh and not error.again) or monotonic() > deadline:
-                    raise RoundError(
-                        f"superlink {self.superlink.address if self.superlink else ''}: {error}"
-                    ) from error
+                now = f"superlink {address}: {error}"
+                if (fresh and not error.again) or monotonic() - began > seconds:
+                    raise RoundError(now) from error
                 sleep(RETRY)
-
-    def _say(self, before: str) -> str:
-        now = self.roster.shown(self.clients)
-        if now != before:
-            log.info("nodes: waiting; there are %s", now)
-        return now
+            if now != said and monotonic() - began > QUIET:
+                log.info("%s; waits up to %g s", now, seconds)
+                said = now
+            sleep(TICK)
 
     def abandon(self, messages: Iterable[str]) -> None:
         """Let late answers to these be dropped."""
@@ -163,6 +171,7 @@ class Federation:
             with suppress(LinkError):
                 self._link.close(error)
             self._link = None
+        self._looked = 0.0
 
     @property
     def plan_hash(self) -> str:

@@ -91,6 +91,7 @@ def _work(node: Node, message: Message, context: Context, what: Any) -> tuple[di
             round=_round(message.content.config_records.get(CONFIG, ConfigRecord())),
             client=_client(node, context.node_config),
             version=0,
+            mark=0,
             checkpoints=(),
             transport="exact",
             batch_size=min(BATCH_SIZE, node.settings.allow.max_batch_size),

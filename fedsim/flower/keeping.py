@@ -25,23 +25,28 @@ from fedsim.reading import MOST_BYTES, open_regular
 from fedsim.types import State, described, form_of
 
 RUN = re.compile(r"[0-9a-f]{32}")
-PLAN, INITIAL, TOLD = "plan.json", "initial.safetensors", "told"
+PLAN, INITIAL = "plan.json", "initial.safetensors"
 VERSION = re.compile(r"state-(\d{9})\.safetensors")
 DAY = 24 * 3600.0  # seconds
+MARK = 15  # hexadecimal digits
 
 
 class Kept(NamedTuple):
-    """A client's state, and the earlier versions that counted and are still there, ascending."""
+    """A client's state, the earlier versions that counted and are still there, ascending, and its mark.
+
+    By the mark, 60 bits of a digest, who names a version also says which: a round may have been repeated.
+    """
 
     state: State
     earlier: tuple[int, ...] = ()
+    mark: int = 0
 
 
 class Keeping:
     """A node's folder, which one process at a time has.
 
     Raises ConfigError where another one has it, after so many seconds of `patience`. Runs that nobody has asked
-    for in `forget_after` days go.
+    for in `forget_after` days go, at the start and when another begins.
     """
 
     def __init__(self, folder: Path, forget_after: float, patience: float = 0.0):
@@ -54,9 +59,8 @@ class Keeping:
             raise ConfigError(f"state: {folder}: another process has it; one node of a name at a time") from None
         except OSError as error:
             raise ConfigError(f"state: {folder}: {error.strerror}") from None
-        for run in [path for path in folder.iterdir() if RUN.fullmatch(path.name)]:
-            if time.time() - run.stat().st_mtime > forget_after * DAY:
-                shutil.rmtree(run, ignore_errors=True)
+        self.forget_after = forget_after
+        self._forget()
 
     def close(self) -> None:
         """Let another process have it."""
@@ -72,6 +76,7 @@ class Keeping:
             (home / name).unlink(missing_ok=True)
         _write(home / INITIAL, initial, {})
         write(home / PLAN, plan.encode())
+        self._forget()
 
     def joined(self, run: str) -> tuple[str, State] | None:
         """A run's plan and initial tensors, if they are there and whole."""
@@ -87,30 +92,24 @@ class Keeping:
         """Have the run asked for just now."""
         utime(self._home(run))
 
-    def told(self, run: str) -> bool:
-        """Whether the run has been told how many examples there are."""
-        return (self._home(run) / TOLD).exists()
-
-    def tell(self, run: str) -> None:
-        """Remember that the run has been told."""
-        (self._home(run) / TOLD).touch()
-
-    def load(self, run: str, client: int, version: int) -> Kept:
-        """A client's state; raises ValueError, saying what is wrong, where it is not as it was written."""
+    def load(self, run: str, client: int, version: int, mark: int) -> Kept:
+        """A client's state; raises ValueError, saying what is wrong, where it is not the one that is meant."""
         try:
-            state, about = _read(self._path(run, version))
+            state, about, found = _read(self._path(run, version))
             if about["client"] != str(client):
                 raise ValueError(f"belongs to client {about['client']}")
-            return Kept(state, tuple(int(each) for each in about["earlier"].split()))
+            if found != mark:
+                raise ValueError("is of a round that was repeated since")
+            return Kept(state, tuple(int(each) for each in about["earlier"].split()), found)
         except FileNotFoundError:
             raise ValueError(f"state {version} of client {client} is not here; was its folder deleted?") from None
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"state {version} of client {client} is broken: {one_line(error)}") from None
 
-    def store(self, run: str, client: int, version: int, kept: Kept) -> None:
-        """Keep a client's state; raises OSError, and ValueError for a type that cannot be kept."""
+    def store(self, run: str, client: int, version: int, kept: Kept) -> Kept:
+        """Keep a client's state, which has a mark then; raises OSError, and ValueError for a strange type."""
         about = {"client": str(client), "earlier": " ".join(map(str, kept.earlier))}
-        _write(self._path(run, version), kept.state, about)
+        return kept._replace(mark=_write(self._path(run, version), kept.state, about))
 
     def prune(self, run: str, version: int, needed: Sequence[int]) -> None:
         """Delete the states before `version` that are not `needed`."""
@@ -119,6 +118,11 @@ class Keeping:
             if found and int(found[1]) < version and int(found[1]) not in needed:
                 with suppress(OSError):
                     path.unlink()
+
+    def _forget(self) -> None:
+        for run in [path for path in self.folder.iterdir() if RUN.fullmatch(path.name)]:
+            if time.time() - run.stat().st_mtime > self.forget_after * DAY:
+                shutil.rmtree(run, ignore_errors=True)
 
     def _path(self, run: str, version: int) -> Path:
         return self._home(run) / f"state-{version:09}.safetensors"
@@ -139,17 +143,20 @@ def needed(version: int, earlier: Sequence[int], checkpoints: Sequence[int]) -> 
     return tuple(sorted({version, *newest} - {0}))
 
 
-def _write(path: Path, state: State, about: dict[str, str]) -> None:
+def _write(path: Path, state: State, about: dict[str, str]) -> int:
+    """Returns the state's mark."""
     own = apart(state)
+    digest = _digest(own)
     try:
-        content = save(own, about | {"sha256": _digest(own, about)})
+        content = save(own, about | {"sha256": _sealed(about, digest)})
     except KeyError as error:
         raise ValueError(f"{error} cannot be written to disk, and so no client can keep it") from error
     write(path, content)
+    return int(digest[:MARK], 16)
 
 
-def _read(path: Path) -> tuple[State, dict[str, str]]:
-    """Tensors and what is told of them; raises OSError, and ValueError where they are not what was written."""
+def _read(path: Path) -> tuple[State, dict[str, str], int]:
+    """Tensors, what is told of them, and their mark; raises OSError, and ValueError for other contents."""
     open_regular(path).close()
     try:
         with safe_open(path, "pt") as file:
@@ -157,13 +164,18 @@ def _read(path: Path) -> tuple[State, dict[str, str]]:
             state = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
     except SafetensorError as error:
         raise ValueError(one_line(error)) from None
-    if about.pop("sha256", "") != _digest(state, about):
+    digest = _digest(state)
+    if about.pop("sha256", "") != _sealed(about, digest):
         raise ValueError("is not what it was when it was written")
-    return state, about
+    return state, about, int(digest[:MARK], 16)
 
 
-def _digest(state: State, about: dict[str, str]) -> str:
-    digest = hashlib.sha256(f"{sorted(about.items())} {described(form_of(state))}".encode())
+def _sealed(about: dict[str, str], digest: str) -> str:
+    return hashlib.sha256(f"{sorted(about.items())} {digest}".encode()).hexdigest()
+
+
+def _digest(state: State) -> str:
+    digest = hashlib.sha256(described(form_of(state)).encode())
     for _, value in sorted(state.items()):
         digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

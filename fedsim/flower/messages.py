@@ -25,7 +25,6 @@ class Joined(NamedTuple):
 
     name: str
     versions: dict[str, str]  # of fedsim, torch, numpy and python there
-    examples: int | None  # n_k, where this run has been told it with an update already
     error: str | None = None  # why the node does not take part
 
 
@@ -38,6 +37,7 @@ class Order(NamedTuple):
     round: int  # from 0
     client: int
     version: int  # of the client's state: 0 is a newcomer's, r + 1 the one that round r left
+    mark: int  # of that state, by which it is known; 0 of a newcomer's
     checkpoints: tuple[
         int, ...
     ]  # rounds that a run may go back to; each needs the last state that counted by then
@@ -53,8 +53,9 @@ class Answer(NamedTuple):
     message: Encoded  # by the order's transport; what rounding left of it stays with the client's state
     weight: float
     metrics: dict[str, float]
-    examples: int  # n_k
+    examples: int  # n_k, of a training
     version: int  # of the state that it keeps now; 0 where the strategy keeps none
+    mark: int  # the same
     seconds: float
     error: str | None = None
     lost: bool = False  # the node does not know the plan, and has to be invited first
@@ -62,4 +63,4 @@ class Answer(NamedTuple):
 
 def failure(error: str, *, lost: bool = False, seconds: float = 0.0) -> Answer:
     """The answer of a node that could not do it."""
-    return Answer({}, 0.0, {}, 0, 0, seconds, error, lost)
+    return Answer({}, 0.0, {}, 0, 0, 0, seconds, error, lost)

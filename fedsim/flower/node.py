@@ -28,7 +28,7 @@ from fedsim.local import check_precision
 from fedsim.reading import read_yaml
 from fedsim.runtimes.worker import Worker, devices, one_thread
 from fedsim.types import Form, Job, Positive, State, described, form_of
-from fedsim.work import EvaluateClient, Train
+from fedsim.work import EvaluateClient, Train, newcomer
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MOST_ROUNDS = 10**9 - 1
@@ -125,6 +125,7 @@ class Role:
     sent: Form
     client: int | None = None  # its id, from the first order on
     last: tuple[int, Kept] | None = None  # version, and what is on disk
+    done: tuple[Order, Answer] | None = None  # the last training
 
 
 class Node:
@@ -136,6 +137,7 @@ class Node:
     def __init__(self, settings: NodeSettings, patience: float = 0.0):
         self.settings = settings
         self.device = devices(settings.device, "device")[0]
+        settings.allow.check_importable()
         self.dataset = DATASETS.make(settings.data, Dataset)
         self.dataset.check_parts("train")
         self.keeping = Keeping(settings.home, settings.forget_after, patience)
@@ -161,11 +163,10 @@ class Node:
             with one_thread():
                 role = self._role(run, plan, initial)
             self.keeping.join(run, plan, initial)
-            told = self.keeping.told(run)
         except Exception as error:
-            return Joined(self.settings.name, versions(), None, _told(error))
+            return Joined(self.settings.name, versions(), _told(error))
         self.role = role
-        return Joined(self.settings.name, versions(), len(self.dataset.y_train) if told else None)
+        return Joined(self.settings.name, versions())
 
     def work(self, order: Order) -> Answer:
         """Train or evaluate, or say why not; raises nothing but what ends the process."""
@@ -181,6 +182,9 @@ class Node:
         if role is None:
             return failure("does not know the plan", lost=True)
         self._check(order, role)
+        if role.done and _same(order, role.done[0]):  # of which the answer was lost on its way
+            return role.done[1]
+        role.done = None
         self.keeping.touch(order.run)
         kept = self._kept(order, role)
         training = order.task == "train"
@@ -195,15 +199,16 @@ class Node:
             return failure(report.error, seconds=perf_counter() - began)
         if written := [name for name, value in server.items() if value._version != unwritten[name]]:
             raise ValueError(f"client_update wrote server[{written[0]!r}] in place; states are only read")
-        message, version = messages.result(partial), 0
-        encoded, left = encode(message, order.transport, _below("residual", kept.state))
-        if training:
-            if role.newcomer or order.transport in ROUNDED:
-                version = order.round + 1
-                self._keep(order, role, kept, _above("client", report.client) | _above("residual", left))
-            self.keeping.tell(order.run)
-        examples = len(self.dataset.y_train)
-        return Answer(encoded, report.weight, report.metrics, examples, version, perf_counter() - began)
+        encoded, left = encode(messages.result(partial), order.transport, _below("residual", kept.state))
+        answer = Answer(encoded, report.weight, report.metrics, 0, 0, 0, perf_counter() - began)
+        if not training:
+            return answer
+        if role.newcomer or order.transport in ROUNDED:
+            kept = self._keep(order, role, kept, _above("client", report.client) | _above("residual", left))
+            answer = answer._replace(version=order.round + 1, mark=kept.mark)
+        answer = answer._replace(examples=len(self.dataset.y_train), seconds=perf_counter() - began)
+        role.done = order, answer
+        return answer
 
     def _known(self, order: Order) -> Role | None:
         """The node's part in the order's run, if it has joined with this plan; raises ConfigError."""
@@ -243,14 +248,11 @@ class Node:
         data.check_augment(plan.local["augment"])
         check_precision(parts.recipe.precision, self.device)
         task, strategy, recipe = parts
-        newcomer = strategy.init_client(task.initial_model, task.layout)
-        if strategy.buffers == "private":
-            newcomer |= {"buffers": task.initial_buffers}
         server = strategy.init_server(task.initial_model) | {"buffers": task.initial_buffers}
         sent = form_of({name: server[name] for name in (*strategy.broadcast, "buffers")})
         train = Train(strategy, recipe, plan.seed, plan.time_limit)
         worker = Worker(task, data.to(self.device), self.device, graphs=True)
-        return Role(run, digest(text), parts, train, worker, newcomer, sent)
+        return Role(run, digest(text), parts, train, worker, newcomer(strategy, task), sent)
 
     def _check(self, order: Order, role: Role) -> None:
         """Raise ValueError where an order cannot be one of this run."""
@@ -277,21 +279,29 @@ class Node:
         """What the client keeps that counts; raises ValueError where that is not here as it was."""
         if order.version == 0:
             return Kept(_above("client", role.newcomer))
-        if role.last is None or role.last[0] != order.version:
+        if role.last is None or (role.last[0], role.last[1].mark) != (order.version, order.mark):
             role.last = None
-            kept = self.keeping.load(order.run, order.client, order.version)
+            kept = self.keeping.load(order.run, order.client, order.version, order.mark)
             found, wanted = form_of(_below("client", kept.state)), form_of(role.newcomer)
             if found != wanted:
                 raise ValueError(f"state {order.version} is {described(found)}, and should be {described(wanted)}")
             role.last = order.version, kept
         return role.last[1]
 
-    def _keep(self, order: Order, role: Role, before: Kept, state: State) -> None:
+    def _keep(self, order: Order, role: Role, before: Kept, state: State) -> Kept:
         """Have the new state on disk, and of the others those that the run may go back to."""
         kept = Kept(state, needed(order.version, before.earlier, order.checkpoints))
-        self.keeping.store(order.run, order.client, order.round + 1, kept)
+        kept = self.keeping.store(order.run, order.client, order.round + 1, kept)
         self.keeping.prune(order.run, order.version, kept.earlier)
         role.last = order.round + 1, kept
+        return kept
+
+
+def _same(order: Order, other: Order) -> bool:
+    """Whether two orders are for the same work."""
+    if order._replace(server={}, checkpoints=()) != other._replace(server={}, checkpoints=()):
+        return False
+    return all(torch.equal(value, other.server[name]) for name, value in order.server.items())
 
 
 def _told(error: Exception) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.table import Table
+from rich.text import Text
 
 from fedsim.errors import ConfigError
 from fedsim.flower import needs_flwr
@@ -71,9 +72,10 @@ def table(folder: Path | None, address: str, ca: Path | None, insecure: bool) ->
     from fedsim.flower.federation import address_of
 
     told = {} if folder is None else sizes_told(folder)
-    shown = Table("node", "last seen", "examples", "versions", "Flower's number")
+    shown = Table("node", "last seen", "examples", "versions")
+    shown.add_column("Flower's number", no_wrap=True)
     for row in census(address_of(address, ca, insecure, "--"), told):
-        shown.add_row(*row)
+        shown.add_row(*map(Text, row))  # no markup: nodes say what they are called
     return shown
 
 

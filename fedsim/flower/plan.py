@@ -7,7 +7,9 @@ looked up, so that no plan makes a node import, open or fetch anything that its 
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from itertools import chain
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import torch
@@ -56,6 +58,7 @@ class Plan(Options):
     local: Spec
     time_limit: Positive | None = None  # seconds that a client may take
     examples: Examples
+    own: dict[str, str] = {}  # SHA-256 of the files of modules that are not fedsim's
 
     def json_text(self) -> str:
         """The same text for the same plan."""
@@ -91,7 +94,14 @@ def plan_of(config: Mapping[str, Any], data: FederatedData) -> Plan:
         "time_limit": config["failures"]["time_limit"],
         "examples": data.form | {"classes": data.num_classes, "crop": data.crop},
     }
-    return validated(Plan, plan, "plan")
+    made = validated(Plan, plan, "plan")
+    return made.model_copy(update={"own": {module: source(module) for _, module in _modules(made)}})
+
+
+def source(module: str) -> str:
+    """SHA-256 of a module's file, by which two machines know that they have the same; empty without one."""
+    found = find_spec(module)
+    return hashlib.sha256(Path(found.origin).read_bytes()).hexdigest() if found and found.origin else ""
 
 
 def digest(text: str) -> str:
@@ -182,14 +192,34 @@ class Allow(Options):
 
     def check_names(self, plan: Plan) -> None:
         """Raise ConfigError where a plan names what is not allowed; nothing is imported for it."""
-        for at, spec, catalogue, names in self._named(plan):
-            _check_name(at, spec, catalogue, names)
+        lists = {catalogue: getattr(self, name) for name, catalogue in self._lists()}
+        for at, spec, catalogue in _named(plan):
+            _check_name(at, spec, catalogue, lists[catalogue])
         for at, spec in _networks(plan):
             if opened := [key for key in FILES if spec.get(key) not in (None, False)]:
                 raise ConfigError(f"{at}.{opened[0]}: should be left out; weights are sent, a plan opens no file")
         distillation = plan.local.get("distillation")
         if distillation and distillation.get("teacher") not in ("global", SENT):
             raise ConfigError(f"local.distillation.teacher: allowed: global, {SENT}; a plan opens no file")
+        for at, module in _modules(plan):
+            if plan.own.get(module) not in (None, source(module)):
+                raise ConfigError(f"{at}: {module} is another file here than on the server; bring the same")
+
+    def check_importable(self) -> None:
+        """Raise ConfigError where a module that is listed is not here, or has no such entry."""
+        for name, catalogue in self._lists():
+            for entry in getattr(self, name) or ():
+                catalogue.load(entry, f"allow.{name}")
+
+    @staticmethod
+    def _lists() -> list[tuple[str, Catalogue]]:
+        return [
+            ("strategies", STRATEGIES),
+            ("models", MODELS),
+            ("losses", LOSSES),
+            ("schedules", SCHEDULES),
+            ("augmentations", AUGMENTATIONS),
+        ]
 
     def check_numbers(self, plan: Plan) -> None:
         """Raise ConfigError where a plan, whose names are allowed, asks for more."""
@@ -212,20 +242,6 @@ class Allow(Options):
             most = f"allowed: up to {self.max_bytes:,}"
             raise ConfigError(f"message: {size:,} bytes are more than this node allows; {most}")
 
-    def _named(self, plan: Plan) -> Iterator[tuple[str, Any, Catalogue, list[str] | None]]:
-        """Where the plan names what a catalogue would import."""
-        local = plan.local
-        yield "strategy", plan.strategy, STRATEGIES, self.strategies
-        for at, spec in _networks(plan):
-            yield at, spec, MODELS, self.models
-        yield "local.schedule", local.get("schedule"), SCHEDULES, self.schedules
-        yield "local.loss", local.get("loss"), LOSSES, self.losses
-        augment = local.get("augment")
-        if not isinstance(augment, list):
-            raise ConfigError("local.augment: should be a list")
-        for i, spec in enumerate(augment):
-            yield f"local.augment[{i}]", spec, AUGMENTATIONS, self.augmentations
-
     def _check_size(self, at: str, spec: Spec, examples: Examples) -> None:
         """Raise ConfigError where a network is too large, before there is memory for it."""
         try:
@@ -241,6 +257,31 @@ class Allow(Options):
         if (size := sum(tensor.numel() for tensor in tensors)) > self.max_parameters:
             most = f"allowed: up to {self.max_parameters:,}"
             raise ConfigError(f"{at}: {size:,} parameters are more than this node allows; {most}")
+
+
+def _named(plan: Plan) -> Iterator[tuple[str, Any, Catalogue]]:
+    """Where the plan names what a catalogue would import."""
+    local = plan.local
+    yield "strategy", plan.strategy, STRATEGIES
+    for at, spec in _networks(plan):
+        yield at, spec, MODELS
+    yield "local.schedule", local.get("schedule"), SCHEDULES
+    yield "local.loss", local.get("loss"), LOSSES
+    augment = local.get("augment")
+    if not isinstance(augment, list):
+        raise ConfigError("local.augment: should be a list")
+    for i, spec in enumerate(augment):
+        yield f"local.augment[{i}]", spec, AUGMENTATIONS
+
+
+def _modules(plan: Plan) -> Iterator[tuple[str, str]]:
+    """The modules that a plan, whose names are allowed, imports besides fedsim's, and where it names them."""
+    for at, spec, _ in _named(plan):
+        while spec:
+            module, colon, _ = spec["name"].partition(":")
+            if colon:
+                yield f"{at}.name", module
+            at, spec = f"{at}.inner", spec.get("inner")
 
 
 def _networks(plan: Plan) -> Iterator[tuple[str, Any]]:

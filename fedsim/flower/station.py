@@ -1,6 +1,7 @@
 """`fedsim node`: one long-lived process that keeps network, data and device between messages."""
 
 import logging
+import re
 from contextlib import closing
 from pathlib import Path
 from time import monotonic, sleep
@@ -27,7 +28,7 @@ def respond(node: Node, content: RecordDict) -> RecordDict:
     """The node's answer to a message; raises ValueError, in one line, for one that is none of fedsim's."""
     kind = wire.kind(content)
     if kind == Hello.__name__:
-        return wire.record(Joined(node.settings.name, versions(), None))
+        return wire.record(Joined(node.settings.name, versions()))
     if kind == Invitation.__name__:
         joined = node.join(wire.read(Invitation, content))
         log.info("%s", f"refused: {joined.error}" if joined.error else "joined a run")
@@ -65,9 +66,9 @@ def serve(node: Node, superlink: Superlink, key: Path | None) -> NoReturn:
         except LinkError as error:
             if not error.again and not known:
                 raise ConfigError(f"superlink {superlink.address}: {error}") from error
-            if str(error) != said:
-                log.warning("%s; tries again", error)
-                said = str(error)
+            if (now := re.sub(r"\d+", "", str(error))) != said:  # seconds count down in it
+                log.warning("%s: %s; tries again until it succeeds", superlink.address, error)
+                said = now
             sleep(RETRY)
 
 

@@ -93,4 +93,7 @@ def _encoded(kind: type, name: str, value: Any) -> Encoded:
 
 
 def _decoded(kind: type, name: str, values: ArrayRecord) -> State | Encoded:
-    return decode(encoded(values)) if TENSORS[kind][name] == State else encoded(values)
+    found = encoded(values)
+    if TENSORS[kind][name] == Encoded:
+        return found
+    return decode(found, sum(len(each.data) for each in found.values()))  # as they are: none grows

@@ -26,8 +26,8 @@ class Flower:
     HTTP instead. The clients are the nodes named in `nodes`, in the order of their names, or the first
     data.clients that come; they have `wait` seconds for it. With `keys`, a folder of NAME.pub, a name belongs to
     the owner of its key.
-    A client fails that has not answered `round_timeout` seconds after its round began. One whose node is gone does
-    at once under failures.policy=drop; otherwise it has `wait` seconds to come back, and is asked again.
+    A client fails that has not answered `round_timeout` seconds after its round began. One whose node is gone has
+    `wait` seconds to come back, and is asked again; under failures.policy=drop only if there is no other.
 
     `transport` is how updates travel: exact, lossless (the same bits in fewer bytes), bf16 or int8; these two
     round, with error feedback, and want `exact: false`. `link` is for a process that Flower has started.
@@ -81,7 +81,7 @@ class Flower:
 
     def ticket(self, newcomer: State) -> State:
         """What the server keeps for a client that keeps its state itself: which of its states counts."""
-        return {"version": torch.tensor(0)} if newcomer or not self.exact else {}
+        return {"version": torch.zeros(2, dtype=torch.int64)} if newcomer or not self.exact else {}
 
     def settled(self, rounds: list[int]) -> None:
         """Know after which rounds there are checkpoints."""

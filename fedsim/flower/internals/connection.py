@@ -153,7 +153,8 @@ def _call(method: Callable[[Request], Response], request: Request) -> Response:
         words = str(error) or type(error).__name__
         cut = isinstance(error, httpx.TimeoutException) or "EOF" in words  # in the middle of a handshake
         trust = not cut and any(word in words.lower() for word in ("certificate", "ssl", "tls"))
-        raise LinkError(f"no connection to the SuperLink: {words}", again=not trust) from None
+        hint = "; is `ca` the certificate of this SuperLink's authority?" if trust else ""
+        raise LinkError(f"no connection to the SuperLink: {words}{hint}", again=not trust) from None
     except TooLargeError as error:
         if hasattr(_within, "room"):  # it is the caller who has no room
             raise

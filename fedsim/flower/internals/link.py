@@ -210,7 +210,7 @@ class Link:
                             self._arriving[to] = Arrival(tree, most_bytes)
                         except TooLargeError as error:
                             replies.append(self._reply(to, name, error=f"its reply is too large: {error}"))
-        for to in list(self._arriving):
+        for to in [to for to in self._arriving if to in waiting]:
             try:
                 reply = self._arrived(to)
             except LinkError:

@@ -240,9 +240,8 @@ def _inactive(superlink: Superlink, pem: bytes, error: LinkError) -> LinkError:
     if known is None:
         return LinkError("this node's key is not registered: `flwr supernode register` it")
     until = datetime.fromisoformat(known.online_until) if known.online_until else datetime.now(UTC)
-    if (rest := (until - datetime.now(UTC)).total_seconds()) > 0:
-        return LinkError(
-            f"a node with this key still counts as connected: its heartbeat has to lapse, up to {rest:.0f} s",
-            again=True,
-        )
-    return error
+    rest = max((until - datetime.now(UTC)).total_seconds(), 0)  # it may have lapsed since we were refused
+    return LinkError(
+        f"a node with this key still counts as connected: its heartbeat has to lapse, up to {rest:.0f} s",
+        again=True,
+    )

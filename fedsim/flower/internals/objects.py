@@ -142,7 +142,7 @@ class Arrival:
         if records > RECORDS:
             raise TooLargeError(f"{records} bytes besides arrays; {RECORDS} are allowed")
         try:
-            made = _inflated(self.name, self._contents, Room(self._most), DEPTH)
+            made = _inflated(self.name, self._contents, Room(self._most), DEPTH, {})
         except ValueError:
             raise
         except Exception as error:  # whatever Flower's parts make of bytes that anyone may have sent
@@ -153,15 +153,22 @@ class Arrival:
         return made
 
 
-def _inflated(name: str, contents: Mapping[str, bytes], room: Room, depth: int) -> InflatableObject:
+def _inflated(
+    name: str, contents: Mapping[str, bytes], room: Room, depth: int, made: dict[str, InflatableObject]
+) -> InflatableObject:
+    """An object, which is in `made` from then on: a few kilobytes could name one a billion times."""
+    if name in made:
+        return made[name]
     if not depth:
         raise ValueError(f"objects lie more than {DEPTH} deep")
     content = contents[name]
     kind, children, _ = get_object_head_values_from_object_content(content)
     if kind == Array.__qualname__:
-        return _array(content, children, contents, room)
-    inner = {child: _inflated(child, contents, room, depth - 1) for child in children}
-    return inflatable_class_registry[kind].inflate(content, children=inner)
+        made[name] = _array(content, children, contents, room)
+    else:
+        inner = {child: _inflated(child, contents, room, depth - 1, made) for child in children}
+        made[name] = inflatable_class_registry[kind].inflate(content, children=inner)
+    return made[name]
 
 
 def _array(content: bytes, children: list[str], contents: Mapping[str, bytes], room: Room) -> Array:

@@ -1,0 +1,397 @@
+"""Laws of federations: on real nodes a run is what it is in a simulation, whatever becomes of wire and nodes."""
+
+import json
+import re
+import shutil
+import time
+from itertools import count
+
+import pytest
+import yaml
+from flowers import Federation, free_port, tail, until
+from flwr.app import RecordDict
+from lab import CONFIG, SPOILS, Lab, shown
+
+import fedsim
+from fedsim.checkpoint import versions
+from fedsim.config import build, build_data, load
+from fedsim.errors import NodeError, RoundError
+from fedsim.experiment import Run, execute
+from fedsim.flower import wire
+from fedsim.flower.internals import LinkError, Reply
+from fedsim.flower.messages import Invitation, Joined
+from fedsim.flower.roster import Roster
+from fedsim.flower.shards import client_name, write_shards
+from fedsim.hooks import Hook
+from fedsim.runtimes.worker import failed
+from fedsim.work import Train
+
+
+def played(simulation, rounds=CONFIG["rounds"]):
+    return [shown(simulation.round()) for _ in range(rounds)]
+
+
+# In one process: a wire that does its worst
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    """Makes labs, one after another."""
+    made, number = [], count()
+
+    def make(seed=0, **faults):
+        for old in made:
+            old.close()
+        made.append(Lab(tmp_path / f"lab-{next(number)}", monkeypatch, seed, **faults))
+        return made[-1]
+
+    yield make
+    for old in made:
+        old.close()
+
+
+BAD = {"link": 0.02, "end": 0.002, "leave": 0.002, "double": 0.3, "forget": 0.07}
+WORSE = BAD | {"slow": 0.05, "lost": 0.05, "spoil": 0.2}
+
+schedules = pytest.mark.parametrize(
+    ("strategy", "seeds"),
+    [
+        ("scaffold", range(2)),
+        *(pytest.param(name, range(20), marks=pytest.mark.slow) for name in ("fedavg", "scaffold", "fedbn")),
+    ],
+)
+
+
+@schedules
+def test_nodes_that_come_back_change_nothing(lab, strategy, seeds):
+    """Whatever is sent twice, in any order or again, to nodes under other ids, over another Flower run."""
+    config = load(CONFIG | {"strategy": strategy})
+    expected = played(build(config))
+    for seed in seeds:
+        assert played(lab(seed, **BAD).simulation(config, wait=1e5, round_timeout=1e6)) == expected
+
+
+def without(simulation, missing):
+    """The same simulation in which exactly these fail: reasons by client, round by round."""
+    run = simulation.runtime.run
+
+    def some(work, server, jobs, aggregator, **how):
+        if not isinstance(work, Train):
+            yield from run(work, server, jobs, aggregator, **how)
+            return
+        jobs = list(jobs)
+        reasons = {job.client_id: missing[job.round].get(str(job.client_id)) for job in jobs}
+        yield from run(work, server, [job for job in jobs if not reasons[job.client_id]], aggregator, **how)
+        absent = [job for job in jobs if reasons[job.client_id]]
+        yield aggregator.fold([]), [failed(job, NodeError(reasons[job.client_id]), True, 0.0) for job in absent]
+
+    simulation.runtime.run = some
+    return simulation
+
+
+def survived(simulation, rounds=CONFIG["rounds"]):
+    """The records of a run whose rounds are tried again where nobody answered."""
+    records = []
+    for _ in range(5 * rounds):
+        try:
+            records.append(shown(simulation.round()))
+        except RoundError:
+            continue
+        if len(records) == rounds:
+            return records
+    raise AssertionError(f"{len(records)} rounds")
+
+
+def dropping(strategy, **settings):
+    return load(CONFIG | {"strategy": strategy, "failures": {"policy": "drop"}} | settings)
+
+
+@schedules
+def test_clients_that_fail_are_as_in_a_simulation_where_they_do(lab, strategy, seeds):
+    """Also those that answer too late, keep what does not count, or send what cannot be."""
+    config = dropping(strategy)
+    for seed in seeds:
+        records = survived(lab(seed, **WORSE).simulation(config, wait=60.0))
+        missing = [record["failed"] for record in records]
+        assert played(without(build(config), missing)) == records
+        assert all(reason.isprintable() and len(reason) < 300 for each in missing for reason in each.values())
+
+
+def test_what_cannot_be_an_answer_is_none(lab):
+    """Whatever it is, its client fails, the reason says who and why, and nothing of it is counted."""
+    config = dropping("scaffold", rounds=len(SPOILS))
+    here, hows = lab(), dict(enumerate(SPOILS))
+    simulation = here.simulation(config)
+
+    def spoil(name, content):
+        return SPOILS[hows[simulation.number]](content) if name == "client-01" else content
+
+    here.spoil = spoil
+    records = played(simulation, len(SPOILS))
+    for how, record in zip(SPOILS, records, strict=True):
+        assert record["failed"].keys() == {"1"}, how
+        assert record["failed"]["1"].startswith(("client-01: ", "sent ")), how
+    assert played(without(build(config), [record["failed"] for record in records]), len(SPOILS)) == records
+
+
+class Snapshot(Hook):
+    """Ends a run at one of its moments, as it stands on disk then, and no more is written to it."""
+
+    def __init__(self, moment, copy):
+        self.moment, self.copy, self.moments = moment, copy, count()
+
+    def after_client(self, run, report):
+        self._moment(run)
+
+    def before_evaluation(self, run, record):
+        self._moment(run)
+
+    def after_round(self, run, record):
+        self._moment(run)
+
+    def _moment(self, run):
+        if next(self.moments) == self.moment:
+            shutil.copytree(run.folder.path, self.copy)
+            raise RoundError("killed")
+
+
+def lines(folder):
+    return [shown(json.loads(line)) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "moments"),
+    [
+        ({"strategy": "scaffold"}, {}, (4, 12)),
+        ({}, {"transport": "int8", "exact": False}, (13,)),
+        *(
+            pytest.param(*each, range(20), marks=pytest.mark.slow)
+            for each in (
+                ({"strategy": "scaffold"}, {}),
+                ({"strategy": "fedbn", "checkpoint": {"every": 2, "keep": 1}}, {"transport": "lossless"}),
+                ({}, {"transport": "int8", "exact": False}),
+            )
+        ),
+    ],
+)
+def test_a_driver_that_was_killed_goes_on_as_if_it_had_not_been(lab, tmp_path, settings, options, moments):
+    """At whatever moment, and the nodes are ahead of it then."""
+    config = load(CONFIG | settings)
+
+    def make(here):
+        return lambda config: here.simulation(config, wait=1e5, round_timeout=1e6, **options)
+
+    execute(Run.start(config, tmp_path / "whole", make=make(lab())))
+    for moment in moments:
+        here, stopped, copy = lab(moment, double=0.3), tmp_path / f"s{moment}", tmp_path / f"c{moment}"
+        with pytest.raises(RoundError, match="killed"):
+            execute(Run.start(config, stopped, make=make(here)), [Snapshot(moment, copy)])
+        run = Run.resume(copy, {}, make=make(here))
+        result = execute(run)
+        assert lines(copy) == lines(tmp_path / "whole")
+        assert result.summary["fingerprint"] == lines(copy)[-1]["fingerprint"]
+
+
+def test_a_round_in_which_all_nodes_leave_waits_for_one(lab):
+    """Where failures are dropped, too: there is nobody to go on with."""
+    config = dropping("scaffold")
+    here = lab()
+    simulation = here.simulation(config, wait=100.0)
+    simulation.round()
+    tick, left = here.tick, []
+
+    def leave():
+        tick()
+        if len(here.letters) == 9 and not left:  # three invitations, and the orders of two rounds
+            left.extend(here.ids)
+            for node, seconds in zip(left, (20.0, 50.0, 50.0), strict=True):
+                here.leaves(node, seconds)
+
+    here.tick = leave
+    began, record = here.clock.now, simulation.round()
+    assert left
+    assert len(record.failed) == 2
+    assert 20 < here.clock.now - began < 30
+
+
+class Room:
+    """A link to nodes that only say who they are: names, or None for what no node of fedsim says."""
+
+    def __init__(self, **names):
+        self.names, self.number = {int(node[1:]): name for node, name in names.items()}, count()
+
+    def nodes(self):
+        return set(self.names)
+
+    def send(self, contents, kind, **how):
+        return {f"{node} {next(self.number)}": node for node in contents}
+
+    def receive(self, waiting, *, most_bytes):
+        nodes = {to: int(to.split()[0]) for to in waiting}
+        return [Reply(to, node, self._says(node), None, 0) for to, node in nodes.items() if node in self.names]
+
+    def _says(self, node):
+        name = self.names[node]
+        return RecordDict() if name is None else wire.record(Joined(name, versions()))
+
+
+def joined(roster, room):
+    """Who has, once everybody has been asked."""
+    for _ in range(3):
+        roster.look(room, Invitation("", "", {}))
+    return roster.joined
+
+
+def test_a_name_is_one_node_and_a_node_one_name(caplog):
+    roster, room = Roster(), Room(n1="a", n2="b", n3=None)
+    assert joined(roster, room) == {"a": 1, "b": 2}
+    roster.settle(2)
+    room.names = {2: "b", 4: "a", 5: "c"}  # a is back under another number
+    assert joined(roster, room) == {"a": 4, "b": 2}
+    assert "c: is none of this run's nodes" in roster.shown(2)
+    assert "second time" not in caplog.text
+    room.names[6] = "a"
+    assert joined(roster, room) == {"a": 6, "b": 2}
+    assert "a has joined a second time" in caplog.text
+    del room.names[2]
+    assert joined(roster, room) == {"a": 6}
+    del room.names[6]
+    room.names[2] = "a"  # who was b is a now
+    assert joined(roster, room) == {"a": 2}
+
+
+def test_a_name_belongs_to_its_key():
+    keys = [LinkError("no connection", again=True), {1: b"thief", 2: b"b"}]
+
+    def key_of():
+        if isinstance(keys[0], LinkError):
+            raise keys.pop(0)
+        return keys[0]
+
+    roster, room = Roster({"a": b"a", "b": b"b"}, key_of), Room(n1="a", n2="b")
+    with pytest.raises(LinkError):
+        roster.look(room, Invitation("", "", {}))
+    assert joined(roster, room) == {"b": 2}
+    assert "a node calls itself a, and has another key" in roster.shown(2)
+    room.names[3], keys[0] = "a", keys[0] | {3: b"a"}
+    assert joined(roster, room) == {"a": 3, "b": 2}
+
+
+# On real processes: a SuperLink and three nodes, with TLS and keys; this process drives
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "shards"
+    write_shards(build_data(load(CONFIG)), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory, shards):
+    with Federation(tmp_path_factory.mktemp("federation"), auth=True) as made:
+        nodes = [made.node(NAMES[k], {"data": data_of(shards, k)}) for k in range(3)]
+        for node in nodes:
+            until(lambda node=node: "connected" in tail(node), "node", process=node)
+        yield made
+
+
+NAMES = [client_name(k, 3) for k in range(3)]
+
+
+def data_of(shards, k):
+    return {"name": "npz", "path": str(shards / f"{k}.npz"), "channels": "first", "classes": 3}
+
+
+def on(federation, **options):
+    """The runtime with these nodes."""
+    about = {"superlink": federation.address, "ca": str(federation.ca), "nodes": NAMES, "wait": 60.0}
+    return {"runtime": {"name": "flower", **about, **options}}
+
+
+SHORT = CONFIG | {"rounds": 2, "cohort": {"name": "uniform", "size": 2}, "evaluate": {"clients": True}}
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "scaffold", "fedbn", "fedadam"])
+def test_nodes_give_the_records_of_a_simulation(federation, strategy):
+    """Round by round: cohort, losses, steps, fingerprint, tests, and each client's own accuracy."""
+    config = SHORT | {"strategy": strategy}
+    expected = fedsim.run(config).rounds
+    found = fedsim.run(config | on(federation)).rounds
+    assert [*map(shown, found)] == [*map(shown, expected)]
+    assert all(record["bytes_up"] > 1000 for record in found)
+
+
+def test_the_command_serves_and_shows_nodes(federation, fedsim_, tmp_path):
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(SHORT))
+    to = ["--superlink", federation.address, "--ca", federation.ca]
+    keys = federation.keys / "nodes"
+    served = fedsim_("serve", tmp_path / "c.yaml", *to, "--nodes", 3, "--keys", keys, "--out", tmp_path / "run")
+    assert (served.status, served.err) == (0, "")
+    expected = fedsim.run(SHORT).rounds
+    assert lines(tmp_path / "run") == [*map(shown, expected)]
+    asked = {client for record in expected for client in record["cohort"]}
+    sizes = [str(build_data(load(SHORT)).sizes[k].item()) if k in asked else "not told" for k in range(3)]
+    table = fedsim_("nodes", tmp_path / "run", *to)
+    rows = [line.split("│") for line in table.out.splitlines() if "client-" in line]
+    cells = [tuple(cell.strip() for cell in row[1:4]) for row in rows]
+    assert table.status == 0
+    assert cells == [(name, "now", size) for name, size in zip(NAMES, sizes, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--superlink", "nowhere"], "runtime.superlink: 'nowhere' should be HOST:PORT"),
+        (["--superlink", "nowhere:0", "--insecure"], "runtime.superlink: 'nowhere:0' should be HOST:PORT"),
+        ([], "runtime.ca: .* neither is set"),
+        (["--ca", "no.crt"], "runtime.ca: no.crt: No such file or directory"),
+        (["--ca", "c.yaml"], "runtime.ca: c.yaml: is no certificate in PEM"),
+        (["--ca", "no.crt", "--insecure"], "runtime.ca: .* one of the two"),
+        (["--insecure", "--nodes", "a,b,a"], "--nodes: 'a,b,a' should be a number, or different names"),
+        (["--insecure", "--nodes", "a,,b"], "--nodes: 'a,,b' should be a number, or different names"),
+        (["--insecure", "--nodes", "0"], "data.clients: "),
+        (
+            ["--insecure", "--nodes", "a,b", "data.clients=3"],
+            "runtime.nodes: 2 different names, and data.clients is 3",
+        ),
+        (["--insecure", "--keys", "."], "runtime.keys: .: has no file NAME.pub"),
+        (
+            ["--insecure", "runtime.transport=int8"],
+            "runtime.transport: int8 rounds updates; .*runtime.exact=false",
+        ),
+        (
+            ["--insecure", "runtime.transport=zip"],
+            "runtime.transport: .zip. should be exact, lossless, bf16 or int8",
+        ),
+        (["--insecure", "runtime.wait=0"], "runtime.wait: 0"),
+        (["--insecure", "runtime.more=1"], "runtime.more: 'more' is unknown"),
+        (["--insecure", "availability={}"], "availability: "),
+    ],
+)
+def test_a_wrong_option_is_one_line(fedsim_, tmp_path, monkeypatch, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(CONFIG))
+    done = fedsim_("serve", "c.yaml", *arguments)
+    assert (done.status, done.err.count("\n")) == (2, 1), done.err
+    assert re.match(f"fedsim: {said}", done.err), done.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_superlink_that_is_not_there_is_waited_for_and_told(fedsim_, tmp_path):
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(CONFIG))
+    there, began = f"127.0.0.1:{free_port()}", time.monotonic()
+    done = fedsim_("serve", tmp_path / "c.yaml", "--superlink", there, "--insecure", "runtime.wait=2")
+    assert (done.status, done.err.count("\n")) == (1, 1)
+    assert done.err.startswith(f"fedsim: superlink {there}: no connection to the SuperLink: ")
+    assert 2 < time.monotonic() - began < 8
+    shown = fedsim_("nodes", "--superlink", there, "--insecure")
+    assert (shown.status, shown.err.count("\n")) == (2, 1)
+
+
+def test_who_has_not_come_is_told(federation, fedsim_, tmp_path):
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(SHORT))
+    to = ["--superlink", federation.address, "--ca", federation.ca, "--out", tmp_path / "run"]
+    done = fedsim_("serve", tmp_path / "c.yaml", *to, "--nodes", "client-00,client-01,elsewhere", "runtime.wait=2")
+    assert (done.status, done.err.count("\n")) == (1, 1)
+    assert "elsewhere: is not connected; connected, and none of this run's: client-02" in done.err
