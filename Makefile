@@ -21,7 +21,7 @@ demo: $(DEMO) ## install, then train the quickstart federation
 install: $(DEV) ## install fedsim, editable, with all it takes to develop it
 
 test: lint ## everything a change must pass: lint, types, tests
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(DEV) ## the tests that take minutes
 	$(VENV)/bin/pytest -m slow

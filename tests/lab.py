@@ -20,7 +20,7 @@ from fedsim.flower.messages import Answer, Joined, Order
 from fedsim.flower.node import Node, NodeSettings
 from fedsim.flower.shards import write_shards
 from fedsim.flower.station import respond
-from fedsim.flower.transport import Coded, encode
+from fedsim.flower.transport import Coded, decode, encode
 from fedsim.runtimes.flower import Flower
 
 CONFIG = {
@@ -241,6 +241,15 @@ def _message(**tensors):
     return lambda content: wire.record(wire.read(Answer, content)._replace(message=encode(tensors, "exact")[0]))
 
 
+def _times(factor):
+    def spoil(content):
+        answer = wire.read(Answer, content)
+        message = {n: v * factor if v.is_floating_point() else v for n, v in decode(answer.message).items()}
+        return wire.record(answer._replace(message=encode(message, "exact")[0]))
+
+    return spoil
+
+
 def _text(content):
     content.config_records[wire.KEY]["json"] = '{"weight": "many"}'
     return content
@@ -259,6 +268,11 @@ SPOILS = {
     "a negative state": _changed(version=-1),
     "no examples": _changed(examples=0),
     "too many examples": _changed(examples=10**30),
+    "examples beyond any float": _changed(examples=10**400),
+    "a strange mark": _changed(mark=-1),
+    "a long mark": _changed(mark=2**70),
+    "a sum beyond any float": _changed(metrics={"loss": 1.7e308, "examples": 1.0, "steps": 1.0}),
+    "more than all others": _times(1e20),
     "no weight": _changed(weight=float("nan")),
     "less weight": _changed(weight=-5.0),
     "all weight": _changed(weight=float("inf")),

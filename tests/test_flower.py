@@ -7,6 +7,7 @@ import time
 from itertools import count
 
 import pytest
+import torch
 import yaml
 from flowers import Federation, free_port, tail, until
 from flwr.app import RecordDict
@@ -15,13 +16,14 @@ from lab import CONFIG, SPOILS, Lab, shown
 import fedsim
 from fedsim.checkpoint import versions
 from fedsim.config import build, build_data, load
-from fedsim.errors import NodeError, RoundError
+from fedsim.errors import ConfigError, NodeError, RoundError
 from fedsim.experiment import Run, execute
 from fedsim.flower import wire
 from fedsim.flower.internals import LinkError, Reply
 from fedsim.flower.messages import Invitation, Joined
 from fedsim.flower.roster import Roster
 from fedsim.flower.shards import client_name, write_shards
+from fedsim.flower.transport import encode
 from fedsim.hooks import Hook
 from fedsim.runtimes.worker import failed
 from fedsim.work import Train
@@ -190,6 +192,27 @@ def test_a_driver_that_was_killed_goes_on_as_if_it_had_not_been(lab, tmp_path, s
         result = execute(run)
         assert lines(copy) == lines(tmp_path / "whole")
         assert result.summary["fingerprint"] == lines(copy)[-1]["fingerprint"]
+
+
+def test_a_run_does_not_go_on_with_other_nodes(lab, tmp_path):
+    config, here, copy = load(CONFIG | {"strategy": "scaffold"}), lab(), tmp_path / "copy"
+
+    def make(**options):
+        return lambda config: here.simulation(config, wait=1e5, round_timeout=1e6, **options)
+
+    with pytest.raises(RoundError, match="killed"):
+        execute(Run.start(config, tmp_path / "run", make=make()), [Snapshot(7, copy)])
+    before = (copy / "config.yaml").read_bytes()
+    with pytest.raises(ConfigError, match="runtime.nodes: x, y, z, and the run has client-00"):
+        Run.resume(copy, {}, make=make(nodes=["x", "y", "z"]))
+    assert (copy / "config.yaml").read_bytes() == before
+
+
+def test_a_broadcast_is_not_larger_in_memory_than_on_the_wire():
+    small, _ = encode({"model": torch.zeros(2**20)}, "lossless")
+    sent = wire.record(Invitation("0" * 32, "{}", {}), initial=wire.arrays(small))
+    with pytest.raises(ValueError, match="more than"):
+        wire.read(Invitation, sent)
 
 
 def test_a_round_in_which_all_nodes_leave_waits_for_one(lab):

@@ -1,6 +1,7 @@
 """What fedsim takes from inside flwr is as it was, and carries messages between a Link and Members."""
 
 import ast
+import hashlib
 import inspect
 import json
 import subprocess
@@ -385,6 +386,22 @@ def test_a_tree_that_is_too_wide_or_deep_is_refused():
     }
     flat = ObjectTree(object_id=names[0], children=[ObjectTree(object_id=name) for name in names[1:]])
     with pytest.raises(ValueError, match="deep"):
+        arrived(flat, contents)
+
+
+def test_objects_that_name_each_other_many_times_are_made_once():
+    def record(children):
+        text = f"RecordDict {','.join(children)} 2\0{{}}".encode()
+        return hashlib.sha256(text).hexdigest(), text
+
+    leaf = ConfigRecord({"x": 1}).deflate()
+    name, contents = hashlib.sha256(leaf).hexdigest(), {}
+    contents[name] = leaf
+    for _ in range(3):
+        name, text = record([name] * 5000)
+        contents[name] = text
+    flat = ObjectTree(object_id=name, children=[ObjectTree(object_id=each) for each in contents if each != name])
+    with pytest.raises(ValueError):  # noqa: PT011 - in milliseconds; each by itself would take hours
         arrived(flat, contents)
 
 

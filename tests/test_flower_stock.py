@@ -102,7 +102,7 @@ def test_a_client_app_joins_and_works_with_no_memory_but_the_disk(node, simulati
     joined = wire.read(Joined, ask(wire.record(invitation), "query", context(path)).content)
     assert (joined.name, joined.error) == ("node-1", None)
     sent = {"model": server["model"], "buffers": server["buffers"]}
-    order = Order(RUN, digest(plan), "train", 0, 1, 0, (), "exact", 1, False, sent)
+    order = Order(RUN, digest(plan), "train", 0, 1, 0, 0, (), "exact", 1, False, sent)
     answers = [ask(wire.record(order), "train", context(path)).content for _ in range(2)]
     first, second = (wire.read(Answer, content) for content in answers)
     assert first.error is None
@@ -117,7 +117,7 @@ def test_what_a_client_app_cannot_do_is_its_answer(node, simulation, tmp_path):
     assert "none.yaml" in wire.read(Joined, refused.content).error
     forbidden = ask(invitation, "query", context(node(0, allow={"strategies": ["fedprox"]})))
     assert "strategy.name" in wire.read(Joined, forbidden.content).error
-    order = wire.record(Order(RUN, "0" * 64, "train", 0, 1, 0, (), "exact", 1, False, {}))
+    order = wire.record(Order(RUN, "0" * 64, "train", 0, 1, 0, 0, (), "exact", 1, False, {}))
     assert wire.read(Answer, ask(order, "train", context(node(0))).content).lost
     assert "none.yaml" in wire.read(Answer, ask(order, "train", context(tmp_path / "none.yaml")).content).error
     for kind in ("query", "train", "evaluate"):

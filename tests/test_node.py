@@ -634,7 +634,17 @@ def test_only_what_is_listed_is_imported(node, tmp_path, monkeypatch):
     listing = Node(node.settings.model_copy(update={"allow": allow, "name": "other"}))
     assert listing.join(Invitation(uuid4().hex, json.dumps(plan), initial())).error is None
     refused(listing, PLAN, "strategy.name: on this node 'fedavg' is unknown; allowed: mine_of_the_node:Mine")
+    whole = {"data": CONFIG["data"], "model": PLAN["model"], "strategy": name}
+    sent = plan_of(load(CONFIG | whole).model_dump(mode="json"), build_data(load(CONFIG)))
+    assert sent.own.keys() == {"mine_of_the_node"}
+    assert listing.join(Invitation(uuid4().hex, sent.json_text(), initial())).error is None
+    with (tmp_path / "mine_of_the_node.py").open("a") as file:
+        file.write("# changed\n")
+    refused(listing, json.loads(sent.json_text()), "strategy.name: mine_of_the_node is another file here than on the")
     listing.close()
+    unknown = Allow(strategies=["not_there_at_all:Mine"])
+    with pytest.raises(ConfigError, match="allow.strategies: no module 'not_there_at_all'"):
+        Node(node.settings.model_copy(update={"allow": unknown, "name": "third"}))
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def test_recipes_agree_with_serial(strategy, name):
         {"momentum": 0.5, "weight_decay": 0.1, "decay": "weights"},
         {"class_weights": [1.0, 2.0, 3.0]},
     ],
-    ids=str,
+    ids=lambda recipe: next(iter(recipe)),
 )
 def test_more_recipes_agree_with_serial(recipe):
     assert_agree(pair(**recipe), rounds=2)

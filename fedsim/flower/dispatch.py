@@ -22,7 +22,7 @@ from fedsim.types import Job, Report, State, Update
 from fedsim.work import EvaluateClient, Train
 
 log = logging.getLogger(__name__)
-POLL = 0.01, 0.2  # seconds between two looks for answers, at least and at most
+POLL = 0.03, 0.2  # seconds between two looks for answers, at least and at most
 SHARE = 0.02  # of the time since the last answer, to wait for the next look
 MOST = 16  # times what a client is sent, and
 LEAST = 2**26  # bytes more, that it may answer

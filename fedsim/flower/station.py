@@ -17,7 +17,7 @@ from fedsim.flower.messages import Answer, Hello, Invitation, Joined, Order, fai
 from fedsim.flower.node import Node
 
 log = logging.getLogger(__name__)
-POLL = 0.01, 0.5  # seconds between two looks for messages, at least and at most
+POLL = 0.03, 0.5  # seconds between two looks for messages, at least and at most
 SHARE = 0.01  # of the time since the last message, to wait for the next look
 PLAN = 2**23  # bytes of a message besides its tensors
 RETRY = 1.0  # seconds between two attempts to connect
