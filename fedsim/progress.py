@@ -22,7 +22,9 @@ class Notes(logging.Handler):
         self.said = set[str]()
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = record.getMessage()  # of the points of a sweep, all may say the same; what goes wrong may do so again
+        line = (
+            record.getMessage()
+        )  # of the points of a sweep, all may say the same; what goes wrong may do so again
         if line not in self.said or record.levelno > logging.INFO:
             self.said.add(line)
             self.console.out(line, highlight=False)

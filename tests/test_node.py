@@ -640,7 +640,9 @@ def test_only_what_is_listed_is_imported(node, tmp_path, monkeypatch):
     assert listing.join(Invitation(uuid4().hex, sent.json_text(), initial())).error is None
     with (tmp_path / "mine_of_the_node.py").open("a") as file:
         file.write("# changed\n")
-    refused(listing, json.loads(sent.json_text()), "strategy.name: mine_of_the_node is another file here than on the")
+    refused(
+        listing, json.loads(sent.json_text()), "strategy.name: mine_of_the_node is another file here than on the"
+    )
     listing.close()
     unknown = Allow(strategies=["not_there_at_all:Mine"])
     with pytest.raises(ConfigError, match="allow.strategies: no module 'not_there_at_all'"):
