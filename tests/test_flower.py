@@ -203,7 +203,7 @@ def test_a_run_does_not_go_on_with_other_nodes(lab, tmp_path):
     with pytest.raises(RoundError, match="killed"):
         execute(Run.start(config, tmp_path / "run", make=make()), [Snapshot(7, copy)])
     before = (copy / "config.yaml").read_bytes()
-    with pytest.raises(ConfigError, match="runtime.nodes: x, y, z, and the run has client-00"):
+    with pytest.raises(ConfigError, match=r"runtime\.nodes: x, y, z, and the run has client-00"):
         Run.resume(copy, {}, make=make(nodes=["x", "y", "z"]))
     assert (copy / "config.yaml").read_bytes() == before
 
