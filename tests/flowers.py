@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -10,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import yaml
+
+from fedsim.bench.federation import free_port, listens
 
 BIN = Path(sys.executable).parent
 QUIET = {
@@ -21,18 +22,6 @@ QUIET = {
     "PYTHONUNBUFFERED": "1",
 }
 PATIENCE = 60  # seconds that a process may take to be there
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def listens(port):
-    with socket.socket() as probe:
-        probe.settimeout(1)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def until(there, what, seconds=PATIENCE, process=None):

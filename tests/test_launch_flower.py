@@ -17,10 +17,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from runs import CONFIG
 from typer.main import get_command
 
+from fedsim.bench.federation import free_port, listens
 from fedsim.cli import app
+from runs import CONFIG
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 SCRIPTS = [LAUNCH / name for name in ("flower_local.sh", "flower_ssh.sh", "flower_slurm.sbatch")]
@@ -77,12 +78,6 @@ cp "$from" "$to"
     "scontrol": "#!/bin/bash\nprintf '%s\\n' $HOSTS\n",
     "hostname": "#!/bin/bash\necho 127.0.0.1\n",
 }
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def install(folder, *names):
@@ -676,12 +671,6 @@ def test_three_machines_as_the_readme_says(real):
 def background(log, *command, cwd=None):
     with log.open("a") as file:
         return subprocess.Popen(command, stdout=file, stderr=file, cwd=cwd)
-
-
-def listens(port):
-    with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-        return True
-    return False
 
 
 def asked(port, ca, path):

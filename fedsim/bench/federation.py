@@ -31,6 +31,7 @@ from fedsim.bench.programs import ENVIRONMENT
 from fedsim.config import Config
 from fedsim.errors import RoundError, one_line
 from fedsim.flower import needs_flwr
+from fedsim.flower.app import project
 
 SIZES = 1_663_370, 25_000_000  # parameters, as float32: McMahan's CNN, and about a ResNet-50
 NODES = "a", "b"
@@ -39,20 +40,7 @@ FAST, PLAIN = "fedsim serve and node", "the same in plain HTTP"
 STOCK, FLOOR = "fedsim's app in Flower", "Flower alone"
 APPS = Path(apps.__path__[0])
 PATIENCE = 600  # seconds for a run
-FLOOR_APP = """\
-[project]
-name = "floor"
-version = "1.0.0"
-dependencies = ["flwr>=1.41,<1.42"]
-
-[tool.flwr.app]
-publisher = "fedsim"
-
-[tool.flwr.app.components]
-serverapp = "floor:server"
-clientapp = "floor:client"
-
-[tool.flwr.app.config]
+FLOOR_CONFIG = """\
 out = ""
 parameters = 0
 rounds = 0
@@ -164,7 +152,7 @@ class Federation:
         app = out.with_name(f"{out.name}-app")
         app.mkdir()
         shutil.copy(APPS / "floor.py", app)
-        (app / "pyproject.toml").write_text(FLOOR_APP)
+        (app / "pyproject.toml").write_text(project("floor", "floor:server", "floor:client") + FLOOR_CONFIG)
         given = f'out="{out}" parameters={size} rounds={ROUNDS} nodes={len(NODES)}'
         self._finish("alone", ["flwr", "run", str(app), "lab", "--stream", "-c", given])
         if not out.exists():
@@ -287,4 +275,5 @@ def free_port() -> int:
 def listens(port: int) -> bool:
     """Whether somebody does there."""
     with socket.socket() as probe:
+        probe.settimeout(1)
         return probe.connect_ex(("127.0.0.1", port)) == 0

@@ -28,8 +28,8 @@ dependencies = ["flwr>=1.41,<1.42"]
 publisher = "fedsim"
 
 [tool.flwr.app.components]
-serverapp = "fedsim.flower.server_app:app"
-clientapp = "fedsim.flower.client_app:app"
+serverapp = "{server}"
+clientapp = "{client}"
 
 [tool.flwr.app.config]
 """
@@ -46,11 +46,18 @@ experiment = {experiment}
 LONGEST = 32  # characters of an app's name
 
 
+def project(
+    name: str, server: str = "fedsim.flower.server_app:app", client: str = "fedsim.flower.client_app:app"
+) -> str:
+    """The pyproject.toml of an app, up to the keys of its config."""
+    return TEMPLATE.format(name=name, server=server, client=client)
+
+
 def write_app(folder: Path, name: str, experiment: Mapping[str, Any]) -> Path:
     """Have an app in a new folder that runs an experiment, given as a config's values; raises ConfigError."""
     path = folder / "pyproject.toml"
     text = _toml(yaml.safe_dump(dict(experiment), sort_keys=False))
-    content = TEMPLATE.format(name=_project(name)) + CONFIG.format(name=_toml(name), experiment=text)
+    content = project(_app_name(name)) + CONFIG.format(name=_toml(name), experiment=text)
     try:
         create(folder, {path.name: content.encode()})
     except OSError as error:
@@ -94,7 +101,7 @@ def flower_app() -> bytes:
     from fedsim.flower.internals import build_fab
 
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "pyproject.toml").write_text(TEMPLATE.format(name="fedsim-app"))
+        (Path(folder) / "pyproject.toml").write_text(project("fedsim-app"))
         return build_fab(Path(folder))
 
 
@@ -110,7 +117,7 @@ def _character(c: str) -> str:
     return c if c.isprintable() or c == "\n" else f"\\U{ord(c):08x}"
 
 
-def _project(name: str) -> str:
+def _app_name(name: str) -> str:
     """As Flower allows it: letters, digits and hyphens, a letter first."""
     words = re.sub(r"[^a-zA-Z0-9]+", "-", name).strip("-")
     return (words if words[:1].isalpha() else f"fedsim-{words}")[:LONGEST].strip("-")

@@ -124,7 +124,7 @@ class Dispatch:
         self.todo = [each for each in self.todo if nodes[each.job.client_id] is None]
         orders = {node: wire.record(self._order(job), server=self.broadcast) for node, job in jobs.items()}
         try:
-            ttl = max(self._left(), 0) + GRACE  # so that who is late is told by us
+            ttl = self._left() + GRACE  # so that who is late is told by us
             sent = self.federation.link().send(orders, "train", group=type(self.work).__name__, ttl=ttl)
         except LinkError:
             self._wait_for(jobs.values(), self.federation.timing.wait)

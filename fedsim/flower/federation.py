@@ -1,6 +1,5 @@
 """A run's connection to its nodes: made when it is needed, and made anew where the SuperLink went away."""
 
-import hashlib
 import logging
 import ssl
 from collections.abc import Callable, Iterable
@@ -16,6 +15,7 @@ from fedsim.errors import ConfigError, RoundError
 from fedsim.flower.app import flower_app
 from fedsim.flower.internals import Link, LinkError, Superlink, listed
 from fedsim.flower.messages import Invitation
+from fedsim.flower.plan import digest
 from fedsim.flower.roster import Roster, read_keys
 from fedsim.types import State
 
@@ -176,7 +176,7 @@ class Federation:
     @property
     def plan_hash(self) -> str:
         """SHA-256 of the plan."""
-        return hashlib.sha256(self.plan.encode()).hexdigest()
+        return digest(self.plan)
 
     def choice(self, sizes: list[int]) -> Spec | None:
         """What a checkpoint has to know, once it is known who takes part."""
