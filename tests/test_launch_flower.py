@@ -17,11 +17,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from runs import CONFIG
 from typer.main import get_command
 
 from fedsim.bench.federation import free_port, listens
 from fedsim.cli import app
-from runs import CONFIG
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 SCRIPTS = [LAUNCH / name for name in ("flower_local.sh", "flower_ssh.sh", "flower_slurm.sbatch")]
