@@ -1,0 +1,28 @@
+"""Results are what they were before the code was rearranged: fingerprints recorded on such a machine, found again."""
+
+import pytest
+import recorded
+
+RUNS, BEFORE = recorded.runs(), recorded.recorded()
+SLOW = {"activation checkpointing", "digits/personal.yaml"}  # seconds each
+
+pytestmark = pytest.mark.skipif(not BEFORE, reason=f"no fingerprints of {recorded.place()}: tests/recorded.py")
+
+
+def cases():
+    """Each run in the reference, and in one of the others in turn."""
+    for i, name in enumerate(RUNS):
+        for runtime in ("serial", ("threads", "vectorized")[i % 2]):
+            yield pytest.param(name, runtime, marks=[pytest.mark.slow] if name in SLOW else [])
+
+
+@pytest.mark.parametrize(("name", "runtime"), list(cases()))
+def test_fingerprints_are_what_they_were(name, runtime):
+    assert recorded.outcome(RUNS[name], runtime) == BEFORE[f"{name} | {runtime}"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", list(recorded.RUNTIMES))
+@pytest.mark.parametrize("name", list(RUNS))
+def test_all_fingerprints_are_what_they_were(name, runtime):
+    assert recorded.outcome(RUNS[name], runtime) == BEFORE[f"{name} | {runtime}"]
