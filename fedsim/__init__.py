@@ -3,34 +3,42 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fedsim import moved as moved
+
 if TYPE_CHECKING:
+    from fedsim.base.catalogue import Catalogue as Catalogue
+    from fedsim.base.catalogue import matching as matching
     from fedsim.errors import ClientError as ClientError
     from fedsim.errors import ConfigError as ConfigError
     from fedsim.errors import RoundError as RoundError
-    from fedsim.experiment import Result as Result
-    from fedsim.experiment import resume as resume
-    from fedsim.experiment import run as run
-    from fedsim.hooks import Hook as Hook
-    from fedsim.local import LocalObjective as LocalObjective
-    from fedsim.recipe import Recipe as Recipe
-    from fedsim.simulation import Simulation as Simulation
-    from fedsim.strategy import Strategy as Strategy
-    from fedsim.strategy import Wrapper as Wrapper
-    from fedsim.task import Task as Task
+    from fedsim.experiment.hooks import Hook as Hook
+    from fedsim.experiment.run import Result as Result
+    from fedsim.experiment.run import resume as resume
+    from fedsim.experiment.run import run as run
+    from fedsim.federated.simulation import Simulation as Simulation
+    from fedsim.federated.strategy import Buffers as Buffers
+    from fedsim.federated.strategy import Strategy as Strategy
+    from fedsim.federated.strategy import Wrapper as Wrapper
+    from fedsim.training.layout import Layout as Layout
+    from fedsim.training.local import LocalObjective as LocalObjective
+    from fedsim.training.recipe import Recipe as Recipe
+    from fedsim.training.task import Task as Task
     from fedsim.types import Batch as Batch
     from fedsim.types import RoundInfo as RoundInfo
     from fedsim.types import State as State
     from fedsim.types import Update as Update
 
 HOMES = {  # imported when first asked for, since torch takes seconds and `fedsim --help` needs none of it
+    "base.catalogue": ("Catalogue", "matching"),
     "errors": ("ClientError", "ConfigError", "RoundError"),
-    "experiment": ("Result", "resume", "run"),
-    "hooks": ("Hook",),
-    "local": ("LocalObjective",),
-    "recipe": ("Recipe",),
-    "simulation": ("Simulation",),
-    "strategy": ("Strategy", "Wrapper"),
-    "task": ("Task",),
+    "experiment.run": ("Result", "resume", "run"),
+    "experiment.hooks": ("Hook",),
+    "federated.simulation": ("Simulation",),
+    "federated.strategy": ("Buffers", "Strategy", "Wrapper"),
+    "training.layout": ("Layout",),
+    "training.local": ("LocalObjective",),
+    "training.recipe": ("Recipe",),
+    "training.task": ("Task",),
     "types": ("Batch", "RoundInfo", "State", "Update"),
 }
 HOME = {name: module for module, names in HOMES.items() for name in names}

@@ -11,7 +11,7 @@ from rich.console import Console
 from fedsim.errors import ClientError, ConfigError, RoundError, printable
 
 if TYPE_CHECKING:
-    from fedsim.experiment import Run
+    from fedsim.experiment.run import Run
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -36,8 +36,8 @@ def run(
     ] = None,
 ) -> None:
     """Train a federation, and leave a folder with what came out."""
-    from fedsim.config import load, parse_overrides
-    from fedsim.experiment import Run
+    from fedsim.experiment.config import load, parse_overrides
+    from fedsim.experiment.run import Run
 
     _execute(Run.start(load(config, parse_overrides(settings or [])), out, config.stem))
 
@@ -60,8 +60,8 @@ def serve(
     ] = None,
 ) -> None:
     """Train a federation of nodes on other machines, over Flower; `fedsim resume` goes on with it."""
-    from fedsim.config import load, parse_overrides
-    from fedsim.experiment import Run
+    from fedsim.experiment.config import load, parse_overrides
+    from fedsim.experiment.run import Run
     from fedsim.flower.options import on_nodes
 
     chosen = on_nodes(config, superlink=superlink, ca=ca, insecure=insecure, nodes=nodes, keys=keys)
@@ -104,10 +104,10 @@ def flower_app(
     settings: Settings = None,
 ) -> None:
     """Write an experiment as a Flower app, for `flwr run` and Flower's own SuperNodes."""
-    from fedsim.config import overridden, parse_overrides
+    from fedsim.base.reading import read_yaml
+    from fedsim.experiment.config import overridden, parse_overrides
     from fedsim.flower.app import checked, write_app
     from fedsim.flower.options import on_nodes
-    from fedsim.reading import read_yaml
 
     chosen = on_nodes(config, superlink=None, ca=None, insecure=False, nodes=None, keys=None)
     values = overridden(read_yaml(config), chosen | parse_overrides(settings or []))
@@ -124,8 +124,8 @@ def resume(
     force: Annotated[bool, typer.Option(help="take settings that change the result, too")] = False,
 ) -> None:
     """Go on with a run that was stopped or killed, as if it had not been; rounds=200 makes it longer."""
-    from fedsim.config import parse_overrides
-    from fedsim.experiment import Run
+    from fedsim.experiment.config import parse_overrides
+    from fedsim.experiment.run import Run
     from fedsim.sweep.folder import is_sweep
 
     if is_sweep(folder):
@@ -143,8 +143,8 @@ def resume(
 
 
 def _execute(run: "Run") -> None:
-    from fedsim.experiment import execute
-    from fedsim.progress import Bar, Plain
+    from fedsim.experiment.progress import Bar, Plain
+    from fedsim.experiment.run import execute
 
     assert run.folder is not None
     folder = run.folder.path
@@ -202,9 +202,10 @@ def partition(
     ] = None,
 ) -> None:
     """Show who holds what: a table, and a picture of labels and sizes by client."""
-    from fedsim.config import build_data, build_dataset, load, parse_overrides
     from fedsim.data.partition import content_hash
     from fedsim.data.picture import draw, label_table
+    from fedsim.experiment.build import build_data, build_dataset
+    from fedsim.experiment.config import load, parse_overrides
 
     loaded = load(config, parse_overrides(settings or []))
     dataset = build_dataset(loaded)
@@ -235,9 +236,9 @@ def compare(
     out: Annotated[Path, typer.Option(help="the picture")] = Path("compare.png"),
 ) -> None:
     """Set runs side by side: curves over each other, rounds and bytes to a target accuracy."""
-    from fedsim.plot import curves
-    from fedsim.report import compare as table
-    from fedsim.report import read_run
+    from fedsim.report.plot import curves
+    from fedsim.report.runs import compare as table
+    from fedsim.report.runs import read_run
 
     if target is not None and not 0 < target < 1:
         raise ConfigError(f"--target: {target} should be between 0 and 1, such as 0.99")
@@ -285,7 +286,7 @@ def bench(
 ) -> None:
     """Time a config's client steps against plain PyTorch loops and other simulators, in turn, and print ratios."""
     from fedsim.bench import bench as measure
-    from fedsim.config import load, parse_overrides
+    from fedsim.experiment.config import load, parse_overrides
 
     measure(
         load(config, parse_overrides(settings or [])),
@@ -322,8 +323,8 @@ def profile(
     json: Annotated[Path | None, typer.Option(help="a JSON file for the figures, every pass's too")] = None,
 ) -> None:
     """Show what networks cost: parameters, FLOPs, memory of training, latency and throughput."""
-    from fedsim.export import writable
-    from fedsim.profile import measure, numbers, picture, place, save, subjects, tables
+    from fedsim.export.onnx import writable
+    from fedsim.export.profile import measure, numbers, picture, place, save, subjects, tables
 
     if json is not None and json.exists():
         raise ConfigError(f"--json: {json} exists; name another file")
@@ -364,8 +365,8 @@ def export(
     check: Annotated[bool, typer.Option(help="run the file, and compare what it gives")] = True,
 ) -> None:
     """Write a run's network for use elsewhere: ONNX, torch.export, safetensors or TensorRT."""
-    from fedsim.export import export as write
-    from fedsim.export import trtexec
+    from fedsim.export.onnx import export as write
+    from fedsim.export.onnx import trtexec
 
     if batch != "dynamic" and not (batch.isdecimal() and int(batch)):
         raise ConfigError(f"--batch: {batch!r} should be a whole number >= 1, or dynamic")

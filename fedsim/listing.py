@@ -11,34 +11,34 @@ from rich import box
 from rich.table import Table
 from torch import nn
 
-from fedsim.catalogue import Catalogue, Options, allowed, options_of, unknown
-from fedsim.cohort import COHORTS
-from fedsim.cost import flops, short, size
+from fedsim.base.catalogue import Catalogue, Options, allowed, options_of, unknown
 from fedsim.data import AUGMENTATIONS, DATASETS, PARTITIONS
 from fedsim.errors import ConfigError
-from fedsim.hooks import HOOKS
-from fedsim.losses import LOSSES
+from fedsim.experiment.hooks import HOOKS
+from fedsim.export.cost import flops, short, size
+from fedsim.federated.cohort import COHORTS
 from fedsim.models import MODELS
 from fedsim.runtimes import RUNTIMES
-from fedsim.schedules import SCHEDULES
 from fedsim.strategies import CATALOGUE as STRATEGIES
+from fedsim.training.losses import LOSSES
+from fedsim.training.schedules import SCHEDULES
 
 SETTINGS = Catalogue(  # the mappings of a config that are no entry of a catalogue
     "KEY",
     "fedsim",
     {
-        "local": "recipe:Recipe",
-        "local.distillation": "recipe:Distillation",
-        "local.noisy_labels": "recipe:NoisyLabels",
+        "local": "training.recipe:Recipe",
+        "local.distillation": "training.recipe:Distillation",
+        "local.noisy_labels": "training.recipe:NoisyLabels",
         "model": "models.options:Common",
-        "data": "config:Federation",
+        "data": "experiment.config:Federation",
         "data.label_noise": "data.noise:LabelNoise",
-        "evaluate": "config:Evaluate",
-        "recalibrate": "recalibration:Recalibrate",
-        "failures": "simulation:Failures",
-        "availability": "availability:Availability",
-        "checkpoint": "hooks.checkpointing:Checkpointing",
-        "client_store": "store:ClientStore",
+        "evaluate": "experiment.config:Evaluate",
+        "recalibrate": "federated.recalibration:Recalibrate",
+        "failures": "federated.simulation:Failures",
+        "availability": "federated.availability:Availability",
+        "checkpoint": "experiment.hooks.checkpointing:Checkpointing",
+        "client_store": "federated.store:ClientStore",
         "NODE.yaml": "flower.node:NodeSettings",
         "allow": "flower.plan:Allow",
     },

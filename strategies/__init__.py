@@ -3,7 +3,7 @@
 if __name__ == "strategies":  # two names for one file would make two classes of everything in it
     raise ImportError("import fedsim.strategies; a bare `import strategies` finds the checkout by accident")
 
-from fedsim.catalogue import Catalogue
+from fedsim import Catalogue
 
 CATALOGUE = Catalogue(
     "strategy",

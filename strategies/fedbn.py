@@ -8,9 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedsim import ConfigError, LocalObjective, Recipe, State, Update
-from fedsim.strategy import Buffers
-from fedsim.task import Layout
+from fedsim import Buffers, ConfigError, Layout, LocalObjective, Recipe, State, Update
 
 from .fedavg import FedAvg
 from .personal import keeping, own_model, refuse_recalibrated

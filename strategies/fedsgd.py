@@ -6,8 +6,7 @@ section 2. https://arxiv.org/abs/1602.05629
 
 from dataclasses import dataclass
 
-from fedsim import ConfigError, LocalObjective, Recipe, RoundInfo, State, Strategy, Update
-from fedsim.task import Layout
+from fedsim import ConfigError, Layout, LocalObjective, Recipe, RoundInfo, State, Strategy, Update
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fedsim import ConfigError, LocalObjective, Recipe, State, Strategy, Update, Wrapper
-from fedsim.catalogue import matching
-from fedsim.strategy import Buffers
-from fedsim.task import Layout
+from fedsim import Buffers, ConfigError, Layout, LocalObjective, Recipe, State, Strategy, Update, Wrapper, matching
 
 from .fedsgd import FedSGD
 

@@ -10,8 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedsim import ConfigError, LocalObjective, Recipe, RoundInfo, State, Strategy, Update
-from fedsim.task import Layout
+from fedsim import ConfigError, Layout, LocalObjective, Recipe, RoundInfo, State, Strategy, Update
 from fedsim.types import Positive
 
 

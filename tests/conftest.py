@@ -16,12 +16,12 @@ from torch import nn
 
 import fedsim.cli
 from fedsim import LocalObjective, Recipe, Simulation, Strategy, Task
-from fedsim.catalogue import options_of
-from fedsim.cohort import COHORTS
+from fedsim.base.catalogue import options_of
 from fedsim.data import Dataset, FederatedData
+from fedsim.federated.cohort import COHORTS
 from fedsim.runtimes import RUNTIMES
 from fedsim.strategies import CATALOGUE
-from fedsim.task import Replica
+from fedsim.training.replica import Replica
 from fedsim.types import Job
 
 SIZES = (3, 8, 5, 13, 2, 6)  # examples a client

@@ -126,9 +126,9 @@ def jumping_clock():
 
     real, jumps = time.time, iter([0, 86400.0, -86400.0, 3600.0, -1e6, 5.0] * 10**6)
     time.time = lambda: real() + next(jumps)
-    import fedsim.hooks.tensorboard
+    import fedsim.experiment.hooks.tensorboard
 
-    fedsim.hooks.tensorboard.time = time.time
+    fedsim.experiment.hooks.tensorboard.time = time.time
 
 
 def small_files(limit):
@@ -164,7 +164,7 @@ def interrupt_at(line, number=signal.SIGINT):
 
 def interrupt_in_test(number):
     """A signal while the global model is tested the so-many-th time."""
-    from fedsim.simulation import Simulation
+    from fedsim.federated.simulation import Simulation
 
     evaluate, tests = Simulation.evaluate, []
 
@@ -179,15 +179,15 @@ def interrupt_in_test(number):
 
 def interrupt_in_picture():
     """A signal as the curves are drawn."""
-    import fedsim.plot
+    import fedsim.report.plot
 
-    drawn = fedsim.plot.curves
+    drawn = fedsim.report.plot.curves
 
     def interrupted(*args):
         signal.raise_signal(signal.SIGINT)
         return drawn(*args)
 
-    fedsim.plot.curves = interrupted
+    fedsim.report.plot.curves = interrupted
 
 
 def count_lines(path):
@@ -386,7 +386,7 @@ def _serve(path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import fedsim.cli
-        import fedsim.experiment
+        import fedsim.experiment.run
 
         with tempfile.TemporaryDirectory() as folder:
             fedsim.experiment.run(WARM, out=f"{folder}/run")

@@ -13,15 +13,16 @@ from uuid import uuid4
 import torch
 from flwr.app import ConfigRecord, RecordDict
 
-from fedsim.config import build, build_data, build_server_data, load
+from fedsim.experiment.build import build, build_data, build_server_data
+from fedsim.experiment.config import load
 from fedsim.flower import dispatch, federation, roster, wire
 from fedsim.flower.internals import LinkError, Reply
 from fedsim.flower.messages import Answer, Joined, Order
 from fedsim.flower.node import Node, NodeSettings
+from fedsim.flower.runtime import Flower
 from fedsim.flower.shards import write_shards
 from fedsim.flower.station import respond
 from fedsim.flower.transport import Coded, decode, encode
-from fedsim.runtimes.flower import Flower
 
 CONFIG = {
     "seed": 3,

@@ -1,7 +1,7 @@
 """Fingerprints after three rounds, by PyTorch version and processor, and the runs that they are of.
 
-`python tests/recorded.py` computes them here and adds them to recorded.json: before a change that should leave every
-result as it is, on a machine that has none yet. With `--check` it compares instead.
+`python tests/recorded.py` computes them here and adds them to recorded.json: before a change that should leave
+every result as it is, on a machine that has none yet. With `--check` it compares instead.
 """
 
 import hashlib
@@ -15,7 +15,8 @@ import torch
 import yaml
 
 from fedsim import ConfigError
-from fedsim.config import build, load
+from fedsim.experiment.build import build
+from fedsim.experiment.config import load
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.types import hash_into
 

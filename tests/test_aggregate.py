@@ -11,7 +11,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from fedsim import RoundError
-from fedsim.aggregate import LARGEST, TOGETHER, WeightedMean
+from fedsim.federated.aggregate import LARGEST, TOGETHER, WeightedMean
 
 MEAN = WeightedMean()
 LENGTH = 3

@@ -6,9 +6,9 @@ from test_models import HEAVY, build
 
 from fedsim import LocalObjective, Recipe, Task
 from fedsim.data import Dataset, FederatedData
-from fedsim.local import AUTOCAST
 from fedsim.models import MODELS
-from fedsim.task import Replica
+from fedsim.training.precision import AUTOCAST
+from fedsim.training.replica import Replica
 from fedsim.types import Job
 
 SHAPE, CLASSES = (3, 32, 32), 10

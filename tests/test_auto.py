@@ -14,18 +14,18 @@ from conftest import SIZES, conv_net, make_data, make_simulation, make_strategy,
 
 import fedsim
 from fedsim import Wrapper
-from fedsim.availability import Availability
-from fedsim.catalogue import Catalogue
-from fedsim.config import load
+from fedsim.base.catalogue import Catalogue
 from fedsim.errors import ClientError, ConfigError
-from fedsim.hooks import Hook
-from fedsim.runtimes import RUNTIMES, auto, calibration, candidates, choices
-from fedsim.runtimes.auto import Auto
-from fedsim.runtimes.calibration import Calibration
-from fedsim.runtimes.choices import Choice
+from fedsim.experiment.config import load
+from fedsim.experiment.hooks import Hook
+from fedsim.federated.availability import Availability
+from fedsim.federated.simulation import Failures
+from fedsim.runtimes import RUNTIMES, auto
+from fedsim.runtimes.auto import Auto, calibration, candidates, choices
+from fedsim.runtimes.auto.calibration import Calibration
+from fedsim.runtimes.auto.choices import Choice
 from fedsim.runtimes.serial import Serial
 from fedsim.runtimes.threads import Threads
-from fedsim.simulation import Failures
 
 AUTO = {"name": "auto", "exact": True}
 SERIAL = RUNTIMES.resolve({"name": "serial", "device": "cpu"})
@@ -387,7 +387,7 @@ def test_what_was_timed_on_a_busy_machine_is_not_remembered(cache, rates, monkey
 def test_a_key_has_no_addresses_in_it():
     """Which are others in each process."""
     settings = load(CONFIG | {"local": {"augment": ["flip"], "loss": "hinge", "schedule": "cosine"}})
-    work = fedsim.config.build(settings).work
+    work = fedsim.experiment.config.build(settings).work
     assert "0x" not in json.dumps(choices._plain(work.recipe)) + json.dumps(choices._plain(work.strategy))
 
 
@@ -432,7 +432,7 @@ def test_vectorized_too_has_the_same_end(rates, tmp_path, monkeypatch, request):
     monkeypatch.setattr(RUNTIMES, "entries", RUNTIMES.entries | {"vectorized": "vectorized:Vectorized"})
     rates[Vectorized.__name__.lower()] = 100.0
     done, killed = stopped(tmp_path)
-    (checkpoint, _), _ = fedsim.checkpoint.Checkpoints(killed / "checkpoints").latest(killed)
+    (checkpoint, _), _ = fedsim.experiment.checkpoint.Checkpoints(killed / "checkpoints").latest(killed)
     assert checkpoint.runtime["name"] == "vectorized"
     assert isinstance(checkpoint.runtime["chunk"], int)
     request.getfixturevalue("untimed")

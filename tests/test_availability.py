@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import fedsim
 from fedsim import ClientError, ConfigError, RoundError, Wrapper
-from fedsim.availability import Availability
-from fedsim.simulation import Failures
+from fedsim.federated.availability import Availability
+from fedsim.federated.simulation import Failures
 from fedsim.strategies import CATALOGUE
 
 N = len(SIZES)
@@ -159,7 +159,7 @@ def test_no_two_draws_share_a_stream(monkeypatch):
         streams.append(str(stream.bit_generator.state["state"]))
         return stream
 
-    monkeypatch.setattr("fedsim.availability.random", watched)
+    monkeypatch.setattr("fedsim.federated.availability.random", watched)
     availability = Availability(**ROUGH)
     for number in range(3):
         availability.select([0, 1, 2], N, 0, number)

@@ -16,7 +16,7 @@ import torch
 from rich.cells import cell_len
 from rich.console import Console
 
-from fedsim.aggregate import WeightedMean
+from fedsim.base.machine import cores
 from fedsim.bench import STUDIES, bench, federation, programs, scaling
 from fedsim.bench.apart import apart
 from fedsim.bench.figures import picture, show
@@ -25,12 +25,13 @@ from fedsim.bench.parts import FP32, Idle, in_turn, simulated, steps_of, times_a
 from fedsim.bench.plain import PlainLoop
 from fedsim.bench.programs import PEERS, check_peers, program
 from fedsim.bench.sides import AUGMENTED, NO_STEPS, SERIAL, chosen, sides_of
-from fedsim.config import build, load, resolve
 from fedsim.data import AUGMENTATIONS
 from fedsim.errors import ConfigError, RoundError
-from fedsim.local import LocalObjective
-from fedsim.runtimes.worker import cores
-from fedsim.task import Replica
+from fedsim.experiment.build import build
+from fedsim.experiment.config import load, resolve
+from fedsim.federated.aggregate import WeightedMean
+from fedsim.training.local import LocalObjective
+from fedsim.training.replica import Replica
 from fedsim.types import Job
 
 CONFIG = {

@@ -21,13 +21,13 @@ from runs import CONFIG, contents, left
 from safetensors.torch import load_file, save
 
 import fedsim
-from fedsim import files
-from fedsim.checkpoint import FREE, Checkpoints, changes
-from fedsim.config import load as load_config
+from fedsim.base import files
+from fedsim.base.files import File
 from fedsim.errors import ClientError, ConfigError, RoundError
-from fedsim.experiment import Run
-from fedsim.files import File
-from fedsim.store import ClientStore
+from fedsim.experiment.checkpoint import FREE, Checkpoints, changes
+from fedsim.experiment.config import load as load_config
+from fedsim.experiment.run import Run
+from fedsim.federated.store import ClientStore
 
 NEVER = settings(deadline=None, suppress_health_check=list(HealthCheck))
 THREE = {"checkpoint": {"every": 1, "keep": 3}, "evaluate": {"every": 1, "clients": True}}
@@ -648,8 +648,8 @@ def written(monkeypatch):
         sizes.append(len(content))
         return files.write(path, content, **how)
 
-    monkeypatch.setattr("fedsim.checkpoint.write", counted)
-    monkeypatch.setattr("fedsim.store.write", counted)
+    monkeypatch.setattr("fedsim.experiment.checkpoint.write", counted)
+    monkeypatch.setattr("fedsim.federated.store.write", counted)
     return sizes
 
 

@@ -15,9 +15,9 @@ from rich.cells import cell_len
 from rich.console import Console
 
 import fedsim.cli
-from fedsim.catalogue import options_of
+from fedsim.base.catalogue import options_of
+from fedsim.experiment.progress import Bar
 from fedsim.listing import KINDS
-from fedsim.progress import Bar
 
 COMMAND = [sys.executable, "-P", "-c", "from fedsim.cli import main; main()"]
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -10,10 +10,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsim.catalogue import Catalogue, allowed, options_of
-from fedsim.config import build, load, parse_overrides, read_yaml, resolve
+from fedsim.base.catalogue import Catalogue, allowed, options_of
 from fedsim.errors import ConfigError
-from fedsim.experiment import Run, execute
+from fedsim.experiment.build import build
+from fedsim.experiment.config import load, parse_overrides, read_yaml, resolve
+from fedsim.experiment.run import Run, execute
 from fedsim.listing import KINDS
 
 ROOT = Path(__file__).parent.parent
@@ -121,7 +122,7 @@ def partition(**options):
         ({"data": {"name": "synthetic"}}, "data.clients: missing; it should be a whole number >= 1"),
         (partition(name="dirichlet"), "data.partition.alpha: missing; it should be a number > 0"),
         ({"local.schedule": "step"}, "local.schedule.every: missing; it should be a whole number >= 1"),
-        ({"strategy": "fedsim.strategy:Wrapper"}, "strategy.inner: missing; it should be a mapping"),
+        ({"strategy": "fedsim.federated.strategy:Wrapper"}, "strategy.inner: missing; it should be a mapping"),
         # in contradiction
         ({"local.nesterov": True}, "local.nesterov: needs sgd with local.momentum above 0"),
         ({"local.momentum": 0.9, "local.optimizer": "adam"}, "local.momentum: belongs to sgd; adam has"),
@@ -178,7 +179,11 @@ def test_a_gpu_that_is_not_there():
         (partition(name="dirichlt"), "data.partition.name", "dirichlet"),
         ({"model": "cifr_cnn"}, "model.name", "cifar_cnn"),
         ({"strategy": "fedagv"}, "strategy.name", "fedavg"),
-        ({"strategy": {"name": "fedsim.strategy:Wrapper", "inner": "fedpox"}}, "strategy.inner.name", "fedprox"),
+        (
+            {"strategy": {"name": "fedsim.federated.strategy:Wrapper", "inner": "fedpox"}},
+            "strategy.inner.name",
+            "fedprox",
+        ),
         ({"cohort": "unifrom"}, "cohort.name", "uniform"),
         ({"runtime": "thread"}, "runtime.name", "threads"),
         ({"local.schedule": "cosin"}, "local.schedule.name", "cosine"),

@@ -8,12 +8,13 @@ from conftest import conv_net, make_data, make_simulation, make_strategy, make_t
 from safetensors.torch import load_file
 
 from fedsim import LocalObjective, Recipe
-from fedsim.config import build, load
 from fedsim.data import AUGMENTATIONS, Dataset, FederatedData
-from fedsim.graphs import PAYS
-from fedsim.recalibration import Recalibrate
+from fedsim.experiment.build import build
+from fedsim.experiment.config import load
+from fedsim.federated.recalibration import Recalibrate
 from fedsim.strategies import CATALOGUE
-from fedsim.task import Replica
+from fedsim.training.graphs import PAYS
+from fedsim.training.replica import Replica
 from fedsim.types import Job, Stream, random
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import center_crop, resize
 
-from fedsim.config import build_data, resolve
 from fedsim.data import DATASETS, Dataset, FederatedData
 from fedsim.errors import ConfigError
+from fedsim.experiment.build import build_data
+from fedsim.experiment.config import resolve
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (6, 5, 4, 3), dtype=np.uint8)  # (n, height, width, C)

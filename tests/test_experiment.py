@@ -20,15 +20,16 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import fedsim
-from fedsim.config import build, load
 from fedsim.data.partition import content_hash
 from fedsim.errors import ClientError, ConfigError, RoundError
-from fedsim.experiment import spread
-from fedsim.folder import RunFolder
-from fedsim.hooks import Hook
-from fedsim.hooks.tensorboard import SCALARS
+from fedsim.experiment.build import build
+from fedsim.experiment.config import load
+from fedsim.experiment.folder import RunFolder
+from fedsim.experiment.hooks import Hook
+from fedsim.experiment.hooks.tensorboard import SCALARS
+from fedsim.experiment.run import spread
 from fedsim.models import options as models
-from fedsim.report import read_run
+from fedsim.report.runs import read_run
 
 COMMAND = [sys.executable, "-P", "-c", "from fedsim.cli import main; main()"]  # -P: not from where one is
 CONFIG = {
@@ -314,14 +315,16 @@ def shown(result):
 def test_a_round_whose_test_failed_is_tested_after_a_resume(done, tmp_path, error, monkeypatch):
     out = tmp_path / "run"
     with suppress(OSError), monkeypatch.context() as patch:
-        patch.setattr("fedsim.simulation.Simulation.evaluate", fail(error))
+        patch.setattr("fedsim.federated.simulation.Simulation.evaluate", fail(error))
         fedsim.run(CONFIG, out=out)
     assert [record["round"] for record in lines(out)] == [1]
     assert shown(fedsim.resume(out)) == shown(done)
 
 
 def test_a_checkpoint_that_fails_is_told_though_the_run_was_interrupted(tmp_path, monkeypatch):
-    monkeypatch.setattr("fedsim.checkpoint.Checkpoints.save", fail(OSError(28, "No space left", "here")))
+    monkeypatch.setattr(
+        "fedsim.experiment.checkpoint.Checkpoints.save", fail(OSError(28, "No space left", "here"))
+    )
     with pytest.raises(OSError, match="No space left"):
         fedsim.run(
             CONFIG,

@@ -12,11 +12,12 @@ from torch import nn
 
 import fedsim
 import fedsim.cli
-import fedsim.export
-from fedsim.config import build, load
+import fedsim.export.onnx
 from fedsim.errors import ConfigError
-from fedsim.export import NAMES, export, made, trained, trtexec
-from fedsim.fusion import fused
+from fedsim.experiment.build import build
+from fedsim.experiment.config import load
+from fedsim.export.fusion import fused
+from fedsim.export.onnx import NAMES, export, made, trained, trtexec
 from fedsim.models.inception import ParallelB
 from fedsim.models.options import make
 
@@ -122,10 +123,10 @@ def test_raw_pixels_are_normalised_as_the_run_s_data_are(run, tmp_path, format):
 
 
 def test_constants_by_channel():
-    example = fedsim.export.Example(shape=(2, 1, 1), dtype="uint8", scale=(2.0, 3.0), shift=(1.0, 5.0))
+    example = fedsim.export.onnx.Example(shape=(2, 1, 1), dtype="uint8", scale=(2.0, 3.0), shift=(1.0, 5.0))
     x = torch.tensor([[[[4]], [[6]]]], dtype=torch.uint8)
     wanted = torch.tensor([[[[7.0]], [[13.0]]]])
-    assert torch.equal(fedsim.export.Normalised(nn.Identity(), example)(x), wanted)
+    assert torch.equal(fedsim.export.onnx.Normalised(nn.Identity(), example)(x), wanted)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -211,7 +212,7 @@ def test_onnx_runtime_takes_convolution_and_relu_as_one(onnx, tmp_path):
     [("onnx", "onnx"), ("onnx", "onnxscript"), ("tensorrt", "tensorrt"), ("tensorrt", "onnx")],
 )
 def test_what_is_missing_is_named(fedsim_, run, monkeypatch, format, missing):
-    monkeypatch.setattr(fedsim.export, "find_spec", lambda name: None if name == missing else object())
+    monkeypatch.setattr(fedsim.export.onnx, "find_spec", lambda name: None if name == missing else object())
     done = fedsim_("export", run, "--format", format, "--out", "file")
     way_out = "pip install tensorrt" if missing == "tensorrt" else "pip install -e '.[export]'"
     assert (done.status, done.out) == (2, "")
@@ -222,7 +223,7 @@ def test_what_is_missing_is_named(fedsim_, run, monkeypatch, format, missing):
 
 
 def test_without_onnx_runtime_it_says_that_it_did_not_look(fedsim_, run, monkeypatch):
-    monkeypatch.setattr(fedsim.export, "find_spec", lambda name: None if name == "onnxruntime" else object())
+    monkeypatch.setattr(fedsim.export.onnx, "find_spec", lambda name: None if name == "onnxruntime" else object())
     assert "\nnot checked: ONNX Runtime is not installed\n" in fedsim_("export", run, "--out", "file").out
 
 
@@ -232,7 +233,7 @@ def test_a_file_that_gives_something_else_is_not_written(fedsim_, run, monkeypat
         result.get_parameter("fc.bias").data += 1
         return result
 
-    monkeypatch.setattr(fedsim.export, "fused", wrong)
+    monkeypatch.setattr(fedsim.export.onnx, "fused", wrong)
     done = fedsim_("export", run, "--format", "torch", "--out", "file")
     assert (done.status, done.out) == (2, "")
     assert re.fullmatch(
@@ -248,7 +249,7 @@ def test_a_file_that_gives_something_else_is_not_written(fedsim_, run, monkeypat
 def test_a_network_with_branches_in_threads(run, tmp_path, monkeypatch, format, options):
     layers = ParallelB(1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(481, 10)
     network = nn.Sequential(*layers).eval()
-    monkeypatch.setattr(fedsim.export, "trained", lambda run, ema: trained(run)._replace(network=network))
+    monkeypatch.setattr(fedsim.export.onnx, "trained", lambda run, ema: trained(run)._replace(network=network))
     assert export(run, format, tmp_path / "file", **options).difference < 1e-5
 
 
@@ -264,7 +265,9 @@ class Bound(nn.Module):
 
 
 def test_a_network_for_one_batch_size_only(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(fedsim.export, "trained", lambda run, ema: trained(run)._replace(network=Bound().eval()))
+    monkeypatch.setattr(
+        fedsim.export.onnx, "trained", lambda run, ema: trained(run)._replace(network=Bound().eval())
+    )
     with pytest.raises(
         ConfigError, match=r"^model: cannot be exported, or not with any number[^\n]+--batch 1[^\n]+$"
     ):
@@ -336,7 +339,7 @@ def test_a_folder_that_is_no_run_or_broken(fedsim_, run, tmp_path, change, messa
 
 
 def test_a_network_larger_than_the_machine_is_not_made(monkeypatch):
-    monkeypatch.setattr(fedsim.export, "memory", lambda: 2**20)
+    monkeypatch.setattr(fedsim.export.onnx, "memory", lambda: 2**20)
     with pytest.raises(
         ConfigError, match=r"^model: cannot be made .* \(1, 99, 99\): it has .*, more than half of"
     ):

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedsim import ClientError, ConfigError, RoundError, Strategy, Update, Wrapper
-from fedsim.simulation import Failures
+from fedsim.federated.simulation import Failures
 from fedsim.strategies import CATALOGUE
 
 RUNTIMES = ["serial", *({"name": "threads", "workers": workers} for workers in (1, 2, 3))]
@@ -533,7 +533,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr("fedsim.local.perf_counter", clock)
+    monkeypatch.setattr("fedsim.training.local.perf_counter", clock)
     return clock
 
 
@@ -604,7 +604,7 @@ def test_a_time_limit_that_nobody_reaches_changes_nothing(runtime, clock):
 def test_every_strategy_minds_the_time(runtime, name, monkeypatch):
     """Each asks before its batches, by `batches`, or `train`, or `gradient`."""
     asked = count()
-    monkeypatch.setattr("fedsim.local.perf_counter", lambda: float(next(asked)))
+    monkeypatch.setattr("fedsim.training.local.perf_counter", lambda: float(next(asked)))
     with pytest.raises(ClientError, match=r"was over its time limit of 0\.5 s"):
         make_simulation(name, runtime=runtime, failures=Failures(time_limit=0.5)).round()
     assert next(asked) <= 2 * 6 * 2  # two readings for each client that began, at most
@@ -620,7 +620,7 @@ def test_the_time_is_the_one_on_the_wall():
 
 @pytest.mark.parametrize("seconds", [0, -1.0])
 def test_a_time_limit_is_above_0(seconds):
-    from fedsim.config import load
+    from fedsim.experiment.config import load
 
     config = {"rounds": 1, "data": {"name": "digits", "clients": 2}, "model": "2nn", "strategy": "fedavg"}
     with pytest.raises(ConfigError, match=r"^failures\.time_limit: .* should be a number > 0, or null$"):

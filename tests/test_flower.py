@@ -14,19 +14,20 @@ from flwr.app import RecordDict
 from lab import CONFIG, SPOILS, Lab, shown
 
 import fedsim
-from fedsim.checkpoint import versions
-from fedsim.config import build, build_data, load
 from fedsim.errors import ConfigError, NodeError, RoundError
-from fedsim.experiment import Run, execute
+from fedsim.experiment.build import build, build_data
+from fedsim.experiment.checkpoint import versions
+from fedsim.experiment.config import load
+from fedsim.experiment.hooks import Hook
+from fedsim.experiment.run import Run, execute
+from fedsim.federated.client import Train
 from fedsim.flower import wire
 from fedsim.flower.internals import LinkError, Reply
 from fedsim.flower.messages import Invitation, Joined
 from fedsim.flower.roster import Roster
 from fedsim.flower.shards import client_name, write_shards
 from fedsim.flower.transport import encode
-from fedsim.hooks import Hook
 from fedsim.runtimes.worker import failed
-from fedsim.work import Train
 
 
 def played(simulation, rounds=CONFIG["rounds"]):

@@ -18,7 +18,8 @@ from hosts import Gate, Hosts, needs_namespaces
 from lab import CONFIG, shown
 
 import fedsim
-from fedsim.config import build_data, load
+from fedsim.experiment.build import build_data
+from fedsim.experiment.config import load
 from fedsim.flower.shards import client_name, write_shards
 
 pytestmark = pytest.mark.slow

@@ -15,7 +15,7 @@ from torchvision.ops import StochasticDepth
 from torchvision.transforms import CenterCrop
 
 from fedsim.errors import ConfigError
-from fedsim.fusion import NORMS, fused
+from fedsim.export.fusion import NORMS, fused
 from fedsim.models import MODELS
 from fedsim.models.options import FrozenBatchNorm, make
 

@@ -20,10 +20,10 @@ from rich.console import Console
 import fedsim
 import fedsim.cli
 from fedsim import ClientError, ConfigError, Hook, RoundError, Wrapper
-from fedsim.catalogue import Catalogue
-from fedsim.hooks import HOOKS
-from fedsim.hooks.stopping import EarlyStopping
-from fedsim.progress import Bar, Plain
+from fedsim.base.catalogue import Catalogue
+from fedsim.experiment.hooks import HOOKS
+from fedsim.experiment.hooks.stopping import EarlyStopping
+from fedsim.experiment.progress import Bar, Plain
 
 COMMAND = [sys.executable, "-P", "-c", "from fedsim.cli import main; main()"]
 CONFIG = {
@@ -209,7 +209,7 @@ def breaks(monkeypatch):
 
     def breaks(error, after=0):
         strategy = Breaks(inner=make_strategy("fedavg"), error=error, after=after)
-        monkeypatch.setattr("fedsim.config.STRATEGIES.make", lambda *_: strategy)
+        monkeypatch.setattr("fedsim.experiment.config.STRATEGIES.make", lambda *_: strategy)
 
     return breaks
 
@@ -582,7 +582,7 @@ def planned(values, metric):
 @pytest.mark.parametrize("every", [1, 2])
 def test_early_stopping_by_hand(metric, options, values, tests, every, monkeypatch):
     """Only tests count, whatever rounds lie between them."""
-    monkeypatch.setattr("fedsim.experiment._tests", planned(values, metric))
+    monkeypatch.setattr("fedsim.experiment.run._tests", planned(values, metric))
     stopping = EarlyStopping(metric=metric, **options)
     evaluate = {"every": every, "clients": metric == "client_accuracy_mean"}
     result = run(stopping, rounds=len(values) * every, evaluate=evaluate)
@@ -597,7 +597,7 @@ def test_early_stopping_by_hand(metric, options, values, tests, every, monkeypat
 @stops
 def test_early_stopping_goes_on_where_it_stood(metric, options, values, tests, monkeypatch, tmp_path):
     """A run that is interrupted at the last moment ends in the same round."""
-    monkeypatch.setattr("fedsim.experiment._tests", planned(values, metric))
+    monkeypatch.setattr("fedsim.experiment.run._tests", planned(values, metric))
     last = (tests or len(values)) - 1
     hooks = [{"name": "early_stopping", "metric": metric, **options}]
     late = Teller(
@@ -613,7 +613,9 @@ def test_early_stopping_goes_on_where_it_stood(metric, options, values, tests, m
 
 def test_a_run_that_stopped_early_is_done(fedsim_, monkeypatch):
     """Status 0, and said; a resume has nothing to do, but with more patience goes on."""
-    monkeypatch.setattr("fedsim.experiment._tests", planned([3.0, 2.0, 2.5, 2.5, 2.5, 1.0, 0.5, 0.4], "test_loss"))
+    monkeypatch.setattr(
+        "fedsim.experiment.run._tests", planned([3.0, 2.0, 2.5, 2.5, 2.5, 1.0, 0.5, 0.4], "test_loss")
+    )
     settings = ["rounds=8", "evaluate.every=1"]
     done = fedsim_("run", "c.yaml", *settings, "hooks=[{name: early_stopping, patience: 2}]", "--out", "run")
     assert (done.status, done.err) == (0, "")

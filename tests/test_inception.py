@@ -10,11 +10,11 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torchvision import models as torchvision_models
 
-from fedsim.cost import activation_bytes, cost, flops
 from fedsim.errors import ConfigError
-from fedsim.fusion import fused
+from fedsim.export.cost import activation_bytes, cost, flops
+from fedsim.export.fusion import fused
 from fedsim.models import MODELS, inception
-from fedsim.recompute import Recompute
+from fedsim.training.recompute import Recompute
 
 TINY = (3, 16, 16)  # pixels that leave a block four, and the last one a single
 

@@ -22,9 +22,9 @@ from torch.nn import functional as F
 
 from fedsim import ConfigError, Task, Wrapper
 from fedsim.data import AUGMENTATIONS, Dataset, FederatedData
-from fedsim.losses import LOSSES
-from fedsim.recipe import Distillation, NoisyLabels
 from fedsim.strategies import CATALOGUE
+from fedsim.training.losses import LOSSES
+from fedsim.training.recipe import Distillation, NoisyLabels
 
 # One seed, one model
 

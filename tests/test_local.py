@@ -20,9 +20,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedsim import ConfigError, Recipe
-from fedsim.draws import KeyedDraws
-from fedsim.schedules import SCHEDULES
-from fedsim.task import Replica
+from fedsim.training.draws import KeyedDraws
+from fedsim.training.replica import Replica
+from fedsim.training.schedules import SCHEDULES
 from fedsim.types import Stream, random
 
 # Oracle: one client is a plain loop over torch.optim

@@ -9,7 +9,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from torch.nn import functional as F
 
 from fedsim.errors import ConfigError
-from fedsim.losses import (
+from fedsim.training.losses import (
     LOSSES,
     bootstrapped,
     class_weights,

@@ -9,7 +9,8 @@ import pytest
 
 MEASURE = """
 import json, resource, sys
-from fedsim.config import build, load
+from fedsim.experiment.config import load
+from fedsim.experiment.build import build
 config = load(json.loads(sys.argv[1]))
 simulation = build(config)
 for _ in range(config.rounds):
@@ -23,8 +24,8 @@ from pathlib import Path
 from time import perf_counter
 import numpy as np
 import torch
-from fedsim.files import verify
-from fedsim.store import ClientStore
+from fedsim.base.files import verify
+from fedsim.federated.store import ClientStore
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -15,9 +15,9 @@ from torchvision import models
 from torchvision.ops import StochasticDepth
 
 from fedsim import Task
-from fedsim.draws import KeyedDraws
 from fedsim.errors import ConfigError
 from fedsim.models import options
+from fedsim.training.draws import KeyedDraws
 
 SHAPE, CLASSES = (3, 32, 32), 10
 X = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0))

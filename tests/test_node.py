@@ -18,12 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from fedsim.catalogue import options_of
-from fedsim.config import build, build_data, build_server_data, load, parse_overrides
+from fedsim.base.catalogue import options_of
+from fedsim.base.files import apart
 from fedsim.data import DATASETS
 from fedsim.data.federated import Shard
 from fedsim.errors import ClientError, ConfigError, NodeError
-from fedsim.files import apart
+from fedsim.experiment.build import build, build_data, build_server_data
+from fedsim.experiment.config import load, parse_overrides
+from fedsim.federated.client import EvaluateClient, Train
 from fedsim.flower.keeping import Keeping, Kept, needed
 from fedsim.flower.messages import Invitation, Order
 from fedsim.flower.node import Node, NodeSettings
@@ -34,7 +36,6 @@ from fedsim.runtimes.serial import Serial
 from fedsim.runtimes.worker import failed, folded
 from fedsim.strategies import CATALOGUE
 from fedsim.types import Update
-from fedsim.work import EvaluateClient, Train
 
 CONFIG = {
     "seed": 3,

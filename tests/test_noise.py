@@ -11,12 +11,13 @@ from conftest import make_data
 from torch import nn
 from torch.nn import functional as F
 
-from fedsim.beta_mixture import BetaMixture
 from fedsim.cli import app
-from fedsim.config import build_data, load
 from fedsim.data import DATASETS, Dataset, FederatedData
 from fedsim.data.noise import LabelNoise
 from fedsim.errors import ConfigError
+from fedsim.experiment.build import build_data
+from fedsim.experiment.config import load
+from fedsim.training.beta_mixture import BetaMixture
 from fedsim.types import Stream, random
 
 CLASSES, CLIENTS = 5, 8

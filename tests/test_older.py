@@ -7,7 +7,7 @@ from torchvision.ops import StochasticDepth
 from fedsim import Task
 from fedsim.errors import ConfigError
 from fedsim.models import MODELS
-from fedsim.task import Replica
+from fedsim.training.replica import Replica
 
 FAMILIES = ("alexnet", "vgg", "densenet")
 NAMES = [name for name, entry in MODELS.entries.items() if entry.partition(":")[0] in FAMILIES]

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsim import RoundError
-from fedsim.pace import MOST, Pace
-from fedsim.simulation import Failures
+from fedsim.federated.pace import MOST, Pace
+from fedsim.federated.simulation import Failures
 
 
 def pace_of(**seconds):

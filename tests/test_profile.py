@@ -16,10 +16,10 @@ from torch import distributed, nn
 
 import fedsim
 import fedsim.cli
-from fedsim.cost import activation_bytes, cost, flops, short
 from fedsim.errors import ConfigError
+from fedsim.export.cost import activation_bytes, cost, flops, short
+from fedsim.export.profile import DTYPES, latency, measure, numbers, subjects
 from fedsim.models import MODELS
-from fedsim.profile import DTYPES, latency, measure, numbers, subjects
 
 PNG = b"\x89PNG\r\n\x1a\n"
 CPU = torch.device("cpu")

@@ -36,16 +36,16 @@ from test_failures import (
 from test_laws import RECIPES, SAMPLE
 
 from fedsim import ClientError, ConfigError, RoundError, Wrapper
-from fedsim.aggregate import TOGETHER, WeightedMean
-from fedsim.config import load
 from fedsim.data import FederatedData
 from fedsim.data.npz import npz
-from fedsim.experiment import Run, execute
-from fedsim.recalibration import Recalibrate
-from fedsim.simulation import Failures
+from fedsim.experiment.config import load
+from fedsim.experiment.run import Run, execute
+from fedsim.federated.aggregate import TOGETHER, WeightedMean
+from fedsim.federated.client import Train
+from fedsim.federated.recalibration import Recalibrate
+from fedsim.federated.simulation import Failures
 from fedsim.strategies import CATALOGUE
 from fedsim.types import Job
-from fedsim.work import Train
 
 ray = pytest.importorskip("ray")
 from fedsim.runtimes.ray import Ray  # noqa: E402

@@ -11,7 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 from fedsim.cli import app
-from fedsim.config import resolve
+from fedsim.experiment.config import resolve
 from fedsim.flower.node import NodeSettings
 from fedsim.listing import KINDS
 

@@ -12,14 +12,15 @@ from torch.nn import functional as F
 
 import fedsim
 from fedsim import Batch, ConfigError, Recipe, Task
-from fedsim.config import build, load
-from fedsim.local import check_precision
-from fedsim.losses import LOSSES
+from fedsim.experiment.build import build
+from fedsim.experiment.config import load
 from fedsim.models import options
-from fedsim.optim import LARS
-from fedsim.recipe import Distillation, NoisyLabels
-from fedsim.schedules import SCHEDULES
-from fedsim.task import Replica
+from fedsim.training.losses import LOSSES
+from fedsim.training.optim import LARS
+from fedsim.training.precision import check_precision
+from fedsim.training.recipe import Distillation, NoisyLabels
+from fedsim.training.replica import Replica
+from fedsim.training.schedules import SCHEDULES
 from fedsim.types import Stream
 
 DOUBLE = torch.float64
@@ -434,7 +435,7 @@ def test_contradictions_are_refused(recipe, message):
 
 
 def test_a_precision_that_the_device_lacks_is_refused(monkeypatch):
-    monkeypatch.setattr("fedsim.local._trains_in", lambda dtype, device: dtype == torch.bfloat16)
+    monkeypatch.setattr("fedsim.training.local._trains_in", lambda dtype, device: dtype == torch.bfloat16)
     with pytest.raises(ConfigError, match=r"^local.precision: cpu lacks fp16; allowed: fp32, bf16$"):
         make_simulation(precision="fp16")
     check_precision("bf16", torch.device("cpu"))

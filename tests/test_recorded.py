@@ -1,4 +1,4 @@
-"""Results are what they were before the code was rearranged: fingerprints recorded on such a machine, found again."""
+"""Results are what they were before the code was rearranged: recorded fingerprints, found again."""
 
 import pytest
 import recorded

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.text import Text
 
 from fedsim.errors import ConfigError
-from fedsim.plot import curves
-from fedsim.report import Run, compare, differences, labels, read_run, rounds_to
+from fedsim.report.plot import curves
+from fedsim.report.runs import Run, compare, differences, labels, read_run, rounds_to
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

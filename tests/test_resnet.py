@@ -11,7 +11,7 @@ from fedsim import Task
 from fedsim.errors import ConfigError
 from fedsim.models import MODELS
 from fedsim.models.resnet import SENET154, Basic, Bottleneck, Form
-from fedsim.task import Replica
+from fedsim.training.replica import Replica
 
 NAMES = [name for name, entry in MODELS.entries.items() if entry.startswith("resnet:")]
 VARIANTS = ("v1", "v1.5", "b", "c", "d")

@@ -10,8 +10,8 @@ from conftest import make_data, make_simulation, make_task
 from torch import nn
 
 import fedsim
-from fedsim.availability import Availability, _uniform
-from fedsim.folder import LISTED, _json, describe
+from fedsim.experiment.folder import LISTED, _json, describe
+from fedsim.federated.availability import Availability, _uniform
 from fedsim.types import Stream, random
 
 MILLION = 10**6
@@ -99,9 +99,9 @@ import fedsim, fedsim.cli
 def absent(*names):
     assert not (there := [name for name in names if name in sys.modules]), there
 absent("torch", "numpy", "pydantic")
-from fedsim.config import load
-from fedsim.experiment import Run
-import fedsim.progress
+from fedsim.experiment.config import load
+from fedsim.experiment.run import Run
+import fedsim.experiment.progress
 runs = Run.start(load({
     "rounds": 1, "data": {"name": "mnist", "root": sys.argv[1], "clients": 2}, "model": "cnn",
     "strategy": "fedavg", "cohort": "all", "local": {}, "runtime": {"name": "threads", "device": "cpu"},

@@ -21,9 +21,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from safetensors.torch import save_file
 
 from fedsim import ClientError, RoundError, Wrapper
-from fedsim import store as module
-from fedsim.simulation import Failures
-from fedsim.store import ClientStore
+from fedsim.federated import store as module
+from fedsim.federated.simulation import Failures
+from fedsim.federated.store import ClientStore
 
 LARGE = 2**31
 FORMS = (
@@ -324,7 +324,7 @@ class Interrupt:
 @contextmanager
 def interrupt_at(line):
     """Ctrl-C when so many lines of the store and of what it writes with have begun."""
-    lines, files = 0, {module.__file__, sys.modules["fedsim.files"].__file__}
+    lines, files = 0, {module.__file__, sys.modules["fedsim.base.files"].__file__}
 
     def count(frame, event, argument):
         nonlocal lines

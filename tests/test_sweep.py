@@ -25,8 +25,9 @@ from runs import contents, left, write
 from safetensors.torch import load_file
 
 from fedsim import Hook
-from fedsim.config import build_data, load, parse_overrides
 from fedsim.errors import ConfigError
+from fedsim.experiment.build import build_data
+from fedsim.experiment.config import load, parse_overrides
 from fedsim.sweep.folder import Sweep
 from fedsim.sweep.grid import parse_grid, shown_value
 

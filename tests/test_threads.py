@@ -11,10 +11,10 @@ from conftest import make_data, make_simulation, make_strategy, make_task, trace
 from torch import nn
 
 from fedsim import ClientError, LocalObjective, Recipe, RoundError, Wrapper
-from fedsim.graphs import PAYS, WARM_UPS, Graph, Steps
-from fedsim.pooling import pool_faster
-from fedsim.simulation import Failures
-from fedsim.task import Replica
+from fedsim.federated.simulation import Failures
+from fedsim.training.graphs import PAYS, WARM_UPS, Graph, Steps
+from fedsim.training.pooling import pool_faster
+from fedsim.training.replica import Replica
 from fedsim.types import Job
 
 WORKERS = 4

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsim.aggregate import WeightedMean
-from fedsim.config import build, load
+from fedsim.experiment.build import build
+from fedsim.experiment.config import load
+from fedsim.federated.aggregate import WeightedMean
 from fedsim.flower.transport import BLOCK, DTYPES, ROUNDED, TRANSPORTS, Coded, decode, encode
 
 UNIT = {"bf16": 2**-7, "int8": 1 / 127}  # between neighbours, to the largest entry of a block, at most

@@ -27,9 +27,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision import datasets
 
-from fedsim.config import load, read_yaml
 from fedsim.data import DATASETS
 from fedsim.errors import ConfigError
+from fedsim.experiment.config import load, read_yaml
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (6, 5, 4, 3), dtype=np.uint8)

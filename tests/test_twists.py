@@ -31,14 +31,15 @@ from torch import nn
 
 import fedsim
 from fedsim import ConfigError, RoundError, Wrapper
-from fedsim.config import build, build_data, load
 from fedsim.data import PARTITIONS, Dataset, FederatedData
 from fedsim.data.federated import set_apart, without
 from fedsim.data.partition import content_hash
 from fedsim.data.picture import draw, label_table
-from fedsim.experiment import Run
-from fedsim.folder import describe
-from fedsim.recalibration import Recalibrate
+from fedsim.experiment.build import build, build_data
+from fedsim.experiment.config import load
+from fedsim.experiment.folder import describe
+from fedsim.experiment.run import Run
+from fedsim.federated.recalibration import Recalibrate
 from fedsim.types import Stream, random
 
 BUFFERS = ["average", "private", "frozen", "recalibrated"]
@@ -207,7 +208,7 @@ def test_recalibration_that_fails_fails_the_round(monkeypatch):
         raise ValueError("no batch")
 
     simulation = federation(buffers="recalibrated")
-    monkeypatch.setattr("fedsim.simulation.Recalibration", lambda *settings: fails)
+    monkeypatch.setattr("fedsim.federated.simulation.Recalibration", lambda *settings: fails)
     with pytest.raises(RoundError, match=r"recalibrate, round 1: no batch"):
         simulation.round()
     assert simulation.number == 0

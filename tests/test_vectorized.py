@@ -23,18 +23,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fedsim import ConfigError, Update
-from fedsim.aggregate import WeightedMean
-from fedsim.batched.cohort import Cohort, Member, rounded
-from fedsim.batched.compute import compute, inputs, updates
-from fedsim.batched.graph import Graphs
-from fedsim.batched.objective import Network
 from fedsim.errors import ClientError
+from fedsim.federated.aggregate import WeightedMean
+from fedsim.federated.client import Train
+from fedsim.federated.simulation import Failures
 from fedsim.runtimes.vectorized import Call, Vectorized
-from fedsim.simulation import Failures
+from fedsim.runtimes.vectorized.compute import compute, inputs, updates
+from fedsim.runtimes.vectorized.graph import Graphs
 from fedsim.strategies import CATALOGUE
 from fedsim.strategies.fedavg import FedAvg
+from fedsim.training.batched.cohort import Cohort, Member, rounded
+from fedsim.training.batched.objective import Network
 from fedsim.types import Job
-from fedsim.work import Train
 
 
 def pair(strategy="fedavg", network=conv_net, sizes=SIZES, chunk=4, conv="auto", dtype=torch.float64, **settings):
@@ -407,7 +407,7 @@ def test_a_graph_is_recorded_once_and_gives_each_cohort_its_results(monkeypatch,
         graph = Replayed(lambda: compute(network, cohort, *given))
         return graph, graph.computed
 
-    monkeypatch.setattr("fedsim.batched.graph.record", recorded)
+    monkeypatch.setattr("fedsim.runtimes.vectorized.graph.record", recorded)
     task, data = make_task(network, dtype=torch.float64), make_data((*sizes, *sizes), dtype=torch.float64)
     simulation = make_simulation("fedprox", task=task, data=data, momentum=0.5)
     work = Train(simulation.strategy, simulation.recipe, 0)

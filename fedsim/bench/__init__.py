@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from fedsim.base.catalogue import unknown
 from fedsim.bench.aggregation import aggregation
 from fedsim.bench.federation import flower
 from fedsim.bench.figures import Found, picture, save, show
@@ -16,10 +17,9 @@ from fedsim.bench.programs import check_peers
 from fedsim.bench.scaling import actors, cohort, idle, population
 from fedsim.bench.sides import compare
 from fedsim.bench.startup import startup
-from fedsim.catalogue import unknown
-from fedsim.config import Config
 from fedsim.errors import ConfigError
-from fedsim.export import writable
+from fedsim.experiment.config import Config
+from fedsim.export.onnx import writable
 
 STUDIES: dict[str, Callable[[Config, int, Console], Found]] = {
     "actors": actors,

@@ -11,12 +11,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fedsim.aggregate import Partial, WeightedMean
+from fedsim.base.devices import one_thread
+from fedsim.base.machine import cores
 from fedsim.bench.figures import Column, Found
 from fedsim.bench.parts import FP32, Side, simulated, times_as_fast
 from fedsim.bench.scaling import timed
-from fedsim.config import Config
-from fedsim.runtimes.worker import cores, one_thread
+from fedsim.experiment.config import Config
+from fedsim.federated.aggregate import Partial, WeightedMean
 
 MEAN, COPY = "exact weighted mean", "memory copy"
 

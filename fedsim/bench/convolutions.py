@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from fedsim.batched.layers import ConvMethod, conv2d
+from fedsim.training.batched.layers import ConvMethod, conv2d
 
 BATCH = 10
 

@@ -28,8 +28,8 @@ from fedsim.bench import apps
 from fedsim.bench.figures import Column, Found
 from fedsim.bench.parts import Seconds, times_as_fast
 from fedsim.bench.programs import ENVIRONMENT
-from fedsim.config import Config
 from fedsim.errors import RoundError, one_line
+from fedsim.experiment.config import Config
 from fedsim.flower import needs_flwr
 from fedsim.flower.app import project
 

@@ -18,10 +18,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fedsim.config import Config
-from fedsim.reading import memory
-from fedsim.report import ABSENT, WIDTH
-from fedsim.runtimes.worker import cores, cpu_name, devices
+from fedsim.base.devices import devices
+from fedsim.base.machine import cores, cpu_name, memory
+from fedsim.experiment.config import Config
+from fedsim.report.runs import ABSENT, WIDTH
 
 PACKAGES = ("fedsim", "torch", "numpy", "ray", "flwr", "pfl")
 

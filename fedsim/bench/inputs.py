@@ -16,14 +16,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
+from fedsim.base.catalogue import Spec
+from fedsim.base.devices import one_thread
+from fedsim.base.machine import cores
 from fedsim.bench.parts import Seconds, Side
 from fedsim.bench.plain import places
-from fedsim.catalogue import Spec
-from fedsim.config import Config, build_dataset
-from fedsim.local import LocalObjective
-from fedsim.runtimes.worker import cores, one_thread
-from fedsim.simulation import Simulation
-from fedsim.task import Replica
+from fedsim.experiment.build import build_dataset
+from fedsim.experiment.config import Config
+from fedsim.federated.simulation import Simulation
+from fedsim.training.local import LocalObjective
+from fedsim.training.replica import Replica
 from fedsim.types import Job, Stream, random
 
 FEDSIM = "augmented batches, fedsim"

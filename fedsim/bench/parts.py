@@ -10,14 +10,15 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.progress import Progress
 
-from fedsim.catalogue import Spec, options_of
-from fedsim.config import Config, build
+from fedsim.base.catalogue import Spec, options_of
 from fedsim.errors import ConfigError
-from fedsim.local import LocalObjective
+from fedsim.experiment.build import build
+from fedsim.experiment.config import Config
+from fedsim.federated.simulation import Simulation
+from fedsim.federated.store import ClientStore
+from fedsim.federated.strategy import Strategy
 from fedsim.runtimes import RUNTIMES
-from fedsim.simulation import Simulation
-from fedsim.store import ClientStore
-from fedsim.strategy import Strategy
+from fedsim.training.local import LocalObjective
 from fedsim.types import RoundInfo, State, Update
 
 Side = Callable[[], object]  # one pass over the round's client steps

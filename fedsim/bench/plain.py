@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.base.machine import cores
 from fedsim.bench.parts import FP32, Side, simulated
 from fedsim.bench.peers.client_loop import Client, Subject, train
-from fedsim.config import Config
-from fedsim.recipe import Recipe
-from fedsim.runtimes.worker import cores
-from fedsim.simulation import Simulation
+from fedsim.experiment.config import Config
+from fedsim.federated.simulation import Simulation
+from fedsim.training.recipe import Recipe
 from fedsim.types import Stream, random
 
 LARGE = {"cpu": 256, "cuda": 4096}  # examples in a batch that keeps the device busy

@@ -13,13 +13,13 @@ from typing import NamedTuple
 
 import torch
 
+from fedsim.base.catalogue import unknown
+from fedsim.base.machine import cores
 from fedsim.bench import peers
 from fedsim.bench.parts import Side
 from fedsim.bench.plain import subject
-from fedsim.catalogue import unknown
 from fedsim.errors import ConfigError, RoundError, one_line
-from fedsim.runtimes.worker import cores
-from fedsim.simulation import Simulation
+from fedsim.federated.simulation import Simulation
 
 ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",

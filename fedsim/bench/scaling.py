@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 
+from fedsim.base.catalogue import Spec
+from fedsim.base.machine import cores
 from fedsim.bench.apart import apart
 from fedsim.bench.figures import Column, Curve, Found
 from fedsim.bench.parts import (
@@ -27,11 +29,10 @@ from fedsim.bench.parts import (
 )
 from fedsim.bench.programs import PEERS, check_peers, program
 from fedsim.bench.sides import SECONDS, STEPS, ray, ray_name
-from fedsim.catalogue import Spec
-from fedsim.config import Config, build_data
 from fedsim.errors import ConfigError
+from fedsim.experiment.build import build_data
+from fedsim.experiment.config import Config
 from fedsim.runtimes import RUNTIMES
-from fedsim.runtimes.worker import cores
 
 Row = dict[str, Any]
 Gives = TypeVar("Gives")

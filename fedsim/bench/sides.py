@@ -15,20 +15,20 @@ from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
+from fedsim.base.catalogue import Spec
+from fedsim.base.files import File
+from fedsim.base.machine import cores
 from fedsim.bench.apart import apart
 from fedsim.bench.figures import Column, Found
 from fedsim.bench.inputs import FEDSIM, TORCHVISION, input_line, input_sides
 from fedsim.bench.parts import FP32, PLAIN, Seconds, Side, in_turn, rounds, simulated, steps_of, times_as_fast
 from fedsim.bench.plain import LARGE, large_batches, one_process, processes
 from fedsim.bench.programs import PEERS, program
-from fedsim.catalogue import Spec
-from fedsim.checkpoint import Checkpoints
-from fedsim.config import Config
 from fedsim.errors import ConfigError
-from fedsim.files import File
+from fedsim.experiment.checkpoint import Checkpoints
+from fedsim.experiment.config import Config
+from fedsim.federated.simulation import Simulation
 from fedsim.runtimes import RUNTIMES
-from fedsim.runtimes.worker import cores
-from fedsim.simulation import Simulation
 
 Sides = dict[str, AbstractContextManager[Side]]
 

@@ -16,7 +16,7 @@ from rich.progress import track
 from fedsim.bench.figures import Column, Found
 from fedsim.bench.parts import FP32, Seconds, simulated, times_as_fast
 from fedsim.bench.programs import PEERS, Program, check_peers, command
-from fedsim.config import Config
+from fedsim.experiment.config import Config
 
 FEDSIM = "fedsim run"
 

@@ -1,6 +1,6 @@
 """Data: where it comes from, who holds which part, and how a batch of it reaches the device."""
 
-from fedsim.catalogue import Catalogue
+from fedsim.base.catalogue import Catalogue
 from fedsim.data.dataset import Dataset
 from fedsim.data.federated import FederatedData
 

@@ -27,7 +27,7 @@ from pydantic import AfterValidator
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedsim.catalogue import Spec
+from fedsim.base.catalogue import Spec
 from fedsim.data.dataset import Ints
 from fedsim.errors import ConfigError
 from fedsim.types import Batch, Count, NonNegative, Positive, Share

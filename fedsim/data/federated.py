@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.catalogue import Spec
+from fedsim.base.catalogue import Spec
 from fedsim.data.augment import Augmentation, check
 from fedsim.data.dataset import Dataset, Flags, Ints, hold_back
 from fedsim.errors import ConfigError

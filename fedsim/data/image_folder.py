@@ -20,10 +20,11 @@ from rich.console import Console
 from rich.progress import Progress
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
 
+from fedsim.base.machine import gigabytes, memory
+from fedsim.base.reading import open_regular
 from fedsim.data.dataset import Dataset, Ints, Part, hold_back
 from fedsim.data.npz import npz
 from fedsim.errors import ConfigError, printable, reason
-from fedsim.reading import gigabytes, memory, open_regular
 from fedsim.types import Count, Seed, Stream, random
 
 Sample = tuple[str, int]  # file and class

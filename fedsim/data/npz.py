@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from fedsim.base.machine import gigabytes, memory
+from fedsim.base.reading import open_regular
 from fedsim.data.dataset import Dataset
 from fedsim.errors import ConfigError, printable, reason
-from fedsim.reading import gigabytes, memory, open_regular
 from fedsim.types import Count
 
 Array = npt.NDArray[Any]

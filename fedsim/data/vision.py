@@ -11,9 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fedsim.base.machine import gigabytes
+from fedsim.base.reading import open_regular
 from fedsim.data.dataset import Dataset
 from fedsim.errors import ConfigError, printable, reason
-from fedsim.reading import gigabytes, open_regular
 
 EMNIST_CLASSES = {"byclass": 62, "bymerge": 47, "balanced": 47, "letters": 26, "digits": 10, "mnist": 10}
 PIXELS = 28 * 28

@@ -10,10 +10,10 @@ from typing import Any
 
 import yaml
 
-from fedsim.config import Config, load, overridden, parse_overrides
+from fedsim.base.files import create
+from fedsim.base.reading import MOST_BYTES, parse
 from fedsim.errors import ConfigError, printable
-from fedsim.files import create
-from fedsim.reading import MOST_BYTES, parse
+from fedsim.experiment.config import Config, load, overridden, parse_overrides
 from fedsim.runtimes import RUNTIMES
 
 TEMPLATE = """\

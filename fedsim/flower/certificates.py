@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 from uuid import uuid4
 
+from fedsim.base.files import DRAFT, sync_folder, uninterrupted, write
 from fedsim.errors import ConfigError, one_line
-from fedsim.files import DRAFT, sync_folder, uninterrupted, write
 
 try:
     from cryptography import x509

@@ -10,9 +10,9 @@ from typing import Any
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedsim.checkpoint import versions
-from fedsim.config import overridden
 from fedsim.errors import ConfigError, one_line
+from fedsim.experiment.checkpoint import versions
+from fedsim.experiment.config import overridden
 from fedsim.flower import foreign, wire
 from fedsim.flower.messages import Hello, Invitation, Joined, failure
 from fedsim.flower.node import Node, NodeSettings

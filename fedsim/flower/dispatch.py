@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import torch
 
-from fedsim.aggregate import LARGEST, Aggregator, Partial, largest
 from fedsim.data import FederatedData
 from fedsim.errors import NodeError
+from fedsim.federated.aggregate import LARGEST, Aggregator, Partial, largest
+from fedsim.federated.client import EvaluateClient, Train
 from fedsim.flower import wire
 from fedsim.flower.federation import Federation
 from fedsim.flower.internals import LinkError, Reply
@@ -19,7 +20,6 @@ from fedsim.flower.messages import Answer, Order
 from fedsim.flower.transport import Transport, decode, encode
 from fedsim.runtimes.worker import failed, folded
 from fedsim.types import Job, Report, State, Update
-from fedsim.work import EvaluateClient, Train
 
 log = logging.getLogger(__name__)
 POLL = 0.03, 0.2  # seconds between two looks for answers, at least and at most

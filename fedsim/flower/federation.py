@@ -10,7 +10,7 @@ from pathlib import Path
 from time import monotonic, sleep
 from uuid import uuid4
 
-from fedsim.catalogue import Spec
+from fedsim.base.catalogue import Spec
 from fedsim.errors import ConfigError, RoundError
 from fedsim.flower.app import flower_app
 from fedsim.flower.internals import Link, LinkError, Superlink, listed

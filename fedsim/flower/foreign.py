@@ -15,17 +15,17 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from torch import Tensor
 
-from fedsim.catalogue import Options, validated
-from fedsim.config import build_recipe, build_task
+from fedsim.base.catalogue import Options, validated
 from fedsim.data import Dataset, FederatedData
 from fedsim.errors import ConfigError, located
+from fedsim.experiment.build import build_recipe, build_task
 from fedsim.flower import wire
 from fedsim.flower.app import values_of
 from fedsim.flower.messages import Answer, Invitation, Order
 from fedsim.flower.node import Node
 from fedsim.flower.plan import Plan, digest, initial_of
 from fedsim.flower.transport import decode
-from fedsim.task import Task
+from fedsim.training.task import Task
 from fedsim.types import Count
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"  # records, as Flower's strategies name them

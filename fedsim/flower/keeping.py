@@ -19,9 +19,9 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from fedsim.base.files import DRAFT, apart, write
+from fedsim.base.reading import MOST_BYTES, open_regular
 from fedsim.errors import ConfigError, one_line
-from fedsim.files import DRAFT, apart, write
-from fedsim.reading import MOST_BYTES, open_regular
 from fedsim.types import State, described, form_of
 
 RUN = re.compile(r"[0-9a-f]{32}")

@@ -14,21 +14,22 @@ from typing import Annotated, Any, Self, get_args
 import torch
 from pydantic import AfterValidator
 
-from fedsim.catalogue import Options, Spec, options_of, validated
-from fedsim.checkpoint import versions
-from fedsim.config import overridden
+from fedsim.base.catalogue import Options, Spec, options_of, validated
+from fedsim.base.devices import devices, one_thread
+from fedsim.base.reading import read_yaml
 from fedsim.data import DATASETS, Dataset
 from fedsim.data.federated import Shard
 from fedsim.errors import ConfigError, RoundError, located, one_line
+from fedsim.experiment.checkpoint import versions
+from fedsim.experiment.config import overridden
+from fedsim.federated.client import EvaluateClient, Train, newcomer
 from fedsim.flower.keeping import RUN, Keeping, Kept, needed
 from fedsim.flower.messages import Answer, Invitation, Joined, Order, failure
 from fedsim.flower.plan import Allow, Parts, Plan, digest, parts_of
 from fedsim.flower.transport import ROUNDED, TRANSPORTS, encode
-from fedsim.local import check_precision
-from fedsim.reading import read_yaml
-from fedsim.runtimes.worker import Worker, devices, one_thread
+from fedsim.runtimes.worker import Worker
+from fedsim.training.precision import check_precision
 from fedsim.types import Form, Job, Positive, State, described, form_of
-from fedsim.work import EvaluateClient, Train, newcomer
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MOST_ROUNDS = 10**9 - 1

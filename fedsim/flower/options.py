@@ -8,9 +8,9 @@ from typing import Any, NoReturn
 from rich.table import Table
 from rich.text import Text
 
+from fedsim.base.reading import read_yaml
 from fedsim.errors import ConfigError
 from fedsim.flower import needs_flwr
-from fedsim.reading import read_yaml
 
 
 def on_nodes(
@@ -81,8 +81,8 @@ def table(folder: Path | None, address: str, ca: Path | None, insecure: bool) ->
 
 def sizes_told(folder: Path) -> dict[str, int]:
     """How many examples each node of a run has, as far as its last checkpoint knows; raises ConfigError."""
-    from fedsim.checkpoint import Checkpoints
-    from fedsim.folder import CHECKPOINTS
+    from fedsim.experiment.checkpoint import Checkpoints
+    from fedsim.experiment.folder import CHECKPOINTS
 
     saved, _ = Checkpoints(folder / CHECKPOINTS).latest(folder)
     choice = (saved[0].runtime if saved else None) or {}

@@ -18,19 +18,20 @@ from pydantic import AfterValidator, ByteSize
 from pydantic_core import from_json
 from torch import Tensor
 
-from fedsim.catalogue import Catalogue, Options, Spec, unknown, validated
-from fedsim.config import build_recipe, build_task, recipe_options
+from fedsim.base.catalogue import Catalogue, Options, Spec, unknown, validated
+from fedsim.base.reading import MOST_BYTES
 from fedsim.data import AUGMENTATIONS, FederatedData
 from fedsim.errors import ConfigError, located, one_line
-from fedsim.losses import LOSSES
+from fedsim.experiment.build import build_recipe, build_task
+from fedsim.experiment.config import recipe_options
+from fedsim.federated.strategy import Strategy
 from fedsim.models import MODELS
 from fedsim.models import options as models
-from fedsim.reading import MOST_BYTES
-from fedsim.recipe import Recipe
-from fedsim.schedules import SCHEDULES
 from fedsim.strategies import CATALOGUE as STRATEGIES
-from fedsim.strategy import Strategy
-from fedsim.task import Task
+from fedsim.training.losses import LOSSES
+from fedsim.training.recipe import Recipe
+from fedsim.training.schedules import SCHEDULES
+from fedsim.training.task import Task
 from fedsim.types import Count, Positive, Seed, State, described, form_of
 
 FILES = ("weights", "pretrained", "new_head")  # of a model: where it starts is sent

@@ -6,8 +6,8 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, NamedTuple
 
-from fedsim.checkpoint import versions
 from fedsim.errors import ConfigError, RoundError, one_line
+from fedsim.experiment.checkpoint import versions
 from fedsim.flower import wire
 from fedsim.flower.messages import Hello, Invitation, Joined
 

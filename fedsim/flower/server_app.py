@@ -8,14 +8,15 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
 
-from fedsim.config import Config, build
 from fedsim.errors import ConfigError, printable
-from fedsim.experiment import Make, Run, execute
+from fedsim.experiment.build import build
+from fedsim.experiment.config import Config
+from fedsim.experiment.progress import Plain
+from fedsim.experiment.run import Make, Run, execute
+from fedsim.federated.simulation import Simulation
 from fedsim.flower.app import checked, overrides_of, values_of
 from fedsim.flower.internals import Link
-from fedsim.progress import Plain
 from fedsim.runtimes import RUNTIMES
-from fedsim.simulation import Simulation
 
 app = ServerApp()
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 import yaml
 
+from fedsim.base.files import sync_folder
 from fedsim.data import Dataset, FederatedData
 from fedsim.errors import ConfigError, printable
-from fedsim.files import sync_folder
 
 Arrays = dict[str, Any]
 

@@ -9,8 +9,8 @@ from typing import NoReturn
 
 from flwr.app import Message, RecordDict
 
-from fedsim.checkpoint import versions
 from fedsim.errors import ConfigError
+from fedsim.experiment.checkpoint import versions
 from fedsim.flower import wire
 from fedsim.flower.internals import LinkError, Member, Superlink
 from fedsim.flower.messages import Answer, Hello, Invitation, Joined, Order, failure

@@ -18,9 +18,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fedsim.aggregate import largest
-from fedsim.catalogue import unknown
+from fedsim.base.catalogue import unknown
 from fedsim.errors import one_line
+from fedsim.federated.aggregate import largest
 from fedsim.types import State
 
 Transport = Literal["exact", "lossless", "bf16", "int8"]

@@ -11,7 +11,7 @@ norm and before the shortcut, and there is none elsewhere.
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from fedsim.catalogue import Catalogue
+from fedsim.base.catalogue import Catalogue
 from fedsim.errors import ConfigError
 
 MODELS = Catalogue(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedsim.catalogue import Options, Spec, matching, options_of, validated
+from fedsim.base.catalogue import Options, Spec, matching, options_of, validated
 from fedsim.errors import ConfigError
 from fedsim.models import MODELS
 from fedsim.models.weights import fill, head

@@ -9,8 +9,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
+from fedsim.base.machine import gigabytes, memory
+from fedsim.base.reading import open_regular
 from fedsim.errors import ConfigError, one_line, printable, reason
-from fedsim.reading import gigabytes, memory, open_regular
 
 DENSE = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])\.")  # in DenseNet's files, for norm1 and so on
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's

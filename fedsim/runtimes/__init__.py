@@ -5,21 +5,21 @@ from typing import Protocol
 
 import torch
 
-from fedsim.aggregate import Aggregator, Partial
-from fedsim.catalogue import Catalogue
+from fedsim.base.catalogue import Catalogue
+from fedsim.federated.aggregate import Aggregator, Partial
+from fedsim.federated.client import Train, Work
 from fedsim.types import Job, Report, State
-from fedsim.work import Train, Work
 
 RUNTIMES = Catalogue(
     "runtime",
-    "fedsim.runtimes",
+    "fedsim",
     {
-        "auto": "auto:Auto",
-        "serial": "serial:Serial",
-        "threads": "threads:Threads",
-        "vectorized": "vectorized:Vectorized",
-        "ray": "ray:Ray",
-        "flower": "flower:Flower",
+        "auto": "runtimes.auto:Auto",
+        "serial": "runtimes.serial:Serial",
+        "threads": "runtimes.threads:Threads",
+        "vectorized": "runtimes.vectorized:Vectorized",
+        "ray": "runtimes.ray:Ray",
+        "flower": "flower.runtime:Flower",
     },
 )
 

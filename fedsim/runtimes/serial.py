@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable, Iterator
 
-from fedsim.aggregate import Aggregator, Partial
+from fedsim.base.devices import devices, one_thread
 from fedsim.data import FederatedData
-from fedsim.local import check_precision
-from fedsim.runtimes.worker import Worker, devices, one_thread
-from fedsim.task import Task
+from fedsim.federated.aggregate import Aggregator, Partial
+from fedsim.federated.client import Train, Work
+from fedsim.runtimes.worker import Worker
+from fedsim.training.precision import check_precision
+from fedsim.training.task import Task
 from fedsim.types import Job, Report, State
-from fedsim.work import Train, Work
 
 
 class Serial:

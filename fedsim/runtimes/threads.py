@@ -13,16 +13,19 @@ from typing import Literal
 
 import torch
 
-from fedsim.aggregate import Aggregator, Partial
+from fedsim.base.devices import devices
+from fedsim.base.machine import cores
 from fedsim.data import FederatedData
 from fedsim.errors import one_line
-from fedsim.graphs import CAPTURING
-from fedsim.local import check_precision
-from fedsim.runtimes.seats import Seats
-from fedsim.runtimes.worker import Worker, cores, devices, in_window
-from fedsim.task import Task
+from fedsim.federated.aggregate import Aggregator, Partial
+from fedsim.federated.client import Train, Work
+from fedsim.runtimes.slots import Seats
+from fedsim.runtimes.window import in_window
+from fedsim.runtimes.worker import Worker
+from fedsim.training.graphs import CAPTURING
+from fedsim.training.precision import check_precision
+from fedsim.training.task import Task
 from fedsim.types import Count, Job, Report, State
-from fedsim.work import Train, Work
 
 MOST_PER_GPU = 8  # workers: one stream each, and all in one interpreter
 USED = 0.9  # of a GPU's free memory

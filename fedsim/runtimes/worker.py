@@ -1,25 +1,18 @@
 """One worker: a network, the data and a device, and one client at a time on them."""
 
-import os
-import platform
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
 from time import perf_counter
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from fedsim.aggregate import Aggregator, Partial
 from fedsim.data import FederatedData
-from fedsim.errors import ClientError, ConfigError, NodeError, RoundError, located, one_line
-from fedsim.task import Replica, Task
+from fedsim.errors import ClientError, NodeError, RoundError, located, one_line
+from fedsim.federated.aggregate import Aggregator, Partial
+from fedsim.federated.client import Work, check_message
+from fedsim.runtimes.cuda import new_stream, on_stream
+from fedsim.training.replica import Replica
+from fedsim.training.task import Task
 from fedsim.types import Job, Report, State, Update
-from fedsim.work import Work, check_message
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 class Worker:
@@ -108,41 +101,6 @@ def failed(job: Job, error: BaseException, tolerant: bool, seconds: float) -> Re
     raise ClientError(f"round {job.round + 1}, client {job.client_id}: {cause}{advice}") from error
 
 
-def new_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """A worker's, on a GPU, which from then on repeats its results."""
-    if device.type != "cuda":
-        return None
-    repeat_on_gpus()
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-
-@contextmanager
-def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """What is computed inside waits for the default stream, which has the broadcast, and is done at the end.
-
-    After an error too, which frees memory that another stream may be given. Backward passes are in the calling
-    thread, and not in one that all of a GPU's workers share. Not yet seen to run on a GPU.
-    """
-    if stream is None:
-        yield
-        return
-    stream.wait_stream(torch.cuda.default_stream(stream.device))
-    with torch.cuda.stream(stream), torch.autograd.set_multithreading_enabled(False):
-        try:
-            yield
-        finally:
-            stream.synchronize()
-
-
-def repeat_on_gpus() -> None:
-    """Have CUDA's libraries choose kernels that give the same bits each time; torch warns where there is none."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    # Which that turns on, at the price of a kernel an allocation.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
 def _sent(value: Tensor, device: torch.device) -> Tensor:
     """A copy on the device, for which nobody waits."""
     if device.type == "cuda" and not value.is_cuda:
@@ -153,67 +111,3 @@ def _sent(value: Tensor, device: torch.device) -> Tensor:
 def _own(value: Tensor) -> Tensor:
     """Without the rest of the tensor that it is a view of."""
     return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
-
-
-def in_window(
-    pool: ThreadPoolExecutor,
-    call: Callable[[Item], Result],
-    items: Iterable[Item],
-    most: Callable[[], int],
-    stop: Callable[[], None] = lambda: None,
-) -> Generator[list[Result], None, None]:
-    """What `call` gives for each item, as it comes: a bounded window, so that what is finished does not pile up.
-
-    About `most()` are under way or waiting. After an error or an interrupt it asks those to `stop`, starts no
-    more, and waits for those under way.
-    """
-    running, upcoming = set[Future[Result]](), iter(items)
-    try:
-        while True:
-            for item in upcoming:
-                running.add(pool.submit(call, item))
-                if len(running) >= most():
-                    break
-            if not running:
-                break
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            yield [future.result() for future in done]
-    finally:
-        stop()
-        for future in running:
-            future.cancel()
-        wait(running)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One intra-op thread, in which CPU results do not depend on the machine's number of cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
-def cpu_name() -> str:
-    """The processor's model, such as AMD EPYC."""
-    with suppress(OSError, StopIteration), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-        return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    return f"{platform.machine()} {platform.processor()}"
-
-
-def devices(name: str, at: str = "runtime.device") -> list[torch.device]:
-    """`auto` is every GPU, or the CPU; otherwise the device of that name. Raises ConfigError naming `at`."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "auto":
-        return [torch.device("cuda", i) for i in range(gpus)] or [torch.device("cpu")]
-    allowed = ["auto", "cpu", *(["cuda"] if gpus else []), *(f"cuda:{i}" for i in range(gpus))]
-    if name not in allowed:
-        raise ConfigError(f"{at}: {name!r} is not on this machine; allowed: {', '.join(allowed)}")
-    return [torch.device("cuda", 0) if name == "cuda" else torch.device(name)]

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from fedsim.catalogue import Spec
-from fedsim.config import build, build_hooks
+from fedsim.base.catalogue import Spec
+from fedsim.base.machine import cores
+from fedsim.base.reading import read_yaml
 from fedsim.errors import ConfigError, printable
-from fedsim.reading import read_yaml
+from fedsim.experiment.build import build, build_hooks
 from fedsim.runtimes import RUNTIMES
 from fedsim.runtimes.serial import Serial
-from fedsim.runtimes.worker import cores
 from fedsim.sweep.batch import OUTSIDE, program
 from fedsim.sweep.display import Bar, Plain
 from fedsim.sweep.folder import PointRun, Sweep, new_folder

@@ -13,20 +13,21 @@ from contextlib import suppress
 from threading import Semaphore, Thread
 from typing import Any, NamedTuple, Protocol
 
-from fedsim.aggregate import Aggregator, Partial
-from fedsim.catalogue import Spec
-from fedsim.config import Config, build
+from fedsim.base.catalogue import Spec
+from fedsim.base.devices import one_thread
+from fedsim.base.files import uninterrupted
 from fedsim.data import FederatedData
 from fedsim.errors import ClientError
-from fedsim.experiment import Result
-from fedsim.files import uninterrupted
+from fedsim.experiment.build import build
+from fedsim.experiment.config import Config
+from fedsim.experiment.run import Result
+from fedsim.federated.aggregate import Aggregator, Partial
+from fedsim.federated.client import Train, Work
+from fedsim.federated.simulation import Simulation
 from fedsim.runtimes import RUNTIMES, Runtime
 from fedsim.runtimes.vectorized import Call
-from fedsim.runtimes.worker import one_thread
-from fedsim.simulation import Simulation
-from fedsim.task import Task
+from fedsim.training.task import Task
 from fedsim.types import Job, Report, State, hash_into
-from fedsim.work import Train, Work
 
 Results = list[tuple[Partial, list[Report]]]
 OUTSIDE = (  # of the settings, those that Simulation and experiment see to, whatever trains the clients

@@ -7,8 +7,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fedsim.progress import Notes
-from fedsim.report import read_run
+from fedsim.experiment.progress import Notes
+from fedsim.report.runs import read_run
 from fedsim.sweep.folder import PointRun
 
 

@@ -10,12 +10,12 @@ from typing import Any, Self
 import yaml
 from filelock import FileLock, Timeout
 
-from fedsim.catalogue import Spec
-from fedsim.checkpoint import changes
-from fedsim.config import Config, load
+from fedsim.base.catalogue import Spec
+from fedsim.base.files import create, write
+from fedsim.base.reading import read_yaml
 from fedsim.errors import ConfigError
-from fedsim.files import create, write
-from fedsim.reading import read_yaml
+from fedsim.experiment.checkpoint import changes
+from fedsim.experiment.config import Config, load
 from fedsim.runtimes import RUNTIMES
 from fedsim.sweep.grid import Grid, Point
 

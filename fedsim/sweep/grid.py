@@ -8,8 +8,8 @@ from itertools import product
 from math import prod
 from typing import Any
 
+from fedsim.base.reading import parse
 from fedsim.errors import ConfigError
-from fedsim.reading import parse
 
 MOST = 10_000  # points
 LONGEST = 160  # characters of a point's name, which is a folder's

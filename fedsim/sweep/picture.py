@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLocator, PercentFormatter
 
-from fedsim.plot import LINE
-from fedsim.report import shortened
+from fedsim.report.plot import LINE
+from fedsim.report.runs import shortened
 from fedsim.sweep.grid import short_keys, shown_value
 from fedsim.sweep.results import Results, Row, Setting
 

@@ -9,15 +9,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from fedsim.checkpoint import Checkpoints
-from fedsim.config import Config, Federation, build, build_data, build_dataset, load
 from fedsim.data import Dataset, FederatedData
 from fedsim.errors import ClientError, ConfigError, RoundError, located, one_line, reason
-from fedsim.experiment import Make, Run, execute
-from fedsim.folder import CHECKPOINTS
-from fedsim.hooks import Hook
+from fedsim.experiment.build import build, build_data, build_dataset
+from fedsim.experiment.checkpoint import Checkpoints
+from fedsim.experiment.config import Config, Federation, load
+from fedsim.experiment.folder import CHECKPOINTS
+from fedsim.experiment.hooks import Hook
+from fedsim.experiment.run import Make, Run, execute
+from fedsim.federated.simulation import Simulation
 from fedsim.runtimes.auto import Auto
-from fedsim.simulation import Simulation
 from fedsim.sweep.batch import Batch, Member, train_together
 from fedsim.sweep.folder import PointRun
 

@@ -15,9 +15,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from fedsim.base.files import write
 from fedsim.errors import ConfigError
-from fedsim.files import write
-from fedsim.report import ABSENT, WIDTH, Run, read_run, rounds_to
+from fedsim.report.runs import ABSENT, WIDTH, Run, read_run, rounds_to
 from fedsim.sweep.folder import PointRun, Sweep
 from fedsim.sweep.grid import Point, short_keys, shown_value
 

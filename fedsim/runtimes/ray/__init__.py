@@ -11,12 +11,12 @@ from typing import Annotated, Literal
 import torch
 from annotated_types import Ge, Gt, Le
 
-from fedsim.aggregate import Aggregator, Partial
 from fedsim.data import FederatedData
 from fedsim.errors import ConfigError
-from fedsim.task import Task
+from fedsim.federated.aggregate import Aggregator, Partial
+from fedsim.federated.client import Train, Work
+from fedsim.training.task import Task
 from fedsim.types import Count, Job, Report, State
-from fedsim.work import Train, Work
 
 
 class Ray:

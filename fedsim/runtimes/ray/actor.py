@@ -14,13 +14,13 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 import torch
 from ray import cloudpickle
 
-from fedsim.aggregate import Aggregator, Partial
 from fedsim.errors import ConfigError, one_line
-from fedsim.local import check_precision
+from fedsim.federated.aggregate import Aggregator, Partial
+from fedsim.federated.client import Train, Work
 from fedsim.runtimes.ray.packing import Packed, pack, unpack
 from fedsim.runtimes.worker import Worker
+from fedsim.training.precision import check_precision
 from fedsim.types import Job, Report, State
-from fedsim.work import Train, Work
 
 P = ParamSpec("P")
 R = TypeVar("R")

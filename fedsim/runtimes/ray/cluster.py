@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from math import floor
 from typing import Any
 
+from fedsim.base.machine import cores
 from fedsim.errors import ConfigError, one_line
-from fedsim.runtimes.worker import cores
 
 try:
     import ray

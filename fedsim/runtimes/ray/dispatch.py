@@ -10,8 +10,8 @@ from typing import NamedTuple
 import ray
 import torch
 
-from fedsim.aggregate import Partial
 from fedsim.errors import ClientError, RoundError
+from fedsim.federated.aggregate import Partial
 from fedsim.runtimes.ray.actor import Answer, Order
 from fedsim.runtimes.ray.cluster import first_line
 from fedsim.runtimes.ray.packing import Packed, pack, unpack

@@ -14,11 +14,11 @@ import ray
 
 from fedsim.data import FederatedData
 from fedsim.errors import ConfigError, RoundError, one_line
+from fedsim.federated.client import Train
 from fedsim.runtimes.ray.actor import Actor, Failure
 from fedsim.runtimes.ray.cluster import counted, first_line, resources
 from fedsim.runtimes.ray.packing import pack
-from fedsim.task import Task
-from fedsim.work import Train
+from fedsim.training.task import Task
 
 Ref = Any  # a ray.ObjectRef
 

@@ -1,0 +1,1 @@
+"""Below everything else: catalogues of names, files that are whole, YAML, the machine."""

@@ -1,0 +1,154 @@
+"""From a resolved config to objects: data, task, recipe, hooks, simulation; what is wrong is one line."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedsim.base.catalogue import Spec
+from fedsim.data import AUGMENTATIONS, DATASETS, PARTITIONS, Dataset, FederatedData
+from fedsim.data.federated import set_apart, without
+from fedsim.data.noise import LabelNoise
+from fedsim.errors import ConfigError
+from fedsim.experiment.config import Config, Federation, recipe_options
+from fedsim.experiment.hooks import HOOKS, Hook
+from fedsim.experiment.hooks.checkpointing import Checkpointing
+from fedsim.experiment.hooks.results import Results
+from fedsim.federated.availability import Availability
+from fedsim.federated.cohort import COHORTS
+from fedsim.federated.recalibration import Recalibrate
+from fedsim.federated.simulation import Failures, Simulation
+from fedsim.federated.store import ClientStore
+from fedsim.federated.strategy import Strategy
+from fedsim.models import options as models
+from fedsim.models.weights import fill
+from fedsim.runtimes import RUNTIMES, Runtime
+from fedsim.strategies import CATALOGUE as STRATEGIES
+from fedsim.training.losses import LOSSES
+from fedsim.training.recipe import Distillation, Recipe
+from fedsim.training.schedules import SCHEDULES
+from fedsim.training.task import Task
+from fedsim.types import Stream, random
+
+
+def build_dataset(config: Config) -> Dataset:
+    """The dataset of a resolved config; raises ConfigError."""
+    return DATASETS.make({k: v for k, v in config.data.items() if k not in Federation.model_fields}, Dataset)
+
+
+def build_data(config: Config, dataset: Dataset | None = None) -> FederatedData:
+    """The dataset of a resolved config, unless it is given, and who holds what; raises ConfigError."""
+    shared = {key: config.data[key] for key in Federation.model_fields}
+    dataset = build_dataset(config) if dataset is None else dataset
+    dataset.check_parts("train", "test")
+    seed = config.seed if shared["partition_seed"] is None else shared["partition_seed"]
+    stream = random(seed, Stream.PARTITION)
+    if shared["public"] == "all":
+        raise ConfigError("data.public: all leaves nothing to clients that are simulated; a share of them does")
+    public = set_apart(dataset, shared["public"], seed)
+    owners = PARTITIONS.make(shared["partition"], np.ndarray, without(dataset, public), shared["clients"], stream)
+    data = FederatedData(
+        dataset,
+        owners,
+        clients=shared["clients"],
+        holdout=shared["holdout"],
+        public=public,
+        crop=shared["crop"],
+        seed=seed,
+    )
+    noise = shared["label_noise"]
+    return data if noise is None else LabelNoise(**noise).applied(data, seed)
+
+
+def build_server_data(config: Config) -> FederatedData:
+    """The same where clients hold theirs themselves: for tests, and of `data.public` the server's own."""
+    shared, dataset = {key: config.data[key] for key in ("clients", "crop", "public")}, build_dataset(config)
+    dataset.check_parts("test")
+    seed = config.seed if config.data["partition_seed"] is None else config.data["partition_seed"]
+    public = set_apart(dataset, shared.pop("public"), seed)
+    return FederatedData(dataset, None, public=public, seed=seed, **shared)
+
+
+def build(
+    config: Config,
+    data: FederatedData | None = None,
+    runtime: Callable[[Task, FederatedData], Runtime] | None = None,
+) -> Simulation:
+    """The simulation of a resolved config, with its data and runtime unless they are given; raises ConfigError."""
+    if data is None:
+        elsewhere = getattr(RUNTIMES.load(RUNTIMES.resolve(config.runtime)["name"]), "elsewhere", False)
+        data = build_server_data(config) if elsewhere else build_data(config)
+    data.check_augment(config.local["augment"])
+    recipe = build_recipe(config.local)
+    task = build_task(config.model, recipe, config.seed, data.shape, data.num_classes)
+    return Simulation(
+        STRATEGIES.make(config.strategy, Strategy),
+        task,
+        data,
+        (runtime or RUNTIMES.bind(config.runtime))(task, data),
+        COHORTS.bind(config.cohort),
+        recipe,
+        failures=Failures(**config.failures),
+        availability=None if config.availability is None else Availability(**config.availability),
+        clients=ClientStore(**config.client_store),
+        recalibrate=None if config.recalibrate is None else Recalibrate(**config.recalibrate),
+        ema=config.ema,
+        seed=config.seed,
+        config=config.model_dump(mode="json", include={"seed", "model", "strategy", "local", "failures"}),
+    )
+
+
+def build_recipe(local: Spec) -> Recipe:
+    """How clients train by a resolved `local`; raises ConfigError."""
+    return Recipe(
+        SCHEDULES.bind(local["schedule"]),
+        LOSSES.bind(local["loss"]),
+        [AUGMENTATIONS.bind(spec) for spec in local["augment"]],
+        **dict(recipe_options(local)),
+    )
+
+
+def build_task(
+    model: Spec | str, recipe: Recipe, seed: int, shape: tuple[int, ...], classes: int, *, sent: bool = False
+) -> Task:
+    """What is learned of examples of `shape`; raises ConfigError.
+
+    Where the weights are `sent` afterwards, a teacher is left as its initialisation has it, and no file is read.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(random(seed, Stream.MODEL).integers(2**63)))
+        network = models.make(model, shape, classes)
+        teacher = _teacher(model, recipe.distillation, shape, classes, sent)
+    return Task(
+        network,
+        shape,
+        classes,
+        channels_last=recipe.channels_last,
+        recompute=recipe.activation_checkpointing,
+        teacher=teacher,
+    )
+
+
+def build_hooks(config: Config) -> list[Hook]:
+    """The hooks that a resolved config names, and those that write checkpoints and results; raises ConfigError."""
+    named = (HOOKS.make(hook, Hook, at=f"hooks[{i}]") for i, hook in enumerate(config.hooks))
+    return [Checkpointing(**config.checkpoint), Results(), *named]
+
+
+def _teacher(
+    model: Spec | str, distillation: Distillation | None, shape: tuple[int, ...], classes: int, sent: bool
+) -> nn.Module | None:
+    """The network that clients distil from, where it is not the global model."""
+    if distillation is None or isinstance(distillation.teacher, str):
+        if distillation and distillation.model is not None:
+            raise ConfigError("local.distillation.model: needs a file in local.distillation.teacher")
+        return None
+    spec, at = distillation.model, "local.distillation.model"
+    if spec is None:
+        whole, at = models.resolve(model), "model"
+        spec = {key: value for key, value in whole.items() if key not in models.training(whole)}
+    network = models.make(spec, shape, classes, at)
+    if not sent:
+        fill(network, distillation.teacher, "local.distillation.teacher")
+    return network.eval().requires_grad_(False)

@@ -1,0 +1,254 @@
+"""Checkpoints: all that a run needs to go on as if it had never stopped.
+
+Round N's is N.json, which names the other files with their lengths and SHA-256: the server's state, the segments
+of the client store, and how much of rounds.jsonl there was. It is written last, so a checkpoint is whole or is not
+there. Nothing in it is executed. Randomness has a key, so no generator is saved.
+"""
+
+import hashlib
+import json
+import platform
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from fedsim.base.files import DRAFT, File, apart, read, sync_folder, verify, write
+from fedsim.base.reading import open_regular
+from fedsim.errors import ConfigError, one_line
+from fedsim.federated.simulation import Round, Simulation
+from fedsim.federated.store import NAME as SEGMENT
+from fedsim.runtimes import settled
+from fedsim.types import Form, State, described, form_of
+
+LARGEST = 2**25  # bytes of N.json
+NAME = re.compile(r"\d{6,}\.json")
+SERVER = re.compile(r"server-\d{6,}\.safetensors")
+FREE = (  # settings that do not change what is learned, or only from now on
+    *("rounds", "evaluate", "runtime", "failures", "checkpoint", "client_store", "hooks"),
+    *("data.root", "data.path", "data.cache", "data.download"),
+)
+
+
+PLAIN = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+FIELDS: dict[str, Any] = {name: (kind, ...) for name, kind in Round.__annotations__.items()}
+Line: Any = create_model("Line", __config__=PLAIN, **FIELDS)
+
+
+class Checkpoint(BaseModel):
+    """What N.json holds."""
+
+    model_config = PLAIN
+
+    format: Literal[1] = 1
+    round: Annotated[int, Ge(0)]  # that are done
+    clock: float
+    seconds: float  # that the run had taken
+    last: Line | None  # the last round's result, where its line is not in rounds.jsonl yet
+    stopped: str | None  # why, where a hook has ended the run
+    config: dict[str, Any]
+    versions: dict[str, str]
+    data: str  # hash of labels and owners, and of what of the networks is fixed
+    log: File  # rounds.jsonl, as far as it went
+    server: File
+    clients: list[File]  # the older first
+    runtime: dict[str, Any] | None = None  # what `auto` chose, or who `flower` runs with
+
+
+class Checkpoints:
+    """The checkpoints of one run, in a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._segments: dict[str, set[str]] = {}  # that each checkpoint needs
+
+    def save(self, simulation: Simulation, log: File, keep: int, **about: Any) -> None:
+        """Write what changed, and keep the newest so many; raises OSError, and leaves the others good.
+
+        `about` has what else a Checkpoint holds: config, data, last, stopped, seconds.
+        """
+        self.folder.mkdir(exist_ok=True)
+        clients = simulation.clients.flush()
+        path = self.folder / f"server-{simulation.number:06}.safetensors"
+        server = write(path, save(apart(simulation.server)), sync_name=False)
+        checkpoint = Checkpoint(
+            round=simulation.number,
+            clock=simulation.clock,
+            versions=versions(),
+            log=log,
+            server=server,
+            clients=clients,
+            runtime=getattr(simulation.runtime, "choice", None),
+            **about,
+        )
+        write(self.folder / f"{simulation.number:06}.json", _signed(checkpoint))
+        self._segments[f"{simulation.number:06}.json"] = {file.name for file in clients}
+        self._sweep(simulation, keep)
+
+    @property
+    def newest(self) -> int:
+        """The rounds that the newest has, whole or not; 0 where there is none."""
+        return max((int(path.stem) for path in self._found()), default=0)
+
+    def latest(
+        self, log_folder: Path, most: int | None = None
+    ) -> tuple[tuple[Checkpoint, State] | None, list[str]]:
+        """The newest that is whole, of `most` rounds if given, with the server's state; what is wrong with others.
+
+        None where there are no such checkpoints; raises ConfigError where all are broken.
+        """
+        broken = list[str]()
+        for path in self._found():
+            if most is not None and int(path.stem) > most:
+                continue
+            try:
+                checkpoint = _read(path)
+                rounds = read(log_folder, checkpoint.log).count(b"\n")
+                if rounds + (checkpoint.last is not None) != checkpoint.round:
+                    raise ValueError(f"{checkpoint.log.name} has {rounds} rounds")
+                for file in checkpoint.clients:
+                    verify(self.folder, file)
+                server = load(read(self.folder, checkpoint.server))
+                return (checkpoint, server), [f"{line}; goes on after round {checkpoint.round}" for line in broken]
+            except ConfigError:
+                raise
+            except (ValueError, KeyError, SafetensorError) as error:  # KeyError: of a type that torch has not
+                broken.append(f"{path}: broken checkpoint: {one_line(error)}")
+        if broken:
+            raise ConfigError(f"{broken[0]}; no other is whole; delete {self.folder} to start over")
+        return None, []
+
+    def restore(self, simulation: Simulation, checkpoint: Checkpoint, server: State) -> None:
+        """Put a new simulation where the checkpoint was made; raises ConfigError where it was of another kind."""
+        _check_form(self.folder, "the server's state is", form_of(server), form_of(simulation.server))
+        for path in self._found():
+            if int(path.stem) > checkpoint.round:  # broken
+                path.unlink()
+        for path in self._found():
+            with suppress(ValueError):  # broken too, and never read again
+                self._segments[path.name] = {file.name for file in _read(path).clients}
+        self._restore_clients(simulation, checkpoint.clients)
+        simulation.server = {name: server[name].to(simulation.runtime.home) for name in simulation.server}
+        simulation.number, simulation.clock = checkpoint.round, checkpoint.clock
+        simulation.last = Round(**checkpoint.last.model_dump()) if checkpoint.last else None
+        self._settle(simulation)
+
+    def start(self, simulation: Simulation) -> None:
+        """Let a run begin with its first round; what one that was killed has left goes."""
+        self.folder.mkdir(exist_ok=True)
+        for path in self._found():
+            path.unlink()
+        sync_folder(self.folder.parent)
+        self._restore_clients(simulation, [])
+        self._settle(simulation)
+
+    def _restore_clients(self, simulation: Simulation, files: list[File]) -> None:
+        clients = simulation.clients
+        clients.folder, clients.pinned = self.folder, set().union(*self._segments.values())
+        try:
+            clients.restore(files)
+        except ValueError as error:
+            raise ConfigError(f"{self.folder}: {error}") from None
+        for client in clients:
+            if not 0 <= client < simulation.data.num_clients:
+                raise ConfigError(f"{self.folder}: has what client {client} keeps, and there is no such client")
+        for client in list(clients)[:1]:
+            _check_form(self.folder, "a client keeps", form_of(clients[client]), form_of(simulation.newcomer))
+
+    def _settle(self, simulation: Simulation) -> None:
+        settled(simulation.runtime, [int(path.stem) for path in self._found()])
+
+    def _found(self) -> list[Path]:
+        """The newest first."""
+        paths = [path for path in self.folder.glob("*.json") if NAME.fullmatch(path.name)]
+        return sorted(paths, key=lambda path: int(path.stem), reverse=True)
+
+    def _sweep(self, simulation: Simulation, keep: int) -> None:
+        """Delete all but the newest checkpoints, and the files that only the deleted ones needed."""
+        found = self._found()
+        for path in found[keep:]:
+            path.unlink()
+            self._segments.pop(path.name, None)
+        servers = {f"server-{path.stem}.safetensors" for path in found[:keep]}
+        for path in self.folder.iterdir():
+            if path.name.endswith(DRAFT) or (SERVER.fullmatch(path.name) and path.name not in servers):
+                path.unlink()
+        simulation.clients.pinned = set().union(*self._segments.values())
+        simulation.clients.tidy()
+        self._settle(simulation)
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """The settings that differ: those that change the result, and those that do not."""
+    a, b = dict(_flat(before)), dict(_flat(now))
+    result, free = list[str](), list[str]()
+    for key in dict.fromkeys([*a, *b]):
+        if a.get(key) != b.get(key):
+            was, new = (json.dumps(values[key]) if key in values else "not set" for values in (a, b))
+            harmless = any(key == name or key.startswith(f"{name}.") for name in FREE)
+            (free if harmless else result).append(f"{key}: {new}, and was {was}")
+    return result, free
+
+
+def versions() -> dict[str, str]:
+    """Of what the result depends on."""
+    packages = {name: version(name) for name in ("fedsim", "torch", "numpy")}
+    return packages | {"python": platform.python_version()}
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _check_form(folder: Path, what: str, found: Form, made: Form) -> None:
+    if found != made:
+        raise ConfigError(f"{folder}: {what} {described(found)}; by this config it would be {described(made)}")
+
+
+def _signed(checkpoint: Checkpoint) -> bytes:
+    values = checkpoint.model_dump(mode="json")
+    return json.dumps({"sha256": _sha256(values), "checkpoint": values}, indent=1).encode()
+
+
+def _sha256(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _read(path: Path) -> Checkpoint:
+    """Raises ValueError where it is not whole."""
+    try:
+        with open_regular(path) as opened:
+            content = opened.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise ValueError(f"is larger than {LARGEST} bytes")
+        signed = json.loads(content)
+        if signed["sha256"] != _sha256(signed["checkpoint"]):
+            raise ValueError("is not what it was when it was written")
+        if signed["checkpoint"]["format"] != Checkpoint.model_fields["format"].default:
+            raise ConfigError(f"{path}: is of another fedsim, with format {signed['checkpoint']['format']}")
+        checkpoint = Checkpoint.model_validate_json(json.dumps(signed["checkpoint"]))
+    except ConfigError:
+        raise
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except (KeyError, TypeError, RecursionError):
+        raise ValueError("is no checkpoint") from None
+    if checkpoint.round != int(path.stem):
+        raise ValueError(f"is of round {checkpoint.round}")
+    files = [checkpoint.log, checkpoint.server, *checkpoint.clients]
+    for file, name in zip(files, [re.compile("rounds.jsonl"), SERVER, *[SEGMENT] * len(files[2:])], strict=True):
+        if not name.fullmatch(file.name):  # nor does it lead out of the folder
+            raise ValueError(f"{file.name!r} is no name of such a file")
+    return checkpoint

@@ -1,0 +1,181 @@
+"""An experiment: YAML to validated settings to objects; what is wrong is one line, before anything runs."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Lt
+
+from fedsim.base.catalogue import Options, Spec, options_of, validated
+from fedsim.base.reading import parse, read_yaml
+from fedsim.data import AUGMENTATIONS, DATASETS, PARTITIONS
+from fedsim.data.augment import MIXERS
+from fedsim.data.noise import LabelNoise
+from fedsim.errors import ConfigError
+from fedsim.experiment.hooks import HOOKS
+from fedsim.experiment.hooks.checkpointing import Checkpointing
+from fedsim.federated.availability import Availability
+from fedsim.federated.cohort import COHORTS
+from fedsim.federated.recalibration import Recalibrate
+from fedsim.federated.simulation import Failures
+from fedsim.federated.store import ClientStore
+from fedsim.models import options as models
+from fedsim.runtimes import RUNTIMES
+from fedsim.strategies import CATALOGUE as STRATEGIES
+from fedsim.training.losses import LOSSES
+from fedsim.training.recipe import Recipe
+from fedsim.training.schedules import SCHEDULES
+from fedsim.types import Count, Decay, Seed
+
+
+class Evaluate(Options):
+    """When and how the global model is tested, and whether each client's own model is.
+
+    In `train` mode batch norm has the statistics of the batch that is tested, and dropout drops.
+    """
+
+    every: Count = 1
+    batch_size: Count = 500
+    clients: bool = False
+    mode: Literal["eval", "train"] = "eval"
+
+
+class Federation(Options):
+    """The part of `data` that is not the dataset's."""
+
+    clients: Count
+    partition: Spec | str = "iid"
+    holdout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    crop: Count | None = None  # pixels a side, about the centre, where no augmentation has made them that size
+    # Of the training examples, the server's own; all where clients are elsewhere.
+    public: Annotated[float, Ge(0), Lt(1)] | Literal["all"] = 0.0
+    label_noise: Spec | None = None
+    partition_seed: Seed | None = None  # of the division: owners, holdout, public, label_noise; the run's if null
+
+
+class Config(Options):
+    """A whole experiment; the mappings are `{name, ...}` of their catalogues, resolved."""
+
+    seed: Seed = 0
+    rounds: Count
+    data: Spec
+    model: Spec | str
+    strategy: Spec | str
+    cohort: Spec | str
+    local: Spec = {}
+    evaluate: Evaluate = Evaluate()
+    runtime: Spec | str = "auto"
+    failures: Spec = {}
+    availability: Spec | None = None
+    checkpoint: Spec = {}
+    client_store: Spec = {}
+    recalibrate: Spec | None = None
+    ema: Decay | None = None
+    hooks: list[Spec | str] = ["stop_on_non_finite", "tensorboard", "curves"]
+
+
+def load(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read, override by dotted keys, validate and resolve; raises ConfigError."""
+    values = dict(source) if isinstance(source, Mapping) else read_yaml(Path(source))
+    return resolve(overridden(values, overrides or {}))
+
+
+def resolve(values: Mapping[str, Any]) -> Config:
+    """The config with all defaults filled in."""
+    config = validated(Config, values)
+    data = DATASETS.resolve(config.data, also=Federation)
+    return config.model_copy(
+        update={
+            "data": data
+            | {
+                "partition": PARTITIONS.resolve(data["partition"]),
+                "label_noise": _options(LabelNoise, data["label_noise"], "data.label_noise"),
+            },
+            "model": models.resolve(config.model),
+            "strategy": STRATEGIES.resolve(config.strategy),
+            "cohort": COHORTS.resolve(config.cohort),
+            "local": _resolve_local(config),
+            "runtime": RUNTIMES.resolve(config.runtime),
+            "failures": _options(Failures, config.failures, "failures"),
+            "availability": _options(Availability, config.availability, "availability"),
+            "recalibrate": _options(Recalibrate, config.recalibrate, "recalibrate"),
+            "checkpoint": _options(Checkpointing, config.checkpoint, "checkpoint"),
+            "client_store": _options(ClientStore, config.client_store, "client_store"),
+            "hooks": [HOOKS.resolve(hook, f"hooks[{i}]") for i, hook in enumerate(config.hooks)],
+        }
+    )
+
+
+def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
+    """`["strategy.mu=0.1"]` as `{"strategy.mu": 0.1}`; values are YAML. Raises ConfigError."""
+    overrides = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not (all(key.split(".")) and equals):
+            raise ConfigError(f"{pair!r} should be KEY=VALUE, such as local.lr=0.1")
+        overrides[key] = parse(value, f"{key}: {value!r}")
+    return overrides
+
+
+def overridden(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """With others in the place of some values, by dotted keys; raises ConfigError."""
+    for key, value in sorted(overrides.items(), key=lambda pair: pair[0].count(".")):
+        values = _override(values, key.split("."), value, key)
+    return values
+
+
+def _override(values: Mapping[str, Any], path: list[str], value: Any, key: str) -> dict[str, Any]:
+    head, *rest = path
+    if not rest:
+        return {**values, head: value}
+    below = values.get(head)
+    below = {} if below is None else {"name": below} if isinstance(below, str) else below
+    if not isinstance(below, Mapping):
+        raise ConfigError(f"{key}: {head} is {below!r}, which has no keys below it")
+    return {**values, head: _override(below, rest, value, key)}
+
+
+def _options(target: Callable[..., Any], values: Spec | None, at: str) -> Spec | None:
+    """With the defaults filled in; a part that is not wanted stays null."""
+    return None if values is None else validated(options_of(target), values, at).model_dump(mode="json")
+
+
+def recipe_options(local: Spec) -> Options:
+    """What `local` says besides its components."""
+    own = {key: value for key, value in local.items() if key not in ("schedule", "loss", "augment")}
+    return validated(options_of(Recipe), own, "local")
+
+
+def _resolve_local(config: Config) -> Spec:
+    recipe = recipe_options(config.local).model_dump(mode="json")
+    schedule = _run_long(config.local.get("schedule", "constant"), config.rounds - recipe["warmup"])
+    augment = config.local.get("augment", [])
+    if not isinstance(augment, list):
+        raise ConfigError(f"local.augment: {augment!r} should be a list, such as [flip, random_crop]")
+    specs = [AUGMENTATIONS.resolve(spec, f"local.augment[{i}]") for i, spec in enumerate(augment)]
+    if recipe["noisy_labels"] and (mixing := MIXERS & {spec["name"] for spec in specs}):
+        raise ConfigError(
+            f"local.noisy_labels: cannot tell which label is wrong after {min(mixing)}; one of the two"
+        )
+    loss = LOSSES.resolve(config.local.get("loss", "cross_entropy"))
+    distillation = recipe["distillation"]
+    if distillation and distillation["model"] is not None:
+        recipe["distillation"] = distillation | {"model": _resolve_teacher(distillation["model"])}
+    return recipe | {"schedule": SCHEDULES.resolve(schedule), "loss": loss, "augment": specs}
+
+
+def _resolve_teacher(model: Spec | str) -> Spec:
+    at = "local.distillation.model"
+    spec = models.resolve(model, at)
+    if idle := models.training(spec):
+        raise ConfigError(f"{at}.{next(iter(idle))}: is nothing to a teacher, which is all in its file")
+    return spec
+
+
+def _run_long(schedule: Any, rounds: int) -> Any:
+    """A schedule that has a length and is not told one lasts as long as the run."""
+    spec = {"name": schedule} if isinstance(schedule, str) else schedule
+    if isinstance(spec, Mapping) and isinstance(spec.get("name"), str):
+        timed = "rounds" in options_of(SCHEDULES.load(spec["name"], "local.schedule.name")).model_fields
+        return {**({"rounds": max(rounds, 1)} if timed else {}), **spec}
+    return spec

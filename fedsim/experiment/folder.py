@@ -1,0 +1,170 @@
+"""The folder of a run: what it is, what it did round by round, and what came out."""
+
+import hashlib
+import json
+import os
+from glob import escape
+from math import isfinite
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import yaml
+from filelock import FileLock, Timeout
+from pydantic import ConfigDict, create_model
+from safetensors.torch import save
+from torch import Tensor
+
+from fedsim.base.files import File, apart, create, read, write
+from fedsim.data import FederatedData
+from fedsim.data.partition import content_hash, label_counts
+from fedsim.errors import ConfigError, RoundError, one_line
+from fedsim.experiment.checkpoint import FIELDS, Checkpoints
+from fedsim.experiment.config import Config
+
+Line: Any = create_model("Line", __config__=ConfigDict(extra="allow", strict=True), **FIELDS)  # of rounds.jsonl
+CHECKPOINTS = "checkpoints"  # in a run's folder
+LISTED = 1000  # clients up to which partition.json counts each one's labels
+
+
+class RunFolder:
+    """One process at a time has it; raises ConfigError where another one does.
+
+    From the start it holds config.yaml and partition.json; rounds.jsonl gains a line a round, and the rest comes
+    at the end.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.checkpoints = path, Checkpoints(path / CHECKPOINTS)
+        self._lock = FileLock(path / ".lock")
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            raise ConfigError(f"{path}: another process is running it") from None
+        self._bytes, self._digest = 0, hashlib.sha256()  # of rounds.jsonl
+        self._rounds = (path / "rounds.jsonl").open("ab", buffering=0)
+
+    @classmethod
+    def create(cls, path: Path, config: Config, data: FederatedData) -> Self:
+        """A new folder; raises ConfigError where there is one, for a run is never overwritten."""
+        if path.exists():
+            raise ConfigError(f"{path}: exists, and a run is never overwritten; name another folder")
+        try:
+            create(path, {"config.yaml": _yaml(config), "partition.json": _json(describe(data))})
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be made: {error.strerror}; name a folder with --out") from None
+        return cls(path)
+
+    @classmethod
+    def number(cls, stem: str, config: Config, data: FederatedData) -> Self:
+        """A new folder runs/STEM-N, N above those of all that are there, whoever else is making one."""
+        while True:
+            names = [path.name.removeprefix(f"{stem}-") for path in Path("runs").glob(f"{escape(stem)}-*")]
+            number = max((int(name) for name in names if name.isdecimal()), default=0) + 1
+            path = Path("runs") / f"{stem}-{number}"
+            try:
+                return cls.create(path, config, data)
+            except ConfigError:
+                if not path.exists():
+                    raise
+                # another run was first
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a round in it."""
+        return (self.path / "rounds.jsonl").stat().st_size > 0
+
+    def go_on(self, config: Config, data: FederatedData, log: File | None) -> list[dict[str, Any]]:
+        """Have a config, and of rounds.jsonl what a checkpoint knows of; returns that. Raises ConfigError."""
+        content = read(self.path, log) if log else b""
+        try:
+            records = [Line.model_validate_json(line).model_dump() for line in content.splitlines()]
+        except ValueError as error:
+            raise ConfigError(f"{self.path / 'rounds.jsonl'}: broken: {one_line(error)}") from None
+        self._rounds.truncate(len(content))
+        self._bytes, self._digest = len(content), hashlib.sha256(content)
+        for name, wanted in (("config.yaml", _yaml(config)), ("partition.json", _json(describe(data)))):
+            if not (self.path / name).exists() or (self.path / name).read_bytes() != wanted:
+                write(self.path / name, wanted)
+        (self.path / "summary.json").unlink(missing_ok=True)
+        return records
+
+    def round(self, record: dict[str, Any]) -> None:
+        """Add a line to rounds.jsonl."""
+        try:
+            line = rest = json.dumps(record, allow_nan=False).encode() + b"\n"
+        except (TypeError, ValueError) as error:  # of what a hook added
+            raise RoundError(f"round {record['round']}: rounds.jsonl cannot hold it: {error}") from None
+        try:
+            while rest:  # a disk that fills takes a part, and says so only when asked again
+                rest = rest[self._rounds.write(rest) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path / "rounds.jsonl")) from None
+        self._bytes += len(line)
+        self._digest.update(line)
+
+    def log(self) -> File:
+        """All of rounds.jsonl so far, on disk."""
+        os.fsync(self._rounds.fileno())
+        return File("rounds.jsonl", self._bytes, self._digest.hexdigest())
+
+    def finish(
+        self, model: dict[str, Tensor], ema: dict[str, Tensor] | None, summary: dict[str, Any] | None
+    ) -> None:
+        """The global model, its running mean if there is one, and where the run reached its end, summary.json."""
+        write(self.path / "model.safetensors", save(apart(model)))
+        if ema is not None:
+            write(self.path / "ema.safetensors", save(apart(ema)))
+        if summary is not None:
+            write(self.path / "summary.json", _json(summary))
+
+    def close(self) -> None:
+        """Let another process have it."""
+        self._rounds.close()
+        self._lock.release()
+
+
+def finite(record: dict[str, Any]) -> dict[str, Any]:
+    """A record that JSON can hold: plain numbers for those of numpy and torch, null where one is not finite."""
+    plain = {k: v.item() if isinstance(v, np.generic | Tensor) else v for k, v in record.items()}
+    return {k: None if isinstance(v, float) and not isfinite(v) else v for k, v in plain.items()}
+
+
+def describe(data: FederatedData) -> dict[str, Any]:
+    """Who holds how much: a content hash, quantiles of sizes, labels, and by client where there are few of them.
+
+    Of `examples`, all for training, `public` are the server's; `example` is the form of each. Of clients elsewhere
+    there is only their number.
+    """
+    shared = {
+        "clients": data.num_clients,
+        "public": len(data.public),
+        "classes": data.num_classes,
+        "example": data.form,
+    }
+    if data.elsewhere:
+        return shared | {"examples": None}
+    sizes, labels = data.sizes, data.labels.cpu().numpy()
+    few = data.num_clients <= LISTED
+    counts = label_counts(labels, data.owners, data.num_clients, data.num_classes) if few else None
+    return {
+        **shared,
+        "hash": content_hash(data.owners),
+        "examples": len(data.owners),
+        "training_examples": {
+            "smallest": int(sizes.min()),
+            "quartiles": np.quantile(sizes, (0.25, 0.5, 0.75)).tolist(),
+            "mean": float(sizes.mean()),
+            "largest": int(sizes.max()),
+        },
+        "labels": np.bincount(labels[data.owners >= 0], minlength=data.num_classes).tolist(),
+        "labels_by_client": None if counts is None else counts.tolist(),
+    }
+
+
+def _json(values: dict[str, Any]) -> bytes:
+    return json.dumps(values, indent=1).encode() + b"\n"
+
+
+def _yaml(config: Config) -> bytes:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode()

@@ -1,0 +1,70 @@
+"""Rounds as TensorBoard events."""
+
+from dataclasses import dataclass
+from socket import gethostname
+from time import time
+from typing import TYPE_CHECKING, Any
+
+from fedsim.experiment.hooks import Hook
+
+if TYPE_CHECKING:
+    from fedsim.experiment.run import Run
+
+SCALARS = {  # in TensorBoard's words
+    "train_loss": "loss/train",
+    "test_loss": "loss/test",
+    "test_accuracy": "accuracy/test",
+    "ema_test_loss": "loss/ema",
+    "ema_test_accuracy": "accuracy/ema",
+    "client_accuracy_mean": "accuracy/clients",
+    "client_accuracy_worst_decile": "accuracy/clients_worst_decile",
+    "seconds": "seconds/round",
+}
+
+
+@dataclass(kw_only=True)
+class TensorBoard(Hook):
+    """Losses, accuracies and seconds by round, in `tensorboard/` of the run's folder.
+
+    The events are those of rounds.jsonl, written anew when a run is resumed.
+    """
+
+    def before_run(self, run: "Run") -> None:
+        self._file = None
+        if run.folder is None:
+            return
+        folder = run.folder.path / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        for old in folder.glob("events.out.tfevents.*"):
+            old.unlink()
+        self._file = (folder / f"events.out.tfevents.{int(time())}.{gethostname()}").open("wb")
+        self._write(wall_time=time(), file_version="brain.Event:2")
+        ago = sum(record["seconds"] for record in run.records)
+        for record in run.records:
+            ago -= record["seconds"]
+            self._add(record, time() - ago)
+
+    def after_round(self, run: "Run", record: dict[str, Any]) -> None:
+        self._add(record, time())
+
+    def after_run(self, run: "Run") -> None:
+        if self._file:
+            self._file.close()
+
+    def _add(self, record: dict[str, Any], when: float) -> None:
+        values = [
+            {"tag": tag, "simple_value": record[k]} for k, tag in SCALARS.items() if record.get(k) is not None
+        ]
+        self._write(wall_time=when, step=record["round"], summary={"value": values})
+
+    def _write(self, **event: Any) -> None:
+        """In this thread, as a SummaryWriter does not: where the disk is full, it is this run that must say so."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        if self._file:
+            try:
+                RecordWriter(self._file).write(Event(**event).SerializeToString())
+                self._file.flush()
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, self._file.name) from None

@@ -1,0 +1,1 @@
+"""What becomes of a trained network: its cost, its speed, fusion, ONNX."""

@@ -1,0 +1,1 @@
+"""The round: strategies, what a client does, aggregation, the simulation."""

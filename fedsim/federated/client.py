@@ -1,0 +1,123 @@
+"""What a client does: the same functions in every runtime."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from math import isfinite
+
+import torch
+from torch import Tensor
+
+from fedsim.base.catalogue import Spec
+from fedsim.data import FederatedData
+from fedsim.federated.aggregate import largest
+from fedsim.federated.strategy import Strategy
+from fedsim.training.local import LocalObjective
+from fedsim.training.recipe import Recipe
+from fedsim.training.replica import Replica
+from fedsim.training.task import Task
+from fedsim.types import Job, State, Update, described, form_of
+
+Work = Callable[[Replica, FederatedData, State, Job], Update]
+
+
+@dataclass(frozen=True)
+class Train:
+    """One round of training. Batch-norm statistics travel here, so that strategies need not mention them.
+
+    `config` has the settings that it was made from, by name, for a runtime that sends no objects.
+    """
+
+    strategy: Strategy
+    recipe: Recipe
+    seed: int
+    time_limit: float | None = None  # seconds
+    config: Spec | None = field(default=None, compare=False, repr=False)
+
+    def __call__(self, replica: Replica, data: FederatedData, server: State, job: Job) -> Update:
+        client = job.client or {}
+        home = client if self.strategy.buffers == "private" else server
+        local = LocalObjective(replica, data, job, home["buffers"], self.recipe, self.seed, self.time_limit)
+        update = self.client_update(server, client, local)
+        local.check_time()
+        check_sound(update, client)
+        return update
+
+    def client_update(self, server: State, client: State, local: LocalObjective) -> Update:
+        """What the strategy computes, and the statistics."""
+        update = self.strategy.client_update(server, client, local)._replace(metrics=local.metrics)
+        if self.strategy.buffers == "average":
+            return update._replace(message=update.message | {"buffers": local.buffers})
+        if self.strategy.buffers == "private":
+            return update._replace(client=update.client | {"buffers": local.buffers})
+        return update
+
+
+def newcomer(strategy: Strategy, task: Task) -> State:
+    """What a client has that has not taken part."""
+    state = strategy.init_client(task.initial_model, task.layout)
+    return state | {"buffers": task.initial_buffers} if strategy.buffers == "private" else state
+
+
+def check_message(update: Update) -> None:
+    """Raise TypeError where a message is not made of named tensors."""
+    if strange := [name for name in update.message if not isinstance(name, str)]:
+        raise TypeError(f"message {strange[0]!r} is no name")
+    if strange := [name for name, value in update.message.items() if not isinstance(value, Tensor)]:
+        raise TypeError(f"message {strange[0]!r} is no tensor")
+
+
+def check_sound(update: Update, before: State) -> None:
+    """Raise ArithmeticError where a client could not go on from what it keeps, or its loss is not finite."""
+    kept = update.client
+    if form_of(kept) != form_of(before):
+        raise ArithmeticError(f"keeps {described(form_of(kept))}, and had {described(form_of(before))}")
+    for name, value in kept.items():
+        if value.is_floating_point() and not isfinite(largest(value)):
+            raise ArithmeticError(f"keeps {name}, which is not finite")
+    for name, value in update.metrics.items():
+        if not isfinite(value):
+            raise ArithmeticError(f"{name} is not finite")
+
+
+@dataclass(frozen=True)
+class EvaluateClient:
+    """The client's own model on its own examples: those held out, or where there are none, all of its own."""
+
+    strategy: Strategy
+    batch_size: int
+    train: bool = False
+
+    def __call__(self, replica: Replica, data: FederatedData, server: State, job: Job) -> Update:
+        client = job.client or {}
+        model = self.strategy.client_model(server, client, replica.task.layout)
+        batches = data.own_batches(job.client_id, self.batch_size)
+        return _evaluate(replica, model, client.get("buffers", server["buffers"]), batches, self.train)
+
+
+@dataclass(frozen=True)
+class EvaluateGlobal:
+    """The global model on one chunk of the test set: job k has the k-th `batch_size` examples."""
+
+    batch_size: int
+    train: bool = False
+
+    def __call__(self, replica: Replica, data: FederatedData, server: State, job: Job) -> Update:
+        first = job.client_id * self.batch_size
+        rows = torch.arange(first, min(first + self.batch_size, data.num_test))
+        return _evaluate(replica, server["model"], server["buffers"], [data.test_batch(rows)], self.train)
+
+
+def _evaluate(
+    replica: Replica, model: Tensor, buffers: Tensor, batches: Iterable[tuple[Tensor, Tensor]], train: bool
+) -> Update:
+    """Sums over examples, in eval mode or in that of `train`; the message is empty."""
+    replica.enter(buffers, seed=0)
+    replica.load(model)
+    loss, correct, examples = buffers.new_zeros(()), buffers.new_zeros(()), 0
+    with torch.no_grad():
+        for x, y in batches:
+            logits = replica.logits(replica.w, x, train=train)
+            loss += replica.task.losses(logits, y).sum()
+            correct += (logits.argmax(-1) == y).sum()
+            examples += len(y)
+    return Update({}, 1.0, metrics={"loss": loss, "correct": correct, "examples": torch.tensor(examples)})

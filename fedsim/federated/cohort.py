@@ -1,0 +1,49 @@
+"""Who takes part in a round."""
+
+from typing import Protocol
+
+import numpy as np
+
+from fedsim.base.catalogue import Catalogue
+from fedsim.errors import ConfigError
+from fedsim.types import Count, Share
+
+
+class Cohort(Protocol):
+    """Ids of the clients of one round, ascending, drawn from a stream that is the round's own."""
+
+    def __call__(self, num_clients: int, stream: np.random.Generator, /) -> list[int]: ...
+
+
+def uniform(
+    num_clients: int,
+    stream: np.random.Generator,
+    /,
+    *,
+    fraction: Share | None = None,
+    size: Count | None = None,
+) -> list[int]:
+    """A random `fraction` C of all, m = max(round(C N), 1), or `size` clients; without replacement."""
+    if (fraction is None) == (size is None):
+        raise ConfigError("cohort: set either cohort.fraction or cohort.size")
+    m = size or max(round((fraction or 0) * num_clients), 1)
+    if m > num_clients:
+        raise ConfigError(f"cohort.size: {m} is more than data.clients: {num_clients}")
+    return sorted(stream.choice(num_clients, m, replace=False).tolist())
+
+
+def everyone(num_clients: int, stream: np.random.Generator, /) -> list[int]:
+    """All clients, in every round."""
+    return list(range(num_clients))
+
+
+def fixed(num_clients: int, stream: np.random.Generator, /, *, clients: list[int]) -> list[int]:
+    """The same `clients` in every round, by their ids from 0."""
+    if not clients or len(set(clients)) < len(clients) or min(clients) < 0 or max(clients) >= num_clients:
+        raise ConfigError(f"cohort.clients: {clients} should be different ids from 0 to {num_clients - 1}")
+    return sorted(clients)
+
+
+COHORTS = Catalogue(
+    "cohort", "fedsim.federated", {"uniform": "cohort:uniform", "all": "cohort:everyone", "fixed": "cohort:fixed"}
+)

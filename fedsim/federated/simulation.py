@@ -1,0 +1,396 @@
+"""The round: sample, train, aggregate, update. The one object here is the one thing that changes."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from math import ceil, fsum, isfinite
+from time import perf_counter
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from fedsim.base.catalogue import Spec
+from fedsim.base.devices import one_thread
+from fedsim.base.files import uninterrupted
+from fedsim.data import FederatedData
+from fedsim.errors import ClientError, ConfigError, RoundError, located
+from fedsim.federated.aggregate import Aggregator, WeightedMean, largest
+from fedsim.federated.availability import Attempt, Availability
+from fedsim.federated.client import EvaluateClient, EvaluateGlobal, Train, Work, newcomer
+from fedsim.federated.cohort import Cohort
+from fedsim.federated.pace import Pace
+from fedsim.federated.recalibration import Recalibrate, Recalibration, check_recalibration
+from fedsim.federated.store import ClientStore
+from fedsim.federated.strategy import Strategy
+from fedsim.runtimes import Runtime, kept
+from fedsim.training.recipe import Recipe
+from fedsim.training.task import Task
+from fedsim.types import (
+    Count,
+    Job,
+    Positive,
+    Report,
+    RoundInfo,
+    State,
+    Stream,
+    described,
+    form_of,
+    hash_into,
+    random,
+    torch_generator,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failures:
+    """What a failing client does: `raise` stops the run, `drop` goes on while `min_clients` answered.
+
+    A client fails that raises an exception, sends or keeps what is not finite or of another form than most, or is
+    over its `time_limit`, in seconds; it is asked before each of its batches, and at its end.
+    """
+
+    policy: Literal["raise", "drop"] = "raise"
+    min_clients: Count = 1
+    time_limit: Positive | None = None
+
+
+class Round(NamedTuple):
+    """What is known of a round when it is over."""
+
+    round: int  # from 1
+    cohort: list[int]
+    train_loss: float | None  # mean over all mini-batch gradients that clients took, of what they minimised
+    fingerprint: str  # SHA-256 of the global model's bytes
+    seconds: float
+    steps: int  # of all clients
+    bytes_up: int
+    bytes_down: int
+    failed: dict[str, str]  # why, by client
+    absent: dict[str, str]  # the same for those that availability kept away
+    clock: float  # virtual seconds since the start of the first round; 0 without availability
+
+
+class Evaluation(NamedTuple):
+    """Means over examples."""
+
+    loss: float
+    accuracy: float  # from 0 to 1
+
+
+OWN = ("buffers", "ema.model", "ema.buffers")  # of the server's entries, those that are no strategy's
+
+
+class Simulation:
+    """A federation between two rounds: `server`, `clients`, `number` and `clock` are all that changes.
+
+    `server` is the strategy's state, the batch-norm statistics and by `ema` a running mean of them and the model:
+    after each update ema = d ema + (1 - d) model, at first the initial one (Tarvainen & Valpola 2017,
+    https://arxiv.org/abs/1703.01780); no client trains from it. `clients` is what each client keeps that has taken
+    part; `number` the next round's, from 0; `clock` the virtual seconds so far. Nothing else is needed to go on,
+    since randomness has a key: (seed, use, round, client). `last` is the last round's result, and `pace` what
+    clients took, by which a runtime with several workers is handed the longest first.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        task: Task,
+        data: FederatedData,
+        runtime: Runtime,
+        cohort: Cohort,
+        recipe: Recipe,
+        *,
+        aggregator: Aggregator | None = None,
+        failures: Failures = Failures(),
+        availability: Availability | None = None,
+        clients: ClientStore | None = None,
+        recalibrate: Recalibrate | None = None,
+        ema: float | None = None,
+        seed: int = 0,
+        config: Spec | None = None,
+    ):
+        recipe.check(data.num_classes)
+        strategy.check(recipe, task.layout)
+        if availability:
+            if data.elsewhere:
+                raise ConfigError("availability: is simulated, and real machines have their own; leave it out")
+            availability.check(data.num_clients)
+        check_recalibration(recalibrate, strategy.buffers, task, data)
+        self.strategy, self.task, self.data, self.runtime, self.cohort = strategy, task, data, runtime, cohort
+        self.recipe, self.failures, self.availability, self.seed = recipe, failures, availability, seed
+        self.config = config
+        runtime.check(self.work)
+        self.aggregator = aggregator or WeightedMean()
+        self.recalibrate, self.decay = recalibrate, ema
+        model, buffers = task.initial_model.to(runtime.home), task.initial_buffers.to(runtime.home)
+        self.server: State = strategy.init_server(model)
+        if taken := [name for name in OWN if name in self.server]:
+            raise ConfigError(f"strategy: init_server made {taken[0]!r}, a name that fedsim keeps for itself")
+        self.server |= {"buffers": buffers}
+        if ema is not None:
+            self.server |= {"ema.model": self.server["model"], "ema.buffers": buffers}
+        self.newcomer = kept(runtime, newcomer(strategy, task))
+        self.clients = clients if clients is not None else ClientStore()
+        self.pace = Pace()
+        self.number, self.clock = 0, 0.0
+        self.last: Round | None = None
+        cohort_size = len(self.sample())  # which refuses a cohort that cannot be drawn
+        if failures.min_clients > cohort_size:
+            raise ConfigError(
+                f"failures.min_clients: {failures.min_clients}, and a cohort has {cohort_size} clients"
+            )
+
+    @property
+    def work(self) -> Train:
+        """What each client of a cohort does."""
+        return Train(self.strategy, self.recipe, self.seed, self.failures.time_limit, self.config)
+
+    def sample(self) -> list[int]:
+        """The cohort of the next round."""
+        cohort = self.cohort(self.data.num_clients, random(self.seed, Stream.COHORT, self.number))
+        last = self.data.num_clients - 1
+        if not (isinstance(cohort, list) and cohort and min(cohort) >= 0 and max(cohort) <= last):
+            raise ConfigError(f"cohort: gave {cohort!r}; it should give a list of ids from 0 to {last}")
+        if len(set(cohort)) < len(cohort):
+            raise ConfigError(f"cohort: gave {cohort!r}, in which an id stands twice")
+        return cohort
+
+    def round(
+        self,
+        after_client: Callable[[Report], None] = lambda report: None,
+        before_client: Callable[[int], None] = lambda client: None,
+    ) -> Round:
+        """Run one round, telling of each client as it finishes and as it is handed out.
+
+        Raises ClientError or RoundError, and is then as it was before.
+        """
+        start, goal = perf_counter(), self.sample()
+        selected, attempt = self._attempt(goal)
+        download = self._download()
+        server, reports, failed = self.server, list[Report](), dict[int, str]()
+        try:
+            if attempt.reporting:
+                with one_thread():
+                    server, reports, failed = self._train(attempt.reporting, download, after_client, before_client)
+            sums = _sums([report for report in reports if report.client_id not in failed])
+            done = Round(
+                round=self.number + 1,
+                cohort=selected,
+                train_loss=sums["loss"] / sums["examples"] if sums.get("examples") else None,
+                fingerprint=_fingerprint(server),
+                seconds=perf_counter() - start,
+                steps=int(sums.get("steps", 0)),
+                bytes_up=sum(r.bytes_up for r in reports),
+                bytes_down=sum(tensor.nbytes for tensor in download.values()) * len(selected),
+                failed={str(client): cause for client, cause in failed.items()},
+                absent={str(client): cause for client, cause in attempt.absent.items()},
+                clock=self.clock + attempt.seconds,
+            )
+            with uninterrupted():
+                self.clients.commit()
+                self.server, self.number, self.clock, self.last = server, done.round, done.clock, done
+        except BaseException:
+            self.clients.discard()
+            raise
+        self.clients.tidy()
+        return done
+
+    @property
+    def ema(self) -> State | None:
+        """The running mean of the global model and its statistics, `model` (P,) and `buffers` (Q,), if kept."""
+        if self.decay is None:
+            return None
+        return {name: self.server[f"ema.{name}"] for name in ("model", "buffers")}
+
+    def evaluate(self, batch_size: int = 500, server: State | None = None, *, train: bool = False) -> Evaluation:
+        """The global model on the whole test set, in eval mode; the same numbers in every runtime.
+
+        Or another `model` (P,) with its `buffers` (Q,), such as those of `ema`. In `train` mode batch norm has the
+        statistics of each batch, and dropout drops.
+        """
+        work = EvaluateGlobal(batch_size, train)
+        chunks = [Job(k, self.number, None) for k in range(ceil(self.data.num_test / batch_size))]
+        try:
+            return _mean(_sums(self._reports(work, chunks, server)))
+        except ClientError as error:  # of a chunk of the test set, which is no client
+            raise RoundError(f"test after round {self.number}: {error.__cause__}") from error
+
+    def evaluate_clients(
+        self, clients: Iterable[int] | None = None, batch_size: int = 500, *, train: bool = False
+    ) -> dict[int, Evaluation]:
+        """Each client's own model on its own examples, by client; all of them unless some are named.
+
+        On what it holds out, or where it holds out nothing, on what it trains on. With failures.policy=drop those
+        that fail are left out.
+        """
+        ids = range(self.data.num_clients) if clients is None else clients
+        work = EvaluateClient(self.strategy, batch_size, train)
+        jobs, tolerant = (self._job(k, self.number - 1) for k in ids), self.failures.policy == "drop"
+        reports = self._reports(work, jobs, self._download(), tolerant=tolerant)
+        sums = {r.client_id: r.metrics for r in reports if r.error is None}
+        return {client: _mean(sums[client]) for client in ids if client in sums}
+
+    def digest(self) -> str:
+        """SHA-256 of what a run depends on besides settings and state: the data, and constants of networks."""
+        constants = self.task.constants()
+        if not constants:
+            return self.data.digest()
+        digest = hashlib.sha256(self.data.digest().encode())
+        hash_into(digest, constants)
+        return digest.hexdigest()
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the global model's bytes, batch-norm statistics included."""
+        return _fingerprint(self.server)
+
+    def _download(self) -> State:
+        """What clients are sent."""
+        return {name: self.server[name].clone() for name in (*self.strategy.broadcast, "buffers")}
+
+    def _attempt(self, cohort: list[int]) -> tuple[list[int], Attempt]:
+        """Who is selected, and what becomes of them."""
+        if not self.availability:
+            return cohort, Attempt(cohort, {}, 0.0)
+        about = self.seed, self.number
+        selected = self.availability.select(cohort, self.data.num_clients, *about)
+        steps = np.array(list(self._steps(selected).values()))
+        attempt = self.availability.attempt(selected, steps, len(cohort), *about)
+        if attempt.absent and len(attempt.reporting) < self.failures.min_clients:
+            left, floor = len(attempt.reporting), self.failures.min_clients
+            few = f"round given up: {left} left, and failures.min_clients is {floor}"
+            absent = attempt.absent | dict.fromkeys(attempt.reporting, few)
+            attempt = attempt._replace(reporting=[], absent=dict(sorted(absent.items())))
+        return selected, attempt
+
+    def _train(
+        self,
+        cohort: list[int],
+        download: State,
+        after_client: Callable[[Report], None],
+        before_client: Callable[[int], None],
+    ) -> tuple[State, list[Report], dict[int, str]]:
+        """The new server's state, the reports by client, and who failed; what clients keep is staged."""
+        total, reports = self.aggregator.fold([]), list[Report]()
+        # Where results are equal to rounding only, that may depend on the order, and that on no clock.
+        by_pace = self.runtime.workers > 1 and self.runtime.exact
+        steps = self._steps(cohort) if by_pace else {}
+        order = self.pace.order(steps) if by_pace else cohort
+
+        def jobs() -> Iterator[Job]:
+            for client in order:
+                before_client(client)
+                yield self._job(client)
+
+        tolerant = self.failures.policy == "drop"
+        versions = {name: value._version for name, value in download.items()}
+        for partial, finished in self.runtime.run(self.work, download, jobs(), self.aggregator, tolerant=tolerant):
+            total = self.aggregator.merge(total, partial)
+            for report in finished:
+                if report.client:
+                    self.clients.stage(report.client_id, report.client)
+                if report.error is None and by_pace:
+                    self.pace.measured(report.client_id, steps[report.client_id], report.seconds)
+                reports.append(report._replace(client={}))
+                after_client(report)
+        if written := [name for name, value in download.items() if value._version != versions[name]]:
+            raise RoundError(f"client_update wrote server[{written[0]!r}] in place; states are only read")
+        reports.sort(key=lambda report: report.client_id)
+        failed = {r.client_id: r.error for r in reports if r.error is not None}
+        odd = self.aggregator.odd(total)
+        if odd and not tolerant:
+            client, cause = min(odd.items())
+            raise ClientError(f"round {self.number + 1}, client {client}: {cause}")
+        for client in odd:
+            self.clients.discard(client)
+        failed = dict(sorted((failed | odd).items()))
+        answered = [client for client in cohort if client not in failed]
+        self._check_floor(answered, failed)
+        return self._moved(self._server_update(self.aggregator.result(total), answered)), reports, failed
+
+    def _steps(self, clients: list[int]) -> dict[int, int]:
+        """K_k of each."""
+        sizes = self.data.sizes[clients].tolist()
+        return {k: self.recipe.num_steps(n) for k, n in zip(clients, sizes, strict=True)}
+
+    def _server_update(self, mean: State, answered: list[int]) -> State:
+        buffers = {"buffers": mean.pop("buffers")} if "buffers" in mean else {}
+        sizes, noise = self.data.sizes, torch_generator(self.seed, Stream.SERVER, self.number)
+        examples = int(sizes.sum()) if sizes.all() else None
+        held = int(sizes[answered].sum())
+        info = RoundInfo(self.number, answered, self.data.num_clients, noise, held, examples)
+        own = {name: value for name, value in self.server.items() if name not in OWN}
+        copy = {name: value.clone() for name, value in own.items()}  # of which it may do what it likes
+        try:
+            update = self.strategy.server_update(copy, mean, info)
+        except (ConfigError, RoundError):
+            raise
+        except Exception as error:
+            raise RoundError(f"round {self.number + 1}: server_update: {located(error)}") from error
+        self._check_update(update, own)
+        return self.server | update | buffers
+
+    def _moved(self, server: State) -> State:
+        """The server's state once all that follows the new model has."""
+        if self.recalibrate:
+            server = server | self._recalibrated(server, self.recalibrate)
+        if mean := self.ema:
+            d = self.decay or 0.0
+            server = server | {f"ema.{name}": d * mean[name] + (1 - d) * server[name] for name in mean}
+        return server
+
+    def _recalibrated(self, server: State, settings: Recalibrate) -> State:
+        work, mean = Recalibration(settings, self.seed), WeightedMean()  # of one message, which it leaves as it is
+        total = mean.fold([])
+        try:
+            for partial, _ in self.runtime.run(work, server, [Job(0, self.number, None)], mean):
+                total = mean.merge(total, partial)
+        except ClientError as error:  # of the server's own job
+            raise RoundError(f"recalibrate, round {self.number + 1}: {error.__cause__}") from error
+        return {name: value.to(self.runtime.home) for name, value in mean.result(total).items()}
+
+    def _job(self, client: int, number: int | None = None) -> Job:
+        return Job(client, self.number if number is None else number, self.clients.get(client, self.newcomer))
+
+    def _reports(
+        self, work: Work, jobs: Iterable[Job], server: State | None = None, *, tolerant: bool = False
+    ) -> list[Report]:
+        server = self.server if server is None else server
+        runs = self.runtime.run(work, server, jobs, self.aggregator, tolerant=tolerant)
+        batches = [reports for _, reports in runs]
+        return sorted((r for batch in batches for r in batch), key=lambda report: report.client_id)
+
+    def _check_update(self, update: State, own: State) -> None:
+        """Raise where server_update did not do what its name says."""
+        if strange := [name for name in update if name not in own]:
+            made = ", ".join(own)
+            raise RoundError(f"server_update gave {strange[0]!r}, which init_server did not make; it made {made}")
+        if form_of(update) != form_of({name: own[name] for name in update}):
+            made = described(form_of({name: own[name] for name in update}))
+            raise RoundError(f"server_update gave {described(form_of(update))}, and init_server made {made}")
+        if "model" in update and not isfinite(largest(update["model"])):
+            raise RoundError(f"round {self.number + 1}: server_update gave a model that is not finite")
+
+    def _check_floor(self, answered: list[int], failed: dict[int, str]) -> None:
+        if len(answered) < self.failures.min_clients:
+            causes = "; ".join(f"client {k}: {cause}" for k, cause in list(failed.items())[:3])
+            raise RoundError(
+                f"round {self.number + 1}: {len(answered)} clients answered, "
+                f"failures.min_clients is {self.failures.min_clients}; {causes}"
+            )
+
+
+def _fingerprint(server: State) -> str:
+    digest = hashlib.sha256()
+    for name in ("model", "buffers"):
+        digest.update(server[name].cpu().numpy().data)
+    return digest.hexdigest()
+
+
+def _mean(sums: dict[str, float]) -> Evaluation:
+    return Evaluation(sums["loss"] / sums["examples"], sums["correct"] / sums["examples"])
+
+
+def _sums(reports: list[Report]) -> dict[str, float]:
+    """Of the metrics: exact, so that neither order nor number of workers shows."""
+    names = {name for report in reports for name in report.metrics}
+    return {name: fsum(r.metrics[name] for r in reports if name in r.metrics) for name in names}

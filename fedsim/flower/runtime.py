@@ -1,0 +1,123 @@
+"""Clients on machines of their own, over Flower: nodes that hold their data and keep their states themselves."""
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedsim.base.catalogue import Spec
+from fedsim.data import FederatedData
+from fedsim.errors import ConfigError
+from fedsim.federated.aggregate import Aggregator, Partial
+from fedsim.federated.client import EvaluateClient, Train, Work
+from fedsim.flower import needs_flwr
+from fedsim.flower.plan import initial_of, plan_of
+from fedsim.flower.transport import ROUNDED, Transport
+from fedsim.runtimes.threads import Threads
+from fedsim.training.task import Task
+from fedsim.types import Job, Positive, Report, State
+
+
+class Flower:
+    """Clients on nodes of a Flower federation, each with its own data; the server has only what tests need.
+
+    `superlink` is HOST:PORT of Flower's SuperLink, `ca` the certificate of its authority; `insecure` is plain
+    HTTP instead. The clients are the nodes named in `nodes`, in the order of their names, or the first
+    data.clients that come; they have `wait` seconds for it. With `keys`, a folder of NAME.pub, a name belongs to
+    the owner of its key.
+    A client fails that has not answered `round_timeout` seconds after its round began. One whose node is gone has
+    `wait` seconds to come back, and is asked again; under failures.policy=drop only if there is no other.
+
+    `transport` is how updates travel: exact, lossless (the same bits in fewer bytes), bf16 or int8; these two
+    round, with error feedback, and want `exact: false`. `link` is for a process that Flower has started.
+    """
+
+    exact = True
+    elsewhere = True
+
+    def __init__(
+        self,
+        task: Task,
+        data: FederatedData,
+        link: Callable[[], Any] | None = None,
+        /,
+        *,
+        superlink: str = "127.0.0.1:8000",
+        ca: Path | None = None,
+        insecure: bool = False,
+        nodes: list[str] | None = None,
+        keys: Path | None = None,
+        wait: Positive = 300.0,
+        round_timeout: Positive = 3600.0,
+        transport: Transport = "exact",
+        exact: bool = True,
+        device: str = "auto",
+    ):
+        needs_flwr("runtime.name: flower")
+        from fedsim.flower.federation import Federation, Timing, address_of
+
+        if exact and transport in ROUNDED:
+            raise ConfigError(f"runtime.transport: {transport} rounds updates; it wants runtime.exact=false, too")
+        if link and keys:
+            raise ConfigError("runtime.keys: Flower shows a ServerApp no keys; leave it out, or use fedsim serve")
+        self.task, self.data, self.transport, self.exact = task, data, transport, transport not in ROUNDED
+        self.local = Threads(task, data, device=device)  # for tests
+        self.home, self.workers = self.local.home, 1
+        self.federation = Federation(
+            None if link else address_of(superlink, ca, insecure),
+            nodes,
+            keys,
+            data.num_clients,
+            Timing(wait, round_timeout),
+            link,
+        )
+
+    def check(self, work: Train) -> None:
+        if work.config is None:
+            raise ConfigError("runtime: flower sends names and numbers to nodes, and needs a config that has them")
+        self.federation.plan = plan_of(work.config, self.data).json_text()
+        self.federation.initial = initial_of(self.task)
+
+    def ticket(self, newcomer: State) -> State:
+        """What the server keeps for a client that keeps its state itself: which of its states counts."""
+        return {"version": torch.zeros(2, dtype=torch.int64)} if newcomer or not self.exact else {}
+
+    def settled(self, rounds: list[int]) -> None:
+        """Know after which rounds there are checkpoints."""
+        self.federation.settled = rounds
+
+    @property
+    def choice(self) -> Spec | None:
+        """What a checkpoint has to know, once it is known who takes part."""
+        return self.federation.choice(self.data.sizes.tolist())
+
+    def take(self, choice: Spec, work: Train) -> None:
+        """Go on with the nodes of a checkpoint; raises ConfigError."""
+        if choice.get("name") != "flower":
+            raise ConfigError("runtime: flower has nodes of its own")
+        sizes: Any = choice["sizes"]
+        if len(sizes) != len(self.data.sizes):
+            raise ConfigError(f"data.clients: {len(self.data.sizes)}, and the run has {len(sizes)} nodes")
+        self.federation.take(choice["run"], choice["nodes"])
+        self.data.sizes[:] = sizes
+
+    def close(self) -> None:
+        """End the Flower run; the next round begins another."""
+        self.federation.close()
+
+    def run(
+        self,
+        work: Work,
+        server: State,
+        jobs: Iterable[Job],
+        aggregator: Aggregator,
+        *,
+        tolerant: bool = False,
+    ) -> Iterator[tuple[Partial, list[Report]]]:
+        if not isinstance(work, Train | EvaluateClient):  # of the server's own examples
+            return self.local.run(work, server, jobs, aggregator, tolerant=tolerant)
+        from fedsim.flower.dispatch import Dispatch
+
+        rounds = Dispatch(self.federation, work, server, aggregator, self.data, self.transport, tolerant=tolerant)
+        return rounds.results(jobs)

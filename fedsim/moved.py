@@ -1,0 +1,56 @@
+"""Modules under the names that they had in release 0.1: `from fedsim.task import Layout` works as before.
+
+`fedsim.config` stays. The others are there for one release more.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+MOVED = {  # where the names of each are now
+    "aggregate": ("federated.aggregate",),
+    "availability": ("federated.availability",),
+    "catalogue": ("base.catalogue",),
+    "checkpoint": ("experiment.checkpoint",),
+    "cohort": ("federated.cohort",),
+    "config": ("experiment.config", "experiment.build"),
+    "files": ("base.files",),
+    "hooks": ("experiment.hooks",),
+    "local": ("training.local", "training.precision"),
+    "losses": ("training.losses",),
+    "optim": ("training.optim",),
+    "plot": ("report.plot",),
+    "recipe": ("training.recipe",),
+    "schedules": ("training.schedules",),
+    "simulation": ("federated.simulation",),
+    "store": ("federated.store",),
+    "strategy": ("federated.strategy",),
+    "task": ("training.task", "training.layout", "training.replica"),
+    "work": ("federated.client",),
+}
+
+
+class Moved(MetaPathFinder, Loader):
+    """Finds the old names, and makes of each a module whose attributes are those of the new ones."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
+        package, _, module = name.partition(".")
+        return ModuleSpec(name, self) if package == "fedsim" and module in MOVED else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        homes = MOVED[module.__name__.partition(".")[2]]
+
+        def attribute(name: str) -> Any:
+            for home in homes:
+                if hasattr(found := import_module(f"fedsim.{home}"), name):
+                    return getattr(found, name)
+            raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+
+        module.__getattr__ = attribute  # type: ignore[method-assign]
+
+
+sys.meta_path.append(Moved())

@@ -1,0 +1,1 @@
+"""What finished runs say: read back, set side by side, drawn."""

@@ -1,0 +1,318 @@
+"""What `vmap` cannot be left to do: batch norm of padded batches, random numbers by client, fast convolutions.
+
+Under `torch.func.vmap` a forward pass is written for one client, and each tensor hides an axis of C clients. A
+`torch.autograd.Function` with a `vmap` of its own is the public way to what is hidden.
+
+Shapes: C clients, B examples of a client, with padding.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from fedsim.errors import ConfigError
+from fedsim.training.draws import DROPOUTS, SAMPLERS
+
+ConvMethod = Literal["im2col", "grouped"]
+Pair = tuple[int, int]
+
+
+class _Made(torch.autograd.Function):
+    @staticmethod
+    def forward(one: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        raise NotImplementedError("outside vmap there is one client")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, one: Tensor, make: Callable[[], Tensor]) -> tuple[Tensor, int]:
+        return make(), 0
+
+
+def made(one: Tensor, make: Callable[[], Tensor]) -> Tensor:
+    """Inside a `vmap` over clients: to each its own row of what `make` gives, (C, ...), outside of it.
+
+    `one` is any tensor that differs from client to client.
+    """
+    return _Made.apply(one, make)  # type: ignore[no-any-return]
+
+
+def of_each(one: Tensor, stacked: Tensor) -> Tensor:
+    """Inside a `vmap` over clients: to each its own row of `stacked` (C, ...), without a copy."""
+    return made(one, lambda: stacked.view_as(stacked))
+
+
+class _AddProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(w: Tensor, factor: Tensor, g: Tensor) -> Tensor:
+        return w.addcmul_(factor, g).new_empty(0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, w: Tensor, factor: Tensor, g: Tensor) -> tuple[Tensor, None]:
+        w, g = w.movedim(in_dims[0], 0), _first(g, in_dims[2], info)
+        factor = _first(factor, in_dims[1], info).view(-1, *(1,) * (w.dim() - 1))
+        return w.addcmul_(factor, g).new_empty(0), None
+
+
+def add_product(w: Tensor, factor: Tensor, g: Tensor) -> None:
+    """`w` += `factor` () * `g`, in place: `vmap` has no rule for addcmul_, which takes one pass over memory."""
+    _AddProduct.apply(w, factor, g)
+
+
+class BatchedLayers(TorchFunctionMode):
+    """While active in this thread, layers respect padding, and draw from a generator of each client's own.
+
+    `counts` (C,) says how many of a batch's B examples are a client's own, the first ones; None is all. Draws
+    are those of `training.draws.KeyedDraws`, client by client: for its own examples, none in a step it sits out.
+    """
+
+    def __init__(self, one: Tensor, generators: Sequence[torch.Generator], conv: ConvMethod):
+        super().__init__()
+        self.one, self.generators, self.conv = one, generators, conv
+        self.counts: list[int] | None = None
+        self.mask: Tensor | None = None  # (B,) bool, the same as `counts`
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.conv2d and self.conv == "im2col":
+            return conv2d(*args, **kwargs)
+        if func is F.batch_norm:
+            return self._batch_norm(*args, **kwargs)
+        if func in DROPOUTS:
+            return self._dropout(DROPOUTS[func], *args, **kwargs)
+        if func in _FILLS:
+            return self._draw(args[0].shape, args[0], lambda t, g: func(t, *args[1:], generator=g, **kwargs))
+        if func in _SIZED:
+            shape = torch.Size(args[0] if not isinstance(args[0], int) else args)
+            fill = _SIZED[func]
+            like = torch.empty(0, dtype=kwargs.get("dtype"), device=kwargs.get("device"))
+            return self._draw(shape, like, lambda t, g: fill(t, generator=g))
+        if func in SAMPLERS:
+            name = getattr(func, "__name__", str(func))
+            raise ConfigError(f"model: draws with {name}, which runtime vectorized has no keys for; threads has")
+        return func(*args, **kwargs)
+
+    def _batch_norm(
+        self,
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        """F.batch_norm with the statistics of the rows that are no padding, in any precision."""
+        mixed = running_mean is not None and x.dtype != running_mean.dtype  # which its rule for vmap lacks
+        if not mixed and (not training or self.mask is None):
+            return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+        dims, channels = [0, *range(2, x.dim())], (1, -1, *(1,) * (x.dim() - 2))
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        if training:
+            mean, var, count = _moments(wide, self.mask, dims, channels)
+            if running_mean is not None and running_var is not None:
+                running_mean.mul_(1 - momentum).add_(momentum * mean.detach())
+                running_var.mul_(1 - momentum).add_(momentum * var.detach() * count / (count - 1))
+        else:
+            assert running_mean is not None
+            assert running_var is not None
+            mean, var = running_mean, running_var
+        y = (wide - mean.view(channels)) * (var + eps).rsqrt().view(channels)
+        if weight is not None:
+            y = y * weight.view(channels)
+        if bias is not None:
+            y = y + bias.view(channels)
+        return y.to(x.dtype)
+
+    def _dropout(
+        self, whole: int | None, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> Tensor:
+        if not training or p == 0:
+            return x
+        shape = x.shape[:whole] + (1,) * (0 if whole is None else x.dim() - whole)
+        kept = self._draw(shape, torch.empty(0, device=x.device), lambda t, g: t.bernoulli_(1 - p, generator=g))
+        kept = kept.to(x.dtype).div(1 - p if p < 1 else 1)
+        return x.mul_(kept) if inplace else x * kept
+
+    def _draw(self, shape: torch.Size, like: Tensor, fill: Callable[[Tensor, torch.Generator], Any]) -> Tensor:
+        """`shape` (B, ...) random numbers, filled in client by client."""
+        counts = self.counts or [1] * len(self.generators)
+        full = max(counts)
+
+        def drawn() -> Tensor:
+            rows = like.new_zeros(len(counts), *shape)
+            for row, generator, count in zip(rows, self.generators, counts, strict=True):
+                own = row[: len(row) * count // full] if row.dim() else row  # there may be several rows an example
+                if count:
+                    own.copy_(fill(like.new_empty(own.shape), generator))
+            return rows
+
+        return made(self.one, drawn)
+
+
+def _moments(
+    x: Tensor, mask: Tensor | None, dims: list[int], channels: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and variance of each channel over the rows in `mask` (B,), and () how many values that is."""
+    own = _rows_like(mask, x) if mask is not None else x.new_ones(len(x), dtype=torch.bool)
+    own = own.view(-1, *(1,) * (x.dim() - 1))
+    count = own.sum() * (x[0, 0].numel() if x.dim() > 2 else 1)
+    mean = torch.where(own, x, 0).sum(dims) / count.clamp(min=1)
+    var = torch.where(own, (x - mean.view(channels)).square(), 0).sum(dims) / count.clamp(min=1)
+    return mean, var, count
+
+
+def _rows_like(mask: Tensor, x: Tensor) -> Tensor:
+    """`mask` (B,) for the rows of `x`, which may have several to an example."""
+    return mask if len(mask) == len(x) else mask.repeat_interleave(len(x) // len(mask))
+
+
+_FILLS = {Tensor.bernoulli_, Tensor.uniform_, Tensor.normal_, Tensor.exponential_}
+_SIZED: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    torch.rand: Tensor.uniform_,
+    torch.randn: Tensor.normal_,
+}
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Pair = 1,
+    padding: int | Pair | str = 0,
+    dilation: int | Pair = 1,
+    groups: int = 1,
+) -> Tensor:
+    """torch.conv2d of each client's `x` (B, ...) with weights of its own, as products of matrices."""
+    if isinstance(padding, str) or groups > 1:
+        return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    y: Tensor = _Conv.apply(x, weight, (_pair(stride), _pair(padding), _pair(dilation)))
+    return y if bias is None else y + bias.view(-1, 1, 1)
+
+
+How = tuple[Pair, Pair, Pair]  # stride, padding, dilation
+
+
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, how: How) -> Tensor:
+        return torch.conv2d(x, weight, None, *how)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, weight, ctx.how = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor, weight: Tensor, how: How) -> tuple[Tensor, int]:
+        x = _first(x, in_dims[0], info)
+        if in_dims[1] is None:  # the clients share them: one large batch
+            y = torch.conv2d(x.flatten(0, 1), weight, None, *how)
+            return y.view(*x.shape[:2], *y.shape[1:]), 0
+        weight = _first(weight, in_dims[1], info)
+        y = torch.bmm(weight.flatten(2), _columns(x, weight, how))  # (C, out, B * places)
+        return y.view(*weight.shape[:2], x.shape[1], *_out(x, weight, how)).transpose(1, 2), 0
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        for_x, for_weight = ctx.needs_input_grad[:2]
+        g_x, g_w = _ConvGradient.apply(gradient, x, weight, ctx.how, (for_x, for_weight))
+        return g_x if for_x else None, g_w if for_weight else None, None
+
+
+class _ConvGradient(torch.autograd.Function):
+    """The gradients with respect to input and weights; one that is not needed is empty."""
+
+    @staticmethod
+    def forward(
+        gradient: Tensor, x: Tensor, weight: Tensor, how: How, needs: tuple[bool, bool]
+    ) -> tuple[Tensor, Tensor]:
+        wanted = [*needs, False]
+        g_x, g_w, _ = torch.ops.aten.convolution_backward(
+            gradient, x, weight, None, *how, False, (0, 0), 1, wanted
+        )
+        return x.new_empty(0) if g_x is None else g_x, x.new_empty(0) if g_w is None else g_w
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: Any,
+        gradient: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        how: How,
+        needs: tuple[bool, bool],
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        tensors = zip((gradient, x, weight), in_dims[:3], strict=True)
+        gradient, x, weight = (_first(tensor, dim, info) for tensor, dim in tensors)
+        flat = gradient.transpose(1, 2).flatten(2)  # (C, out, B * places)
+        g_x, g_w = x.new_empty(len(x)), x.new_empty(len(x))
+        if needs[1]:
+            g_w = torch.bmm(flat, _columns(x, weight, how).mT).view(weight.shape)
+        if needs[0]:
+            g_x = _images(torch.bmm(weight.flatten(2).mT, flat), x, weight, how)
+        return (g_x, g_w), (0, 0)
+
+
+def _first(tensor: Tensor, dim: int | None, info: Any) -> Tensor:
+    """With the axis of clients in front, which is made where all share the tensor."""
+    return tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def _pair(value: Any) -> Pair:
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
+
+
+def _out(x: Tensor, weight: Tensor, how: How) -> Pair:
+    """Height and width of a convolution's output."""
+    stride, padding, dilation = how
+    height, width = (
+        (x.shape[-2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[-2 + i] - 1) - 1) // stride[i] + 1
+        for i in range(2)
+    )
+    return height, width
+
+
+def _columns(x: Tensor, weight: Tensor, how: How) -> Tensor:
+    """(C, in * kernel, B * places): what each place of the output sees."""
+    stride, padding, dilation = how
+    height, width = _out(x, weight, how)
+    x = F.pad(x.transpose(1, 2), (padding[1], padding[1], padding[0], padding[0]))  # (C, in, B, H, W)
+    c, i, b, h, w = x.stride()
+    shape = (*x.shape[:2], *weight.shape[-2:], x.shape[2], height, width)
+    strides = (c, i, h * dilation[0], w * dilation[1], b, h * stride[0], w * stride[1])
+    return x.as_strided(shape, strides).reshape(x.shape[0], -1, x.shape[2] * height * width)
+
+
+def _images(columns: Tensor, x: Tensor, weight: Tensor, how: How) -> Tensor:
+    """The sum (C, B, in, H, W) of what `_columns` took apart."""
+    stride, padding, dilation = how
+    parts = columns.view(*columns.shape[:2], x.shape[1], -1).transpose(1, 2).flatten(0, 1)
+    size, kernel = (x.shape[-2], x.shape[-1]), (weight.shape[-2], weight.shape[-1])
+    return F.fold(parts, size, kernel, dilation, padding, stride).view(x.shape)

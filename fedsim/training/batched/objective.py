@@ -1,0 +1,259 @@
+"""F_k inside a `torch.func.vmap` over clients: what `fedsim.training.local` is for one client alone.
+
+What differs from client to client and is known before any client computes, such as rows, sizes and learning rates,
+is prepared by `Cohort`, and handed out by `of_each`.
+
+Shapes: C clients, K steps of the longest of them, B examples of the largest batch among them, P, Q.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value
+
+from fedsim.training.batched.cohort import IN_ORDER, Cohort, Step
+from fedsim.training.batched.layers import BatchedLayers, ConvMethod, made, of_each
+from fedsim.training.batched.optim import Rate, make_rule, shrunk
+from fedsim.training.local import Correction, Loss
+from fedsim.training.objective import Objective
+from fedsim.training.precision import AUTOCAST
+from fedsim.training.replica import depthwise, in_own_precision
+from fedsim.training.task import Task
+from fedsim.types import Batch, State
+
+COUNTER = "num_batches_tracked"  # batch norm's: on the host, where it is read, and no device waits for it
+
+
+class RaggedError(Exception):
+    """The strategy steps through batches itself, which needs clients with as many examples each."""
+
+
+class Network:
+    """One thread's copy of the network, as a function of weights and statistics."""
+
+    def __init__(self, task: Task, device: torch.device, conv: ConvMethod):
+        self.task, self.device, self.conv = task, device, conv
+        self.network = copy.deepcopy(task.network).to(device).train()
+        if device.type == "cpu":
+            for module in depthwise(self.network):
+                module.forward = partial(in_own_precision, module, module.forward)
+        self.teacher = copy.deepcopy(task.teacher).to(device).eval() if task.teacher else None
+        statistics = task.buffer_layout.shapes
+        self.counters = {
+            name: buffer.cpu() if name.endswith(COUNTER) else buffer.clone()
+            for name, buffer in self.network.named_buffers()
+            if name not in statistics and not buffer.is_floating_point()
+        }
+        self.like = task.initial_model.to(device)  # (P,), of which only type and place matter
+
+    def __call__(self, weights: State, moving: State, x: Tensor, train: bool) -> tuple[Tensor, ...]:
+        """(B, classes) at each head; a training pass changes `moving`, statistics and counters, in place."""
+        if self.network.training != train:
+            self.network.train(train)
+        output = functional_call(self.network, weights | moving, (x,))
+        return output if isinstance(output, tuple) else (output,)
+
+
+Weights = Tensor | State  # a model, (P,) or by name
+W = TypeVar("W", Tensor, State)
+
+
+class BatchedObjective(Objective[Weights]):
+    """A client in one round, inside a `vmap` over clients; to a strategy what `LocalObjective` is."""
+
+    def __init__(self, network: Network, cohort: Cohort, one: Tensor, buffers: Tensor):
+        self._cohort, self._one, self._network = cohort, one, network
+        self.recipe, self.layout = cohort.recipe, network.task.layout
+        self.client_id, self.num_examples = self._given("clients"), self._given("num_examples")
+        self.num_steps = self._given("num_steps")
+        self.lr = self._rate(cohort.lr(), "lr")
+        self._label_loss = cohort.recipe.label_loss or self._network.task.losses
+        self._class_weights = self._given("weights of classes") if self.recipe.class_weights else None
+        self._start: tuple[Tensor, Tensor] | None = None
+        layout = self._network.task.buffer_layout
+        buffers = torch.where(one >= 0, buffers, buffers)  # of each client's own, where they were shared
+        self._moving: State = layout.split(buffers) | self._network.counters
+        self._at: Weights | None = None  # the iterate: a training pass there moves statistics
+        self._layers = BatchedLayers(one, cohort.generators, self._network.conv)
+        self.metrics: State = {}
+
+    @property
+    def buffers(self) -> Tensor:
+        """(Q,) batch-norm statistics, as the last training pass left them."""
+        parts = [self._moving[name].reshape(-1) for name in self._network.task.buffer_layout.shapes]
+        return torch.cat(parts) if parts else self._network.like.new_zeros(0)
+
+    def batches(self, epochs: int | None = None) -> Iterator[Batch]:
+        """The round's mini-batches in their order, augmented, or those of its first `epochs` epochs."""
+        for step, batch in self._batches(epochs):
+            if step.padded:
+                raise RaggedError
+            yield batch
+
+    def logits(self, w: Tensor, x: Tensor, *, train: bool = True) -> Tensor:
+        """(B, classes) at the weights `w` (P,), in the recipe's precision."""
+        return self._heads(w, x, train)[0]
+
+    def loss(self, w: Tensor, batch: Batch | None = None) -> Tensor:
+        """() mean loss of a mini-batch in training mode; without one F_k(w), over all examples in eval mode."""
+        if batch is not None:
+            return self._mean(w, batch)
+        total = self.num_examples.new_zeros(())
+        with torch.no_grad():
+            for step in self._cohort.steps(IN_ORDER):
+                part = self._handed_out(step, augmented=False)
+                losses = self._losses(w, part, train=False)
+                total = total + (losses if part.mask is None else torch.where(part.mask, losses, 0)).sum()
+        return total / self.num_examples
+
+    def gradient(self, w: Tensor, batch: Batch | None = None) -> tuple[Tensor, Tensor]:
+        """(P,) gradient and () loss at `w` (P,), of a mini-batch or of F_k, in training mode."""
+        if batch is not None:
+            g, f, self._moving = self._differentiated(self.loss, w, batch)
+            self._record(f * len(batch.y), len(batch.y), 1)
+            return g, f
+        g_k, total, steps = torch.zeros_like(w), w.new_zeros(()), w.new_zeros(())
+        for step, part in self._batches(epochs=1):
+            g, f, moved = self._differentiated(self.loss, w, part)
+            n = self._count(step)
+            g_k, total = g_k + g * n, total + f * n
+            self._moving = self._kept(step, moved)
+            steps = steps + (n > 0)
+        self._record(total, self.num_examples, steps)
+        return g_k / self.num_examples, total / self.num_examples
+
+    def train(self, start: Tensor, *, loss: Loss | None = None, correct: Correction | None = None) -> Tensor:
+        """Train from `start` (P,) by the recipe; returns the last iterate (P,)."""
+        recipe, total = self.recipe, start.new_zeros(())
+        examples: Rate = 0
+        if recipe.distillation and recipe.distillation.teacher == "global":
+            self._start = start, self.buffers
+        rule, names = make_rule(recipe), list(self.layout.shapes)
+        decays = [recipe.weight_decay * (recipe.decay == "all" or len(s) > 1) for s in self.layout.shapes.values()]
+        whole = loss is not None or correct is not None  # which are functions of the one vector
+        w, pieces = start, list(self.layout.split(start).values())
+        states: list[list[Tensor]] = []
+        for step, batch in self._batches():
+            if whole:
+                g, f, moved = self._differentiated(loss or self.loss, w, batch)
+                g = correct(g, w) if correct else g
+                gradients = list(self.layout.split(g).values()) if recipe.by_layer else [g]
+            else:
+                by_name = dict(zip(names, pieces, strict=True))
+                parts, f, moved = self._differentiated(self._mean, by_name, batch)
+                gradients = list(parts.values())
+            if not states:  # from here on the weights are each client's own, and change in place
+                w = gradients[0].new_empty(start.shape).copy_(start)
+                pieces = [w] if whole and not recipe.by_layer else list(self.layout.split(w).values())
+                states = [[torch.zeros_like(g) for _ in range(rule.slots)] for g in gradients]
+            if recipe.clip_norm:
+                gradients = shrunk(gradients, recipe.clip_norm)
+            lr = self._lr(step) if recipe.lr_every == "step" else self.lr
+            active = self._active(step) if step.waits else None
+            if active is not None and not rule.slots:
+                lr, active = active.to(start.dtype) * lr, None
+            for piece, gradient, state, decay in zip(pieces, gradients, states, decays, strict=False):
+                before = [t.clone() for t in (piece, *state)] if active is not None else []
+                rule(piece, gradient, state, lr, step.number + 1, decay)
+                for after, old in zip((piece, *state), before, strict=False):
+                    after.copy_(torch.where(cast(Tensor, active), after, old))
+            n = self._count(step)
+            total, examples = total + f * n, examples + n
+            self._moving = self._kept(step, moved)
+        self._record(total, examples, self.num_steps)
+        return w
+
+    def _mean(self, w: Weights, batch: Batch) -> Tensor:
+        losses = self._losses(w, batch, train=True)
+        if batch.mask is None:
+            return losses.mean()
+        return torch.where(batch.mask, losses, 0).sum() / batch.mask.sum().clamp(min=1)
+
+    def _batches(self, epochs: int | None = None) -> Iterator[tuple[Step, Batch]]:
+        try:
+            for step in self._cohort.steps(epochs):
+                batch = self._handed_out(step, augmented=True)
+                self._layers.counts, self._layers.mask = step.counts if step.padded else None, batch.mask
+                yield step, batch
+        finally:
+            self._layers.counts = self._layers.mask = None
+
+    def _handed_out(self, step: Step, augmented: bool) -> Batch:
+        stacked = self._cohort.batch(step, augmented)
+        return Batch(**{n: of_each(self._one, t) for n, t in stacked._asdict().items() if t is not None})
+
+    def _differentiated(self, loss: Callable[[W, Batch], Tensor], w: W, batch: Batch) -> tuple[W, Tensor, State]:
+        """The gradient, () the loss, and what a training pass at `w` makes of statistics and counters."""
+        before = self._moving
+
+        def value(w: W) -> tuple[Tensor, State]:
+            self._at, self._moving = w, {name: value.clone() for name, value in before.items()}
+            return loss(w, batch), self._moving
+
+        try:
+            g, (f, moved) = grad_and_value(value, has_aux=True)(w)
+        finally:
+            self._at, self._moving = None, before
+        return g, f, moved
+
+    def _kept(self, step: Step, moved: State) -> State:
+        """Statistics after a step; counters are the same for all who take it."""
+        names = list(self._network.task.buffer_layout.shapes)
+        if not step.waits:
+            return moved
+        active = self._active(step)
+        return moved | {name: torch.where(active, moved[name], self._moving[name]) for name in names}
+
+    def _heads(self, w: Weights, x: Tensor, train: bool) -> tuple[Tensor, ...]:
+        moving = self._moving
+        if train and w is not self._at:
+            moving = {name: value.clone() for name, value in moving.items()}
+        with self._computing():
+            return self._network(self.layout.split(w) if isinstance(w, Tensor) else w, moving, x, train)
+
+    def _outputs(self, w: Weights, batch: Batch, train: bool) -> tuple[Tensor, ...]:
+        return tuple(head.to(self._network.like.dtype) for head in self._heads(w, batch.x, train))
+
+    def _teach(self, x: Tensor) -> Tensor:
+        with torch.no_grad(), self._computing():
+            if self._start is None:
+                return cast(Tensor, cast(nn.Module, self._network.teacher)(x))
+            start, buffers = self._start
+            moving = self._network.task.buffer_layout.split(buffers) | self._network.counters
+            return self._network(self.layout.split(start), moving, x, train=False)[0]
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        dtype = AUTOCAST.get(self.recipe.precision)
+        device = self._network.device.type
+        with self._layers, torch.autocast(device, dtype, cache_enabled=False) if dtype else nullcontext():
+            yield
+
+    def _given(self, name: str, schedule: int | None = None, step: int | None = None) -> Tensor:
+        return made(self._one, lambda: self._cohort.tensor(name, schedule, step))
+
+    def _lr(self, step: Step) -> Rate:
+        return self._rate(self._cohort.lr(step.number), "lr of step", step)
+
+    def _count(self, step: Step) -> Rate:
+        return self._rate(step.counts, "counts", step)
+
+    def _active(self, step: Step) -> Tensor:
+        """() whether the client takes the step."""
+        return self._given("counts", step.schedule, step.number) > 0
+
+    def _rate(self, numbers: Sequence[float], name: str, step: Step | None = None) -> Rate:
+        """One number where it is the same for all, else each client's own."""
+        if len(set(numbers)) == 1 and not self._cohort.fixed:
+            return numbers[0]
+        return self._given(name, step.schedule, step.number) if step else self._given(name)
+
+    def _record(self, total: Tensor, examples: Tensor | float, steps: Tensor | float) -> None:
+        """Sums over all mini-batch gradients that were taken, as `LocalObjective` has them."""
+        for name, value in {"loss": total, "examples": examples, "steps": steps}.items():
+            self.metrics[name] = self.metrics.get(name, torch.zeros_like(total)) + value

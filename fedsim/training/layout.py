@@ -1,0 +1,49 @@
+"""Where each named tensor lies in a flat vector."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each named tensor lies in a flat vector.
+
+    With `channels_last`, a convolution's weight lies there in the order (out, height, width, in), which is
+    the order that convolutions over channels-last images read.
+    """
+
+    shapes: dict[str, torch.Size]
+    channels_last: bool = False
+    norms: frozenset[str] = frozenset()  # the names of normalisation layers' parameters
+
+    @property
+    def sizes(self) -> list[int]:
+        return [prod(shape) for shape in self.shapes.values()]
+
+    def split(self, vector: Tensor) -> dict[str, Tensor]:
+        """Views of `vector` (P,), by name."""
+        parts = torch.split(vector, self.sizes)
+        return {name: self._shaped(p, s) for (name, s), p in zip(self.shapes.items(), parts, strict=True)}
+
+    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """(P,) the tensors, each at its place."""
+        dtype = next(iter(tensors.values())).dtype if tensors else torch.get_default_dtype()
+        vector = torch.empty(sum(self.sizes), dtype=dtype)
+        for name, view in self.split(vector).items():
+            view.copy_(tensors[name].detach())
+        return vector
+
+    def mask(self, keep: Callable[[str], bool]) -> Tensor:
+        """(P,) bool: True where the tensor's name is kept."""
+        parts = [torch.full((size,), keep(name)) for name, size in zip(self.shapes, self.sizes, strict=True)]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.bool)
+
+    def _shaped(self, part: Tensor, shape: torch.Size) -> Tensor:
+        if self.channels_last and len(shape) == 4:
+            out, channels, height, width = shape
+            return part.view(out, height, width, channels).permute(0, 3, 1, 2)
+        return part.view(shape)

@@ -1,0 +1,119 @@
+"""Losses of single examples, what is made of two labels or of a doubtful one, and the balancing of classes.
+
+`loss(logits, y, /, *, options) -> (B,)`: one loss per example, from logits (B, K) and labels (B,).
+Shapes: B batch, K classes, n examples of a client.
+"""
+
+from typing import Annotated, Literal, Protocol
+
+import numpy as np
+import torch
+from annotated_types import Ge, Lt
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedsim.base.catalogue import Catalogue
+from fedsim.data.dataset import Ints
+from fedsim.types import Batch, Positive
+
+
+class LabelLoss(Protocol):
+    """One loss per example, (B,), from logits (B, K) and labels (B,)."""
+
+    def __call__(self, logits: Tensor, y: Tensor, /) -> Tensor: ...
+
+
+def cross_entropy(
+    logits: Tensor,
+    y: Tensor,
+    /,
+    *,
+    smoothing: Annotated[float, Ge(0), Lt(1)] = 0.0,
+    spread: Literal["all", "others"] = "all",
+) -> Tensor:
+    """-sum_k q_k log softmax(logits)_k, with label smoothing eps = `smoothing` (Szegedy 2016, arXiv 1512.00567).
+
+    `all` spreads eps over the K classes, as Szegedy and torch do: q_y = 1 - eps + eps / K, elsewhere eps / K.
+    `others` takes it from the label: q_y = 1 - eps, elsewhere eps / (K - 1) (He 2019, Bag of Tricks,
+    arXiv 1812.01187).
+    """
+    if spread == "all" or not smoothing:
+        return F.cross_entropy(logits, y, reduction="none", label_smoothing=smoothing)
+    classes = logits.shape[-1]
+    eps = smoothing * classes / max(classes - 1, 1)  # of which the label itself gets eps / K back; may exceed 1
+    log_p = F.log_softmax(logits, -1)
+    return (1 - eps) * F.nll_loss(log_p, y, reduction="none") - eps * log_p.mean(-1)
+
+
+def hinge(
+    logits: Tensor, y: Tensor, /, *, margin: Positive = 1.0, rivals: Literal["all", "strongest"] = "all"
+) -> Tensor:
+    """How far other classes' scores come within `margin` of the label's: max(0, margin + s_k - s_y), k != y.
+
+    `all` is their sum over K, as torch's multi_margin_loss (Weston & Watkins 1999, without the 1 / K);
+    `strongest` is the largest of them (Crammer & Singer 2001).
+    """
+    classes = logits.shape[-1]
+    other = torch.arange(classes, device=logits.device) != y.unsqueeze(-1)
+    slack = (margin + logits - logits.gather(-1, y.unsqueeze(-1))).clamp(min=0) * other
+    return slack.sum(-1) / classes if rivals == "all" else slack.amax(-1)
+
+
+LOSSES = Catalogue(
+    "local.loss", "fedsim.training", {name: f"losses:{name}" for name in ("cross_entropy", "hinge")}
+)
+
+
+def mixed(loss: LabelLoss, logits: Tensor, batch: Batch) -> Tensor:
+    """(B,) lambda loss(y) + (1 - lambda) loss(other), for examples that were mixed (Zhang 2018, arXiv 1710.09412).
+
+    lambda is `batch.share`; where nothing was mixed in, it is the loss itself.
+    """
+    if batch.other is None or batch.share is None:
+        return loss(logits, batch.y)
+    return batch.share * loss(logits, batch.y) + (1 - batch.share) * loss(logits, batch.other)
+
+
+def bootstrapped(loss: LabelLoss, logits: Tensor, batch: Batch) -> Tensor:
+    """(B,) (1 - w) loss(y) + w loss(z): hard dynamic bootstrapping (Arazo 2019, arXiv 1904.11238, l_B*).
+
+    w is `batch.doubt`, and z what the network itself says, its argmax; without doubts it is the loss itself.
+    """
+    if batch.doubt is None:
+        return loss(logits, batch.y)
+    z = logits.detach().argmax(-1)
+    return (1 - batch.doubt) * loss(logits, batch.y) + batch.doubt * loss(logits, z)
+
+
+def distilled(losses: Tensor, logits: Tensor, teacher_logits: Tensor, temperature: float, alpha: float) -> Tensor:
+    """(B,) (1 - alpha) losses + alpha T^2 KL(softmax(teacher / T) || softmax(student / T)) (arXiv 1503.02531).
+
+    Hinton 2015: T^2 makes the gradient's size independent of T = `temperature`. Shapes: `losses` (B,), both
+    logits (B, K). No gradient reaches the teacher.
+    """
+    student = F.log_softmax(logits / temperature, -1)
+    teacher = F.log_softmax(teacher_logits.detach() / temperature, -1)
+    divergence = (teacher.exp() * (teacher - student)).sum(-1)  # F.kl_div has no rule for vmap
+    return (1 - alpha) * losses + alpha * temperature**2 * divergence
+
+
+def class_weights(labels: Tensor, classes: int) -> Tensor:
+    """(K,) n / (K' n_c), K' the number of classes in `labels` (n,); a class that is not there weighs 1.
+
+    The mean weight over the examples is 1, and each class present has the same sum (King & Zeng 2001;
+    scikit-learn's "balanced").
+    """
+    counts = torch.bincount(labels, minlength=classes)
+    return torch.where(counts > 0, len(labels) / (counts.count_nonzero() * counts.clamp(min=1)), 1.0)
+
+
+def oversampled(labels: Ints, rng: np.random.Generator) -> Ints:
+    """(n,) positions in `labels` (n,), drawn with replacement: a class at random, then one of its examples.
+
+    So every class present is as likely as any other, whatever its size.
+    """
+    _, kind, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    first = np.cumsum(counts) - counts  # of each class, in the order of classes
+    drawn = rng.integers(len(counts), size=len(labels))
+    positions: Ints = np.argsort(kind, kind="stable")[first[drawn] + rng.integers(counts[drawn])]
+    return positions

@@ -1,0 +1,73 @@
+"""What is learned: a network as a function of one flat parameter vector."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedsim.errors import ConfigError
+from fedsim.training.layout import Layout
+from fedsim.training.probe import probe
+from fedsim.training.recompute import blocks_of
+
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+AUXILIARY = 0.4  # of the loss at an auxiliary head (Szegedy et al. 2016, https://arxiv.org/abs/1512.00567)
+
+
+class Task:
+    """A network and its loss. The network is a template: its own weights are only where training starts.
+
+    Parameters that require no gradient are constants, and so are the buffers of modules whose floating-point
+    buffers no training pass changes. The others, batch-norm statistics, are the buffers (Q,), apart from the model
+    (P,): no algorithm but the averaging of buffers itself may touch them. In training the network may give a
+    tuple: its logits and those of auxiliary heads. A `teacher` is a network to distil from, for the same examples.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        shape: tuple[int, ...],
+        classes: int,
+        *,
+        channels_last: bool = False,
+        recompute: bool = False,
+        teacher: nn.Module | None = None,
+    ):
+        self.shape, self.classes, self.channels_last = shape, classes, channels_last
+        self.draws, moving = probe(network, shape, classes)
+        self.network, self.recompute, self.teacher = network, recompute, teacher
+        if recompute and next(blocks_of(network), None) is None:
+            raise ConfigError("local.activation_checkpointing: the network has no blocks, only single layers")
+        parameters = {n: p for n, p in network.named_parameters() if p.requires_grad}
+        statistics = {n: b for n, b in network.named_buffers() if n in moving}
+        if not parameters:
+            raise ConfigError("model: has no parameter that requires a gradient")
+        normal = {id(p) for m in network.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
+        norms = frozenset(n for n, p in parameters.items() if id(p) in normal)
+        self.layout = Layout({n: p.shape for n, p in parameters.items()}, channels_last, norms)
+        self.buffer_layout = Layout({n: b.shape for n, b in statistics.items()})
+        self.initial_model = self.layout.flatten(parameters)
+        self.initial_buffers = self.buffer_layout.flatten(statistics).to(self.initial_model.dtype)
+
+    def losses(self, logits: Tensor, y: Tensor) -> Tensor:
+        """(B,) one loss per example."""
+        return F.cross_entropy(logits, y, reduction="none")
+
+    def constants(self) -> dict[str, Tensor]:
+        """What of the network no run changes: frozen parameters and their like, and all of a teacher."""
+        own = dict(self.network.named_parameters()) | dict(self.network.named_buffers())
+        moving = {*self.layout.shapes, *self.buffer_layout.shapes}
+        fixed = {name: value for name, value in own.items() if name not in moving and value.is_floating_point()}
+        taught = self.teacher.state_dict() if self.teacher else {}
+        return fixed | {f"teacher: {name}": value for name, value in taught.items()}
+
+    def state_dict(self, server: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The global model as `network.load_state_dict` takes it."""
+        network = copy.deepcopy(self.network)  # where tied parameters, which have several names there, stay tied
+        own = dict(network.named_parameters()) | dict(network.named_buffers())
+        named = self.layout.split(server["model"]) | self.buffer_layout.split(server["buffers"])
+        with torch.no_grad():
+            for name, value in named.items():
+                own[name].copy_(value)
+        return network.state_dict()
