@@ -50,13 +50,28 @@ class Batch(NamedTuple):
 
     x: Tensor  # (B, ...)
     y: Tensor  # (B,)
-    other: Tensor | None = None  # (B,) the labels of what was mixed in, where something was
-    share: Tensor | None = None  # (B,) of each example, what is its own: mixup's lambda
-    doubt: Tensor | None = None  # (B,) the probability that the label is wrong, where it was asked for
-    mask: Tensor | None = None  # (B,) False where a row only fills a batch up, where one does
+    mixed_labels: Tensor | None = None  # (B,) the labels of the examples that mixup or cutmix mixed in
+    mix_weight: Tensor | None = None  # (B,) the weight of each example's own label: mixup's lambda
+    label_error_prob: Tensor | None = None  # (B,) the probability that the label is wrong, with noisy_labels
+    mask: Tensor | None = None  # (B,) False for padding rows, which only make batches equally large
+
+    @property
+    def other(self) -> Tensor | None:
+        """The old name of `mixed_labels`, for one release."""
+        return self.mixed_labels
+
+    @property
+    def share(self) -> Tensor | None:
+        """The old name of `mix_weight`, for one release."""
+        return self.mix_weight
+
+    @property
+    def doubt(self) -> Tensor | None:
+        """The old name of `label_error_prob`, for one release."""
+        return self.label_error_prob
 
     def split(self, pieces: int) -> "list[Batch]":
-        """So many pieces, of as many examples each, give or take one."""
+        """The batch in `pieces` parts, whose sizes differ by at most one example."""
         parts = [[None] * pieces if t is None else torch.tensor_split(t, pieces) for t in self]
         return [Batch(*piece) for piece in zip(*parts, strict=True)]
 
@@ -97,15 +112,25 @@ class RoundInfo(NamedTuple):
     cohort: list[int]  # ids of the clients whose updates count
     num_clients: int  # N
     generator: torch.Generator  # for server-side noise
-    held: int  # examples of the cohort
-    examples: int | None  # n, of all clients; None where clients are elsewhere and have not all told theirs
+    cohort_examples: int  # the sum of n_k over the cohort
+    total_examples: int | None  # n, over all clients; None while some clients on nodes have not reported theirs
+
+    @property
+    def held(self) -> int:
+        """The old name of `cohort_examples`, for one release."""
+        return self.cohort_examples
+
+    @property
+    def examples(self) -> int | None:
+        """The old name of `total_examples`, for one release."""
+        return self.total_examples
 
     @property
     def share(self) -> float:
-        """Of all examples, how many the cohort holds: the sum of n_k / n over it; raises RoundError."""
-        if self.examples is None:
-            raise RoundError("some clients have not told how many examples they hold; begin with cohort=all")
-        return self.held / self.examples
+        """The cohort's share of all examples: the sum of n_k / n over it; raises RoundError."""
+        if self.total_examples is None:
+            raise RoundError("some clients have not reported how many examples they hold; begin with cohort=all")
+        return self.cohort_examples / self.total_examples
 
     @property
     def participation(self) -> float:

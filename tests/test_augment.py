@@ -188,11 +188,11 @@ def test_mixup_mixes_with_a_permutation_and_conserves_the_sum(alpha):
     batch = images()
     for key in range(10):
         mixed = augmented("mixup", batch, key=key, alpha=alpha)
-        assert torch.equal(mixed.other.sort().values, batch.y)
+        assert torch.equal(mixed.mixed_labels.sort().values, batch.y)
         assert torch.equal(mixed.y, batch.y)
-        assert mixed.share.unique().numel() == 1
-        share = mixed.share.view(-1, 1, 1, 1)
-        torch.testing.assert_close(mixed.x, share * batch.x + (1 - share) * batch.x[mixed.other])
+        assert mixed.mix_weight.unique().numel() == 1
+        share = mixed.mix_weight.view(-1, 1, 1, 1)
+        torch.testing.assert_close(mixed.x, share * batch.x + (1 - share) * batch.x[mixed.mixed_labels])
         torch.testing.assert_close(mixed.x.sum(0), batch.x.sum(0))
 
 
@@ -201,29 +201,29 @@ def test_cutmix_has_a_box_of_another_image_and_the_share_is_what_it_leaves(alpha
     batch = images()
     for key in range(10):
         mixed = augmented("cutmix", batch, key=key, alpha=alpha)
-        assert torch.equal(mixed.other.sort().values, batch.y)
-        own, others = mixed.x == batch.x, mixed.x == batch.x[mixed.other]
+        assert torch.equal(mixed.mixed_labels.sort().values, batch.y)
+        own, others = mixed.x == batch.x, mixed.x == batch.x[mixed.mixed_labels]
         assert (own | others).all()
         torch.testing.assert_close(mixed.x.sum(0), batch.x.sum(0))
-        moved = ~own[mixed.other != batch.y]
+        moved = ~own[mixed.mixed_labels != batch.y]
         assert (moved == moved[:1, :1]).all()  # one box, through all channels
         rows, columns = moved[0, 0].any(1), moved[0, 0].any(0)
         assert torch.equal(moved[0, 0], rows[:, None] & columns)
         for side in (rows, columns):
             places = side.nonzero()
             assert len(places) == 0 or places[-1] - places[0] + 1 == len(places)
-        torch.testing.assert_close(mixed.share, 1 - moved[0, 0].double().mean().expand(64))
+        torch.testing.assert_close(mixed.mix_weight, 1 - moved[0, 0].double().mean().expand(64))
 
 
 @pytest.mark.parametrize("name", ["mixup", "cutmix"])
 def test_lambda_is_beta_and_a_share_p_of_batches_is_mixed(name):
     batch = images(n=2, channels=1, height=32, width=32)
-    shares = [augmented(name, batch, key=key, alpha=2.0, p=0.6).share[0] for key in range(800)]
+    shares = [augmented(name, batch, key=key, alpha=2.0, p=0.6).mix_weight[0] for key in range(800)]
     left = torch.stack(shares)
     unmixed = augmented(name, batch, p=0.0)
     assert unmixed.x is batch.x
-    assert torch.equal(unmixed.other, batch.y)
-    assert torch.equal(unmixed.share, torch.ones(2, dtype=torch.float64))
+    assert torch.equal(unmixed.mixed_labels, batch.y)
+    assert torch.equal(unmixed.mix_weight, torch.ones(2, dtype=torch.float64))
     mixed = left[left < 1]
     assert abs(len(mixed) / 800 - 0.6) < 0.09
     if name == "mixup":  # Beta(2, 2): mean 1/2, variance 1/20
@@ -257,7 +257,7 @@ def test_the_key_decides_and_nothing_is_changed_in_place(name, dtype):
     assert torch.equal(batch.x, before)
     assert torch.equal(first.y, batch.y)
     if name in GEOMETRY or name == "color_jitter":
-        assert first.other is first.share is None
+        assert first.mixed_labels is first.mix_weight is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -267,8 +267,8 @@ def test_a_gpu_has_the_same_numbers(name):
     there = Batch(batch.x.cuda(), batch.y.cuda())
     here, got = augmented(name, batch), augmented(name, there)
     close(got.x.cpu(), here.x)
-    if here.other is not None:
-        assert torch.equal(got.other.cpu(), here.other)
+    if here.mixed_labels is not None:
+        assert torch.equal(got.mixed_labels.cpu(), here.mixed_labels)
 
 
 @quick

@@ -535,7 +535,7 @@ def states(draw):
     return state
 
 
-def simulation(server, clients, folder, *, number=0, newcomer=None, memory=2**30):
+def simulation(server, clients, folder, *, number=0, initial_client=None, memory=2**30):
     """As much of one as a checkpoint is about."""
     if folder:
         folder /= "checkpoints"
@@ -550,7 +550,7 @@ def simulation(server, clients, folder, *, number=0, newcomer=None, memory=2**30
         number=number,
         clock=1.5,
         last=None,
-        newcomer=newcomer if newcomer is not None else next(iter(clients.values()), {}),
+        initial_client=initial_client if initial_client is not None else next(iter(clients.values()), {}),
         runtime=SimpleNamespace(home=torch.device("cpu")),
         data=SimpleNamespace(num_clients=10**9),
     )
@@ -578,7 +578,7 @@ def test_what_is_saved_is_what_is_loaded_bit_for_bit(data, server, kept, ids, tm
     Checkpoints(folder / "checkpoints").save(before, log(folder), 2, **ABOUT)
     saved, broken = Checkpoints(folder / "checkpoints").latest(folder)
     assert broken == []
-    after = simulation(server, {}, None, newcomer=form)
+    after = simulation(server, {}, None, initial_client=form)
     Checkpoints(folder / "checkpoints").restore(after, *saved)
     assert (after.number, after.clock) == (7, 1.5)
     assert bits(after.server) == bits({name: value.detach() for name, value in server.items()})

@@ -70,10 +70,10 @@ def test_a_loss_s_gradient_is_that_of_differences(spec):
 def test_losses_of_many_clients_at_once_are_those_of_each(spec):
     """Under vmap, as where clients are computed together: nothing branches on a tensor's value."""
     loss, logits, y = LOSSES.bind(spec), torch.stack([scores(k) for k in range(3)]), labels().expand(3, B)
-    extra = {"other": y.flip(1), "share": torch.rand(3, B), "doubt": torch.rand(3, B)}
+    extra = {"mixed_labels": y.flip(1), "mix_weight": torch.rand(3, B), "label_error_prob": torch.rand(3, B)}
 
-    def all_of(logits, y, other, share, doubt):
-        batch = Batch(y, y, other, share, doubt)
+    def all_of(logits, y, mixed_labels, mix_weight, label_error_prob):
+        batch = Batch(y, y, mixed_labels, mix_weight, label_error_prob)
         own = mixed(loss, logits, batch), bootstrapped(loss, logits, batch)
         return *own, distilled(own[0], logits, logits.flip(0), 2.0, 0.3)
 
@@ -155,13 +155,13 @@ def test_a_wrong_option_is_one_line(spec, message):
 def test_the_loss_of_a_mixture_is_the_cross_entropy_with_the_mixed_target():
     logits, other, share = scores(), labels().flip(0), torch.linspace(0, 1, B, dtype=torch.float64)
     target = share[:, None] * F.one_hot(labels(), K) + (1 - share)[:, None] * F.one_hot(other, K)
-    close(mixed(cross_entropy, logits, a_batch(other=other, share=share)), against(target, logits))
+    close(mixed(cross_entropy, logits, a_batch(mixed_labels=other, mix_weight=share)), against(target, logits))
 
 
 def test_bootstrapping_moves_the_target_to_what_the_network_says():
     logits, doubt = scores(), torch.linspace(0, 1, B, dtype=torch.float64)
     target = (1 - doubt)[:, None] * F.one_hot(labels(), K) + doubt[:, None] * F.one_hot(logits.argmax(1), K)
-    found = bootstrapped(cross_entropy, logits, a_batch(doubt=doubt))
+    found = bootstrapped(cross_entropy, logits, a_batch(label_error_prob=doubt))
     close(found, against(target, logits))
     assert found[-1] == cross_entropy(logits, logits.argmax(1))[-1]  # a sure mistake: its label has no say
 
@@ -171,9 +171,9 @@ def test_without_mixture_and_without_doubt_the_loss_is_itself_to_the_bit():
     none, all_of_it = torch.zeros(B).double(), torch.ones(B).double()
     for loss_of, batch in (
         (mixed, a_batch()),
-        (mixed, a_batch(other=labels().flip(0), share=all_of_it)),
+        (mixed, a_batch(mixed_labels=labels().flip(0), mix_weight=all_of_it)),
         (bootstrapped, a_batch()),
-        (bootstrapped, a_batch(doubt=none)),
+        (bootstrapped, a_batch(label_error_prob=none)),
     ):
         assert torch.equal(loss_of(cross_entropy, logits, batch), plain)
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from fedsim.base.catalogue import options_of
-from fedsim.base.files import apart
+from fedsim.base.files import untied_copies
 from fedsim.data import DATASETS
 from fedsim.data.federated import Shard
 from fedsim.errors import ClientError, ConfigError, NodeError
@@ -77,8 +77,8 @@ class Nodes:
     def check(self, work):
         self.plan = plan_of(work.config, self.data).json_text()
 
-    def ticket(self, newcomer):
-        return {"version": torch.tensor([0, 0])} if newcomer or self.transport != "exact" else {}
+    def ticket(self, initial_client):
+        return {"version": torch.tensor([0, 0])} if initial_client or self.transport != "exact" else {}
 
     def node(self, client):
         if client not in self.nodes:
@@ -440,7 +440,7 @@ def test_a_plan_has_all_that_clients_depend_on(shards, tmp_path, settings):
     if settings.get("local", {}).get("distillation", {}).get("model"):
         teacher = build(load(CONFIG | {"model": {"name": "2nn"}, "seed": 9})).task
         file = tmp_path / "teacher.safetensors"
-        save_file(apart(teacher.network.state_dict()), file)
+        save_file(untied_copies(teacher.network.state_dict()), file)
         settings = json.loads(json.dumps(settings).replace("TEACHER", str(file)))
     simulation = build(config(**settings))
     nodes = Nodes(shards)
@@ -451,7 +451,7 @@ def test_a_plan_has_all_that_clients_depend_on(shards, tmp_path, settings):
 
 def test_weights_from_a_file_are_sent_and_the_file_is_not_named(shards, tmp_path):
     file = tmp_path / "w.safetensors"
-    save_file(apart(build(load(CONFIG | {"seed": 9})).task.network.state_dict()), file)
+    save_file(untied_copies(build(load(CONFIG | {"seed": 9})).task.network.state_dict()), file)
     spec = {"model": {"name": "cnn_bn", "widths": [3, 4], "weights": str(file), "freeze": ["*1*"]}}
     simulation, nodes = build(config(**spec)), Nodes(shards)
     deployed = simulated(nodes, **spec)

@@ -373,20 +373,22 @@ def test_doubtful_labels_give_way_to_the_networks_own():
     task, data = double(), make_data([40], dtype=DOUBLE)
     local = make_local(task, data, number=2, noisy_labels=NoisyLabels(start=3))
     local._consult(task.initial_model)
-    assert local._doubt.shape == (40,)
-    assert 0 <= local._doubt.min() <= local._doubt.max() <= 1
+    assert local._label_error_prob.shape == (40,)
+    assert 0 <= local._label_error_prob.min() <= local._label_error_prob.max() <= 1
     batch = next(local.batches())
     places = [int((torch.from_numpy(data.rows(0)) == row).nonzero()) for row in next(local_rows(local))]
-    close(batch.doubt, local._doubt[places])
+    close(batch.label_error_prob, local._label_error_prob[places])
     logits = local.logits(local.replica.w.detach(), batch.x)
     own = F.cross_entropy(logits, logits.argmax(-1), reduction="none")
-    expected = (1 - batch.doubt) * F.cross_entropy(logits, batch.y, reduction="none") + batch.doubt * own
+    expected = (1 - batch.label_error_prob) * F.cross_entropy(
+        logits, batch.y, reduction="none"
+    ) + batch.label_error_prob * own
     close(local._label_losses(logits, batch), expected)
     weighted = make_local(task, data, number=2, noisy_labels=NoisyLabels(start=3), class_weights=[1.0, 2.0, 3.0])
     close(weighted._label_losses(logits, batch), expected * torch.tensor([1.0, 2.0, 3.0])[batch.y])
     early = make_local(task, data, number=1, noisy_labels=NoisyLabels(start=3))
     early._consult(task.initial_model)
-    assert early._doubt is None
+    assert early._label_error_prob is None
 
 
 def local_rows(local):
@@ -412,7 +414,7 @@ def test_a_batch_splits_with_all_it_has():
     batch = Batch(torch.randn(5, 2), y, other=y.flip(0), share=y.double())
     pieces = batch.split(3)
     assert [len(piece.y) for piece in pieces] == [2, 2, 1]
-    assert all(torch.equal(piece.other, 4 - piece.y) and piece.doubt is None for piece in pieces)
+    assert all(torch.equal(piece.mixed_labels, 4 - piece.y) and piece.label_error_prob is None for piece in pieces)
 
 
 # What contradicts itself

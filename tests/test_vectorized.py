@@ -334,7 +334,7 @@ def test_runs_together_are_the_runs_alone():
         Call(
             Train(run.strategy, run.recipe, run.seed),
             {name: run.server[name] * (1 + 0.01 * i) for name in (*run.strategy.broadcast, "buffers")},
-            [Job(k, 1, run.clients.get(k, run.newcomer)) for k in range(len(SIZES))],
+            [Job(k, 1, run.clients.get(k, run.initial_client)) for k in range(len(SIZES))],
             run.aggregator,
             False,
         )

@@ -112,7 +112,7 @@ def _check(file: File, digest: str) -> None:
         raise ValueError(f"{file.name} is not what it was when it was written")
 
 
-def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def untied_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same, each in memory of its own, as safetensors wants it: tied ones are copied."""
     seen, own = set[int](), dict[str, Tensor]()
     for name, value in tensors.items():

@@ -268,10 +268,10 @@ def cutmix(
     return _mixed(batch, mixed, batch.y[rows], 1 - float((bottom - top) * (right - left) / sides.prod()))
 
 
-def _mixed(batch: Batch, x: Tensor, other: Tensor, share: float) -> Batch:
-    if batch.other is not None:
+def _mixed(batch: Batch, x: Tensor, labels: Tensor, weight: float) -> Batch:
+    if batch.mixed_labels is not None:
         raise ConfigError("local.augment: two entries mix the labels of a batch; keep one of them")
-    return batch._replace(x=x, other=other, share=x.new_full((len(x),), share))
+    return batch._replace(x=x, mixed_labels=labels, mix_weight=x.new_full((len(x),), weight))
 
 
 def _sent(values: npt.NDArray[np.generic], x: Tensor) -> Tensor:

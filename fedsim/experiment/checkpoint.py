@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from fedsim.base.files import DRAFT, File, apart, read, sync_folder, verify, write
+from fedsim.base.files import DRAFT, File, read, sync_folder, untied_copies, verify, write
 from fedsim.base.reading import open_regular
 from fedsim.errors import ConfigError, one_line
 from fedsim.federated.simulation import Round, Simulation
@@ -77,7 +77,7 @@ class Checkpoints:
         self.folder.mkdir(exist_ok=True)
         clients = simulation.clients.flush()
         path = self.folder / f"server-{simulation.number:06}.safetensors"
-        server = write(path, save(apart(simulation.server)), sync_name=False)
+        server = write(path, save(untied_copies(simulation.server)), sync_name=False)
         checkpoint = Checkpoint(
             round=simulation.number,
             clock=simulation.clock,
@@ -160,7 +160,9 @@ class Checkpoints:
             if not 0 <= client < simulation.data.num_clients:
                 raise ConfigError(f"{self.folder}: has what client {client} keeps, and there is no such client")
         for client in list(clients)[:1]:
-            _check_form(self.folder, "a client keeps", form_of(clients[client]), form_of(simulation.newcomer))
+            _check_form(
+                self.folder, "a client keeps", form_of(clients[client]), form_of(simulation.initial_client)
+            )
 
     def _settle(self, simulation: Simulation) -> None:
         settled(simulation.runtime, [int(path.stem) for path in self._found()])

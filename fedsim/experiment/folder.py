@@ -15,7 +15,7 @@ from pydantic import ConfigDict, create_model
 from safetensors.torch import save
 from torch import Tensor
 
-from fedsim.base.files import File, apart, create, read, write
+from fedsim.base.files import File, create, read, untied_copies, write
 from fedsim.data import FederatedData
 from fedsim.data.partition import content_hash, label_counts
 from fedsim.errors import ConfigError, RoundError, one_line
@@ -112,9 +112,9 @@ class RunFolder:
         self, model: dict[str, Tensor], ema: dict[str, Tensor] | None, summary: dict[str, Any] | None
     ) -> None:
         """The global model, its running mean if there is one, and where the run reached its end, summary.json."""
-        write(self.path / "model.safetensors", save(apart(model)))
+        write(self.path / "model.safetensors", save(untied_copies(model)))
         if ema is not None:
-            write(self.path / "ema.safetensors", save(apart(ema)))
+            write(self.path / "ema.safetensors", save(untied_copies(ema)))
         if summary is not None:
             write(self.path / "summary.json", _json(summary))
 

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from fedsim.base.files import apart, write
+from fedsim.base.files import untied_copies, write
 from fedsim.base.machine import gigabytes, memory
 from fedsim.base.reading import open_regular
 from fedsim.errors import ConfigError, one_line
@@ -245,7 +245,7 @@ def _torch(network: nn.Module, x: Tensor, dynamic: bool, about: str) -> tuple[by
 
 
 def _safetensors(network: nn.Module, x: Tensor, dynamic: bool, about: str) -> tuple[bytes, Run]:
-    content = save(apart(network.state_dict()), {"fedsim": about})
+    content = save(untied_copies(network.state_dict()), {"fedsim": about})
 
     def run(x: Tensor) -> Tensor:
         other = copy.deepcopy(network)

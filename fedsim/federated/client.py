@@ -52,7 +52,7 @@ class Train:
         return update
 
 
-def newcomer(strategy: Strategy, task: Task) -> State:
+def initial_client_state(strategy: Strategy, task: Task) -> State:
     """What a client has that has not taken part."""
     state = strategy.init_client(task.initial_model, task.layout)
     return state | {"buffers": task.initial_buffers} if strategy.buffers == "private" else state

@@ -16,7 +16,7 @@ from fedsim.data import FederatedData
 from fedsim.errors import ClientError, ConfigError, RoundError, located
 from fedsim.federated.aggregate import Aggregator, WeightedMean, largest
 from fedsim.federated.availability import Attempt, Availability
-from fedsim.federated.client import EvaluateClient, EvaluateGlobal, Train, Work, newcomer
+from fedsim.federated.client import EvaluateClient, EvaluateGlobal, Train, Work, initial_client_state
 from fedsim.federated.cohort import Cohort
 from fedsim.federated.pace import Pace
 from fedsim.federated.recalibration import Recalibrate, Recalibration, check_recalibration
@@ -129,7 +129,7 @@ class Simulation:
         self.server |= {"buffers": buffers}
         if ema is not None:
             self.server |= {"ema.model": self.server["model"], "ema.buffers": buffers}
-        self.newcomer = kept(runtime, newcomer(strategy, task))
+        self.initial_client = kept(runtime, initial_client_state(strategy, task))
         self.clients = clients if clients is not None else ClientStore()
         self.pace = Pace()
         self.number, self.clock = 0, 0.0
@@ -315,9 +315,9 @@ class Simulation:
     def _server_update(self, mean: State, answered: list[int]) -> State:
         buffers = {"buffers": mean.pop("buffers")} if "buffers" in mean else {}
         sizes, noise = self.data.sizes, torch_generator(self.seed, Stream.SERVER, self.number)
-        examples = int(sizes.sum()) if sizes.all() else None
-        held = int(sizes[answered].sum())
-        info = RoundInfo(self.number, answered, self.data.num_clients, noise, held, examples)
+        total_examples = int(sizes.sum()) if sizes.all() else None
+        cohort_examples = int(sizes[answered].sum())
+        info = RoundInfo(self.number, answered, self.data.num_clients, noise, cohort_examples, total_examples)
         own = {name: value for name, value in self.server.items() if name not in OWN}
         copy = {name: value.clone() for name, value in own.items()}  # of which it may do what it likes
         try:
@@ -349,7 +349,9 @@ class Simulation:
         return {name: value.to(self.runtime.home) for name, value in mean.result(total).items()}
 
     def _job(self, client: int, number: int | None = None) -> Job:
-        return Job(client, self.number if number is None else number, self.clients.get(client, self.newcomer))
+        return Job(
+            client, self.number if number is None else number, self.clients.get(client, self.initial_client)
+        )
 
     def _reports(
         self, work: Work, jobs: Iterable[Job], server: State | None = None, *, tolerant: bool = False

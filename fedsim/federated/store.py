@@ -19,7 +19,7 @@ from pydantic import ByteSize
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from fedsim.base.files import File, apart, uninterrupted, write
+from fedsim.base.files import File, uninterrupted, untied_copies, write
 from fedsim.errors import RoundError
 from fedsim.types import State
 
@@ -184,7 +184,7 @@ class ClientStore(Mapping[int, State]):
         name = f"clients-{self._written:06}.safetensors"
         tensors = {f"{client}.{entry}": value for client, state in part.items() for entry, value in state.items()}
         try:
-            content = save(apart(tensors))
+            content = save(untied_copies(tensors))
         except KeyError as error:  # a type that safetensors does not know
             raise RoundError(f"{error} cannot be written to disk, and so no client can keep it") from error
         file = write(self._home() / name, content, sync_name=False)

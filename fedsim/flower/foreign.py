@@ -79,7 +79,7 @@ def _work(node: Node, message: Message, context: Context, what: Any) -> tuple[di
     initial = initial_of(task)
     if error := node.join(Invitation(run, text, initial)).error:
         raise ConfigError(error)
-    if node.role and node.role.newcomer:
+    if node.role and node.role.initial_client:
         raise ConfigError(
             f"strategy: in {plan.strategy['name']} clients keep states, which Flower's know nothing of"
         )

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from fedsim.base.files import DRAFT, apart, write
+from fedsim.base.files import DRAFT, untied_copies, write
 from fedsim.base.reading import MOST_BYTES, open_regular
 from fedsim.errors import ConfigError, one_line
 from fedsim.types import State, described, form_of
@@ -145,7 +145,7 @@ def needed(version: int, earlier: Sequence[int], checkpoints: Sequence[int]) -> 
 
 def _write(path: Path, state: State, about: dict[str, str]) -> int:
     """Returns the state's mark."""
-    own = apart(state)
+    own = untied_copies(state)
     digest = _digest(own)
     try:
         content = save(own, about | {"sha256": _sealed(about, digest)})

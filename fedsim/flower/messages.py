@@ -36,8 +36,8 @@ class Order(NamedTuple):
     task: Literal["train", "evaluate"]
     round: int  # from 0
     client: int
-    version: int  # of the client's state: 0 is a newcomer's, r + 1 the one that round r left
-    mark: int  # of that state, by which it is known; 0 of a newcomer's
+    version: int  # of the client's state: 0 for the initial one, r + 1 for the one after round r
+    mark: int  # of that state, by which it is recognised; 0 for the initial one
     checkpoints: tuple[
         int, ...
     ]  # rounds that a run may go back to; each needs the last state that counted by then

@@ -22,7 +22,7 @@ from fedsim.data.federated import Shard
 from fedsim.errors import ConfigError, RoundError, located, one_line
 from fedsim.experiment.checkpoint import versions
 from fedsim.experiment.config import overridden
-from fedsim.federated.client import EvaluateClient, Train, newcomer
+from fedsim.federated.client import EvaluateClient, Train, initial_client_state
 from fedsim.flower.keeping import RUN, Keeping, Kept, needed
 from fedsim.flower.messages import Answer, Invitation, Joined, Order, failure
 from fedsim.flower.plan import Allow, Parts, Plan, digest, parts_of
@@ -115,14 +115,14 @@ class Messages:
 
 @dataclass
 class Role:
-    """A node's part in a run, ready to work: `newcomer` is the state it starts from, `sent` the form of orders."""
+    """A node's part in a run: `initial_client` is the state it starts from, `sent` the form of orders."""
 
     run: str
     plan: str  # its digest
     parts: Parts
     train: Train
     worker: Worker
-    newcomer: State
+    initial_client: State
     sent: Form
     client: int | None = None  # its id, from the first order on
     last: tuple[int, Kept] | None = None  # version, and what is on disk
@@ -204,7 +204,7 @@ class Node:
         answer = Answer(encoded, report.weight, report.metrics, 0, 0, 0, perf_counter() - began)
         if not training:
             return answer
-        if role.newcomer or order.transport in ROUNDED:
+        if role.initial_client or order.transport in ROUNDED:
             kept = self._keep(order, role, kept, _above("client", report.client) | _above("residual", left))
             answer = answer._replace(version=order.round + 1, mark=kept.mark)
         answer = answer._replace(examples=len(self.dataset.y_train), seconds=perf_counter() - began)
@@ -253,7 +253,7 @@ class Node:
         sent = form_of({name: server[name] for name in (*strategy.broadcast, "buffers")})
         train = Train(strategy, recipe, plan.seed, plan.time_limit)
         worker = Worker(task, data.to(self.device), self.device, graphs=True)
-        return Role(run, digest(text), parts, train, worker, newcomer(strategy, task), sent)
+        return Role(run, digest(text), parts, train, worker, initial_client_state(strategy, task), sent)
 
     def _check(self, order: Order, role: Role) -> None:
         """Raise ValueError where an order cannot be one of this run."""
@@ -279,11 +279,11 @@ class Node:
     def _kept(self, order: Order, role: Role) -> Kept:
         """What the client keeps that counts; raises ValueError where that is not here as it was."""
         if order.version == 0:
-            return Kept(_above("client", role.newcomer))
+            return Kept(_above("client", role.initial_client))
         if role.last is None or (role.last[0], role.last[1].mark) != (order.version, order.mark):
             role.last = None
             kept = self.keeping.load(order.run, order.client, order.version, order.mark)
-            found, wanted = form_of(_below("client", kept.state)), form_of(role.newcomer)
+            found, wanted = form_of(_below("client", kept.state)), form_of(role.initial_client)
             if found != wanted:
                 raise ValueError(f"state {order.version} is {described(found)}, and should be {described(wanted)}")
             role.last = order.version, kept

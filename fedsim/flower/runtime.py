@@ -79,9 +79,9 @@ class Flower:
         self.federation.plan = plan_of(work.config, self.data).json_text()
         self.federation.initial = initial_of(self.task)
 
-    def ticket(self, newcomer: State) -> State:
+    def ticket(self, initial_client: State) -> State:
         """What the server keeps for a client that keeps its state itself: which of its states counts."""
-        return {"version": torch.zeros(2, dtype=torch.int64)} if newcomer or not self.exact else {}
+        return {"version": torch.zeros(2, dtype=torch.int64)} if initial_client or not self.exact else {}
 
     def settled(self, rounds: list[int]) -> None:
         """Know after which rounds there are checkpoints."""

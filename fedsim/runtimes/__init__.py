@@ -30,7 +30,7 @@ class Runtime(Protocol):
     `home` is the device on which the server's state is kept, `workers` how many clients run side by side, and
     `exact` whether the results equal serial's to the bit, and not only to rounding. One that starts processes also
     has a `close()`, which ends them; its next run starts others. Where clients keep their states themselves, there
-    is a `ticket(newcomer)`, what the server keeps instead, and a `settled(rounds)`, told after which rounds there
+    is a `ticket(initial)`, what the server keeps instead, and a `settled(rounds)`, told after which rounds there
     are checkpoints that a run may go back to.
     """
 
@@ -61,10 +61,10 @@ class Runtime(Protocol):
         """
 
 
-def kept(runtime: Runtime, newcomer: State) -> State:
+def kept(runtime: Runtime, initial_client: State) -> State:
     """What the server keeps for a client that has not taken part: its state, or where it has that, a ticket."""
     ticket = getattr(runtime, "ticket", None)
-    return ticket(newcomer) if ticket else newcomer
+    return ticket(initial_client) if ticket else initial_client
 
 
 def settled(runtime: Runtime, rounds: list[int]) -> None:

@@ -59,7 +59,7 @@ class LocalObjective(Objective[Tensor]):
         self._batch_bytes = self._batch_size * prod(data.shape) * replica.flat.itemsize
         self._label_loss = recipe.label_loss or replica.task.losses
         self._class_weights = self._weights_of_classes()  # (classes,)
-        self._doubt: Tensor | None = None  # (n_k,) that each label is wrong, by row
+        self._label_error_prob: Tensor | None = None  # (n_k,) that each label is wrong, by row
         self._start: tuple[Tensor, Tensor] | None = None  # (P,) and (Q,), where they teach
         self.metrics: State = {}
         dtype = AUTOCAST.get(recipe.precision)
@@ -195,9 +195,11 @@ class LocalObjective(Objective[Tensor]):
             batch = self.data.training_batch(together, self.recipe.augment, self._random(Stream.AUGMENT, step))
         else:
             batch = Batch(*self.data.batch(together))
-        if self._doubt is not None:
+        if self._label_error_prob is not None:
             places = torch.searchsorted(torch.from_numpy(self._rows).to(together.device), together)
-            batch = batch._replace(doubt=self._doubt[places.to(self._doubt.device)])
+            batch = batch._replace(
+                label_error_prob=self._label_error_prob[places.to(self._label_error_prob.device)]
+            )
         parts = [[None] * len(sizes) if t is None else torch.split(t, sizes) for t in batch]
         return (Batch(*part) for part in zip(*parts, strict=True))
 
@@ -221,7 +223,7 @@ class LocalObjective(Objective[Tensor]):
                 found = [self._label_loss(self._logits(self.replica.w, b, train=False), b.y) for b in batches]
             losses = torch.cat(found).double().cpu().numpy()
             doubt = BetaMixture.fit(losses).posterior(losses)
-            self._doubt = torch.from_numpy(doubt).to(self.replica.flat)
+            self._label_error_prob = torch.from_numpy(doubt).to(self.replica.flat)
 
     def _logits(self, w: Tensor, batch: Batch, train: bool) -> Tensor:
         return self.logits(w, batch.x, train=train).to(w.dtype)

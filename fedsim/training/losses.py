@@ -67,22 +67,22 @@ LOSSES = Catalogue(
 def mixed(loss: LabelLoss, logits: Tensor, batch: Batch) -> Tensor:
     """(B,) lambda loss(y) + (1 - lambda) loss(other), for examples that were mixed (Zhang 2018, arXiv 1710.09412).
 
-    lambda is `batch.share`; where nothing was mixed in, it is the loss itself.
+    lambda is `batch.mix_weight`; where nothing was mixed in, it is the loss itself.
     """
-    if batch.other is None or batch.share is None:
+    if batch.mixed_labels is None or batch.mix_weight is None:
         return loss(logits, batch.y)
-    return batch.share * loss(logits, batch.y) + (1 - batch.share) * loss(logits, batch.other)
+    return batch.mix_weight * loss(logits, batch.y) + (1 - batch.mix_weight) * loss(logits, batch.mixed_labels)
 
 
 def bootstrapped(loss: LabelLoss, logits: Tensor, batch: Batch) -> Tensor:
     """(B,) (1 - w) loss(y) + w loss(z): hard dynamic bootstrapping (Arazo 2019, arXiv 1904.11238, l_B*).
 
-    w is `batch.doubt`, and z what the network itself says, its argmax; without doubts it is the loss itself.
+    w is `batch.label_error_prob` and z the network's own prediction, its argmax; without w it is the plain loss.
     """
-    if batch.doubt is None:
+    if batch.label_error_prob is None:
         return loss(logits, batch.y)
     z = logits.detach().argmax(-1)
-    return (1 - batch.doubt) * loss(logits, batch.y) + batch.doubt * loss(logits, z)
+    return (1 - batch.label_error_prob) * loss(logits, batch.y) + batch.label_error_prob * loss(logits, z)
 
 
 def distilled(losses: Tensor, logits: Tensor, teacher_logits: Tensor, temperature: float, alpha: float) -> Tensor:

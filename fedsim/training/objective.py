@@ -48,12 +48,12 @@ class Objective(ABC, Generic[Weights]):
 
     def _label_losses(self, logits: Tensor, batch: Batch) -> Tensor:
         """(B,) of mixed labels, or of doubtful ones; each times the weight of the class that it is given as."""
-        if batch.doubt is not None and batch.other is not None:
+        if batch.label_error_prob is not None and batch.mixed_labels is not None:
             raise ConfigError("local.noisy_labels: cannot tell which label is wrong after mixup or cutmix")
         weights = self._class_weights
         if weights is None:
-            return (mixed if batch.doubt is None else bootstrapped)(self._label_loss, logits, batch)
-        if batch.doubt is not None:
+            return (mixed if batch.label_error_prob is None else bootstrapped)(self._label_loss, logits, batch)
+        if batch.label_error_prob is not None:
             return weights[batch.y] * bootstrapped(self._label_loss, logits, batch)
         return mixed(lambda z, y: weights[y] * self._label_loss(z, y), logits, batch)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedsim.data import FederatedData
 from fedsim.errors import ConfigError, located
-from fedsim.federated.client import Train, newcomer
+from fedsim.federated.client import Train, initial_client_state
 from fedsim.runtimes.vectorized.compute import updates
 from fedsim.training.batched.cohort import Member
 from fedsim.training.batched.objective import Network, RaggedError
@@ -61,7 +61,9 @@ def _tried(
     network: Network, data: FederatedData, work: Train, server: State, clients: Sequence[int], number: int
 ) -> str | None:
     """In that round, the name of what differs, if something does."""
-    state = {name: value.to(network.device) for name, value in newcomer(work.strategy, network.task).items()}
+    state = {
+        name: value.to(network.device) for name, value in initial_client_state(work.strategy, network.task).items()
+    }
     members = [Member(work, server, Job(client, number, state)) for client in clients]
     try:
         replica = Replica(network.task, network.device)
