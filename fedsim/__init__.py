@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from fedsim.federated.strategy import Strategy as Strategy
     from fedsim.federated.strategy import Wrapper as Wrapper
     from fedsim.training.layout import Layout as Layout
-    from fedsim.training.local import LocalObjective as LocalObjective
+    from fedsim.training.objective import Correction as Correction
+    from fedsim.training.objective import LocalObjective as LocalObjective
+    from fedsim.training.objective import Loss as Loss
+    from fedsim.training.objective import ObjectiveWrapper as ObjectiveWrapper
     from fedsim.training.recipe import Recipe as Recipe
     from fedsim.training.task import Task as Task
     from fedsim.types import Batch as Batch
@@ -36,7 +39,7 @@ HOMES = {  # imported when first asked for, since torch takes seconds and `fedsi
     "federated.simulation": ("Simulation",),
     "federated.strategy": ("Buffers", "Strategy", "Wrapper"),
     "training.layout": ("Layout",),
-    "training.local": ("LocalObjective",),
+    "training.objective": ("Correction", "LocalObjective", "Loss", "ObjectiveWrapper"),
     "training.recipe": ("Recipe",),
     "training.task": ("Task",),
     "types": ("Batch", "RoundInfo", "State", "Update"),

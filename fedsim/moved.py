@@ -20,7 +20,7 @@ MOVED = {  # where the names of each are now
     "config": ("experiment.config", "experiment.build"),
     "files": ("base.files",),
     "hooks": ("experiment.hooks",),
-    "local": ("training.local", "training.precision"),
+    "local": ("training.objective", "training.local", "training.precision"),
     "losses": ("training.losses",),
     "optim": ("training.optim",),
     "plot": ("report.plot",),

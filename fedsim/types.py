@@ -102,7 +102,8 @@ class Report(NamedTuple):
     client: State
     seconds: float
     bytes_up: int
-    error: str | None = None
+    error: str | None = None  # in a line, why the client failed
+    exception: BaseException | None = None  # the same, as it was raised
 
 
 class RoundInfo(NamedTuple):

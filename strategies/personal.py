@@ -9,12 +9,25 @@ Differs: personal layers start as the initial model has them. LG-FedAvg takes th
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from fedsim import Buffers, ConfigError, Layout, LocalObjective, Recipe, State, Strategy, Update, Wrapper, matching
+from fedsim import (
+    Buffers,
+    ConfigError,
+    Correction,
+    Layout,
+    LocalObjective,
+    Loss,
+    ObjectiveWrapper,
+    Recipe,
+    State,
+    Strategy,
+    Update,
+    Wrapper,
+    matching,
+)
 
 from .fedsgd import FedSGD
 
@@ -82,30 +95,27 @@ def keeping(entries: Tensor, half: Half, server: State, client: State, local: Lo
     In all else that is (P,), sent or kept, they are 0: the server sees no change, control variates do nothing.
     """
     x = own_model(server, client, entries)
-    entries, training = entries.to(x.device), Watched(local)
-    update = half(server | {"model": x}, client, cast(LocalObjective, training))
-    if len(training.ends) != 1:
-        raise RuntimeError(f"personal layers need one local.train a round, and there were {len(training.ends)}")
+    entries, recording = entries.to(x.device), RecordingObjective(local)
+    update = half(server | {"model": x}, client, recording)
+    if len(recording.ends) != 1:
+        raise RuntimeError(f"personal layers need one local.train a round, and there were {len(recording.ends)}")
 
     def shared(state: State) -> State:
         return {n: v.index_fill(0, entries, 0) if v.shape == x.shape else v for n, v in state.items()}
 
-    private = {"private": training.ends[0][entries]}
+    private = {"private": recording.ends[0][entries]}
     return update._replace(message=shared(update.message), client=shared(update.client) | private)
 
 
-class Watched:
-    """A LocalObjective that remembers where its training ended."""
+class RecordingObjective(ObjectiveWrapper):
+    """An objective that remembers where each training ended."""
 
-    def __init__(self, local: LocalObjective):
-        self._local = local
+    def __init__(self, inner: LocalObjective):
+        super().__init__(inner)
         self.ends: list[Tensor] = []  # each (P,)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._local, name)
-
-    def train(self, start: Tensor, **how: Any) -> Tensor:
-        self.ends.append(self._local.train(start, **how))
+    def train(self, start: Tensor, *, loss: Loss | None = None, correct: Correction | None = None) -> Tensor:
+        self.ends.append(super().train(start, loss=loss, correct=correct))
         return self.ends[-1]
 
 

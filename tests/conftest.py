@@ -21,6 +21,7 @@ from fedsim.data import Dataset, FederatedData
 from fedsim.federated.cohort import COHORTS
 from fedsim.runtimes import RUNTIMES
 from fedsim.strategies import CATALOGUE
+from fedsim.training.local import ClientObjective
 from fedsim.training.replica import Replica
 from fedsim.types import Job
 
@@ -147,7 +148,7 @@ def make_local(task, data=None, *, client=0, number=0, seed=0, replica=None, **r
     data = data or make_data(dtype=task.initial_model.dtype)
     recipe = Recipe(**{"lr": 0.05, "batch_size": 4} | recipe)
     replica = replica or Replica(task)
-    return LocalObjective(replica, data, Job(client, number, {}), task.initial_buffers, recipe, seed)
+    return ClientObjective(replica, data, Job(client, number, {}), task.initial_buffers, recipe, seed)
 
 
 def trace(simulation, rounds=3):

@@ -133,7 +133,7 @@ def test_what_cannot_be_summed_is_refused_and_leaves_the_sum(bad, weight, named)
     total = MEAN.fold(good)
     with pytest.raises(ArithmeticError, match=named):
         MEAN.fold([(2, bad, weight)], total)
-    assert MEAN.odd(total) == {}
+    assert MEAN.mismatched(total) == {}
     assert MEAN.result(total)["w"].tolist() == [3.0, 6.0]
 
 
@@ -194,7 +194,7 @@ def test_the_form_of_most_counts_and_of_two_as_frequent_the_lowest_clients(drawn
     fits = [update for form, update in zip(forms, updates, strict=True) if form == usual]
 
     total = scattered(updates, rng)
-    assert MEAN.odd(total).keys() == {client for client, *_ in updates} - {client for client, *_ in fits}
+    assert MEAN.mismatched(total).keys() == {client for client, *_ in updates} - {client for client, *_ in fits}
     assert bits(MEAN.result(total)) == bits(MEAN.result(MEAN.fold(fits)))
 
 
@@ -209,16 +209,16 @@ def test_a_form_that_is_odd_is_told_in_words(form):
         "nothing": "nothing",
     }
     total = MEAN.fold([(3, FORMS[form], 1.0), (5, FORMS["usual"], 1.0), (7, FORMS["usual"], 1.0)])
-    assert MEAN.odd(total) == {3: f"sent {words[form]}, and most clients sent w float32 (2,)"}
+    assert MEAN.mismatched(total) == {3: f"sent {words[form]}, and most clients sent w float32 (2,)"}
 
 
 def test_the_order_of_names_is_no_form():
     one, other = {"a": torch.ones(1), "b": torch.ones(2)}, {"b": torch.ones(2), "a": torch.ones(1)}
-    assert MEAN.odd(MEAN.merge(MEAN.fold([(0, one, 1.0)]), MEAN.fold([(1, other, 1.0)]))) == {}
+    assert MEAN.mismatched(MEAN.merge(MEAN.fold([(0, one, 1.0)]), MEAN.fold([(1, other, 1.0)]))) == {}
 
 
 def test_weight_makes_no_majority():
     """Who counts most is not most clients; and clients without a weight are clients."""
     total = MEAN.fold([(0, message(1.0), 1e6), (1, message(1.0, 2.0), 0.0), (2, message(3.0, 4.0), 1.0)])
-    assert MEAN.odd(total).keys() == {0}
+    assert MEAN.mismatched(total).keys() == {0}
     assert MEAN.result(total)["w"].tolist() == [3.0, 4.0]

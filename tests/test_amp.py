@@ -4,9 +4,10 @@ import pytest
 import torch
 from test_models import HEAVY, build
 
-from fedsim import LocalObjective, Recipe, Task
+from fedsim import Recipe, Task
 from fedsim.data import Dataset, FederatedData
 from fedsim.models import MODELS
+from fedsim.training.local import ClientObjective
 from fedsim.training.precision import AUTOCAST
 from fedsim.training.replica import Replica
 from fedsim.types import Job
@@ -28,7 +29,7 @@ def trained(task, precision):
     recipe = Recipe(
         lr=1e-3, batch_size=4, precision=precision, **({"loss_scale": 1.0} if precision == "fp16" else {})
     )
-    local = LocalObjective(Replica(task), data(), Job(0, 0, {}), task.initial_buffers, recipe)
+    local = ClientObjective(Replica(task), data(), Job(0, 0, {}), task.initial_buffers, recipe)
     return local.train(task.initial_model), local.metrics["loss"] / 4
 
 
@@ -49,13 +50,13 @@ def test_every_backbone_trains_in_low_precision(name):
 
 def test_depthwise_convolutions_keep_their_precision_on_a_cpu():
     replica = Replica(Task(build("mobilenet_v2", SHAPE, CLASSES), SHAPE, CLASSES))
-    replica.enter(replica.task.initial_buffers, 0, torch.bfloat16)
+    replica.begin_client(replica.task.initial_buffers, 0, torch.bfloat16)
     seen = {}
     for module in replica.network.modules():
         if isinstance(module, torch.nn.Conv2d):
             module.register_forward_hook(lambda m, args, out: seen.setdefault(m.groups > 1, set()).add(out.dtype))
     with torch.autocast("cpu", torch.bfloat16):
-        replica.logits(replica.w, torch.randn(2, *SHAPE), train=True)
+        replica.forward(torch.randn(2, *SHAPE), train=True)[0]
     assert seen == {False: {torch.bfloat16}, True: {torch.float32}}
     assert {p.dtype for p in replica.parameters if p.dim() == 4 and p.shape[1] == 1} == {torch.float32}
 
@@ -66,7 +67,7 @@ def test_low_precision_keeps_about_half(precision):
 
     def kept(dtype):
         replica, sizes = Replica(Task(build("resnet18", SHAPE, CLASSES), SHAPE, CLASSES)), {}
-        replica.enter(replica.task.initial_buffers, 0, dtype)
+        replica.begin_client(replica.task.initial_buffers, 0, dtype)
         own = {p.untyped_storage().data_ptr() for p in replica.parameters}
 
         def note(t):
@@ -76,7 +77,7 @@ def test_low_precision_keeps_about_half(precision):
 
         autocast = torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), autocast:
-            logits = replica.logits(replica.w, torch.randn(8, *SHAPE), train=True)
+            logits = replica.forward(torch.randn(8, *SHAPE), train=True)[0]
         return sum(sizes.values()), logits
 
     (low, _), (full, _) = kept(AUTOCAST[precision]), kept(None)

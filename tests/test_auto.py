@@ -50,9 +50,9 @@ class Rounded(Serial):
     def __init__(self, task, data, /, *, chunk: int = 1, workers: int = 1, device: str = "auto"):
         super().__init__(task, data, device=device)
 
-    def run(self, work, server, jobs, aggregator, *, tolerant=False):
+    def run(self, work, server, jobs, aggregator):
         near = {name: value * (1 + 1e-4) for name, value in server.items()}
-        yield from super().run(work, near, jobs, aggregator, tolerant=tolerant)
+        yield from super().run(work, near, jobs, aggregator)
 
 
 @pytest.fixture(autouse=True)

@@ -30,7 +30,7 @@ from fedsim.errors import ConfigError, RoundError
 from fedsim.experiment.build import build
 from fedsim.experiment.config import load, resolve
 from fedsim.federated.aggregate import WeightedMean
-from fedsim.training.local import LocalObjective
+from fedsim.training.local import ClientObjective
 from fedsim.training.replica import Replica
 from fedsim.types import Job
 
@@ -110,7 +110,7 @@ def test_both_pipelines_make_the_same_batches_of_the_same_rows(name):
     theirs = iter(batches)
     for client in simulation.sample():
         job = Job(client, 0, None)
-        for ours in LocalObjective(replica, simulation.data, job, buffers, simulation.recipe).batches():
+        for ours in ClientObjective(replica, simulation.data, job, buffers, simulation.recipe).batches():
             x, y = collate([images[i] for i in next(theirs)])
             torch.testing.assert_close(x, ours.x, rtol=0, atol=1e-5)
             assert torch.equal(y, ours.y)

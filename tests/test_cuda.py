@@ -7,13 +7,14 @@ import torch
 from conftest import conv_net, make_data, make_simulation, make_strategy, make_task, trace
 from safetensors.torch import load_file
 
-from fedsim import LocalObjective, Recipe
+from fedsim import Recipe
 from fedsim.data import AUGMENTATIONS, Dataset, FederatedData
 from fedsim.experiment.build import build
 from fedsim.experiment.config import load
 from fedsim.federated.recalibration import Recalibrate
 from fedsim.strategies import CATALOGUE
 from fedsim.training.graphs import PAYS
+from fedsim.training.local import ClientObjective
 from fedsim.training.replica import Replica
 from fedsim.types import Job, Stream, random
 
@@ -134,7 +135,7 @@ def test_many_captures_side_by_side_change_nothing():
 @pytest.mark.parametrize("recipe", [{}, {"momentum": 0.9, "clip_norm": 1.0}, {"optimizer": "adam"}], ids=str)
 def test_nobody_waits_while_a_client_trains(recipe):
     task = make_task()
-    local = LocalObjective(
+    local = ClientObjective(
         Replica(task, "cuda"),
         make_data().to("cuda"),
         Job(3, 0, {}),

@@ -16,6 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedsim import ClientError, ConfigError, RoundError, Strategy, Update, Wrapper
+from fedsim.federated.fold import Fold
+from fedsim.federated.runtime import Runtime
 from fedsim.federated.simulation import Failures
 from fedsim.strategies import CATALOGUE
 
@@ -406,25 +408,25 @@ def test_of_two_forms_as_frequent_that_of_the_lowest_client_counts(runtime, bad,
     assert done.fingerprint == make_simulation("fedavg", cohort=others).round().fingerprint
 
 
-class Scattered:
+class Scattered(Runtime):
     """A runtime in which clients finish in any order, on any number of workers, and merge in any grouping."""
-
-    workers, exact = 1, True
 
     def __init__(self, simulation, seed):
         self.inner, self.home, self.random = simulation.runtime, simulation.runtime.home, random.Random(seed)
 
-    def run(self, work, server, jobs, aggregator, *, tolerant=False):
-        jobs, partials = list(jobs), []
+    def run(self, work, server, jobs, aggregator):
+        jobs, folds = list(jobs), []
         self.random.shuffle(jobs)
         for job in jobs:
-            take = partials and self.random.random() < 0.5
-            start = partials.pop(self.random.randrange(len(partials))) if take else None
-            partial, report = self.inner.worker.run(work, server, job, aggregator, tolerant, start)
-            partials.append(partial)
-            yield aggregator.fold([]), [report]
-        for partial in self.random.sample(partials, len(partials)):
-            yield partial, []
+            if not folds or self.random.random() < 0.5:
+                folds.append(Fold(aggregator))
+            fold = self.random.choice(folds)
+            yield aggregator.fold([]), [fold.add(job, self.inner.worker.run(work, server, job), 0.0)]
+        for fold in self.random.sample(folds, len(folds)):
+            yield fold.partial, []
+
+    def map(self, work, server, items):
+        return self.inner.map(work, server, items)
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])

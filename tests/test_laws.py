@@ -359,7 +359,7 @@ def test_a_client_without_a_model_of_its_own_is_tested_on_the_global_one():
     simulation = make_simulation("fedavg", task=make_task(dtype=torch.float64), cohort=SAMPLE)
     simulation.round()
     local = make_local(simulation.task, client=3, batch_size=5)
-    local.replica.enter(simulation.server["buffers"], seed=0)
+    local.replica.begin_client(simulation.server["buffers"], seed=0)
     assert simulation.evaluate_clients([3])[3].loss == pytest.approx(
         local.loss(simulation.server["model"]).item(), rel=1e-12
     )

@@ -316,7 +316,7 @@ def test_in_place_and_as_a_function_are_the_same(network, channels_last, train):
         before = local.replica.snapshot()
         point = local.replica.w if in_place else w
         loss = task.losses(local.logits(point, x, train=train), y).mean()
-        gradient = local._backward(loss, flat=True)[0] if in_place else torch.autograd.grad(loss, w)[0]
+        gradient = local._backward(loss, whole=True)[0] if in_place else torch.autograd.grad(loss, w)[0]
         results.append((loss.detach(), gradient.clone()))
         if not in_place:
             close(local.replica.snapshot(), before, rtol=0, atol=0)
@@ -389,7 +389,7 @@ def test_the_state_dict_is_the_global_model(network):
     simulation.round()
     x, _ = make_data().batch(torch.arange(8))
     local = make_local(task)
-    local.replica.enter(simulation.server["buffers"], seed=0)
+    local.replica.begin_client(simulation.server["buffers"], seed=0)
     network = copy.deepcopy(task.network).eval()
     network.load_state_dict(task.state_dict(simulation.server))
     close(network(x), local.logits(simulation.server["model"], x, train=False), rtol=1e-5, atol=1e-6)

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from fedsim.errors import ConfigError
 from fedsim.training.losses import (
     LOSSES,
+    balanced_weights,
     bootstrapped,
-    class_weights,
     cross_entropy,
     distilled,
     hinge,
@@ -202,7 +202,7 @@ def test_the_teacher_gets_no_gradient_and_the_student_s_is_q_minus_p():
 
 def test_class_weights_are_scikit_learn_s_and_1_for_who_is_not_there():
     y = torch.tensor([3, 0, 0, 0, 3, 4])
-    weights = class_weights(y, 6)
+    weights = balanced_weights(y, 6)
     close(weights, torch.tensor([6 / 9, 1, 1, 6 / 6, 6 / 3, 1]))
     balanced = compute_class_weight("balanced", classes=np.array([0, 3, 4]), y=y.numpy())
     close(weights[[0, 3, 4]], torch.from_numpy(balanced).float())
@@ -210,11 +210,11 @@ def test_class_weights_are_scikit_learn_s_and_1_for_who_is_not_there():
 
 def test_with_class_weights_every_class_has_the_same_say_and_the_mean_weight_is_1():
     y = torch.tensor([0] * 50 + [1] * 7 + [2])
-    each = class_weights(y, 3)[y]
+    each = balanced_weights(y, 3)[y]
     assert each.sum().item() == pytest.approx(len(y))
     shares = torch.zeros(3).index_add(0, y, each)
     torch.testing.assert_close(shares, torch.full((3,), len(y) / 3))
-    assert torch.equal(class_weights(torch.arange(12) % 4, 4), torch.ones(4))
+    assert torch.equal(balanced_weights(torch.arange(12) % 4, 4), torch.ones(4))
 
 
 def test_oversampling_draws_every_class_present_and_every_example_of_it_alike():

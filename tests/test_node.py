@@ -26,6 +26,8 @@ from fedsim.errors import ClientError, ConfigError, NodeError
 from fedsim.experiment.build import build, build_data, build_server_data
 from fedsim.experiment.config import load, parse_overrides
 from fedsim.federated.client import EvaluateClient, Train
+from fedsim.federated.fold import Fold, failure
+from fedsim.federated.runtime import Runtime
 from fedsim.flower.keeping import Keeping, Kept, needed
 from fedsim.flower.messages import Invitation, Order
 from fedsim.flower.node import Node, NodeSettings
@@ -33,7 +35,6 @@ from fedsim.flower.plan import Allow, Plan, digest, initial_of, plan_of
 from fedsim.flower.shards import client_name, write_shards
 from fedsim.flower.transport import decode
 from fedsim.runtimes.serial import Serial
-from fedsim.runtimes.worker import failed, folded
 from fedsim.strategies import CATALOGUE
 from fedsim.types import Update
 
@@ -60,10 +61,10 @@ CONFIG = {
 NEEDED = {"inner": "scaffold", "layers": ["*.weight"]}  # what options without a default get
 
 
-class Nodes:
+class Nodes(Runtime):
     """A runtime in this process whose clients are nodes, each with its shard and its own folder."""
 
-    workers, exact, home = 1, True, torch.device("cpu")
+    home = torch.device("cpu")
 
     def __init__(self, folder, *, transport="exact", around=lambda nodes, order, work: work(order), more=None):
         self.folder, self.transport, self.around = folder, transport, around
@@ -77,8 +78,8 @@ class Nodes:
     def check(self, work):
         self.plan = plan_of(work.config, self.data).json_text()
 
-    def ticket(self, initial_client):
-        return {"version": torch.tensor([0, 0])} if initial_client or self.transport != "exact" else {}
+    def placeholder_state(self, initial):
+        return {"version": torch.tensor([0, 0])} if initial or self.transport != "exact" else {}
 
     def node(self, client):
         if client not in self.nodes:
@@ -117,24 +118,26 @@ class Nodes:
             server={name: value.clone() for name, value in server.items()},
         )
 
-    def run(self, work, server, jobs, aggregator, *, tolerant=False):
+    def run(self, work, server, jobs, aggregator):
+        fold = Fold(aggregator)
+        for job, outcome in self.map(work, server, jobs):
+            yield aggregator.fold([]), [fold.add(job, outcome, 0.0)]
+        yield fold.partial, []
+
+    def map(self, work, server, items):
         if not isinstance(work, Train | EvaluateClient):
-            yield from self.local.run(work, server, jobs, aggregator, tolerant=tolerant)
+            yield from self.local.map(work, server, items)
             return
-        total = aggregator.fold([])
-        for job in jobs:
+        for job in items:
             order = self.order(work, server, job)
             answer = self.around(self, order, self.answer)
             if answer.error is not None:
-                yield aggregator.fold([]), [failed(job, NodeError(answer.error), tolerant, 0.0)]
+                yield job, NodeError(answer.error)
                 continue
             assert answer.version == (job.round + 1 if isinstance(work, Train) and job.client else 0)
             metrics = {name: torch.tensor(value, dtype=torch.double) for name, value in answer.metrics.items()}
-            update = Update(decode(answer.message), answer.weight, {}, metrics)
-            total, report = folded(update, job, aggregator, tolerant, total, 0.0)
             kept = {"version": torch.tensor([answer.version, answer.mark])} if answer.version else {}
-            yield aggregator.fold([]), [report._replace(client=kept)]
-        yield total, []
+            yield job, Update(decode(answer.message), answer.weight, kept, metrics)
 
 
 def config(strategy="fedavg", **settings):
@@ -217,14 +220,11 @@ def test_what_was_not_counted_is_never_used(shards):
     reference = build(config("scaffold", **drop))
     run = reference.runtime.run
 
-    def some(work, server, jobs, aggregator, **how):
-        if not isinstance(work, Train):
-            yield from run(work, server, jobs, aggregator, **how)
-            return
+    def some(work, server, jobs, aggregator):
         kept = list(jobs)
         good = [job for job in kept if not (job.round + job.client_id) % 2]
-        yield from run(work, server, good, aggregator, **how)
-        late = [failed(job, NodeError("late"), True, 0.0) for job in kept if (job.round + job.client_id) % 2]
+        yield from run(work, server, good, aggregator)
+        late = [failure(job, NodeError("late"), 0.0) for job in kept if (job.round + job.client_id) % 2]
         yield aggregator.fold([]), late
 
     reference.runtime.run = some

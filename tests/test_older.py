@@ -144,9 +144,9 @@ def test_a_replica_trains_it_and_its_dropout_is_keyed(name, dtype):
     replica, x = Replica(task), torch.randn(2, *shape)
     twice = []
     for _ in range(2):
-        replica.enter(task.initial_buffers, 0, dtype)
+        replica.begin_client(task.initial_buffers, 0, dtype)
         with torch.autocast("cpu", dtype, enabled=dtype is not None):
-            twice.append(replica.logits(replica.w, x, train=True))
+            twice.append(replica.forward(x, train=True)[0])
     assert torch.equal(*twice)
     twice[0].float().logsumexp(1).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in replica.parameters)

@@ -188,9 +188,9 @@ def test_backbones_recompute_what_they_computed(name):
         torch.manual_seed(0)
         network = options.make({"name": name, "dropout": 0.2}, (3, 32, 32), CLASSES)
         replica = Replica(Task(network, (3, 32, 32), CLASSES, recompute=recompute))
-        replica.enter(replica.task.initial_buffers, 1)
+        replica.begin_client(replica.task.initial_buffers, 1)
         x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-        loss = replica.logits(replica.w, x, train=True).square().sum()
+        loss = replica.forward(x, train=True)[0].square().sum()
         found.append((torch.autograd.grad(loss, replica.parameters), replica.buffers.clone()))
     assert all(torch.equal(a, b) for a, b in zip(found[0][0], found[1][0], strict=True))
     assert torch.equal(found[0][1], found[1][1])
@@ -202,7 +202,7 @@ def test_activation_checkpointing_keeps_less():
         replica, sizes = Replica(Task(Blocks(), SHAPE, CLASSES, recompute=recompute)), []
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t)
         with hooks:
-            replica.logits(replica.w, torch.randn(8, *SHAPE), train=True).sum()
+            replica.forward(torch.randn(8, *SHAPE), train=True)[0].sum()
         return sum(sizes)
 
     assert kept(True) < 0.5 * kept(False)

@@ -249,9 +249,9 @@ def test_a_replica_trains_it_in_any_precision(name, options, dtype):
     task = Task(make(name, shape, **options), shape, 10, channels_last=True)
     assert not task.draws
     replica = Replica(task)
-    replica.enter(task.initial_buffers, 0, dtype)
+    replica.begin_client(task.initial_buffers, 0, dtype)
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
-        logits = replica.logits(replica.w, torch.randn(2, *shape), train=True)
+        logits = replica.forward(torch.randn(2, *shape), train=True)[0]
     logits.float().logsumexp(1).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in replica.parameters)
     assert not torch.equal(replica.buffers, task.initial_buffers)

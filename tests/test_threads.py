@@ -10,9 +10,10 @@ import torch
 from conftest import make_data, make_simulation, make_strategy, make_task, trace
 from torch import nn
 
-from fedsim import ClientError, LocalObjective, Recipe, RoundError, Wrapper
+from fedsim import ClientError, Recipe, RoundError, Wrapper
 from fedsim.federated.simulation import Failures
 from fedsim.training.graphs import PAYS, WARM_UPS, Graph, Steps
+from fedsim.training.local import ClientObjective
 from fedsim.training.pooling import pool_faster
 from fedsim.training.replica import Replica
 from fedsim.types import Job
@@ -117,7 +118,7 @@ def test_what_is_tried_before_a_step_is_captured_leaves_no_trace(monkeypatch, fa
     def trained(replica):
         found = []
         for client in (0, 1, 2, 0):
-            local = LocalObjective(replica, data, Job(client, 0, {}), task.initial_buffers, recipe)
+            local = ClientObjective(replica, data, Job(client, 0, {}), task.initial_buffers, recipe)
             found += [local.train(task.initial_model), local.buffers, *local.metrics.values()]
         return [value.numpy().tobytes() for value in found]
 

@@ -26,13 +26,14 @@ from fedsim import ConfigError, Update
 from fedsim.errors import ClientError
 from fedsim.federated.aggregate import WeightedMean
 from fedsim.federated.client import Train
+from fedsim.federated.runtime import Call
 from fedsim.federated.simulation import Failures
-from fedsim.runtimes.vectorized import Call, Vectorized
-from fedsim.runtimes.vectorized.compute import compute, inputs, updates
+from fedsim.runtimes.vectorized import Vectorized
+from fedsim.runtimes.vectorized.compute import Client, compute, inputs, members, updates
 from fedsim.runtimes.vectorized.graph import Graphs
 from fedsim.strategies import CATALOGUE
 from fedsim.strategies.fedavg import FedAvg
-from fedsim.training.batched.cohort import Cohort, Member, rounded
+from fedsim.training.batched.cohort import Cohort, rounded
 from fedsim.training.batched.objective import Network
 from fedsim.types import Job
 
@@ -161,7 +162,7 @@ def test_one_step_of_shared_weights_is_one_large_batch(conv):
     server, work = vectorized.server, Train(vectorized.strategy, vectorized.recipe, 0)
     network = Network(vectorized.task, torch.device("cpu"), conv)
     with Forward() as seen:
-        found = updates(network, vectorized.data, [Member(work, server, Job(k, 0, {})) for k in range(3)])
+        found = updates(network, vectorized.data, [Client(work, server, Job(k, 0, {})) for k in range(3)])
     assert seen.sizes == [12, 12]
     reports = []
     serial.aggregator = Kept()
@@ -336,7 +337,6 @@ def test_runs_together_are_the_runs_alone():
             {name: run.server[name] * (1 + 0.01 * i) for name in (*run.strategy.broadcast, "buffers")},
             [Job(k, 1, run.clients.get(k, run.initial_client)) for k in range(len(SIZES))],
             run.aggregator,
-            False,
         )
         for i, run in enumerate(runs)
     ]
@@ -370,15 +370,15 @@ def test_another_cohort_s_inputs_in_the_same_form_give_its_results(sizes):
     work = Train(strategy, replace(simulation.recipe, schedule=lambda time: 1 / (1 + time)), 0)
     network, like = Network(task, torch.device("cpu"), "im2col"), task.initial_model
     first, second = (
-        [Member(work, simulation.server, Job(k, number, {})) for k in clients]
+        [Client(work, simulation.server, Job(k, number, {})) for k in clients]
         for number, clients in ((0, (0, 1, 2)), (3, (3, 4, 5)))
     )
-    cohort, other = (Cohort(data, members, like, fixed=True) for members in (first, second))
-    compute(network, cohort, *inputs(first, like.device))
+    cohort, other = (Cohort(data, members(batch), like, fixed=True) for batch in (first, second))
+    compute(network, work, cohort, *inputs(first, like.device))
     assert cohort.form() == other.form()
     cohort.take_over(other)
-    found = compute(network, cohort, *inputs(second, like.device))
-    expected = compute(network, Cohort(data, second, like), *inputs(second, like.device))
+    found = compute(network, work, cohort, *inputs(second, like.device))
+    expected = compute(network, work, Cohort(data, members(second), like), *inputs(second, like.device))
     close(found.message, expected.message)
     close(found.metrics, expected.metrics)
 
@@ -403,8 +403,8 @@ class Replayed:
     ids=["even with dropout", "uneven", "uneven with dropout"],
 )
 def test_a_graph_is_recorded_once_and_gives_each_cohort_its_results(monkeypatch, sizes, network, captured):
-    def recorded(network, cohort, pool, *given):
-        graph = Replayed(lambda: compute(network, cohort, *given))
+    def recorded(network, work, cohort, pool, *given):
+        graph = Replayed(lambda: compute(network, work, cohort, *given))
         return graph, graph.computed
 
     monkeypatch.setattr("fedsim.runtimes.vectorized.graph.record", recorded)
@@ -413,9 +413,9 @@ def test_a_graph_is_recorded_once_and_gives_each_cohort_its_results(monkeypatch,
     work = Train(simulation.strategy, simulation.recipe, 0)
     graphs = Graphs(Network(task, torch.device("cpu"), "im2col"), data)
     for number, clients in enumerate(((0, 1, 2), (3, 4, 5), (0, 1, 2), (3, 4, 5))):
-        members = [Member(work, simulation.server, Job(k, number, {})) for k in clients]
-        expected = updates(graphs.network, data, members)
-        for one, other in zip(graphs(members), expected, strict=True):
+        batch = [Client(work, simulation.server, Job(k, number, {})) for k in clients]
+        expected = updates(graphs.network, data, batch)
+        for one, other in zip(graphs(batch), expected, strict=True):
             close(one.message, other.message)
             close(one.metrics, other.metrics)
     assert len(graphs.captured) == captured

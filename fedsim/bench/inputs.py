@@ -24,7 +24,7 @@ from fedsim.bench.plain import places
 from fedsim.experiment.build import build_dataset
 from fedsim.experiment.config import Config
 from fedsim.federated.simulation import Simulation
-from fedsim.training.local import LocalObjective
+from fedsim.training.local import ClientObjective
 from fedsim.training.replica import Replica
 from fedsim.types import Job, Stream, random
 
@@ -139,7 +139,7 @@ def _fedsim(simulation: Simulation) -> Iterator[Side]:
     replica, data = Replica(task, home), simulation.data.to(home)
     buffers = task.initial_buffers.to(home)
     clients = [
-        LocalObjective(replica, data, Job(k, 0, None), buffers, recipe, simulation.seed)
+        ClientObjective(replica, data, Job(k, 0, None), buffers, recipe, simulation.seed)
         for k in simulation.sample()
     ]
 

@@ -18,7 +18,7 @@ from fedsim.federated.simulation import Simulation
 from fedsim.federated.store import ClientStore
 from fedsim.federated.strategy import Strategy
 from fedsim.runtimes import RUNTIMES
-from fedsim.training.local import LocalObjective
+from fedsim.training.objective import LocalObjective
 from fedsim.types import RoundInfo, State, Update
 
 Side = Callable[[], object]  # one pass over the round's client steps

@@ -18,12 +18,13 @@ from fedsim.experiment.hooks.results import Results
 from fedsim.federated.availability import Availability
 from fedsim.federated.cohort import COHORTS
 from fedsim.federated.recalibration import Recalibrate
+from fedsim.federated.runtime import Runtime
 from fedsim.federated.simulation import Failures, Simulation
 from fedsim.federated.store import ClientStore
 from fedsim.federated.strategy import Strategy
 from fedsim.models import options as models
 from fedsim.models.weights import fill
-from fedsim.runtimes import RUNTIMES, Runtime
+from fedsim.runtimes import RUNTIMES
 from fedsim.strategies import CATALOGUE as STRATEGIES
 from fedsim.training.losses import LOSSES
 from fedsim.training.recipe import Distillation, Recipe

@@ -25,7 +25,6 @@ from fedsim.base.reading import open_regular
 from fedsim.errors import ConfigError, one_line
 from fedsim.federated.simulation import Round, Simulation
 from fedsim.federated.store import NAME as SEGMENT
-from fedsim.runtimes import settled
 from fedsim.types import Form, State, described, form_of
 
 LARGEST = 2**25  # bytes of N.json
@@ -85,7 +84,7 @@ class Checkpoints:
             log=log,
             server=server,
             clients=clients,
-            runtime=getattr(simulation.runtime, "choice", None),
+            runtime=simulation.runtime.choice,
             **about,
         )
         write(self.folder / f"{simulation.number:06}.json", _signed(checkpoint))
@@ -165,7 +164,7 @@ class Checkpoints:
             )
 
     def _settle(self, simulation: Simulation) -> None:
-        settled(simulation.runtime, [int(path.stem) for path in self._found()])
+        simulation.runtime.checkpointed_rounds([int(path.stem) for path in self._found()])
 
     def _found(self) -> list[Path]:
         """The newest first."""

@@ -20,7 +20,7 @@ from fedsim.experiment.config import Config, load
 from fedsim.experiment.folder import RunFolder, finite
 from fedsim.experiment.hooks import Hook, Hooks
 from fedsim.federated.simulation import Round, Simulation
-from fedsim.runtimes import RUNTIMES, close
+from fedsim.runtimes import RUNTIMES
 from fedsim.runtimes.auto import is_exact, shown
 
 Record = dict[str, Any]
@@ -204,7 +204,7 @@ def execute(run: Run, hooks: Iterable[Hook] = ()) -> Result:
     finally:
         if run.folder:
             run.folder.close()
-        close(run.simulation.runtime)
+        run.simulation.runtime.close()
     if run.failure and not isinstance(run.failure, KeyboardInterrupt):
         raise run.failure
     folder = run.folder.path if run.folder else None
@@ -295,16 +295,16 @@ def _other_runtime(checkpoint: Checkpoint, simulation: Simulation, now: Spec) ->
     Raises ConfigError where the clients are others, who do not have what theirs have kept.
     """
     runtime, before = simulation.runtime, checkpoint.runtime or checkpoint.config["runtime"]
-    now = getattr(runtime, "choice", None) or now
+    now = runtime.choice or now
     agree = "results agree as floating point does"
-    if (take := getattr(runtime, "take", None)) and checkpoint.runtime:
+    if checkpoint.runtime:
         try:
-            take(checkpoint.runtime, simulation.work)
+            if runtime.restore_choice(checkpoint.runtime, simulation.work):
+                return []
         except ConfigError as error:
             if simulation.data.elsewhere:
                 raise
             return [f"changed: {error}; it was {shown(before)}, and is chosen anew; {agree}"]
-        return []
     same = before == now or (is_exact(before) and is_exact(now))
     return [] if same else [f"changed: runtime: {shown(now)}, and was {shown(before)}; {agree}"]
 

@@ -40,8 +40,8 @@ class Aggregator(Protocol):
     def merge(self, a: Partial, b: Partial) -> Partial:
         """Of all that went into either; neither is used again. Raises RoundError."""
 
-    def odd(self, total: Partial) -> dict[int, str]:
-        """The clients whose messages do not fit those of most, and how; they do not count in the result."""
+    def mismatched(self, total: Partial) -> dict[int, str]:
+        """Clients whose messages differ in form from those of most clients, and how; they do not count."""
 
     def result(self, total: Partial) -> State:
         """The aggregate; raises RoundError where no message has a weight."""
@@ -49,7 +49,7 @@ class Aggregator(Protocol):
 
 COARSE, FINE = 1.5 * 2.0 ** (52 - 18), 1.5 * 2.0 ** (52 - 55)  # adding them rounds to 2^-18, to 2^-55
 LARGEST = 2.0**33  # of a sum of magnitudes: 2^51 coarse units
-MOST = 2**17  # messages: each leaves up to half a coarse unit, so that all make up to 2^53 fine ones
+MAX_MESSAGES = 2**17  # in a round: each leaves up to half a coarse unit, so that all make up to 2^53 fine ones
 BITS = struct.unpack("<q", struct.pack("<d", FINE))[0]  # of FINE
 TOGETHER = 8  # messages added at a time: reading and writing the sums is what it costs
 BLOCK = 2**16  # entries at a time on a CPU, so that what is between two passes stays in the cache
@@ -93,7 +93,7 @@ class WeightedMean:
                     total[name] = total[name].add_(value.to(total[name].device)) if name in total else value
         return a
 
-    def odd(self, total: Sums) -> dict[int, str]:
+    def mismatched(self, total: Sums) -> dict[int, str]:
         usual = _usual(total)
         return {
             client: f"sent {described(form)}, and most clients sent {described(usual)}"
@@ -153,8 +153,8 @@ def _one(client: int, message: State, weight: float) -> Sum:
 
 def _count(total: Sum, more: Sum) -> None:
     """Let `total` have what waits in `more`; raise, and change nothing, where the sum would be wrong."""
-    if len(total.clients) + len(more.clients) > MOST:
-        raise RoundError(f"more than {MOST} messages in one round")
+    if len(total.clients) + len(more.clients) > MAX_MESSAGES:
+        raise RoundError(f"more than {MAX_MESSAGES} messages in one round")
     magnitude = {n: total.magnitude.get(n, 0) + value for n, value in more.magnitude.items()}
     for name, value in magnitude.items():
         if value > LARGEST:

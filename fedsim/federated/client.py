@@ -1,42 +1,50 @@
 """What a client does: the same functions in every runtime."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import isfinite
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fedsim.base.catalogue import Spec
 from fedsim.data import FederatedData
+from fedsim.errors import ConfigError, RoundError
 from fedsim.federated.aggregate import largest
 from fedsim.federated.strategy import Strategy
-from fedsim.training.local import LocalObjective
+from fedsim.training.local import ClientObjective
+from fedsim.training.objective import LocalObjective
 from fedsim.training.recipe import Recipe
 from fedsim.training.replica import Replica
 from fedsim.training.task import Task
 from fedsim.types import Job, State, Update, described, form_of
 
-Work = Callable[[Replica, FederatedData, State, Job], Update]
+RESERVED = ("buffers", "ema.model", "ema.buffers")  # of the server's entries, those that are no strategy's
+
+Work = Callable[[Replica, FederatedData, State, Any], Update]  # the last is a Job, or a TestChunk
 
 
 @dataclass(frozen=True)
 class Train:
     """One round of training. Batch-norm statistics travel here, so that strategies need not mention them.
 
-    `config` has the settings that it was made from, by name, for a runtime that sends no objects.
+    A runtime whose clients may be away waits for them with `wait_for_absent`; otherwise they fail at once, unless
+    no other is left. `config` has the settings that this was made from, for a runtime that sends no objects.
     """
 
     strategy: Strategy
     recipe: Recipe
     seed: int
     time_limit: float | None = None  # seconds
+    wait_for_absent: bool = True
     config: Spec | None = field(default=None, compare=False, repr=False)
 
     def __call__(self, replica: Replica, data: FederatedData, server: State, job: Job) -> Update:
         client = job.client or {}
         home = client if self.strategy.buffers == "private" else server
-        local = LocalObjective(replica, data, job, home["buffers"], self.recipe, self.seed, self.time_limit)
+        local = ClientObjective(replica, data, job, home["buffers"], self.recipe, self.seed, self.time_limit)
         update = self.client_update(server, client, local)
         local.check_time()
         check_sound(update, client)
@@ -52,10 +60,40 @@ class Train:
         return update
 
 
+def initial_server_state(strategy: Strategy, task: Task, home: torch.device | None = None) -> State:
+    """What the server has before the first round: the strategy's entries, and statistics; raises ConfigError."""
+    own = strategy.init_server(task.initial_model.to(home))
+    if taken := [name for name in RESERVED if name in own]:
+        raise ConfigError(f"strategy: init_server made {taken[0]!r}, a name that fedsim keeps for itself")
+    return own | {"buffers": task.initial_buffers.to(home)}
+
+
+def download(strategy: Strategy, server: State) -> State:
+    """The entries of the server's state that clients are sent; not copies."""
+    return {name: server[name] for name in (*strategy.broadcast, "buffers")}
+
+
 def initial_client_state(strategy: Strategy, task: Task) -> State:
-    """What a client has that has not taken part."""
+    """What a client has before it first takes part."""
     state = strategy.init_client(task.initial_model, task.layout)
     return state | {"buffers": task.initial_buffers} if strategy.buffers == "private" else state
+
+
+@contextmanager
+def states_are_only_read(server: State, client: State) -> Iterator[None]:
+    """Raise where the code inside writes to a state in place: RoundError for the server's, which clients share."""
+    versions = [{name: value._version for name, value in state.items()} for state in (server, client)]
+
+    def written(state: State, before: dict[str, int]) -> str | None:
+        return next((name for name, value in state.items() if value._version != before[name]), None)
+
+    try:
+        yield
+    finally:
+        if name := written(server, versions[0]):
+            raise RoundError(f"client_update wrote server[{name!r}] in place; states are only read")
+    if name := written(client, versions[1]):
+        raise RuntimeError(f"client[{name!r}] was written in place; states are only read")
 
 
 def check_message(update: Update) -> None:
@@ -86,6 +124,7 @@ class EvaluateClient:
     strategy: Strategy
     batch_size: int
     train: bool = False
+    wait_for_absent: bool = True  # as in Train
 
     def __call__(self, replica: Replica, data: FederatedData, server: State, job: Job) -> Update:
         client = job.client or {}
@@ -94,29 +133,34 @@ class EvaluateClient:
         return _evaluate(replica, model, client.get("buffers", server["buffers"]), batches, self.train)
 
 
+class TestChunk(NamedTuple):
+    """A part of the test set: rows `first` to `last` - 1."""
+
+    first: int
+    last: int
+
+
 @dataclass(frozen=True)
 class EvaluateGlobal:
-    """The global model on one chunk of the test set: job k has the k-th `batch_size` examples."""
+    """The global model on one chunk of the test set."""
 
-    batch_size: int
     train: bool = False
 
-    def __call__(self, replica: Replica, data: FederatedData, server: State, job: Job) -> Update:
-        first = job.client_id * self.batch_size
-        rows = torch.arange(first, min(first + self.batch_size, data.num_test))
-        return _evaluate(replica, server["model"], server["buffers"], [data.test_batch(rows)], self.train)
+    def __call__(self, replica: Replica, data: FederatedData, server: State, chunk: TestChunk) -> Update:
+        batch = data.test_batch(torch.arange(*chunk))
+        return _evaluate(replica, server["model"], server["buffers"], [batch], self.train)
 
 
 def _evaluate(
     replica: Replica, model: Tensor, buffers: Tensor, batches: Iterable[tuple[Tensor, Tensor]], train: bool
 ) -> Update:
     """Sums over examples, in eval mode or in that of `train`; the message is empty."""
-    replica.enter(buffers, seed=0)
+    replica.begin_client(buffers, seed=0)
     replica.load(model)
     loss, correct, examples = buffers.new_zeros(()), buffers.new_zeros(()), 0
     with torch.no_grad():
         for x, y in batches:
-            logits = replica.logits(replica.w, x, train=train)
+            logits = replica.forward(x, train=train)[0]
             loss += replica.task.losses(logits, y).sum()
             correct += (logits.argmax(-1) == y).sum()
             examples += len(y)

@@ -57,11 +57,11 @@ class Recalibration:
         stream = random(self.seed, Stream.RECALIBRATE, job.round)
         rows, most = self._rows(data, stream), self.settings.batch_size
         whole = len(rows) - len(rows) % min(most, len(rows))
-        replica.enter(server["buffers"], int(stream.integers(2**63)))
+        replica.begin_client(server["buffers"], int(stream.integers(2**63)))
         replica.load(server["model"])
         with torch.no_grad(), _cumulative(replica.network):
             for part in torch.split(rows[:whole], most):
-                replica.logits(replica.w, data.batch(part)[0], train=True)
+                replica.forward(data.batch(part)[0], train=True)
         return Update({"buffers": replica.buffers.clone()}, 1.0)
 
     def _rows(self, data: FederatedData, stream: np.random.Generator) -> Tensor:

@@ -1,9 +1,10 @@
-"""The round: sample, train, aggregate, update. The one object here is the one thing that changes."""
+"""The round: sample, train, aggregate, update. `Simulation` is the one object that changes from round to round."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
-from math import ceil, fsum, isfinite
+from math import fsum, isfinite
 from time import perf_counter
 from typing import Literal, NamedTuple
 
@@ -13,16 +14,26 @@ from fedsim.base.catalogue import Spec
 from fedsim.base.devices import one_thread
 from fedsim.base.files import uninterrupted
 from fedsim.data import FederatedData
-from fedsim.errors import ClientError, ConfigError, RoundError, located
+from fedsim.errors import ClientError, ConfigError, NodeError, RoundError, located
 from fedsim.federated.aggregate import Aggregator, WeightedMean, largest
 from fedsim.federated.availability import Attempt, Availability
-from fedsim.federated.client import EvaluateClient, EvaluateGlobal, Train, Work, initial_client_state
+from fedsim.federated.client import (
+    RESERVED,
+    EvaluateClient,
+    EvaluateGlobal,
+    TestChunk,
+    Train,
+    download,
+    initial_client_state,
+    initial_server_state,
+)
 from fedsim.federated.cohort import Cohort
+from fedsim.federated.fold import cause
 from fedsim.federated.pace import Pace
 from fedsim.federated.recalibration import Recalibrate, Recalibration, check_recalibration
+from fedsim.federated.runtime import Runtime
 from fedsim.federated.store import ClientStore
 from fedsim.federated.strategy import Strategy
-from fedsim.runtimes import Runtime, kept
 from fedsim.training.recipe import Recipe
 from fedsim.training.task import Task
 from fedsim.types import (
@@ -70,14 +81,14 @@ class Round(NamedTuple):
     clock: float  # virtual seconds since the start of the first round; 0 without availability
 
 
+Metrics = dict[str, float]  # sums over examples
+
+
 class Evaluation(NamedTuple):
     """Means over examples."""
 
     loss: float
     accuracy: float  # from 0 to 1
-
-
-OWN = ("buffers", "ema.model", "ema.buffers")  # of the server's entries, those that are no strategy's
 
 
 class Simulation:
@@ -122,14 +133,10 @@ class Simulation:
         runtime.check(self.work)
         self.aggregator = aggregator or WeightedMean()
         self.recalibrate, self.decay = recalibrate, ema
-        model, buffers = task.initial_model.to(runtime.home), task.initial_buffers.to(runtime.home)
-        self.server: State = strategy.init_server(model)
-        if taken := [name for name in OWN if name in self.server]:
-            raise ConfigError(f"strategy: init_server made {taken[0]!r}, a name that fedsim keeps for itself")
-        self.server |= {"buffers": buffers}
+        self.server: State = initial_server_state(strategy, task, runtime.home)
         if ema is not None:
-            self.server |= {"ema.model": self.server["model"], "ema.buffers": buffers}
-        self.initial_client = kept(runtime, initial_client_state(strategy, task))
+            self.server |= {f"ema.{name}": self.server[name] for name in ("model", "buffers")}
+        self.initial_client = runtime.placeholder_state(initial_client_state(strategy, task))
         self.clients = clients if clients is not None else ClientStore()
         self.pace = Pace()
         self.number, self.clock = 0, 0.0
@@ -143,7 +150,8 @@ class Simulation:
     @property
     def work(self) -> Train:
         """What each client of a cohort does."""
-        return Train(self.strategy, self.recipe, self.seed, self.failures.time_limit, self.config)
+        wait = self.failures.policy == "raise"
+        return Train(self.strategy, self.recipe, self.seed, self.failures.time_limit, wait, self.config)
 
     def sample(self) -> list[int]:
         """The cohort of the next round."""
@@ -152,7 +160,7 @@ class Simulation:
         if not (isinstance(cohort, list) and cohort and min(cohort) >= 0 and max(cohort) <= last):
             raise ConfigError(f"cohort: gave {cohort!r}; it should give a list of ids from 0 to {last}")
         if len(set(cohort)) < len(cohort):
-            raise ConfigError(f"cohort: gave {cohort!r}, in which an id stands twice")
+            raise ConfigError(f"cohort: gave {cohort!r}, in which an id occurs twice")
         return cohort
 
     def round(
@@ -160,19 +168,19 @@ class Simulation:
         after_client: Callable[[Report], None] = lambda report: None,
         before_client: Callable[[int], None] = lambda client: None,
     ) -> Round:
-        """Run one round, telling of each client as it finishes and as it is handed out.
+        """Run one round, and call `before_client` and `after_client` as clients start and finish.
 
-        Raises ClientError or RoundError, and is then as it was before.
+        Raises ClientError or RoundError; the simulation is then as it was before.
         """
         start, goal = perf_counter(), self.sample()
         selected, attempt = self._attempt(goal)
-        download = self._download()
+        sent = self._download()
         server, reports, failed = self.server, list[Report](), dict[int, str]()
         try:
             if attempt.reporting:
                 with one_thread():
-                    server, reports, failed = self._train(attempt.reporting, download, after_client, before_client)
-            sums = _sums([report for report in reports if report.client_id not in failed])
+                    server, reports, failed = self._train(attempt.reporting, sent, after_client, before_client)
+            sums = _sums(report.metrics for report in reports if report.client_id not in failed)
             done = Round(
                 round=self.number + 1,
                 cohort=selected,
@@ -181,7 +189,7 @@ class Simulation:
                 seconds=perf_counter() - start,
                 steps=int(sums.get("steps", 0)),
                 bytes_up=sum(r.bytes_up for r in reports),
-                bytes_down=sum(tensor.nbytes for tensor in download.values()) * len(selected),
+                bytes_down=sum(tensor.nbytes for tensor in sent.values()) * len(selected),
                 failed={str(client): cause for client, cause in failed.items()},
                 absent={str(client): cause for client, cause in attempt.absent.items()},
                 clock=self.clock + attempt.seconds,
@@ -208,12 +216,15 @@ class Simulation:
         Or another `model` (P,) with its `buffers` (Q,), such as those of `ema`. In `train` mode batch norm has the
         statistics of each batch, and dropout drops.
         """
-        work = EvaluateGlobal(batch_size, train)
-        chunks = [Job(k, self.number, None) for k in range(ceil(self.data.num_test / batch_size))]
-        try:
-            return _mean(_sums(self._reports(work, chunks, server)))
-        except ClientError as error:  # of a chunk of the test set, which is no client
-            raise RoundError(f"test after round {self.number}: {error.__cause__}") from error
+        server, total = self.server if server is None else server, self.data.num_test
+        chunks = [TestChunk(first, min(first + batch_size, total)) for first in range(0, total, batch_size)]
+        found = list[Metrics]()
+        for chunk, outcome in self.runtime.map(EvaluateGlobal(train), server, chunks):
+            if isinstance(outcome, BaseException):
+                where = f"test after round {self.number}, examples {chunk.first} to {chunk.last - 1}"
+                raise RoundError(f"{where}: {cause(outcome)}") from outcome
+            found.append({name: float(value) for name, value in outcome.metrics.items()})
+        return _mean(_sums(found))
 
     def evaluate_clients(
         self, clients: Iterable[int] | None = None, batch_size: int = 500, *, train: bool = False
@@ -224,10 +235,14 @@ class Simulation:
         that fail are left out.
         """
         ids = range(self.data.num_clients) if clients is None else clients
-        work = EvaluateClient(self.strategy, batch_size, train)
-        jobs, tolerant = (self._job(k, self.number - 1) for k in ids), self.failures.policy == "drop"
-        reports = self._reports(work, jobs, self._download(), tolerant=tolerant)
-        sums = {r.client_id: r.metrics for r in reports if r.error is None}
+        drop = self.failures.policy == "drop"
+        work = EvaluateClient(self.strategy, batch_size, train, wait_for_absent=not drop)
+        sums = dict[int, Metrics]()
+        for job, outcome in self.runtime.map(work, self._download(), (self._job(k, self.number - 1) for k in ids)):
+            if not isinstance(outcome, BaseException):
+                sums[job.client_id] = {name: float(value) for name, value in outcome.metrics.items()}
+            elif not drop:
+                raise self._client_error(job.round, job.client_id, cause(outcome), outcome) from outcome
         return {client: _mean(sums[client]) for client in ids if client in sums}
 
     def digest(self) -> str:
@@ -244,11 +259,11 @@ class Simulation:
         return _fingerprint(self.server)
 
     def _download(self) -> State:
-        """What clients are sent."""
-        return {name: self.server[name].clone() for name in (*self.strategy.broadcast, "buffers")}
+        """What clients are sent: copies."""
+        return {name: value.clone() for name, value in download(self.strategy, self.server).items()}
 
     def _attempt(self, cohort: list[int]) -> tuple[list[int], Attempt]:
-        """Who is selected, and what becomes of them."""
+        """The selected clients, and what becomes of them."""
         if not self.availability:
             return cohort, Attempt(cohort, {}, 0.0)
         about = self.seed, self.number
@@ -265,7 +280,7 @@ class Simulation:
     def _train(
         self,
         cohort: list[int],
-        download: State,
+        sent: State,
         after_client: Callable[[Report], None],
         before_client: Callable[[int], None],
     ) -> tuple[State, list[Report], dict[int, str]]:
@@ -281,31 +296,41 @@ class Simulation:
                 before_client(client)
                 yield self._job(client)
 
-        tolerant = self.failures.policy == "drop"
-        versions = {name: value._version for name, value in download.items()}
-        for partial, finished in self.runtime.run(self.work, download, jobs(), self.aggregator, tolerant=tolerant):
-            total = self.aggregator.merge(total, partial)
-            for report in finished:
-                if report.client:
-                    self.clients.stage(report.client_id, report.client)
-                if report.error is None and by_pace:
-                    self.pace.measured(report.client_id, steps[report.client_id], report.seconds)
-                reports.append(report._replace(client={}))
-                after_client(report)
-        if written := [name for name, value in download.items() if value._version != versions[name]]:
-            raise RoundError(f"client_update wrote server[{written[0]!r}] in place; states are only read")
+        with closing(self.runtime.run(self.work, sent, jobs(), self.aggregator)) as running:
+            for partial, finished in running:
+                total = self.aggregator.merge(total, partial)
+                for report in finished:
+                    self._judge(report)
+                    if report.client:
+                        self.clients.stage(report.client_id, report.client)
+                    if report.error is None and by_pace:
+                        self.pace.measured(report.client_id, steps[report.client_id], report.seconds)
+                    reports.append(report._replace(client={}, exception=None))
+                    after_client(report)
         reports.sort(key=lambda report: report.client_id)
         failed = {r.client_id: r.error for r in reports if r.error is not None}
-        odd = self.aggregator.odd(total)
-        if odd and not tolerant:
-            client, cause = min(odd.items())
-            raise ClientError(f"round {self.number + 1}, client {client}: {cause}")
-        for client in odd:
+        mismatched = self.aggregator.mismatched(total)
+        if mismatched and self.failures.policy == "raise":
+            client, why = min(mismatched.items())
+            raise ClientError(f"round {self.number + 1}, client {client}: {why}")
+        for client in mismatched:
             self.clients.discard(client)
-        failed = dict(sorted((failed | odd).items()))
+        failed = dict(sorted((failed | mismatched).items()))
         answered = [client for client in cohort if client not in failed]
         self._check_floor(answered, failed)
-        return self._moved(self._server_update(self.aggregator.result(total), answered)), reports, failed
+        server = self._server_update(self.aggregator.result(total), answered)
+        return self._with_ema_and_recalibration(server), reports, failed
+
+    def _judge(self, report: Report) -> None:
+        """Raise ClientError where a client failed and `failures.policy` is `raise`."""
+        if report.error is not None and self.failures.policy == "raise":
+            error = self._client_error(self.number, report.client_id, report.error, report.exception)
+            raise error from report.exception
+
+    def _client_error(self, number: int, client: int, why: str, error: BaseException | None) -> ClientError:
+        diverged = isinstance(error, ArithmeticError | NodeError) and ("not finite" in why or "too large" in why)
+        advice = "; lower local.lr, or set failures.policy=drop" if diverged else ""
+        return ClientError(f"round {number + 1}, client {client}: {why}{advice}")
 
     def _steps(self, clients: list[int]) -> dict[int, int]:
         """K_k of each."""
@@ -318,7 +343,7 @@ class Simulation:
         total_examples = int(sizes.sum()) if sizes.all() else None
         cohort_examples = int(sizes[answered].sum())
         info = RoundInfo(self.number, answered, self.data.num_clients, noise, cohort_examples, total_examples)
-        own = {name: value for name, value in self.server.items() if name not in OWN}
+        own = {name: value for name, value in self.server.items() if name not in RESERVED}
         copy = {name: value.clone() for name, value in own.items()}  # of which it may do what it likes
         try:
             update = self.strategy.server_update(copy, mean, info)
@@ -329,8 +354,8 @@ class Simulation:
         self._check_update(update, own)
         return self.server | update | buffers
 
-    def _moved(self, server: State) -> State:
-        """The server's state once all that follows the new model has."""
+    def _with_ema_and_recalibration(self, server: State) -> State:
+        """The server's state with statistics made anew and the running mean moved, where they are wanted."""
         if self.recalibrate:
             server = server | self._recalibrated(server, self.recalibrate)
         if mean := self.ema:
@@ -339,27 +364,15 @@ class Simulation:
         return server
 
     def _recalibrated(self, server: State, settings: Recalibrate) -> State:
-        work, mean = Recalibration(settings, self.seed), WeightedMean()  # of one message, which it leaves as it is
-        total = mean.fold([])
-        try:
-            for partial, _ in self.runtime.run(work, server, [Job(0, self.number, None)], mean):
-                total = mean.merge(total, partial)
-        except ClientError as error:  # of the server's own job
-            raise RoundError(f"recalibrate, round {self.number + 1}: {error.__cause__}") from error
-        return {name: value.to(self.runtime.home) for name, value in mean.result(total).items()}
+        work = Recalibration(settings, self.seed)
+        [(_, outcome)] = self.runtime.map(work, server, [Job(0, self.number, None)])
+        if isinstance(outcome, BaseException):
+            raise RoundError(f"recalibrate, round {self.number + 1}: {cause(outcome)}") from outcome
+        return {name: value.to(self.runtime.home) for name, value in outcome.message.items()}
 
     def _job(self, client: int, number: int | None = None) -> Job:
-        return Job(
-            client, self.number if number is None else number, self.clients.get(client, self.initial_client)
-        )
-
-    def _reports(
-        self, work: Work, jobs: Iterable[Job], server: State | None = None, *, tolerant: bool = False
-    ) -> list[Report]:
-        server = self.server if server is None else server
-        runs = self.runtime.run(work, server, jobs, self.aggregator, tolerant=tolerant)
-        batches = [reports for _, reports in runs]
-        return sorted((r for batch in batches for r in batch), key=lambda report: report.client_id)
+        number = self.number if number is None else number
+        return Job(client, number, self.clients.get(client, self.initial_client))
 
     def _check_update(self, update: State, own: State) -> None:
         """Raise where server_update did not do what its name says."""
@@ -392,7 +405,7 @@ def _mean(sums: dict[str, float]) -> Evaluation:
     return Evaluation(sums["loss"] / sums["examples"], sums["correct"] / sums["examples"])
 
 
-def _sums(reports: list[Report]) -> dict[str, float]:
-    """Of the metrics: exact, so that neither order nor number of workers shows."""
-    names = {name for report in reports for name in report.metrics}
-    return {name: fsum(r.metrics[name] for r in reports if name in r.metrics) for name in names}
+def _sums(metrics: Iterable[Metrics]) -> Metrics:
+    """Exact sums, so that neither order nor number of workers shows."""
+    metrics = list(metrics)
+    return {name: fsum(m[name] for m in metrics if name in m) for name in {name for m in metrics for name in m}}

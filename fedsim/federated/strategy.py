@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from fedsim.training.layout import Layout
-from fedsim.training.local import LocalObjective
+from fedsim.training.objective import LocalObjective
 from fedsim.training.recipe import Recipe
 from fedsim.types import RoundInfo, State, Update
 

@@ -2,7 +2,8 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from time import monotonic, perf_counter, sleep
 from typing import NamedTuple
@@ -11,25 +12,26 @@ import torch
 
 from fedsim.data import FederatedData
 from fedsim.errors import NodeError
-from fedsim.federated.aggregate import LARGEST, Aggregator, Partial, largest
+from fedsim.federated.aggregate import LARGEST, Aggregator, largest
 from fedsim.federated.client import EvaluateClient, Train
+from fedsim.federated.fold import Fold
+from fedsim.federated.runtime import Results
 from fedsim.flower import wire
 from fedsim.flower.federation import Federation
 from fedsim.flower.internals import LinkError, Reply
 from fedsim.flower.messages import Answer, Order
 from fedsim.flower.transport import Transport, decode, encode
-from fedsim.runtimes.worker import failed, folded
 from fedsim.types import Job, Report, State, Update
 
 log = logging.getLogger(__name__)
-POLL = 0.03, 0.2  # seconds between two looks for answers, at least and at most
-SHARE = 0.02  # of the time since the last answer, to wait for the next look
-MOST = 16  # times what a client is sent, and
-LEAST = 2**26  # bytes more, that it may answer
-GRACE = 30.0  # seconds that a SuperLink may be out of reach before there is another Flower run
-INVITED = 3  # times in a round that a node may say that it does not know the plan
-EXAMPLES = 2**40  # that a client may have
-MOST_SUM = 1e300  # of a metric, so that there is a sum of all
+POLL_SECONDS = 0.03, 0.2  # between two looks for answers, at least and at most
+POLL_SHARE = 0.02  # of the time since the last answer, to wait for the next look
+MAX_ANSWER_RATIO = 16  # times what a client is sent, and
+MAX_ANSWER_EXTRA = 2**26  # bytes more, that it may answer
+GRACE_SECONDS = 30.0  # that a SuperLink may be out of reach before there is another Flower run
+MAX_INVITATIONS = 3  # in a round, to a node that says that it does not know the plan
+MAX_EXAMPLES = 2**40  # of a client
+MAX_METRIC = 1e300  # so that there is a sum of all
 SUMS = {Train: {"loss", "examples", "steps"}, EvaluateClient: {"loss", "examples", "correct"}}
 
 
@@ -51,11 +53,21 @@ class Flight:
     since: float  # by perf_counter
 
 
-class Dispatch:
-    """The jobs of one round; `server` is what clients are sent, `tolerant` whether the round goes on without some.
+class Answered(NamedTuple):
+    """What became of a client's order."""
 
-    A client whose node is not there waits for it, as long as nodes may take to come; in a tolerant round only
-    where no other client has work. Raises ClientError where it does not tolerate a failure.
+    job: Job
+    since: float  # by perf_counter
+    outcome: Update | NodeError
+    bytes: int = 0
+    examples: int = 0  # of the client
+
+
+class Dispatch:
+    """The jobs of one round; `server` is what clients are sent.
+
+    A client whose node is not there waits for it, as long as nodes may take to come; where the work does not wait
+    for absent clients, only if no other client has work.
     """
 
     def __init__(
@@ -63,57 +75,74 @@ class Dispatch:
         federation: Federation,
         work: Train | EvaluateClient,
         server: State,
-        aggregator: Aggregator,
         data: FederatedData,
         transport: Transport,
-        *,
-        tolerant: bool,
     ):
-        self.federation, self.work, self.server, self.aggregator = federation, work, server, aggregator
-        self.data, self.transport, self.tolerant = data, transport, tolerant
+        self.federation, self.work, self.data, self.transport = federation, work, data, transport
+        self.wait = federation.timing.wait if work.wait_for_absent else 0.0
         self.broadcast = wire.arrays(encode(server, "exact")[0])  # once, whoever gets it
-        self.most = LEAST + MOST * sum(value.nbytes for value in server.values())
-        self.total = aggregator.fold([])
+        self.most = MAX_ANSWER_EXTRA + MAX_ANSWER_RATIO * sum(value.nbytes for value in server.values())
         self.todo: list[Waiting] = []
         self.flights: dict[str, Flight] = {}  # by message
         self.invited = Counter[int]()  # clients, whose nodes had lost the plan
         self.reported = False  # whether anything is known of a client
 
-    def results(self, jobs: Iterable[Job]) -> Iterator[tuple[Partial, list[Report]]]:
+    def run(self, jobs: Iterable[Job], aggregator: Aggregator) -> Results:
         """Reports as answers come, and the sum of what they brought at the end."""
+        fold = Fold(aggregator)
+        with closing(self._answers(jobs)) as answers:
+            for found in answers:
+                yield aggregator.fold([]), [self._report(fold, each) for each in found]
+        yield fold.partial, []
+
+    def map(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Update | BaseException]]:
+        """Each job and what the client answered, or why it did not."""
+        with closing(self._answers(jobs)) as answers:
+            for found in answers:
+                yield from ((each.job, each.outcome) for each in found)
+
+    def _report(self, fold: Fold, each: Answered) -> Report:
+        report = fold.add(each.job, each.outcome, each.since)._replace(bytes_up=each.bytes)
+        if report.error is None:
+            self.data.sizes[each.job.client_id] = each.examples
+        elif not isinstance(each.outcome, NodeError):
+            report = report._replace(error=f"{self._name(each.job)}: {report.error}")
+        return report
+
+    def _answers(self, jobs: Iterable[Job]) -> Generator[list[Answered], None, None]:
+        """What becomes of each job's order, as answers come."""
         self.federation.gather()
         self.began = last = heard = monotonic()
-        self._wait_for(jobs, 0.0 if self.tolerant else self.federation.timing.wait)
+        self._wait_for(jobs, self.wait)
         self.cohort, shaken = len(self.todo), False
         try:
             while self.todo or self.flights:
                 try:
                     if shaken:
                         self._again(self.flights)
-                    reports, heard, shaken = self._step(), monotonic(), False
+                    answered, heard, shaken = self._step(), monotonic(), False
                 except LinkError as error:
                     shaken = True  # an answer may have been lost, and a node that has given it gives it again
-                    if not error.again or monotonic() - heard > GRACE:
+                    if not error.again or monotonic() - heard > GRACE_SECONDS:
                         self.federation.reconnect(error, self._left())
                         heard = monotonic()
-                    sleep(POLL[1])
+                    sleep(POLL_SECONDS[1])
                     continue
-                if reports:
+                if answered:
                     last, self.reported = monotonic(), True
-                    yield self.aggregator.fold([]), reports
+                    yield answered
                 else:
-                    sleep(min(max(SHARE * (monotonic() - last), POLL[0]), POLL[1]))
+                    sleep(min(max(POLL_SHARE * (monotonic() - last), POLL_SECONDS[0]), POLL_SECONDS[1]))
         finally:
             self.federation.abandon(self.flights)
-        yield self.total, []
 
-    def _step(self) -> list[Report]:
+    def _step(self) -> list[Answered]:
         """Send what can be sent, and take what has come."""
         self.federation.look()
         self._send()
         replies = self.federation.link().receive(self.flights, most_bytes=self.most) if self.flights else []
-        reports = [self._answered(self.flights.pop(reply.to), reply) for reply in replies]
-        return [report for report in [*reports, *self._given_up()] if report]
+        answered = [self._answered(self.flights.pop(reply.to), reply) for reply in replies]
+        return [each for each in [*answered, *self._given_up()] if each]
 
     def _send(self) -> None:
         roster = self.federation.roster
@@ -124,7 +153,7 @@ class Dispatch:
         self.todo = [each for each in self.todo if nodes[each.job.client_id] is None]
         orders = {node: wire.record(self._order(job), server=self.broadcast) for node, job in jobs.items()}
         try:
-            ttl = self._left() + GRACE  # so that who is late is told by us
+            ttl = self._left() + GRACE_SECONDS  # so that it is fedsim that says which client is late
             sent = self.federation.link().send(orders, "train", group=type(self.work).__name__, ttl=ttl)
         except LinkError:
             self._wait_for(jobs.values(), self.federation.timing.wait)
@@ -152,30 +181,34 @@ class Dispatch:
             server={},  # the broadcast
         )
 
-    def _answered(self, flight: Flight, reply: Reply) -> Report | None:
-        """The report on a client that has answered, unless it is asked again."""
+    def _answered(self, flight: Flight, reply: Reply) -> Answered | None:
+        """What a client has answered, unless it is asked again."""
         if reply.content is None:
-            return (self._gone if reply.gone else self._failed)(flight, reply.error or "gave no reason")
+            why = reply.error or "gave no reason"
+            if not reply.gone:
+                return self._failed(flight, why)
+            self._gone(flight, why)
+            return None
         try:
             answer = wire.read(Answer, reply.content)
             if answer.lost:
                 return self._lost(flight)
             if answer.error is not None:
                 return self._failed(flight, answer.error)
-            return self._folded(flight, answer)._replace(bytes_up=reply.bytes)
+            return self._checked(flight, answer)._replace(bytes=reply.bytes)
         except ValueError as error:
             return self._failed(flight, f"its answer {error}")
 
-    def _folded(self, flight: Flight, answer: Answer) -> Report:
-        """Add a message to the sum; raises ValueError where the answer cannot be one."""
+    def _checked(self, flight: Flight, answer: Answer) -> Answered:
+        """The update that a node answered; raises ValueError where it cannot be one."""
         job, trained = flight.job, isinstance(self.work, Train)
         message = decode(answer.message, self.most)
         version, sums = job.round + 1 if trained and job.client else 0, answer.metrics
-        kept, known = (answer.version, answer.mark), 1 <= answer.examples <= EXAMPLES if trained else True
+        kept, known = (answer.version, answer.mark), 1 <= answer.examples <= MAX_EXAMPLES if trained else True
         if not known or kept[0] != version or not 0 <= kept[1] < 2**62:
             held, which = str(answer.examples)[:20], str(kept)[:40]
             raise ValueError(f"has {held} examples and keeps {which}, which cannot be")
-        if strange := [name for name, value in sums.items() if not -MOST_SUM <= value <= MOST_SUM]:
+        if strange := [name for name, value in sums.items() if not -MAX_METRIC <= value <= MAX_METRIC]:
             raise ValueError(f"has {strange[0]}, which is not finite")
         for name, value in message.items():  # so that no node spoils the sum of all
             if value.is_floating_point() and abs(answer.weight) * largest(value) > LARGEST / self.cohort:
@@ -183,35 +216,27 @@ class Dispatch:
         if (sums or not trained) and (sums.keys() != SUMS[type(self.work)] or sums["examples"] < 1):
             raise ValueError("has other metrics than its work gives")  # none where nothing was minimised
         metrics = {name: torch.tensor(value, dtype=torch.double) for name, value in sums.items()}
-        update = Update(message, answer.weight, {}, metrics)
-        self.total, report = folded(update, job, self.aggregator, self.tolerant, self.total, flight.since)
-        if report.error is not None:
-            return report._replace(error=f"{self._name(job)}: {report.error}")
-        if not trained:
-            return report
-        self.data.sizes[job.client_id] = answer.examples
-        return report._replace(client={"version": torch.tensor(kept)} if job.client else {})
+        client = {"version": torch.tensor(kept)} if trained and job.client else {}
+        return Answered(job, flight.since, Update(message, answer.weight, client, metrics), 0, answer.examples)
 
-    def _gone(self, flight: Flight, why: str) -> Report | None:
-        """Of a client whose node went away: it waits for it."""
-        wait = 0.0 if self.tolerant else self.federation.timing.wait
-        if wait:
-            log.warning("nodes: %s: %s; waits up to %g s for it", self._name(flight.job), why, wait)
-        self._wait_for([flight.job], wait, why)
-        return None
+    def _gone(self, flight: Flight, why: str) -> None:
+        """Have a client whose node went away wait for it."""
+        if self.wait:
+            log.warning("nodes: %s: %s; waits up to %g s for it", self._name(flight.job), why, self.wait)
+        self._wait_for([flight.job], self.wait, why)
 
-    def _lost(self, flight: Flight) -> Report | None:
+    def _lost(self, flight: Flight) -> Answered | None:
         """Have a node that does not know the plan invited once more."""
         client = flight.job.client_id
         self.invited[client] += 1
-        if self.invited[client] > INVITED:
-            return self._failed(flight, "forgets the plan as often as it is told")
+        if self.invited[client] > MAX_INVITATIONS:
+            return self._failed(flight, "forgets the plan each time that it is sent")
         self.federation.roster.forget(flight.node)
         self._wait_for([flight.job], self.federation.timing.wait)
         return None
 
-    def _given_up(self) -> Iterator[Report | None]:
-        """Reports on clients that will not answer any more."""
+    def _given_up(self) -> Iterator[Answered]:
+        """Clients that will not answer any more."""
         timing, roster = self.federation.timing, self.federation.roster
         late = self._left() <= 0
         away = {m for m, flight in self.flights.items() if flight.node not in roster.online}
@@ -221,7 +246,7 @@ class Dispatch:
             if late:
                 yield self._failed(flight, f"has not answered within {timing.round_timeout:g} s")
             else:
-                yield self._gone(flight, "its node is gone")
+                self._gone(flight, "its node is gone")
         others, now = self.flights or self.reported, monotonic()
         for each in [*self.todo]:
             refusal = roster.refusal(each.job.client_id)
@@ -230,10 +255,8 @@ class Dispatch:
                 why = refusal or each.why or roster.absence()
                 yield self._failed(Flight(each.job, 0, perf_counter()), why)
 
-    def _failed(self, flight: Flight, why: str) -> Report:
-        """A report; raises ClientError unless the round is tolerant."""
-        cause = NodeError(f"{self._name(flight.job)}: {why}")
-        return failed(flight.job, cause, self.tolerant, perf_counter() - flight.since)
+    def _failed(self, flight: Flight, why: str) -> Answered:
+        return Answered(flight.job, flight.since, NodeError(f"{self._name(flight.job)}: {why}"))
 
     def _name(self, job: Job) -> str:
         return self.federation.roster.names[job.client_id]

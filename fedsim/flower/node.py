@@ -5,7 +5,7 @@ It computes with the very same functions as a simulation's workers. Nothing here
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -22,7 +22,15 @@ from fedsim.data.federated import Shard
 from fedsim.errors import ConfigError, RoundError, located, one_line
 from fedsim.experiment.checkpoint import versions
 from fedsim.experiment.config import overridden
-from fedsim.federated.client import EvaluateClient, Train, initial_client_state
+from fedsim.federated.client import (
+    EvaluateClient,
+    Train,
+    check_message,
+    download,
+    initial_client_state,
+    initial_server_state,
+)
+from fedsim.federated.fold import cause, compact
 from fedsim.flower.keeping import RUN, Keeping, Kept, needed
 from fedsim.flower.messages import Answer, Invitation, Joined, Order, failure
 from fedsim.flower.plan import Allow, Parts, Plan, digest, parts_of
@@ -89,28 +97,6 @@ class NodeSettings(Options):
 
 def _at(folder: Path, path: Path) -> Path:
     return folder / path.expanduser()
-
-
-class Messages:
-    """An aggregator that leaves messages as they are, on the host; what is there already is not copied."""
-
-    def fold(self, updates: Iterable[tuple[int, State, float]], start: list[State] | None = None) -> list[State]:
-        """`start`, or none, and these."""
-        return [*(start or []), *({name: value.cpu() for name, value in m.items()} for _, m, _ in updates)]
-
-    def merge(self, a: list[State], b: list[State]) -> list[State]:
-        """All of both."""
-        return [*a, *b]
-
-    def odd(self, total: list[State]) -> dict[int, str]:
-        """None: each is right by itself."""
-        return {}
-
-    def result(self, total: list[State]) -> State:
-        """The one that there is; raises RoundError where there are others."""
-        if len(total) != 1:
-            raise RoundError(f"{len(total)} messages are not one")
-        return total[0]
 
 
 @dataclass
@@ -192,20 +178,20 @@ class Node:
         evaluate = EvaluateClient(role.parts.strategy, order.batch_size, order.train_mode)
         work = role.train if training else evaluate
         server = {name: value.to(self.device) for name, value in order.server.items()}
-        unwritten = {name: value._version for name, value in server.items()}
-        messages = Messages()
         job = Job(order.client, order.round, _below("client", kept.state))
-        partial, report = role.worker.run(work, server, job, messages, tolerant=True)
-        if report.error is not None:
-            return failure(report.error, seconds=perf_counter() - began)
-        if written := [name for name, value in server.items() if value._version != unwritten[name]]:
-            raise ValueError(f"client_update wrote server[{written[0]!r}] in place; states are only read")
-        encoded, left = encode(messages.result(partial), order.transport, _below("residual", kept.state))
-        answer = Answer(encoded, report.weight, report.metrics, 0, 0, 0, perf_counter() - began)
+        update = role.worker.run(work, server, job)
+        if isinstance(update, BaseException):
+            return failure(cause(update), seconds=perf_counter() - began)
+        check_message(update)
+        metrics = {name: float(value) for name, value in update.metrics.items()}
+        message = {name: compact(value.detach()) for name, value in update.message.items()}
+        encoded, left = encode(message, order.transport, _below("residual", kept.state))
+        answer = Answer(encoded, float(update.weight), metrics, 0, 0, 0, perf_counter() - began)
         if not training:
             return answer
         if role.initial_client or order.transport in ROUNDED:
-            kept = self._keep(order, role, kept, _above("client", report.client) | _above("residual", left))
+            client = _above("client", {name: compact(value) for name, value in update.client.items()})
+            kept = self._keep(order, role, kept, client | _above("residual", left))
             answer = answer._replace(version=order.round + 1, mark=kept.mark)
         answer = answer._replace(examples=len(self.dataset.y_train), seconds=perf_counter() - began)
         role.done = order, answer
@@ -249,8 +235,7 @@ class Node:
         data.check_augment(plan.local["augment"])
         check_precision(parts.recipe.precision, self.device)
         task, strategy, recipe = parts
-        server = strategy.init_server(task.initial_model) | {"buffers": task.initial_buffers}
-        sent = form_of({name: server[name] for name in (*strategy.broadcast, "buffers")})
+        sent = form_of(download(strategy, initial_server_state(strategy, task)))
         train = Train(strategy, recipe, plan.seed, plan.time_limit)
         worker = Worker(task, data.to(self.device), self.device, graphs=True)
         return Role(run, digest(text), parts, train, worker, initial_client_state(strategy, task), sent)
@@ -309,7 +294,11 @@ def _told(error: Exception) -> str:
     """In a line: what was found wrong, or else where it went wrong."""
     if isinstance(error, OSError) and error.filename:
         return one_line(f"{error.filename}: {error.strerror}")
-    return one_line(error) if isinstance(error, ArithmeticError | ValueError | OSError) else located(error)
+    return (
+        one_line(error)
+        if isinstance(error, ArithmeticError | ValueError | OSError | RoundError)
+        else located(error)
+    )
 
 
 def _above(part: str, state: State) -> State:

@@ -2,24 +2,28 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fedsim.base.catalogue import Spec
 from fedsim.data import FederatedData
 from fedsim.errors import ConfigError
-from fedsim.federated.aggregate import Aggregator, Partial
+from fedsim.federated.aggregate import Aggregator
 from fedsim.federated.client import EvaluateClient, Train, Work
+from fedsim.federated.runtime import Results, Runtime
 from fedsim.flower import needs_flwr
 from fedsim.flower.plan import initial_of, plan_of
 from fedsim.flower.transport import ROUNDED, Transport
 from fedsim.runtimes.threads import Threads
 from fedsim.training.task import Task
-from fedsim.types import Job, Positive, Report, State
+from fedsim.types import Job, Positive, State, Update
+
+if TYPE_CHECKING:
+    from fedsim.flower.dispatch import Dispatch
 
 
-class Flower:
+class Flower(Runtime):
     """Clients on nodes of a Flower federation, each with its own data; the server has only what tests need.
 
     `superlink` is HOST:PORT of Flower's SuperLink, `ca` the certificate of its authority; `insecure` is plain
@@ -33,7 +37,6 @@ class Flower:
     round, with error feedback, and want `exact: false`. `link` is for a process that Flower has started.
     """
 
-    exact = True
     elsewhere = True
 
     def __init__(
@@ -63,7 +66,7 @@ class Flower:
             raise ConfigError("runtime.keys: Flower shows a ServerApp no keys; leave it out, or use fedsim serve")
         self.task, self.data, self.transport, self.exact = task, data, transport, transport not in ROUNDED
         self.local = Threads(task, data, device=device)  # for tests
-        self.home, self.workers = self.local.home, 1
+        self.home = self.local.home
         self.federation = Federation(
             None if link else address_of(superlink, ca, insecure),
             nodes,
@@ -79,20 +82,19 @@ class Flower:
         self.federation.plan = plan_of(work.config, self.data).json_text()
         self.federation.initial = initial_of(self.task)
 
-    def ticket(self, initial_client: State) -> State:
-        """What the server keeps for a client that keeps its state itself: which of its states counts."""
-        return {"version": torch.zeros(2, dtype=torch.int64)} if initial_client or not self.exact else {}
+    def placeholder_state(self, initial: State) -> State:
+        """Which version of the state that a node keeps counts; nothing where its clients keep none."""
+        return {"version": torch.zeros(2, dtype=torch.int64)} if initial or not self.exact else {}
 
-    def settled(self, rounds: list[int]) -> None:
-        """Know after which rounds there are checkpoints."""
+    def checkpointed_rounds(self, rounds: list[int]) -> None:
         self.federation.settled = rounds
 
     @property
     def choice(self) -> Spec | None:
-        """What a checkpoint has to know, once it is known who takes part."""
+        """The nodes that take part, once they are known."""
         return self.federation.choice(self.data.sizes.tolist())
 
-    def take(self, choice: Spec, work: Train) -> None:
+    def restore_choice(self, choice: Spec, work: Train) -> bool:
         """Go on with the nodes of a checkpoint; raises ConfigError."""
         if choice.get("name") != "flower":
             raise ConfigError("runtime: flower has nodes of its own")
@@ -101,23 +103,23 @@ class Flower:
             raise ConfigError(f"data.clients: {len(self.data.sizes)}, and the run has {len(sizes)} nodes")
         self.federation.take(choice["run"], choice["nodes"])
         self.data.sizes[:] = sizes
+        return True
 
     def close(self) -> None:
         """End the Flower run; the next round begins another."""
         self.federation.close()
 
-    def run(
-        self,
-        work: Work,
-        server: State,
-        jobs: Iterable[Job],
-        aggregator: Aggregator,
-        *,
-        tolerant: bool = False,
-    ) -> Iterator[tuple[Partial, list[Report]]]:
+    def run(self, work: Work, server: State, jobs: Iterable[Job], aggregator: Aggregator) -> Results:
         if not isinstance(work, Train | EvaluateClient):  # of the server's own examples
-            return self.local.run(work, server, jobs, aggregator, tolerant=tolerant)
+            return self.local.run(work, server, jobs, aggregator)
+        return self._dispatch(work, server).run(jobs, aggregator)
+
+    def map(self, work: Work, server: State, items: Iterable[Any]) -> Iterator[tuple[Any, Update | BaseException]]:
+        if not isinstance(work, Train | EvaluateClient):
+            return self.local.map(work, server, items)
+        return self._dispatch(work, server).map(items)
+
+    def _dispatch(self, work: Train | EvaluateClient, server: State) -> "Dispatch":
         from fedsim.flower.dispatch import Dispatch
 
-        rounds = Dispatch(self.federation, work, server, aggregator, self.data, self.transport, tolerant=tolerant)
-        return rounds.results(jobs)
+        return Dispatch(self.federation, work, server, self.data, self.transport)

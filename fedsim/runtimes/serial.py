@@ -1,45 +1,42 @@
 """Clients one after the other, in the calling thread: for debugging, and as the reference."""
 
 from collections.abc import Iterable, Iterator
+from time import perf_counter
 
 from fedsim.base.devices import devices, one_thread
 from fedsim.data import FederatedData
-from fedsim.federated.aggregate import Aggregator, Partial
-from fedsim.federated.client import Train, Work
+from fedsim.federated.aggregate import Aggregator
+from fedsim.federated.client import Work
+from fedsim.federated.fold import Fold
+from fedsim.federated.runtime import Item, Results, Runtime
 from fedsim.runtimes.worker import Worker
-from fedsim.training.precision import check_precision
 from fedsim.training.task import Task
-from fedsim.types import Job, Report, State
+from fedsim.types import Job, State, Update
 
 
-class Serial:
+class Serial(Runtime):
     """One client at a time, in the calling thread: a debugger and a traceback lead to the client.
 
     With `graphs`, training steps on a GPU are captured as CUDA graphs where they can be.
     """
 
-    exact = True
-
     def __init__(self, task: Task, data: FederatedData, /, *, graphs: bool = True, device: str = "auto"):
         self.home = devices(device)[0]
-        self.workers = 1
         self.worker = Worker(task, data.to(self.home), self.home, graphs=graphs)
 
-    def check(self, work: Train) -> None:
-        check_precision(work.recipe.precision, self.home)
-
-    def run(
-        self,
-        work: Work,
-        server: State,
-        jobs: Iterable[Job],
-        aggregator: Aggregator,
-        *,
-        tolerant: bool = False,
-    ) -> Iterator[tuple[Partial, list[Report]]]:
-        total = aggregator.fold([])
+    def run(self, work: Work, server: State, jobs: Iterable[Job], aggregator: Aggregator) -> Results:
+        fold = Fold(aggregator)
         for job in jobs:
             with one_thread():
-                total, report = self.worker.run(work, server, job, aggregator, tolerant, total)
+                began = perf_counter()
+                report = fold.add(job, self.worker.run(work, server, job), began)
             yield aggregator.fold([]), [report]
-        yield total, []
+        yield fold.partial, []
+
+    def map(
+        self, work: Work, server: State, items: Iterable[Item]
+    ) -> Iterator[tuple[Item, Update | BaseException]]:
+        for item in items:
+            with one_thread():
+                outcome = self.worker.run(work, server, item)
+            yield item, outcome

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Seats:
-    """So many at a time, numbered from 0; who comes too many waits."""
+class Slots:
+    """A number of slots, counted from 0; a thread that finds none free waits for one."""
 
     def __init__(self, number: int):
         self.number = number
@@ -15,20 +15,20 @@ class Seats:
 
     @contextmanager
     def take(self) -> Iterator[tuple[int, int]]:
-        """A seat, the lowest that is free, and how many there were when it was taken."""
+        """The lowest free slot, and how many slots there were when it was taken."""
         with self._change:
             self._change.wait_for(lambda: len(self._taken) < self.number)
-            seat, number = min({*range(self.number)} - self._taken), self.number
-            self._taken.add(seat)
+            slot, number = min({*range(self.number)} - self._taken), self.number
+            self._taken.add(slot)
         try:
-            yield seat, number
+            yield slot, number
         finally:
             with self._change:
-                self._taken.remove(seat)
+                self._taken.remove(slot)
                 self._change.notify_all()
 
     def change(self, before: int, after: int) -> bool:
-        """Have `after` where there are still `before`; whoever sits stays until done. Tells whether there were."""
+        """Have `after` slots, if there are `before`; returns whether there were. Slots in use stay until free."""
         with self._change:
             if self.number != before:
                 return False

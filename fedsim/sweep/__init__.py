@@ -117,7 +117,7 @@ def _go(points: Sequence[PointRun], datasets: Datasets, jobs: int | None, displa
 def _batch_runtime(point: PointRun) -> Spec | None:
     """What trains points as rows of one batch: their runtime if it can, and vectorized for `auto` on a GPU."""
     runtime = point.runtime
-    if hasattr(RUNTIMES.load(runtime["name"]), "run_many"):
+    if getattr(RUNTIMES.load(runtime["name"]), "batches_runs", False):
         return runtime
     if runtime["name"] == "auto" and not runtime["exact"] and _on_gpu(str(runtime["device"])):
         return {"name": "vectorized", "device": runtime["device"]}

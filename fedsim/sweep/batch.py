@@ -11,85 +11,68 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from threading import Semaphore, Thread
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from fedsim.base.catalogue import Spec
 from fedsim.base.devices import one_thread
 from fedsim.base.files import uninterrupted
 from fedsim.data import FederatedData
-from fedsim.errors import ClientError
 from fedsim.experiment.build import build
 from fedsim.experiment.config import Config
 from fedsim.experiment.run import Result
-from fedsim.federated.aggregate import Aggregator, Partial
+from fedsim.federated.aggregate import Aggregator
 from fedsim.federated.client import Train, Work
+from fedsim.federated.runtime import Call, Item, Results, Runtime
 from fedsim.federated.simulation import Simulation
-from fedsim.runtimes import RUNTIMES, Runtime
-from fedsim.runtimes.vectorized import Call
+from fedsim.runtimes import RUNTIMES
 from fedsim.training.task import Task
-from fedsim.types import Job, Report, State, hash_into
+from fedsim.types import Job, State, Update, hash_into
 
-Results = list[tuple[Partial, list[Report]]]
 OUTSIDE = (  # of the settings, those that Simulation and experiment see to, whatever trains the clients
     *("seed", "rounds", "cohort", "availability", "evaluate", "checkpoint", "client_store"),
     *("recalibrate", "ema", "hooks"),
 )
 
 
-class Wanted(NamedTuple):
-    """What a member wants computed: the arguments of `Runtime.run`."""
+class Mapping(NamedTuple):
+    """The arguments of one `Runtime.map`."""
 
     work: Work
     server: State
-    jobs: list[Job]
-    aggregator: Aggregator
-    tolerant: bool
+    items: list[Any]
 
 
-class Shared(Runtime, Protocol):
-    """A runtime that trains the cohorts of several runs at once."""
-
-    def run_many(self, calls: Sequence[Call]) -> list[Results]:
-        """Of each call what `run` yields; calls that differ only in seed, server and recipe.lr make one batch."""
-
-
-class Member:
+class Member(Runtime):
     """The runtime of one of several runs that share another; the run's thread, too."""
 
     exact = False
 
-    def __init__(self, shared: Shared, choice: Spec | None):
-        self.shared, self.home, self.choice = shared, shared.home, choice  # that a checkpoint records
-        self.wanted: Wanted | None = None
+    def __init__(self, shared: Runtime, choice: Spec | None):
+        self.shared, self.home, self._choice = shared, shared.home, choice
+        self.wanted: Call | Mapping | None = None
         self.result: Result | None = None
         self.error: BaseException | None = None
-        self._answer: Results | BaseException | None = None
+        self._answer: list[Any] | BaseException | None = None
         self._go, self._back = Semaphore(0), Semaphore(0)
 
     @property
     def workers(self) -> int:
-        """As the shared runtime."""
         return self.shared.workers
+
+    @property
+    def choice(self) -> Spec | None:
+        return self._choice
 
     def check(self, work: Train) -> None:
         self.shared.check(work)
 
-    def run(
-        self,
-        work: Work,
-        server: State,
-        jobs: Iterable[Job],
-        aggregator: Aggregator,
-        *,
-        tolerant: bool = False,
-    ) -> Iterator[tuple[Partial, list[Report]]]:
-        wanted = Wanted(work, server, list(jobs), aggregator, tolerant)
-        for partial, reports in self._ask(wanted):
-            for report in reports if isinstance(work, Train) and not tolerant else ():
-                if report.error is not None:
-                    number = wanted.jobs[0].round + 1
-                    raise ClientError(f"round {number}, client {report.client_id}: {report.error}")
-            yield partial, reports
+    def run(self, work: Work, server: State, jobs: Iterable[Job], aggregator: Aggregator) -> Results:
+        yield from self._ask(Call(work, server, list(jobs), aggregator))
+
+    def map(
+        self, work: Work, server: State, items: Iterable[Item]
+    ) -> Iterator[tuple[Item, Update | BaseException]]:
+        yield from self._ask(Mapping(work, server, list(items)))
 
     def start(self, execute: Callable[[], Result]) -> None:
         """Let the run go until it wants something computed, or has ended."""
@@ -107,14 +90,14 @@ class Member:
         Thread(target=lead, daemon=True).start()
         self.answer(None)
 
-    def answer(self, answer: Results | BaseException | None) -> None:
+    def answer(self, answer: list[Any] | BaseException | None) -> None:
         """Give the run what it waits for, or raise that in it, and let it go on until it wants the next."""
         self._answer = answer
         with uninterrupted():
             self._go.release()
             self._back.acquire()
 
-    def _ask(self, wanted: Wanted) -> Results:
+    def _ask(self, wanted: Call | Mapping) -> list[Any]:
         self.wanted = wanted
         self._back.release()
         self._go.acquire()
@@ -129,7 +112,7 @@ def train_together(
 ) -> bool:
     """Run all to their ends, telling of each that has; False where an interrupt ended them before."""
 
-    def answer(member: Member, found: Results | BaseException) -> None:
+    def answer(member: Member, found: list[Any] | BaseException) -> None:
         member.answer(found)
         if not member.wanted:
             ended(member)
@@ -140,11 +123,11 @@ def train_together(
             if not member.wanted:
                 ended(member)
         while waiting := [(member, member.wanted) for member in members if member.wanted]:
-            tests = [(member, wanted) for member, wanted in waiting if not isinstance(wanted.work, Train)]
-            for member, wanted in tests:
-                answer(member, _test(member.shared, wanted))
-            if not tests:
-                found = _train(members[0].shared, [wanted for _, wanted in waiting])
+            mappings = [(member, wanted) for member, wanted in waiting if isinstance(wanted, Mapping)]
+            for member, mapping in mappings:
+                answer(member, _map(member.shared, mapping))
+            if not mappings:
+                found = _run(members[0].shared, [wanted for _, wanted in waiting if isinstance(wanted, Call)])
                 for (member, _), each in zip(waiting, found, strict=True):
                     answer(member, each)
     except KeyboardInterrupt:
@@ -156,23 +139,20 @@ def train_together(
     return True
 
 
-def _test(shared: Shared, wanted: Wanted) -> Results | Exception:
+def _map(shared: Runtime, mapping: Mapping) -> list[Any] | Exception:
     try:
-        return list(shared.run(*wanted[:-1], tolerant=wanted.tolerant))
+        return list(shared.map(*mapping))
     except Exception as error:
         return error
 
 
-def _train(shared: Shared, all_wanted: Sequence[Wanted]) -> Sequence[Results | Exception]:
-    """One answer a member; a client that fails does so in its report, and fails its own run alone."""
-    calls = [
-        Call(wanted.work, *wanted[1:-1], tolerant=True) for wanted in all_wanted if isinstance(wanted.work, Train)
-    ]
+def _run(shared: Runtime, calls: Sequence[Call]) -> Sequence[list[Any] | Exception]:
+    """One answer a member. A client that fails is reported, and fails its own run alone."""
     try:
         with one_thread():
             return shared.run_many(calls)
     except Exception as error:
-        return [error] * len(all_wanted)
+        return [error] * len(calls)
 
 
 def program(config: Config) -> str:
@@ -192,7 +172,7 @@ class Batch:
 
     def __init__(self, runtime: Spec, data: FederatedData, chosen: bool):
         self.runtime, self.data, self.chosen = runtime, data, chosen
-        self.shared = dict[str, Shared]()  # by the constants of its networks
+        self.shared = dict[str, Runtime]()  # by the constants of its networks
 
     def make(self, config: Config) -> Simulation:
         """The simulation of a point, with a `Member` for a runtime; raises ConfigError."""

@@ -220,7 +220,9 @@ def _simulation(config: Config) -> Simulation:
     """With `auto` made threads: what others do on this machine at the time says nothing of a runtime's speed."""
     simulation = build(config)
     if isinstance(simulation.runtime, Auto):
-        simulation.runtime.take({"name": "threads", "device": simulation.runtime.device}, simulation.work)
+        simulation.runtime.restore_choice(
+            {"name": "threads", "device": simulation.runtime.device}, simulation.work
+        )
     return simulation
 
 

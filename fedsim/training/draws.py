@@ -29,21 +29,29 @@ class KeyedDraws(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in DROPOUTS:
-            return self._dropout(DROPOUTS[func], *args, **kwargs)
+            return dropout(self._keep, DROPOUTS[func], *args, **kwargs)
         if func in SAMPLERS:
             self.used = True
             kwargs.setdefault("generator", self.generator)
         return func(*args, **kwargs)
 
-    def _dropout(
-        self, whole: int | None, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
-    ) -> Tensor:
-        if not training or p == 0:
-            return x
+    def _keep(self, shape: torch.Size, device: torch.device, probability: float) -> Tensor:
         self.used = True
-        kept = torch.empty(x.shape[:whole] + (1,) * (0 if whole is None else x.dim() - whole), device=x.device)
-        kept = kept.bernoulli_(1 - p, generator=self.generator).to(x.dtype).div_(1 - p if p < 1 else 1)
-        return x.mul_(kept) if inplace else x * kept
+        return torch.empty(shape, device=device).bernoulli_(probability, generator=self.generator)
+
+
+Keep = Callable[[torch.Size, torch.device, float], Tensor]  # of each entry 1 with this probability, else 0
+
+
+def dropout(
+    keep: Keep, whole: int | None, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Tensor:
+    """Dropout of `x` (B, channels, ...) by draws of `keep`; all behind the first `whole` axes is kept together."""
+    if not training or p == 0:
+        return x
+    shape = torch.Size(x.shape[:whole] + (1,) * (0 if whole is None else x.dim() - whole))
+    kept = keep(shape, x.device, 1 - p).to(x.dtype).div(1 - p if p < 1 else 1)
+    return x.mul_(kept) if inplace else x * kept
 
 
 # What is dropped as a whole: single numbers (None), or all that lies behind the first two axes (B, channels).

@@ -9,6 +9,7 @@ are not equal to the bit, the step stays as it is. Not yet seen to run on a GPU.
 import threading
 import warnings
 from collections.abc import Callable
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from fedsim.data import FederatedData
 from fedsim.errors import one_line
+from fedsim.training.optim import Foreach
 from fedsim.training.recipe import Recipe
 from fedsim.training.replica import Replica
 
@@ -45,7 +47,6 @@ def steps_of(replica: Replica, data: FederatedData, recipe: Recipe, lr: float, *
         replica.steps[key] = Steps(replica, recipe, captures=True), data, recipe  # which keeps the ids theirs
     steps: Steps = replica.steps[key][0]
     steps.total.zero_()
-    steps.optimizer.reset()
     return steps
 
 
@@ -72,7 +73,10 @@ class Steps:
 
     def __init__(self, replica: Replica, recipe: Recipe, captures: bool):
         self.replica, self.captures = replica, captures
-        self.optimizer, self.total = recipe.make_optimizer(replica.task.layout), replica.flat.new_zeros(())
+        self.optimizer, self.total = (
+            recipe.make_optimizer(replica.task.layout, Foreach()),
+            replica.flat.new_zeros(()),
+        )
         self.graphs: dict[int, Graph | None] = {}  # by batch size; None where it is not to be
         self.taken: dict[int, int] = {}  # so far, by batch size
 
@@ -115,7 +119,6 @@ class Steps:
         replica, graph = self.replica, Graph(torch.cuda.CUDAGraph(), rows.clone())
         for _ in range(WARM_UPS):
             step(graph.rows)
-        replica.auxiliary = ()  # of a pass before, which may hold on to other streams
         if replica.task.draws:
             graph.graph.register_generator_state(replica.generator)
         pool = next((other.graph.pool() for other in self.graphs.values() if other), None)  # one after the other
@@ -137,7 +140,7 @@ class Steps:
         self.replica.refresh()
 
     def _moving(self) -> list[Tensor]:
-        return [self.total, *self.optimizer.state, *self.replica.moving]
+        return [self.total, *chain.from_iterable(self.optimizer.state), *self.replica.moving]
 
 
 def _tell(why: str) -> None:

@@ -1,9 +1,10 @@
-"""Losses of single examples, what is made of two labels or of a doubtful one, and the balancing of classes.
+"""Losses of single examples, of mixed labels and of labels that may be wrong, and the balancing of classes.
 
 `loss(logits, y, /, *, options) -> (B,)`: one loss per example, from logits (B, K) and labels (B,).
 Shapes: B batch, K classes, n examples of a client.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Literal, Protocol
 
 import numpy as np
@@ -97,7 +98,12 @@ def distilled(losses: Tensor, logits: Tensor, teacher_logits: Tensor, temperatur
     return (1 - alpha) * losses + alpha * temperature**2 * divergence
 
 
-def class_weights(labels: Tensor, classes: int) -> Tensor:
+def class_weights(given: Literal["balanced"] | Sequence[float], labels: Tensor, classes: int) -> Tensor:
+    """(K,) the weights that are `given`, or balanced ones for a client with these `labels` (n,)."""
+    return balanced_weights(labels, classes) if given == "balanced" else torch.tensor(given)
+
+
+def balanced_weights(labels: Tensor, classes: int) -> Tensor:
     """(K,) n / (K' n_c), K' the number of classes in `labels` (n,); a class that is not there weighs 1.
 
     The mean weight over the examples is 1, and each class present has the same sum (King & Zeng 2001;

@@ -1,71 +1,105 @@
-"""What one client and a batch of clients share: the loss that they minimise, and their mini-batches."""
+"""F_k, one client's objective: all that a strategy sees of a client, whatever runs it.
+
+Two classes implement it: `fedsim.training.local.ClientObjective` for one client, and
+`fedsim.training.batched.objective.BatchedObjective` for each of a batch of clients under `torch.func.vmap`.
+"""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from itertools import count, islice
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterator
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from fedsim.data import FederatedData
-from fedsim.errors import ConfigError
-from fedsim.training.losses import LabelLoss, bootstrapped, distilled, mixed, oversampled
+from fedsim.training.layout import Layout
 from fedsim.training.recipe import Recipe
-from fedsim.training.task import AUXILIARY
-from fedsim.types import Batch
+from fedsim.types import Batch, State
 
-Weights = TypeVar("Weights")
+Loss = Callable[[Tensor, Batch], Tensor]  # (weights (P,), batch) -> (): a mean over the batch
+Correction = Callable[[Tensor, Tensor], Tensor]  # (gradient (P,), weights (P,)) -> gradient (P,)
 
 
-class Objective(ABC, Generic[Weights]):
-    """The losses of a mini-batch at some weights; how the network gives its logits is left open."""
+class LocalObjective(ABC):
+    """One client in one round.
 
-    recipe: Recipe
-    _label_loss: LabelLoss
-    _class_weights: Tensor | None  # (classes,)
-    _start: tuple[Tensor, Tensor] | None  # (P,) and (Q,), where they teach
+    Which examples make a batch depends on (seed, round, client) alone. In a batch of clients, the numbers below
+    are tensors () of each client's own: compute with them, and never branch on one.
+    """
+
+    layout: Layout  # where each parameter lies in a model (P,)
+    recipe: Recipe  # the options of `local`
+    client_id: int | Tensor
+    num_examples: Tensor  # () n_k
+    num_steps: Tensor  # () K_k, the steps that `train` takes
+    lr: float | Tensor  # the learning rate of this round
 
     @abstractmethod
-    def _outputs(self, w: Weights, batch: Batch, train: bool) -> tuple[Tensor, ...]:
-        """(B, classes) in the precision of the weights: of the main head, in training of auxiliary ones too."""
+    def train(self, start: Tensor, *, loss: Loss | None = None, correct: Correction | None = None) -> Tensor:
+        """Train from `start` (P,) by the recipe; returns the last iterate (P,).
+
+        `loss(w, batch)` replaces the objective; all it does to the iterate `w` is differentiated. `correct(g, w)`
+        changes each gradient before the step.
+        """
 
     @abstractmethod
-    def _teach(self, x: Tensor) -> Tensor:
-        """(B, classes) of the teacher."""
+    def loss(self, w: Tensor, batch: Batch | None = None) -> Tensor:
+        """() mean loss of a mini-batch in training mode; without one F_k(w), over all examples in eval mode."""
 
-    def _losses(self, w: Weights, batch: Batch, train: bool) -> Tensor:
-        """(B,) what the recipe has a client minimise."""
-        (logits, *auxiliary), distillation = self._outputs(w, batch, train), self.recipe.distillation
-        losses = self._label_losses(logits, batch)
-        for other in auxiliary:
-            losses = losses + AUXILIARY * self._label_losses(other, batch)
-        if distillation and train and (distillation.teacher != "global" or self._start is not None):
-            taught = self._teach(batch.x).to(logits.dtype)
-            return distilled(losses, logits, taught, distillation.temperature, distillation.alpha)
-        return losses
+    @abstractmethod
+    def gradient(self, w: Tensor, batch: Batch | None = None) -> tuple[Tensor, Tensor]:
+        """(P,) gradient and () loss at `w` (P,), of a mini-batch or of F_k, in training mode.
 
-    def _label_losses(self, logits: Tensor, batch: Batch) -> Tensor:
-        """(B,) of mixed labels, or of doubtful ones; each times the weight of the class that it is given as."""
-        if batch.label_error_prob is not None and batch.mixed_labels is not None:
-            raise ConfigError("local.noisy_labels: cannot tell which label is wrong after mixup or cutmix")
-        weights = self._class_weights
-        if weights is None:
-            return (mixed if batch.label_error_prob is None else bootstrapped)(self._label_loss, logits, batch)
-        if batch.label_error_prob is not None:
-            return weights[batch.y] * bootstrapped(self._label_loss, logits, batch)
-        return mixed(lambda z, y: weights[y] * self._label_loss(z, y), logits, batch)
+        F_k goes batch by batch: without batch norm and dropout, `batch_size` there only bounds the memory.
+        """
+
+    @abstractmethod
+    def batches(self, epochs: int | None = None) -> Iterator[Batch]:
+        """The round's mini-batches in their order, augmented, or those of its first `epochs` epochs."""
+
+    @abstractmethod
+    def logits(self, w: Tensor, x: Tensor, *, train: bool = True) -> Tensor:
+        """(B, classes) at the weights `w` (P,) for examples `x` (B, ...), in the recipe's precision."""
+
+    @property
+    @abstractmethod
+    def buffers(self) -> Tensor:
+        """(Q,) batch-norm statistics, as the last training pass left them; a copy."""
+
+    @property
+    @abstractmethod
+    def metrics(self) -> State:
+        """() sums over all mini-batch gradients taken so far: loss, examples, steps."""
 
 
-def batch_rows(
-    data: FederatedData, client: int, recipe: Recipe, stream: np.random.Generator, epochs: int | None = None
-) -> Iterator[Tensor]:
-    """(B,) the rows of each of a client's mini-batches in a round, or in its first `epochs` epochs."""
-    own, steps = data.rows(client), None if epochs else recipe.steps
-    passes = count() if steps else range(epochs or recipe.epochs)
-    batch_size = len(own) if recipe.batch_size == "full" else min(recipe.batch_size, len(own))
-    labels = data.labels[own].cpu().numpy() if recipe.oversample else None
-    epoch_rows = (stream.permutation(own) if labels is None else own[oversampled(labels, stream)] for _ in passes)
-    starts = ((epoch, first) for epoch in epoch_rows for first in range(0, len(epoch), batch_size))
-    return islice((torch.from_numpy(epoch[first : first + batch_size]) for epoch, first in starts), steps)
+class ObjectiveWrapper(LocalObjective):
+    """Passes everything on to another objective; a subclass changes what it wants to, for a strategy inside it.
+
+    The other's own methods do not see the changes: its `train` takes its own `loss`, unless it is given one.
+    """
+
+    def __init__(self, inner: LocalObjective):
+        self.inner = inner
+        self.layout, self.recipe = inner.layout, inner.recipe
+        self.client_id, self.lr = inner.client_id, inner.lr
+        self.num_examples, self.num_steps = inner.num_examples, inner.num_steps
+
+    def train(self, start: Tensor, *, loss: Loss | None = None, correct: Correction | None = None) -> Tensor:
+        return self.inner.train(start, loss=loss, correct=correct)
+
+    def loss(self, w: Tensor, batch: Batch | None = None) -> Tensor:
+        return self.inner.loss(w, batch)
+
+    def gradient(self, w: Tensor, batch: Batch | None = None) -> tuple[Tensor, Tensor]:
+        return self.inner.gradient(w, batch)
+
+    def batches(self, epochs: int | None = None) -> Iterator[Batch]:
+        return self.inner.batches(epochs)
+
+    def logits(self, w: Tensor, x: Tensor, *, train: bool = True) -> Tensor:
+        return self.inner.logits(w, x, train=train)
+
+    @property
+    def buffers(self) -> Tensor:
+        return self.inner.buffers
+
+    @property
+    def metrics(self) -> State:
+        return self.inner.metrics

@@ -1,136 +1,185 @@
-"""Local optimisers, in place on lists of tensors: the same numbers as torch.optim, without its bookkeeping.
+"""Local optimisers, in place on lists of tensors: the numbers of torch.optim, without its bookkeeping.
 
-A list holds either the network's parameters one by one, or the one flat vector that they are views of. Weight
-decay is for the tensors that `decayed` has true for, in the order of the lists, or for all.
+A list holds the network's parameters one by one, or the one flat vector that they are views of. Each rule is
+defined once, by a few operations on lists: `Foreach` has them for one client, `fedsim.training.batched.optim` for
+a batch of clients under `torch.func.vmap`, where a learning rate may be a tensor () of each client's own.
 """
 
+from abc import ABC, abstractmethod
 from math import sqrt
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+Rate = float | Tensor  # a number, or () of each client's own
+Tensors = list[Tensor]
 
-class Optimizer(Protocol):
-    """What changes weights; knows of one client at a time."""
 
-    @property
-    def state(self) -> list[Tensor]:
-        """What it keeps between two steps."""
+class Foreach:
+    """Operations on lists of tensors of one client, as torch fuses them."""
 
-    def reset(self) -> None:
-        """Forget the last client, and stay where it is in memory."""
+    def mul_(self, a: Tensors, factor: Rate) -> None:
+        """a *= factor."""
+        torch._foreach_mul_(a, factor)
 
-    def step(self, weights: list[Tensor], gradients: list[Tensor], lr: float) -> None:
+    def add_(self, a: Tensors, b: Tensors, factor: Rate = 1) -> None:
+        """a += factor * b."""
+        torch._foreach_add_(a, b, alpha=factor)  # type: ignore[arg-type]
+
+    def lerp_(self, a: Tensors, b: Tensors, weight: float) -> None:
+        """a += weight * (b - a)."""
+        torch._foreach_lerp_(a, b, weight)
+
+    def addcmul_(self, a: Tensors, b: Tensors, c: Tensors, factor: float) -> None:
+        """a += factor * b * c."""
+        torch._foreach_addcmul_(a, b, c, value=factor)
+
+    def addcdiv_(self, a: Tensors, b: Tensors, c: Tensors, factor: Rate) -> None:
+        """a += factor * b / c."""
+        torch._foreach_addcdiv_(a, b, c, value=factor)  # type: ignore[arg-type]
+
+    def div_(self, a: Tensors, divisor: float) -> None:
+        """a /= divisor."""
+        torch._foreach_div_(a, divisor)
+
+    def shift_(self, a: Tensors, summand: float) -> None:
+        """a += summand."""
+        torch._foreach_add_(a, summand)
+
+    def sqrt(self, a: Tensors) -> list[Tensor]:
+        """The square roots."""
+        return list(torch._foreach_sqrt(a))
+
+    def mul(self, a: Tensors, factor: Rate) -> list[Tensor]:
+        """factor * a."""
+        return list(torch._foreach_mul(a, factor))
+
+    def norm(self, a: Tensors) -> Tensor:
+        """() the L2 norm of all entries."""
+        return get_total_norm(a)
+
+
+class Optimizer(ABC):
+    """Changes the weights of one client at a time.
+
+    `decayed` says of each tensor whether weight decay is for it; None is all.
+    """
+
+    copies: int  # tensors that it keeps between steps for each of the weights'
+
+    def __init__(self, weight_decay: float, decayed: list[bool] | None, ops: Foreach):
+        self.weight_decay, self.decayed, self.ops = weight_decay, decayed, ops
+        self.state: list[list[Tensor]] = []  # `copies` lists like the weights
+
+    def begin(self, weights: Tensors) -> None:
+        """Forget the last client. What it keeps stays where it is in memory."""
+        if not self.state:
+            self.state = [[torch.zeros_like(w) for w in weights] for _ in range(self.copies)]
+        for tensor in (tensor for tensors in self.state for tensor in tensors):
+            tensor.zero_()
+
+    @abstractmethod
+    def step(self, weights: Tensors, gradients: Tensors, lr: Rate) -> None:
         """One step, in place. `gradients` are only read: autograd may hand out one tensor twice."""
 
+    def _decayed(self, tensors: Tensors) -> Tensors:
+        return tensors if self.decayed is None else [t for t, d in zip(tensors, self.decayed, strict=True) if d]
 
-class SGD:
+
+class SGD(Optimizer):
     """torch.optim.SGD: v = m v + g; w -= lr v, or lr (g + m v) with Nesterov; g holds the weight decay."""
 
-    def __init__(self, momentum: float, nesterov: bool, weight_decay: float, decayed: list[bool] | None = None):
-        self.momentum, self.nesterov, self.weight_decay = momentum, nesterov, weight_decay
-        self.decayed = decayed
-        self.velocity: list[Tensor] = []
+    def __init__(
+        self, momentum: float, nesterov: bool, weight_decay: float, decayed: list[bool] | None, ops: Foreach
+    ):
+        super().__init__(weight_decay, decayed, ops)
+        self.momentum, self.nesterov = momentum, nesterov
+        self.copies = 1 if momentum else 0
 
-    @property
-    def state(self) -> list[Tensor]:
-        return self.velocity
-
-    def reset(self) -> None:
-        for v in self.velocity:
-            v.zero_()
-
-    def step(self, weights: list[Tensor], gradients: list[Tensor], lr: float) -> None:
+    def step(self, weights: Tensors, gradients: Tensors, lr: Rate) -> None:
+        ops, b = self.ops, self.weight_decay
         if self.momentum:
-            self.velocity = self.velocity or [torch.zeros_like(w) for w in weights]
-            torch._foreach_mul_(self.velocity, self.momentum)
-            torch._foreach_add_(self.velocity, gradients)
-            if self.weight_decay:
-                velocity = _chosen(self.velocity, self.decayed)
-                torch._foreach_add_(velocity, _chosen(weights, self.decayed), alpha=self.weight_decay)
-        if self.momentum and not self.nesterov:
-            torch._foreach_add_(weights, self.velocity, alpha=-lr)
-            return
-        if self.weight_decay:
-            torch._foreach_mul_(_chosen(weights, self.decayed), 1 - lr * self.weight_decay)
-        torch._foreach_add_(weights, gradients, alpha=-lr)
+            (v,) = self.state
+            ops.mul_(v, self.momentum)
+            ops.add_(v, gradients)
+            if b:
+                ops.add_(self._decayed(v), self._decayed(weights), b)
+            if not self.nesterov:
+                ops.add_(weights, v, -lr)
+                return
+        if b:
+            ops.mul_(self._decayed(weights), 1 - lr * b)
+        ops.add_(weights, gradients, -lr)
         if self.nesterov:
-            torch._foreach_add_(weights, self.velocity, alpha=-lr * self.momentum)
+            ops.add_(weights, v, -lr * self.momentum)
 
 
-class Adam:
+class Adam(Optimizer):
     """torch.optim.Adam, or AdamW where the decay is `decoupled` from the gradient."""
+
+    copies = 2
 
     def __init__(
         self,
         betas: tuple[float, float],
         eps: float,
-        weight_decay: float,
         decoupled: bool,
-        decayed: list[bool] | None = None,
+        weight_decay: float,
+        decayed: list[bool] | None,
+        ops: Foreach,
     ):
-        self.betas, self.eps, self.weight_decay, self.decoupled = betas, eps, weight_decay, decoupled
-        self.decayed = decayed
-        self.m: list[Tensor] = []
-        self.v: list[Tensor] = []
+        super().__init__(weight_decay, decayed, ops)
+        self.betas, self.eps, self.decoupled = betas, eps, decoupled
         self.steps = 0
 
-    @property
-    def state(self) -> list[Tensor]:
-        return self.m + self.v
-
-    def reset(self) -> None:
+    def begin(self, weights: Tensors) -> None:
+        super().begin(weights)
         self.steps = 0
 
-    def step(self, weights: list[Tensor], gradients: list[Tensor], lr: float) -> None:
-        g, (beta1, beta2) = gradients, self.betas
-        if not self.steps:
-            self.m = [torch.zeros_like(w) for w in weights]
-            self.v = [torch.zeros_like(w) for w in weights]
+    def step(self, weights: Tensors, gradients: Tensors, lr: Rate) -> None:
+        ops, g, (beta1, beta2), (m, v) = self.ops, gradients, self.betas, self.state
         self.steps += 1
         if self.weight_decay and self.decoupled:
-            torch._foreach_mul_(_chosen(weights, self.decayed), 1 - lr * self.weight_decay)
+            ops.mul_(self._decayed(weights), 1 - lr * self.weight_decay)
         elif self.weight_decay:
-            decayed = self.decayed or [True] * len(g)
-            b = self.weight_decay
-            g = [torch.add(gi, w, alpha=b) if d else gi for gi, w, d in zip(g, weights, decayed, strict=True)]
-        torch._foreach_lerp_(self.m, g, 1 - beta1)
-        torch._foreach_mul_(self.v, beta2)
-        torch._foreach_addcmul_(self.v, g, g, value=1 - beta2)
-        scale = torch._foreach_sqrt(self.v)
-        torch._foreach_div_(scale, sqrt(1 - beta2**self.steps))
-        torch._foreach_add_(scale, self.eps)
-        torch._foreach_addcdiv_(weights, self.m, scale, value=-lr / (1 - beta1**self.steps))
+            g = self._with_decay(weights, gradients)
+        ops.lerp_(m, g, 1 - beta1)
+        ops.mul_(v, beta2)
+        ops.addcmul_(v, g, g, 1 - beta2)
+        scale = ops.sqrt(v)
+        ops.div_(scale, sqrt(1 - beta2**self.steps))
+        ops.shift_(scale, self.eps)
+        ops.addcdiv_(weights, m, scale, -lr / (1 - beta1**self.steps))
+
+    def _with_decay(self, weights: Tensors, gradients: Tensors) -> Tensors:
+        b, decayed = self.weight_decay, self.decayed or [True] * len(gradients)
+        return [torch.add(g, w, alpha=b) if d else g for g, w, d in zip(gradients, weights, decayed, strict=True)]
 
 
-class LARS:
+class LARS(Optimizer):
     """Layer-wise adaptive rates for very large batches (You et al. 2017, https://arxiv.org/abs/1708.03888).
 
     v = m v + lr l (g + b w), w -= v, with the layer's own rate l = trust |w| / (|g| + b |w|), where b is the
     weight decay. Layers that are 0, and tensors of one axis (biases and norms), have l = 1, as in practice.
     """
 
-    def __init__(self, momentum: float, weight_decay: float, trust: float, decayed: list[bool] | None = None):
-        self.momentum, self.weight_decay, self.trust, self.decayed = momentum, weight_decay, trust, decayed
-        self.velocity: list[Tensor] = []
+    copies = 1
 
-    @property
-    def state(self) -> list[Tensor]:
-        return self.velocity
+    def __init__(
+        self, momentum: float, trust: float, weight_decay: float, decayed: list[bool] | None, ops: Foreach
+    ):
+        super().__init__(weight_decay, decayed, ops)
+        self.momentum, self.trust = momentum, trust
 
-    def reset(self) -> None:
-        for v in self.velocity:
-            v.zero_()
-
-    def step(self, weights: list[Tensor], gradients: list[Tensor], lr: float) -> None:
-        self.velocity = self.velocity or [torch.zeros_like(w) for w in weights]
-        torch._foreach_mul_(self.velocity, self.momentum)
-        for i, (v, w, g) in enumerate(zip(self.velocity, weights, gradients, strict=True)):
-            b = self.weight_decay if self.decayed is None or self.decayed[i] else 0.0
-            v.add_((g + b * w) * self.rate(w, g, b), alpha=lr)
-        torch._foreach_sub_(weights, self.velocity)
+    def step(self, weights: Tensors, gradients: Tensors, lr: Rate) -> None:
+        (v,) = self.state
+        decayed = self.decayed or [True] * len(weights)
+        decays = [self.weight_decay if d else 0.0 for d in decayed]
+        self.ops.mul_(v, self.momentum)
+        for each, w, g, b in zip(v, weights, gradients, decays, strict=True):
+            self.ops.add_([each], [(g + b * w) * self.rate(w, g, b)], lr)
+        self.ops.add_(weights, v, -1)
 
     def rate(self, w: Tensor, g: Tensor, b: float) -> Tensor | float:
         """() the layer's own rate."""
@@ -141,14 +190,9 @@ class LARS:
         return torch.where((w_norm > 0) & (g_norm > 0), rate, 1.0)
 
 
-def clipped(gradients: list[Tensor], norm: float) -> list[Tensor]:
+def clipped(gradients: Tensors, norm: float, ops: Foreach) -> list[Tensor]:
     """Shrunk together to the L2 norm `norm`, where theirs is larger; as torch.nn.utils.clip_grad_norm_ has it."""
-    shrink = (norm / (get_total_norm(gradients) + 1e-6)).clamp(max=1)
-    return list(torch._foreach_mul(gradients, shrink))
-
-
-def _chosen(tensors: list[Tensor], chosen: list[bool] | None) -> list[Tensor]:
-    return tensors if chosen is None else [t for t, c in zip(tensors, chosen, strict=True) if c]
+    return ops.mul(gradients, (norm / (ops.norm(gradients) + 1e-6)).clamp(max=1))
 
 
 class LossScale:
@@ -161,7 +205,7 @@ class LossScale:
     def __init__(self, scale: float):
         self.scale, self.good_steps = scale, 0
 
-    def unscale(self, gradients: list[Tensor]) -> list[Tensor] | None:
+    def unscale(self, gradients: Tensors) -> list[Tensor] | None:
         """The gradients of the loss itself, or None where one overflowed and the step must be skipped."""
         if not all(bool(torch.isfinite(g).all()) for g in gradients):
             self.scale, self.good_steps = self.scale / 2, 0

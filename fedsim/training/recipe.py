@@ -13,7 +13,7 @@ from fedsim.data.augment import Augmentation
 from fedsim.errors import ConfigError
 from fedsim.training.layout import Layout
 from fedsim.training.losses import LabelLoss
-from fedsim.training.optim import LARS, SGD, Adam, Optimizer
+from fedsim.training.optim import LARS, SGD, Adam, Foreach, Optimizer
 from fedsim.training.schedules import Schedule, constant
 from fedsim.types import Count, Decay, NonNegative, Positive, Share
 
@@ -119,9 +119,9 @@ class Recipe:
             if not used and getattr(self, name) != getattr(type(self), name):
                 raise ConfigError(f"local.{name}: belongs to {user}")
         if self.batch_size != "full" and self.accumulate > self.batch_size:
-            raise ConfigError(f"local.accumulate: {self.accumulate} pieces of a batch of {self.batch_size}")
+            raise ConfigError(f"local.accumulate: {self.accumulate} exceeds local.batch_size, {self.batch_size}")
         if self.oversample and self.class_weights:
-            raise ConfigError("local.oversample: stands beside local.class_weights; one of the two")
+            raise ConfigError("local.oversample: cannot be combined with local.class_weights; set one of the two")
 
     @property
     def peak_lr(self) -> float:
@@ -143,8 +143,11 @@ class Recipe:
 
     def num_steps(self, examples: int) -> int:
         """K, the steps of a client that holds so many examples."""
-        batch_size = examples if self.batch_size == "full" else self.batch_size
-        return self.steps or self.epochs * ceil(examples / batch_size)
+        return self.steps or self.epochs * ceil(examples / max(self.batch_size_of(examples), 1))
+
+    def batch_size_of(self, examples: int) -> int:
+        """B, of a client that holds so many examples."""
+        return examples if self.batch_size == "full" else min(self.batch_size, examples)
 
     @property
     def adds_half_gradients(self) -> bool:
@@ -157,11 +160,11 @@ class Recipe:
         """Whether the optimiser tells one tensor from another."""
         return self.optimizer == "lars" or self.decay == "weights"
 
-    def make_optimizer(self, layout: Layout) -> Optimizer:
+    def make_optimizer(self, layout: Layout, ops: Foreach) -> Optimizer:
         """A fresh one for lists of such tensors: clients keep no optimiser state between rounds."""
         decayed = None if self.decay == "all" else [len(shape) > 1 for shape in layout.shapes.values()]
         if self.optimizer == "sgd":
-            return SGD(self.momentum, self.nesterov, self.weight_decay, decayed)
+            return SGD(self.momentum, self.nesterov, self.weight_decay, decayed, ops)
         if self.optimizer == "lars":
-            return LARS(self.momentum, self.weight_decay, self.trust, decayed)
-        return Adam(self.betas, self.eps, self.weight_decay, self.optimizer == "adamw", decayed)
+            return LARS(self.momentum, self.trust, self.weight_decay, decayed, ops)
+        return Adam(self.betas, self.eps, self.optimizer == "adamw", self.weight_decay, decayed, ops)

@@ -16,10 +16,7 @@ from fedsim.training.recompute import Recompute
 from fedsim.training.task import Task
 
 CASTABLE: set[type] = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d}  # whose weights autocast casts
-
-
-BLOCK = 2**17  # entries
-
+BLOCK = 2**17  # entries that fit a core's cache
 
 Snapshot = tuple[Tensor, dict[str, Tensor]]  # what a training pass moves in a network besides its weights
 
@@ -37,7 +34,7 @@ class Replica:
     def __init__(self, task: Task, device: torch.device | str = "cpu", *, graphs: bool = False):
         self.task, self.device = task, torch.device(device)
         self.graphs = graphs and self.device.type == "cuda"  # whether steps may be captured
-        self.steps: dict[object, Any] = {}  # by fedsim.training.graphs
+        self.steps: dict[object, Any] = {}  # captured training steps, by fedsim.training.graphs
         self.network = copy.deepcopy(task.network).to(self.device).train()
         self.buffers = task.initial_buffers.to(self.device, copy=True)
         self.flat = task.initial_model.to(self.device, copy=True)
@@ -51,8 +48,8 @@ class Replica:
         self.parameters = [named[name] for name in self.views]
         if self.device.type == "cpu" and not task.channels_last:
             pool_faster(self.network)
-        self._uncast = depthwise(self.network) if self.device.type == "cpu" else []
-        for module in self._uncast:
+        self._kept_fp32 = depthwise(self.network) if self.device.type == "cpu" else []
+        for module in self._kept_fp32:
             module.forward = partial(in_own_precision, module, module.forward)
         self._halves: dict[torch.dtype | None, dict[int, Tensor]] = {}  # by place in `parameters`
         self._cast: tuple[list[Tensor], list[Tensor]] = [], []  # half-precision blocks, and what they copy
@@ -68,30 +65,31 @@ class Replica:
         self.generator = torch.Generator(self.device)
         self._draws: AbstractContextManager[object] = KeyedDraws(self.generator) if task.draws else nullcontext()
         self._recompute = Recompute(self.network, self.generator) if task.recompute else None
-        self.auxiliary: tuple[Tensor, ...] = ()  # the last training pass's logits at other heads
         self._teacher = copy.deepcopy(task.teacher).to(self.device).eval() if task.teacher else None
 
-    def enter(self, buffers: Tensor, seed: int, dtype: torch.dtype | None = None) -> None:
-        """Forget the last client: its statistics, counters and random numbers; compute in `dtype`, or fp32."""
+    def begin_client(self, buffers: Tensor, seed: int, dtype: torch.dtype | None = None) -> None:
+        """Set statistics (Q,), counters and random numbers for the next client; compute in `dtype`, or in fp32."""
         if dtype != self._dtype:
-            self._lay(dtype)
+            self._bind_weights(dtype)
             if dtype and not self._runs_in(dtype):
-                self._lay(None)  # it leaves autocast somewhere, and there needs fp32 weights: autocast casts them
+                self._bind_weights(
+                    None
+                )  # it leaves autocast somewhere and needs fp32 weights; autocast casts them
                 del self._halves[dtype]
             self._dtype = dtype
         self.restore((buffers, self._initial_counters))
         self.generator.manual_seed(seed)
 
-    def _lay(self, dtype: torch.dtype | None) -> None:
-        """Put copies in `dtype` in the place of convolution and linear weights, or the views of `flat`."""
+    def _bind_weights(self, dtype: torch.dtype | None) -> None:
+        """Give convolution and linear layers copies of their weights in `dtype`, or all layers views of `flat`."""
         castable = _weights_of(self.network, CASTABLE) if dtype else set()
-        castable -= {parameter for module in self._uncast for parameter in module.parameters()}
-        own, kept = list(self.views.values()), self._halves.setdefault(dtype, {})
+        castable -= {parameter for module in self._kept_fp32 for parameter in module.parameters()}
+        own, copies = list(self.views.values()), self._halves.setdefault(dtype, {})
         for i, parameter in enumerate(self.parameters):
-            if parameter in castable and i not in kept:
-                kept[i] = torch.empty_like(own[i], dtype=dtype)
-            parameter.data = kept.get(i, own[i])
-        halves, views = list(kept.values()), [own[i] for i in kept]
+            if parameter in castable and i not in copies:
+                copies[i] = torch.empty_like(own[i], dtype=dtype)
+            parameter.data = copies.get(i, own[i])
+        halves, views = list(copies.values()), [own[i] for i in copies]
         self._cast = blocks(halves, views), blocks(views, views)
         self.refresh()
 
@@ -99,7 +97,7 @@ class Replica:
         x = torch.zeros(2, *self.task.shape, device=self.device)
         try:
             with torch.no_grad(), torch.autocast(self.device.type, dtype):
-                self.logits(self.w, x, train=False)
+                self.forward(x, train=False)
         except RuntimeError:
             return False
         return True
@@ -134,39 +132,46 @@ class Replica:
             with torch.no_grad():
                 torch._foreach_copy_(halves, originals)
 
-    def logits(self, w: Tensor, x: Tensor, *, train: bool, buffers: Tensor | None = None) -> Tensor:
-        """(B, classes) at `w` (P,): at the replica's own `w` in place, elsewhere as a function of it.
-
-        In place, a training pass moves the batch-norm statistics; elsewhere it leaves them, and they may be given.
-        """
-        if self.network.training != train:  # only then: it walks through all modules
-            self.network.train(train)
+    def forward(self, x: Tensor, *, train: bool) -> tuple[Tensor, ...]:
+        """(B, classes) at each head, at the loaded weights; a training pass moves the batch-norm statistics."""
+        self._prepare(train, recompute=train)
         with self._draws:
-            if w is self.w:
-                if self._recompute:
-                    self._recompute.on = train
-                return self._main(self.network(self._laid_out(x)))
-            if self._recompute:
-                self._recompute.on = False  # a backward pass would find other weights in the network
-            present, counters = self.snapshot()
-            statistics = self.task.buffer_layout.split(present if buffers is None else buffers)
-            own = self.task.layout.split(w) | statistics | counters
-            return self._main(functional_call(self.network, own, (self._laid_out(x),)))
+            return _heads(self.network(self._in_format(x)))
+
+    def forward_at(
+        self, w: Tensor, x: Tensor, *, train: bool, buffers: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """(B, classes) at each head, as a function of `w` (P,); the replica's own weights and statistics stay.
+
+        `buffers` (Q,) are the statistics to use, the replica's own unless given.
+        """
+        self._prepare(train, recompute=False)  # a backward pass would find other weights in the network
+        present, counters = self.snapshot()
+        statistics = self.task.buffer_layout.split(present if buffers is None else buffers)
+        own = self.task.layout.split(w) | statistics | counters
+        with self._draws:
+            return _heads(functional_call(self.network, own, (self._in_format(x),)))
 
     def teach(self, x: Tensor) -> Tensor:
         """(B, classes) of the task's teacher, in eval mode, without gradients."""
         assert self._teacher
         with torch.no_grad():
-            return self._teacher(self._laid_out(x))  # type: ignore[no-any-return]
+            return self._teacher(self._in_format(x))  # type: ignore[no-any-return]
 
-    def _laid_out(self, x: Tensor) -> Tensor:
+    def _prepare(self, train: bool, recompute: bool) -> None:
+        if self.network.training != train:  # only then: it walks through all modules
+            self.network.train(train)
+        if self._recompute:
+            self._recompute.on = recompute
+
+    def _in_format(self, x: Tensor) -> Tensor:
         channels_last = self.task.channels_last and x.dim() == 4
         return x.contiguous(memory_format=torch.channels_last) if channels_last else x
 
-    def _main(self, output: Tensor | tuple[Tensor, ...]) -> Tensor:
-        logits, *auxiliary = output if isinstance(output, tuple) else (output,)
-        self.auxiliary = tuple(auxiliary)
-        return logits
+
+def _heads(output: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What a network gave, the main head first."""
+    return output if isinstance(output, tuple) else (output,)
 
 
 def blocks(tensors: list[Tensor], like: list[Tensor]) -> list[Tensor]:

@@ -12,7 +12,6 @@ from fedsim.training.probe import probe
 from fedsim.training.recompute import blocks_of
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
-AUXILIARY = 0.4  # of the loss at an auxiliary head (Szegedy et al. 2016, https://arxiv.org/abs/1512.00567)
 
 
 class Task:

@@ -11,15 +11,16 @@ from fedsim.base.devices import devices
 from fedsim.base.machine import cores
 from fedsim.data import FederatedData
 from fedsim.errors import ConfigError, printable, reason
-from fedsim.federated.aggregate import Aggregator, Partial
+from fedsim.federated.aggregate import Aggregator
 from fedsim.federated.client import Train, Work
-from fedsim.runtimes import RUNTIMES, Runtime, close
+from fedsim.federated.runtime import Item, Results, Runtime
+from fedsim.runtimes import RUNTIMES
 from fedsim.runtimes.auto import choices
 from fedsim.runtimes.auto.calibration import SECONDS, Calibration, release
 from fedsim.runtimes.auto.candidates import candidates, enough, ray_is_there
 from fedsim.runtimes.auto.choices import Choice
 from fedsim.training.task import Task
-from fedsim.types import Job, Report, State
+from fedsim.types import Job, State, Update
 
 log = logging.getLogger(__name__)  # where it says what it chose, and why
 GAIN = 1.5  # by which what is equal to rounding must beat what is equal to the bit, so that noise chooses no bits
@@ -34,7 +35,7 @@ class Timed(NamedTuple):
     exact: bool
 
 
-class Auto:
+class Auto(Runtime):
     """The fastest of the other runtimes, timed on the first clients for a second or two, and remembered.
 
     One whose results equal serial's only to rounding is taken where it is 1.5 times as fast as the others, with
@@ -46,7 +47,8 @@ class Auto:
         self.home = devices(device)[0]
         self.task, self.device, self.only_exact = task, device, exact
         self.data, self.resident = data, data.to(self.home)
-        self.choice: Spec | None = None
+        self.exact = exact  # or would have to be, where nothing is chosen yet
+        self._choice: Spec | None = None
         self.runtime = self._build({"name": "threads", "device": device})
 
     @property
@@ -55,19 +57,16 @@ class Auto:
         return self.runtime.workers
 
     @property
-    def exact(self) -> bool:
-        """Whether its results equal serial's to the bit, or would have to where nothing is chosen yet."""
-        return self.only_exact if self.choice is None else self.runtime.exact
+    def choice(self) -> Spec | None:
+        return self._choice
 
     def check(self, work: Train) -> None:
         self.runtime.check(work)
 
     def close(self) -> None:
-        """End the processes of what was chosen."""
-        close(self.runtime)
+        self.runtime.close()
 
-    def take(self, choice: Spec, work: Train) -> None:
-        """Run as was once chosen; raises ConfigError where that cannot be here."""
+    def restore_choice(self, choice: Spec, work: Train) -> bool:
         name = choice.get("name")
         if name not in [*RUNTIMES] or name == "auto":  # nor is anything else imported that a file may name
             raise ConfigError(f"runtime.name: {name!r} is none that can be chosen")
@@ -84,36 +83,34 @@ class Auto:
             raise ConfigError(f"runtime.device: {runtime.home}, and the server's state is on {self.home}")
         if self.only_exact and not runtime.exact:
             raise ConfigError(f"runtime.exact: {name} equals serial to rounding only")
-        self.runtime, self.choice = runtime, RUNTIMES.resolve(choice)
+        self.runtime, self._choice, self.exact = runtime, RUNTIMES.resolve(choice), runtime.exact
+        return True
 
-    def run(
-        self,
-        work: Work,
-        server: State,
-        jobs: Iterable[Job],
-        aggregator: Aggregator,
-        *,
-        tolerant: bool = False,
-    ) -> Iterator[tuple[Partial, list[Report]]]:
-        if self.choice is None and isinstance(work, Train):
+    def run(self, work: Work, server: State, jobs: Iterable[Job], aggregator: Aggregator) -> Results:
+        if self._choice is None and isinstance(work, Train):
             jobs = iter(jobs)
             first = list(islice(jobs, enough(self.device)))
             if len(first) > 1:
                 self._choose(work, server, first, aggregator)
             jobs = chain(first, jobs)
-        yield from self.runtime.run(work, server, jobs, aggregator, tolerant=tolerant)
+        yield from self.runtime.run(work, server, jobs, aggregator)
+
+    def map(
+        self, work: Work, server: State, items: Iterable[Item]
+    ) -> Iterator[tuple[Item, Update | BaseException]]:
+        return self.runtime.map(work, server, items)
 
     def _choose(self, work: Train, server: State, first: list[Job], aggregator: Aggregator) -> None:
         """Take what was chosen before for the like of it, or the fastest on the `first` clients, and say so."""
         among = candidates(self.device, len(first), exact=self.only_exact)
         key = choices.key(work, self.task, self.data, len(first), among, self.home)
-        if (known := choices.recall(key)) and self._took(known.runtime, work):
+        if (known := choices.recall(key)) and self._restored(known.runtime, work):
             self._say(known, " (cached)")
             return
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they come again, where they count
             found = self._fastest(among, Calibration(work, self.data, server, first, aggregator))
-        if found and self._took(found.runtime, work):
+        if found and self._restored(found.runtime, work):
             self._say(found)
             if found.timed:
                 choices.remember(key, found)
@@ -160,12 +157,11 @@ class Auto:
         spec = RUNTIMES.resolve({"name": "threads", "device": self.device})
         return Choice(runtime=spec, why=f"not timed, for one step takes {seconds:.1f} s", timed=False)
 
-    def _took(self, spec: Spec, work: Train) -> bool:
+    def _restored(self, spec: Spec, work: Train) -> bool:
         try:
-            self.take(spec, work)
+            return self.restore_choice(spec, work)
         except ConfigError:
             return False
-        return True
 
     def _build(self, spec: Spec) -> Runtime:
         data = self.data if spec["name"] == "ray" else self.resident  # it sends them to other processes

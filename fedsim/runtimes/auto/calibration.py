@@ -9,7 +9,7 @@ import torch
 from fedsim.data import FederatedData
 from fedsim.federated.aggregate import Aggregator
 from fedsim.federated.client import Train
-from fedsim.runtimes import Runtime
+from fedsim.federated.runtime import Runtime
 from fedsim.types import Job, State
 
 SECONDS = 2.0  # about, for all candidates together
@@ -82,7 +82,7 @@ class Calibration:
             recipe = replace(recipe, epochs=1, steps=steps)
         work = replace(self.work, recipe=recipe, time_limit=None)
         began, done = perf_counter(), 0.0
-        for _, reports in runtime.run(work, self.server, self.jobs[:clients], self.aggregator, tolerant=True):
+        for _, reports in runtime.run(work, self.server, self.jobs[:clients], self.aggregator):
             done += sum(report.metrics.get("steps", 1.0) for report in reports if report.error is None)
         return done, perf_counter() - began
 

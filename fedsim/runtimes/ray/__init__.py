@@ -6,20 +6,24 @@ Ray itself is imported when a runtime is made.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Gt, Le
 
 from fedsim.data import FederatedData
 from fedsim.errors import ConfigError
-from fedsim.federated.aggregate import Aggregator, Partial
+from fedsim.federated.aggregate import Aggregator
 from fedsim.federated.client import Train, Work
+from fedsim.federated.runtime import Item, Results, Runtime
 from fedsim.training.task import Task
-from fedsim.types import Count, Job, Report, State
+from fedsim.types import Count, Job, State, Update
+
+if TYPE_CHECKING:
+    from fedsim.runtimes.ray.dispatch import Dispatch
 
 
-class Ray:
+class Ray(Runtime):
     """Clients side by side in a Ray cluster's processes, one machine or many.
 
     `address` null is the Ray that this process has joined, or a local one that ends with it; `auto` is the cluster
@@ -28,8 +32,6 @@ class Ray:
     dies is replaced, and its clients of the round run again; a client that kills three is said to fail. Raises
     ConfigError where the cluster cannot do that.
     """
-
-    exact = True
 
     def __init__(
         self,
@@ -50,13 +52,17 @@ class Ray:
             raise ConfigError(f"runtime.cpus: {cpus:g} should be whole, or less than 1, for Ray to count it")
         join(address)
         most = room(cpus, gpus)
-        self.workers = most if actors == "auto" else actors
-        if not 1 <= self.workers <= most:
+        self.actors = most if actors == "auto" else actors
+        if not 1 <= self.actors <= most:
             needs = counted(cpus, "CPU") + (f" and {counted(gpus, 'GPU')}" if gpus else "")
             raise ConfigError(
                 f"runtime.actors: {actors}, each with {needs}; the cluster, {resources()}, has room for {most}"
             )
-        self.pool = Pool(task, data, self.workers, cpus, gpus)
+        self.pool = Pool(task, data, self.actors, cpus, gpus)
+
+    @property
+    def workers(self) -> int:
+        return self.actors
 
     def check(self, work: Train) -> None:
         self.pool.check(work)
@@ -65,17 +71,19 @@ class Ray:
         """End the actors, and so leave their place in the cluster to others; the next run starts new ones."""
         self.pool.close()
 
-    def run(
-        self,
-        work: Work,
-        server: State,
-        jobs: Iterable[Job],
-        aggregator: Aggregator,
-        *,
-        tolerant: bool = False,
-    ) -> Iterator[tuple[Partial, list[Report]]]:
+    def run(self, work: Work, server: State, jobs: Iterable[Job], aggregator: Aggregator) -> Results:
+        return self._dispatch(work, server, jobs, aggregator).run()
+
+    def map(
+        self, work: Work, server: State, items: Iterable[Item]
+    ) -> Iterator[tuple[Item, Update | BaseException]]:
+        return self._dispatch(work, server, items, None).map()
+
+    def _dispatch(
+        self, work: Work, server: State, items: Iterable[Any], aggregator: Aggregator | None
+    ) -> "Dispatch":
         from fedsim.runtimes.ray.actor import Order
         from fedsim.runtimes.ray.dispatch import Dispatch
 
         self.pool.open()
-        return Dispatch(self.pool, Order(work, server, aggregator, tolerant), jobs).results()
+        return Dispatch(self.pool, Order(work, server, aggregator), items)

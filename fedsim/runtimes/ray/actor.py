@@ -1,4 +1,4 @@
-"""One process of the `ray` runtime: a worker, and for each run under way the sum of what its clients sent."""
+"""One process of the `ray` runtime: a worker, and for each `run` under way the sum of what its clients sent."""
 
 import os
 import pickle
@@ -9,14 +9,16 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import wraps
+from time import perf_counter
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from ray import cloudpickle
 
 from fedsim.errors import ConfigError, one_line
-from fedsim.federated.aggregate import Aggregator, Partial
+from fedsim.federated.aggregate import Aggregator
 from fedsim.federated.client import Train, Work
+from fedsim.federated.fold import Fold
 from fedsim.runtimes.ray.packing import Packed, pack, unpack
 from fedsim.runtimes.worker import Worker
 from fedsim.training.precision import check_precision
@@ -40,53 +42,54 @@ class Failure(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What one client's run gave besides the sum."""
+    """What one client's work gave: a report where messages are added up, and else the update."""
 
-    report: Report  # without what the client keeps
-    kept: Packed | None
-    written: list[str]  # entries of the server's state that were written to
+    report: Report | None  # without the client's state and exception
+    client: Packed | None  # its state
+    update: Packed | None
+    failure: Failure | None
 
 
 class Order(NamedTuple):
-    """What the clients of one run have in common."""
+    """What all items of one `run` or `map` have in common; without an aggregator nothing is added up."""
 
     work: Work
     server: State
-    aggregator: Aggregator
-    tolerant: bool
+    aggregator: Aggregator | None
 
 
 @dataclass
-class Run:
-    """A run under way, and what this process has summed of it."""
+class Execution:
+    """An order under way, and the sum of what clients of this process have sent."""
 
     order: Order
-    versions: dict[str, int]  # of the server's entries
-    partial: Partial = None
+    fold: Fold | None
 
 
-def told(method: "Callable[Concatenate[Actor, P], R]") -> "Callable[Concatenate[Actor, P], R | Failure]":
-    """The method with exceptions as values: Ray would wrap them, and so lose their cause."""
+def failures_returned(
+    method: "Callable[Concatenate[Actor, P], R]",
+) -> "Callable[Concatenate[Actor, P], R | Failure]":
+    """The method, with exceptions returned and not raised: Ray would wrap them, and so lose their cause."""
 
     @wraps(method)
-    def telling(self: "Actor", /, *arguments: P.args, **named: P.kwargs) -> R | Failure:
+    def returning(self: "Actor", /, *arguments: P.args, **named: P.kwargs) -> R | Failure:
         try:
             return method(self, *arguments, **named)
         except Exception as error:
             return _failure(error)
 
-    return telling
+    return returning
 
 
 class Actor:
     """Runs the clients that it is sent, one at a time, on one intra-op thread or on the GPU that Ray gives it."""
 
     def __init__(self) -> None:
-        self.runs: dict[int, Run | Failure] = {}
+        self.executions: dict[int, Execution | Failure] = {}
 
-    @told
+    @failures_returned
     def open(self, packed: Packed, paths: list[str], folder: str, gpu: bool) -> tuple[int, str]:
-        """Take network and data, with the driver's import path; returns process id and machine."""
+        """Load network and data, with the driver's import path; returns process id and machine."""
         sys.path += [path for path in paths if path not in sys.path]
         with suppress(OSError):  # the driver's folder may not be there
             os.chdir(folder)
@@ -98,45 +101,53 @@ class Actor:
         self.worker = Worker(task, data.to(self.device), self.device)
         return os.getpid(), socket.gethostname()
 
-    @told
+    @failures_returned
     def check(self, packed: Packed) -> None:
         """Raise ConfigError for what cannot be imported here, and for a precision that the device lacks."""
         work: Train = _imported(packed)
         check_precision(work.recipe.precision, self.device)
 
     def begin(self, number: int, packed: Packed) -> None:
-        """Start a run; what is wrong with its order is said to its clients."""
+        """Start an order; where it cannot be unpacked, each of its clients reports that."""
         try:
             order: Order = _imported(packed)
             server = {name: value.to(self.device) for name, value in order.server.items()}
-            versions = {name: value._version for name, value in server.items()}
-            self.runs[number] = Run(order._replace(server=server), versions)
+            fold = Fold(order.aggregator) if order.aggregator else None
+            self.executions[number] = Execution(order._replace(server=server), fold)
         except Exception as error:
-            self.runs[number] = _failure(error)
+            self.executions[number] = _failure(error)
 
-    @told
-    def client(self, number: int, client_id: int, round: int, state: Packed | None) -> Answer | Failure:
-        """Run one client, and add what it sends to the run's sum."""
-        run = self.runs[number]
-        if isinstance(run, Failure):
-            return run
-        job, order = Job(client_id, round, unpack(state) if state else {}), run.order
-        run.partial, report = self.worker.run(
-            order.work, order.server, job, order.aggregator, order.tolerant, run.partial
-        )
-        written = [name for name, value in order.server.items() if value._version != run.versions[name]]
-        kept = pack(report.client) if report.client else None
-        return Answer(report._replace(client={}), kept, written)
+    @failures_returned
+    def work(self, number: int, item: Any, client: Packed | None) -> Answer | Failure:
+        """Do one item's work, and add what it sends to the sum."""
+        execution = self.executions[number]
+        if isinstance(execution, Failure):
+            return execution
+        if isinstance(item, Job):
+            item = item._replace(client=unpack(client) if client else {})
+        began, order = perf_counter(), execution.order
+        outcome = self.worker.run(order.work, order.server, item)
+        if execution.fold is None:
+            if isinstance(outcome, BaseException):
+                return Answer(None, None, None, _failure(outcome))
+            return Answer(None, None, pack(outcome), None)
+        report = execution.fold.add(item, outcome, began)
+        failure = _failure(report.exception) if report.exception else None
+        client = pack(report.client) if report.client else None
+        return Answer(report._replace(client={}, exception=None), client, None, failure)
 
-    @told
+    @failures_returned
     def finish(self, number: int) -> Packed | Failure:
-        """End a run; returns the sum of what its clients sent."""
-        run = self.runs.pop(number)
-        return run if isinstance(run, Failure) else pack(run.partial)
+        """End a `run`; returns the sum of what its clients sent."""
+        execution = self.executions.pop(number)
+        if isinstance(execution, Failure):
+            return execution
+        assert execution.fold
+        return pack(execution.fold.partial)
 
     def forget(self, number: int) -> None:
-        """End a run of which nobody wants the sum."""
-        self.runs.pop(number, None)
+        """End an order whose sum is not wanted."""
+        self.executions.pop(number, None)
 
 
 def _imported(packed: Packed) -> Any:
@@ -150,7 +161,7 @@ def _imported(packed: Packed) -> Any:
         ) from error
 
 
-def _failure(error: Exception) -> Failure:
+def _failure(error: BaseException) -> Failure:
     where = f"in a Ray actor on {socket.gethostname()}:\n{''.join(traceback.format_exception(error))}"
     cause = error.__cause__ and _portable(error.__cause__)
     return Failure(cloudpickle.dumps((_portable(error), cause, where)))

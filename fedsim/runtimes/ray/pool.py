@@ -22,155 +22,156 @@ from fedsim.training.task import Task
 
 Ref = Any  # a ray.ObjectRef
 
-DEATHS = 3  # in a row, of actors that start, after which no more are tried
-TICK = 1.0  # seconds between two looks at actors that do not start
-NOTICE = 10.0  # seconds until an actor without a place is told of
-PATIENCE = 60.0  # seconds until it is an error that none has a place
+MAX_FAILED_STARTS = 3  # of actors, in a row, after which no more are tried
+POLL_SECONDS = 1.0  # between two looks at actors that do not start
+WARN_AFTER_SECONDS = 10.0  # that an actor has no place in the cluster
+MAX_WAIT_SECONDS = 60.0  # for a first actor's place in the cluster
 POOLS = weakref.WeakSet["Pool"]()  # of this process
 
 
 @dataclass(eq=False)
-class Seat:
+class Slot:
     """An actor, as the driver knows it."""
 
     actor: Any
     opening: Ref  # None once it has network and data
     since: float
     name: str = "an actor that was starting"
-    told: bool = False  # that it found no place
+    warned: bool = False  # that it found no place
 
 
 class Pool:
-    """So many actors with network and data, as far as the cluster has a place for them.
+    """The `wanted` actors with network and data, or as many as the cluster has a place for.
 
-    They end when the pool is closed, or is gone: at once, whatever else has a handle of theirs.
+    They end when the pool is closed or garbage, at once, even where others hold a handle to them.
     """
 
     def __init__(self, task: Task, data: FederatedData, wanted: int, cpus: float, gpus: float):
         made: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0)(Actor)
         self._actor = made.options(enable_task_events=False, scheduling_strategy="SPREAD")
         self._gpu, self._content = gpus > 0, ray.put(pack((task, data), files=True))
-        self._unlucky = 0  # actors in a row that died while they started
+        self._failed_starts = 0  # actors in a row that died while they started
         self.wanted, self.alive = wanted, monotonic()  # when one last showed that it is
-        self.seats: list[Seat] = []
-        weakref.finalize(self, _end, self.seats).atexit = False  # Ray ends them there
+        self.slots: list[Slot] = []
+        weakref.finalize(self, _end, self.slots).atexit = False  # Ray ends them there
         try:
             self.open()
         except RoundError as error:
             raise ConfigError(f"runtime.actors: {error}") from error
 
     def open(self) -> None:
-        """Have the actors start, if none are there; raises RoundError where the cluster has no place for any."""
-        if self.seats:
+        """Start the actors, unless they run; raises RoundError where the cluster has no place for any."""
+        if self.slots:
             return
         if POOLS:  # one that is garbage still has its actors
             gc.collect()
-        self._unlucky, self.alive = 0, monotonic()
+        self._failed_starts, self.alive = 0, monotonic()
         POOLS.add(self)
         try:
             for _ in range(self.wanted):
                 self._add()
-            self._settle()
+            self._wait_for_actors()
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
-        """End the actors; whoever opens it again has others."""
-        _end(self.seats)
+        """End the actors; `open` starts others."""
+        _end(self.slots)
         POOLS.discard(self)
 
-    def ready(self) -> list[Seat]:
+    def ready(self) -> list[Slot]:
         """Those that can take clients."""
-        return [seat for seat in self.seats if not seat.opening]
+        return [slot for slot in self.slots if not slot.opening]
 
-    def starting(self) -> list[Seat]:
+    def starting(self) -> list[Slot]:
         """Those that have no place yet, or not network and data."""
-        return [seat for seat in self.seats if seat.opening]
+        return [slot for slot in self.slots if slot.opening]
 
     def check(self, work: Train) -> None:
         """Have all actors check it; raises ConfigError."""
         self.open()
-        self._settle()
+        self._wait_for_actors()
         packed = pack(work)
-        for ref in [seat.actor.check.remote(packed) for seat in self.ready()]:
+        for ref in [slot.actor.check.remote(packed) for slot in self.ready()]:
             try:
                 answer(ref)
             except ray.exceptions.RayError:  # it died, and the next run replaces it
                 continue
 
-    def opened(self, seat: Seat) -> Failure | None:
+    def opened(self, slot: Slot) -> Failure | None:
         """Have an actor that has answered among those that are ready; its failure if it cannot do the work."""
         self.alive = monotonic()
         try:
-            opened = ray.get(seat.opening)
+            opened = ray.get(slot.opening)
         except ray.exceptions.RayError as error:
-            self._unlucky += 1
-            if self._unlucky >= DEATHS:
-                raise RoundError(f"{DEATHS} Ray actors died while they started; {first_line(error)}") from error
-            self.replace(seat)
+            self._failed_starts += 1
+            if self._failed_starts >= MAX_FAILED_STARTS:
+                many = f"{MAX_FAILED_STARTS} Ray actors died while they started"
+                raise RoundError(f"{many}; {first_line(error)}") from error
+            self.replace(slot)
             return None
         if isinstance(opened, Failure):
-            self.seats.remove(seat)
+            self.slots.remove(slot)
             return opened
         process, machine = opened
-        seat.opening, seat.name, self._unlucky = None, f"the actor on {machine}, process {process},", 0
+        slot.opening, slot.name, self._failed_starts = None, f"the actor on {machine}, process {process},", 0
         return None
 
-    def replace(self, seat: Seat) -> None:
-        """Have another actor, anywhere, for one that died; whoever notices first does it."""
-        if seat in self.seats:
-            self.seats.remove(seat)
-            ray.kill(seat.actor)  # which may only be out of reach
+    def replace(self, slot: Slot) -> None:
+        """Start another actor, on any machine, for one that died, unless that has been done."""
+        if slot in self.slots:
+            self.slots.remove(slot)
+            ray.kill(slot.actor)  # which may only be out of reach
             self._add()
 
-    def patience(self) -> None:
-        """Tell of actors without a place, and raise RoundError where there is no other."""
+    def check_waiting(self) -> None:
+        """Warn of actors without a place in the cluster; raise RoundError where there is no other actor."""
         waiting, ready = self._overdue(), len(self.ready())
-        if not ready and monotonic() - max([self.alive, *(seat.since for seat in self.seats)]) > PATIENCE:
-            others = sum(len(pool.seats) for pool in POOLS if pool is not self)
+        if not ready and monotonic() - max([self.alive, *(slot.since for slot in self.slots)]) > MAX_WAIT_SECONDS:
+            others = sum(len(pool.slots) for pool in POOLS if pool is not self)
             held = f"; {counted(others, 'actor')} of this process's other runs are on it" if others else ""
             raise RoundError(f"no Ray actor is left, and the cluster, {resources()}, has no place for one{held}")
-        if ready and not all(seat.told for seat in waiting):
-            for seat in waiting:
-                seat.told = True
+        if ready and not all(slot.warned for slot in waiting):
+            for slot in waiting:
+                slot.warned = True
             warn(
                 f"goes on with {ready} of {self.wanted} Ray actors; the cluster, {resources()}, "
                 "has no place for the others yet"
             )
 
-    def _settle(self) -> None:
+    def _wait_for_actors(self) -> None:
         """Wait for those that start, as long as they come."""
         while starting := self.starting():
-            ready, _ = ray.wait([seat.opening for seat in starting], timeout=TICK)
-            for seat in starting:
-                if seat.opening in ready and (failure := self.opened(seat)):
+            ready, _ = ray.wait([slot.opening for slot in starting], timeout=POLL_SECONDS)
+            for slot in starting:
+                if slot.opening in ready and (failure := self.opened(slot)):
                     raise failure.error()
-            self.patience()
+            self.check_waiting()
             if self.ready() and len(self._overdue()) == len(self.starting()):
                 break
 
-    def _overdue(self) -> list[Seat]:
+    def _overdue(self) -> list[Slot]:
         """Actors that should have a place by now, since others came up."""
-        return [seat for seat in self.starting() if monotonic() - max(seat.since, self.alive) > NOTICE]
+        return [slot for slot in self.starting() if monotonic() - max(slot.since, self.alive) > WARN_AFTER_SECONDS]
 
     def _add(self) -> None:
         actor = self._actor.remote()
         paths = [os.path.abspath(path) for path in sys.path]
         opening = actor.open.remote(self._content, paths, os.getcwd(), self._gpu)
-        self.seats.append(Seat(actor, opening, monotonic()))
+        self.slots.append(Slot(actor, opening, monotonic()))
 
 
-def _end(seats: list[Seat]) -> None:
-    """Kill actors, and have none; the Ray that had them may be gone."""
-    for seat in seats:
+def _end(slots: list[Slot]) -> None:
+    """Kill the actors, even where their Ray is gone already."""
+    for slot in slots:
         with suppress(ray.exceptions.RayError, ValueError):
-            ray.kill(seat.actor)
-    seats.clear()
+            ray.kill(slot.actor)
+    slots.clear()
 
 
 def answer(ref: Ref) -> Any:
-    """What an actor returned; raises what it raised, or a RayError where it is gone."""
+    """What an actor returned; raises what it raised, or a RayError where it died."""
     try:
         returned = ray.get(ref)
     except ray.exceptions.RayTaskError as error:  # not of a client
@@ -181,5 +182,5 @@ def answer(ref: Ref) -> Any:
 
 
 def warn(text: str) -> None:
-    """Say what the run goes on after."""
+    """Warn of something after which the run goes on."""
     warnings.warn(f"runtime: {text}", RuntimeWarning, stacklevel=3)

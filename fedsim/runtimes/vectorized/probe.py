@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 import numpy as np
 import torch
@@ -10,10 +9,10 @@ from torch import Tensor, nn
 
 from fedsim.data import FederatedData
 from fedsim.errors import ConfigError, located
-from fedsim.federated.client import Train, initial_client_state
-from fedsim.runtimes.vectorized.compute import updates
-from fedsim.training.batched.cohort import Member
+from fedsim.federated.client import Train, download, initial_client_state, initial_server_state
+from fedsim.runtimes.vectorized.compute import Client, updates
 from fedsim.training.batched.objective import Network, RaggedError
+from fedsim.training.recipe import Recipe
 from fedsim.training.replica import Replica
 from fedsim.training.task import Task
 from fedsim.types import Job, State, Update
@@ -43,8 +42,8 @@ def check_batchable(network: Network, data: FederatedData, work: Train) -> None:
     Compared are loss and statistics of the first step: what follows from it may be ill-conditioned. What fails
     alone too is left to the run to tell.
     """
-    server = _download(work, network.task, network.device)
-    clients = _unequal(data, work.recipe.batch_size)
+    server = download(work.strategy, initial_server_state(work.strategy, network.task, network.device))
+    clients = _unequal(data, work.recipe)
     one, two = (replace(work, recipe=replace(work.recipe, epochs=1, steps=steps)) for steps in (1, 2))
     for number in range(TRIALS):
         far = _tried(network, data, one, server, clients, number)
@@ -61,17 +60,16 @@ def _tried(
     network: Network, data: FederatedData, work: Train, server: State, clients: Sequence[int], number: int
 ) -> str | None:
     """In that round, the name of what differs, if something does."""
-    state = {
-        name: value.to(network.device) for name, value in initial_client_state(work.strategy, network.task).items()
-    }
-    members = [Member(work, server, Job(client, number, state)) for client in clients]
+    initial = initial_client_state(work.strategy, network.task)
+    state = {name: value.to(network.device) for name, value in initial.items()}
+    batch = [Client(work, server, Job(client, number, state)) for client in clients]
     try:
         replica = Replica(network.task, network.device)
-        alone = [work(replica, data, server, member.job) for member in members]
+        alone = [work(replica, data, server, client.job) for client in batch]
     except Exception:
         return None
     try:
-        together = _together(network, data, members)
+        together = _together(network, data, batch)
     except ConfigError:
         raise
     except Exception as error:
@@ -82,25 +80,20 @@ def _tried(
     return next(filter(None, far), None)
 
 
-def _download(work: Train, task: Task, device: torch.device) -> State:
-    server = work.strategy.init_server(task.initial_model.to(device))
-    broadcast = {name: server[name] for name in work.strategy.broadcast}
-    return broadcast | {"buffers": task.initial_buffers.to(device)}
-
-
-def _unequal(data: FederatedData, batch_size: int | Literal["full"]) -> tuple[int, int]:
+def _unequal(data: FederatedData, recipe: Recipe) -> tuple[int, int]:
     """Two small clients, whose batches are of unequal size where there are such clients."""
     order = np.argsort(data.sizes, kind="stable")
-    sizes = data.sizes[order] if batch_size == "full" else np.minimum(data.sizes[order], batch_size)
-    other = int(np.argmax(sizes > sizes[0])) or min(1, len(order) - 1)
+    sizes = data.sizes[order]
+    unequal = recipe.batch_size_of(int(sizes[0])) < recipe.batch_size_of(int(sizes[-1]))
+    other = int(np.argmax(sizes > sizes[0])) if unequal else min(1, len(order) - 1)
     return int(order[0]), int(order[other])
 
 
-def _together(network: Network, data: FederatedData, members: Sequence[Member]) -> list[Update]:
+def _together(network: Network, data: FederatedData, batch: Sequence[Client]) -> list[Update]:
     try:
-        return updates(network, data, members)
+        return updates(network, data, batch)
     except RaggedError:
-        return [update for member in members for update in updates(network, data, [member])]
+        return [update for client in batch for update in updates(network, data, [client])]
 
 
 def _far(one: Update, batched: Update, share: float) -> str | None:
@@ -131,7 +124,7 @@ def bytes_per_client(task: Task, work: Train, im2col: bool, batch: int) -> int:
     hooks = [m.register_forward_hook(unfolded) for m in replica.network.modules() if type(m) is nn.Conv2d]
     x = replica.flat.new_zeros(2, *task.shape)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        replica.logits(replica.w, x, train=True)
+        replica.forward(x, train=True)
     for hook in hooks:
         hook.remove()
     own = {t.untyped_storage().data_ptr() for t in (replica.flat, replica.buffers)}

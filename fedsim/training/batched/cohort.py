@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 
 from fedsim.data import FederatedData
-from fedsim.federated.client import Train
+from fedsim.training.example_loss import batch_rows
 from fedsim.training.losses import class_weights
-from fedsim.training.objective import batch_rows
-from fedsim.types import Batch, Job, State, Stream, random
+from fedsim.training.recipe import Recipe
+from fedsim.types import Batch, Job, Stream, random
 
 IN_ORDER = 0  # the schedule of all examples as they lie; others are so many epochs, or None for the round
 
 
 class Member(NamedTuple):
-    """One row of the batch: a client, and what it is asked. Works differ at most in seed and learning rate."""
+    """One client of the batch. Recipes differ at most in the learning rate."""
 
-    work: Train
-    server: State
+    recipe: Recipe
+    seed: int
     job: Job
 
 
@@ -53,7 +53,7 @@ class Cohort:
         fixed: bool = False,
     ):
         self.data, self.members, self.like, self.fixed = data, members, like, fixed
-        self.device, self.recipe = like.device, members[0].work.recipe
+        self.device, self.recipe = like.device, members[0].recipe
         self.rows = [data.rows(m.job.client_id) for m in members]
         self.sizes = [len(rows) for rows in self.rows]
         self.num_steps = [self.recipe.num_steps(n) for n in self.sizes]
@@ -142,9 +142,9 @@ class Cohort:
     def lr(self, step: int | None = None) -> list[float]:
         """(C,) of the round, or of each client's own `step`-th step."""
         if step is None:
-            return [m.work.recipe.lr_at(m.job.round) for m in self.members]
+            return [m.recipe.lr_at(m.job.round) for m in self.members]
         at = zip(self.members, self.num_steps, strict=True)
-        return [m.work.recipe.lr_at(m.job.round, min(step, k - 1), k) for m, k in at]
+        return [m.recipe.lr_at(m.job.round, min(step, k - 1), k) for m, k in at]
 
     def _rows(self, schedule: int | None) -> Tensor:
         """(K, C, B) rows; those of a client that are too few over and over, its last ones where it sits out."""
@@ -164,24 +164,20 @@ class Cohort:
         return self._schedules[schedule]
 
     def _own(self, place: int, schedule: int | None) -> list[Tensor]:
-        member, rows, size = self.members[place], self.rows[place], self.recipe.batch_size
+        member, rows = self.members[place], self.rows[place]
         if schedule == IN_ORDER:
-            return list(torch.split(torch.from_numpy(rows), len(rows) if size == "full" else size))
+            return list(torch.split(torch.from_numpy(rows), self.recipe.batch_size_of(len(rows))))
         stream = self._random(member, Stream.BATCHES)
         return list(batch_rows(self.data, member.job.client_id, self.recipe, stream, schedule))
 
     def _random(self, member: Member, stream: Stream, *key: int) -> np.random.Generator:
-        return random(member.work.seed, stream, member.job.round, member.job.client_id, *key)
+        return random(member.seed, stream, member.job.round, member.job.client_id, *key)
 
     def _weights_of_classes(self) -> Tensor:
         given, data = self.recipe.class_weights, self.data
-        weights = (
-            torch.tensor(given)
-            if isinstance(given, list)
-            else class_weights(data.labels[rows].cpu(), data.num_classes)
-            for rows in self.rows
-        )
-        return torch.stack(list(weights)).to(self.like.dtype)
+        assert given is not None
+        weights = [class_weights(given, data.labels[rows].cpu(), data.num_classes) for rows in self.rows]
+        return torch.stack(weights).to(self.like.dtype)
 
 
 def filled(own: Tensor, size: int) -> Tensor:

@@ -1,7 +1,4 @@
-"""What `vmap` cannot be left to do: batch norm of padded batches, random numbers by client, fast convolutions.
-
-Under `torch.func.vmap` a forward pass is written for one client, and each tensor hides an axis of C clients. A
-`torch.autograd.Function` with a `vmap` of its own is the public way to what is hidden.
+"""Layers for which `vmap` alone is not enough: batch norm of padded batches, draws by client, fast convolutions.
 
 Shapes: C clients, B examples of a client, with padding.
 """
@@ -15,58 +12,11 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fedsim.errors import ConfigError
-from fedsim.training.draws import DROPOUTS, SAMPLERS
+from fedsim.training.batched.per_client import clients_first, per_client_value
+from fedsim.training.draws import DROPOUTS, SAMPLERS, dropout
 
 ConvMethod = Literal["im2col", "grouped"]
 Pair = tuple[int, int]
-
-
-class _Made(torch.autograd.Function):
-    @staticmethod
-    def forward(one: Tensor, make: Callable[[], Tensor]) -> Tensor:
-        raise NotImplementedError("outside vmap there is one client")
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, one: Tensor, make: Callable[[], Tensor]) -> tuple[Tensor, int]:
-        return make(), 0
-
-
-def made(one: Tensor, make: Callable[[], Tensor]) -> Tensor:
-    """Inside a `vmap` over clients: to each its own row of what `make` gives, (C, ...), outside of it.
-
-    `one` is any tensor that differs from client to client.
-    """
-    return _Made.apply(one, make)  # type: ignore[no-any-return]
-
-
-def of_each(one: Tensor, stacked: Tensor) -> Tensor:
-    """Inside a `vmap` over clients: to each its own row of `stacked` (C, ...), without a copy."""
-    return made(one, lambda: stacked.view_as(stacked))
-
-
-class _AddProduct(torch.autograd.Function):
-    @staticmethod
-    def forward(w: Tensor, factor: Tensor, g: Tensor) -> Tensor:
-        return w.addcmul_(factor, g).new_empty(0)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, w: Tensor, factor: Tensor, g: Tensor) -> tuple[Tensor, None]:
-        w, g = w.movedim(in_dims[0], 0), _first(g, in_dims[2], info)
-        factor = _first(factor, in_dims[1], info).view(-1, *(1,) * (w.dim() - 1))
-        return w.addcmul_(factor, g).new_empty(0), None
-
-
-def add_product(w: Tensor, factor: Tensor, g: Tensor) -> None:
-    """`w` += `factor` () * `g`, in place: `vmap` has no rule for addcmul_, which takes one pass over memory."""
-    _AddProduct.apply(w, factor, g)
 
 
 class BatchedLayers(TorchFunctionMode):
@@ -95,7 +45,7 @@ class BatchedLayers(TorchFunctionMode):
         if func is F.batch_norm:
             return self._batch_norm(*args, **kwargs)
         if func in DROPOUTS:
-            return self._dropout(DROPOUTS[func], *args, **kwargs)
+            return dropout(self._keep, DROPOUTS[func], *args, **kwargs)
         if func in _FILLS:
             return self._draw(args[0].shape, args[0], lambda t, g: func(t, *args[1:], generator=g, **kwargs))
         if func in _SIZED:
@@ -141,15 +91,9 @@ class BatchedLayers(TorchFunctionMode):
             y = y + bias.view(channels)
         return y.to(x.dtype)
 
-    def _dropout(
-        self, whole: int | None, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
-    ) -> Tensor:
-        if not training or p == 0:
-            return x
-        shape = x.shape[:whole] + (1,) * (0 if whole is None else x.dim() - whole)
-        kept = self._draw(shape, torch.empty(0, device=x.device), lambda t, g: t.bernoulli_(1 - p, generator=g))
-        kept = kept.to(x.dtype).div(1 - p if p < 1 else 1)
-        return x.mul_(kept) if inplace else x * kept
+    def _keep(self, shape: torch.Size, device: torch.device, probability: float) -> Tensor:
+        like = torch.empty(0, device=device)
+        return self._draw(shape, like, lambda t, g: t.bernoulli_(probability, generator=g))
 
     def _draw(self, shape: torch.Size, like: Tensor, fill: Callable[[Tensor, torch.Generator], Any]) -> Tensor:
         """`shape` (B, ...) random numbers, filled in client by client."""
@@ -164,7 +108,7 @@ class BatchedLayers(TorchFunctionMode):
                     own.copy_(fill(like.new_empty(own.shape), generator))
             return rows
 
-        return made(self.one, drawn)
+        return per_client_value(self.one, drawn)
 
 
 def _moments(
@@ -226,11 +170,11 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, weight: Tensor, how: How) -> tuple[Tensor, int]:
-        x = _first(x, in_dims[0], info)
+        x = clients_first(x, in_dims[0], info)
         if in_dims[1] is None:  # the clients share them: one large batch
             y = torch.conv2d(x.flatten(0, 1), weight, None, *how)
             return y.view(*x.shape[:2], *y.shape[1:]), 0
-        weight = _first(weight, in_dims[1], info)
+        weight = clients_first(weight, in_dims[1], info)
         y = torch.bmm(weight.flatten(2), _columns(x, weight, how))  # (C, out, B * places)
         return y.view(*weight.shape[:2], x.shape[1], *_out(x, weight, how)).transpose(1, 2), 0
 
@@ -270,7 +214,7 @@ class _ConvGradient(torch.autograd.Function):
         needs: tuple[bool, bool],
     ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
         tensors = zip((gradient, x, weight), in_dims[:3], strict=True)
-        gradient, x, weight = (_first(tensor, dim, info) for tensor, dim in tensors)
+        gradient, x, weight = (clients_first(tensor, dim, info) for tensor, dim in tensors)
         flat = gradient.transpose(1, 2).flatten(2)  # (C, out, B * places)
         g_x, g_w = x.new_empty(len(x)), x.new_empty(len(x))
         if needs[1]:
@@ -278,11 +222,6 @@ class _ConvGradient(torch.autograd.Function):
         if needs[0]:
             g_x = _images(torch.bmm(weight.flatten(2).mT, flat), x, weight, how)
         return (g_x, g_w), (0, 0)
-
-
-def _first(tensor: Tensor, dim: int | None, info: Any) -> Tensor:
-    """With the axis of clients in front, which is made where all share the tensor."""
-    return tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
 def _pair(value: Any) -> Pair:

@@ -1,7 +1,7 @@
 """F_k inside a `torch.func.vmap` over clients: what `fedsim.training.local` is for one client alone.
 
 What differs from client to client and is known before any client computes, such as rows, sizes and learning rates,
-is prepared by `Cohort`, and handed out by `of_each`.
+is prepared by `Cohort`, and each client gets its own row of it.
 
 Shapes: C clients, K steps of the longest of them, B examples of the largest batch among them, P, Q.
 """
@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import chain
 from typing import TypeVar, cast
 
 import torch
@@ -17,10 +18,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 
 from fedsim.training.batched.cohort import IN_ORDER, Cohort, Step
-from fedsim.training.batched.layers import BatchedLayers, ConvMethod, made, of_each
-from fedsim.training.batched.optim import Rate, make_rule, shrunk
-from fedsim.training.local import Correction, Loss
-from fedsim.training.objective import Objective
+from fedsim.training.batched.layers import BatchedLayers, ConvMethod
+from fedsim.training.batched.optim import OneByOne
+from fedsim.training.batched.per_client import per_client_row, per_client_value
+from fedsim.training.example_loss import ExampleLoss
+from fedsim.training.objective import Correction, LocalObjective, Loss
+from fedsim.training.optim import Optimizer, Rate, clipped
 from fedsim.training.precision import AUTOCAST
 from fedsim.training.replica import depthwise, in_own_precision
 from fedsim.training.task import Task
@@ -63,8 +66,8 @@ Weights = Tensor | State  # a model, (P,) or by name
 W = TypeVar("W", Tensor, State)
 
 
-class BatchedObjective(Objective[Weights]):
-    """A client in one round, inside a `vmap` over clients; to a strategy what `LocalObjective` is."""
+class BatchedObjective(LocalObjective):
+    """One client in one round, inside a `vmap` over clients; `one` is any tensor that differs between them."""
 
     def __init__(self, network: Network, cohort: Cohort, one: Tensor, buffers: Tensor):
         self._cohort, self._one, self._network = cohort, one, network
@@ -72,35 +75,35 @@ class BatchedObjective(Objective[Weights]):
         self.client_id, self.num_examples = self._given("clients"), self._given("num_examples")
         self.num_steps = self._given("num_steps")
         self.lr = self._rate(cohort.lr(), "lr")
-        self._label_loss = cohort.recipe.label_loss or self._network.task.losses
-        self._class_weights = self._given("weights of classes") if self.recipe.class_weights else None
-        self._start: tuple[Tensor, Tensor] | None = None
+        weights = self._given("weights of classes") if self.recipe.class_weights else None
+        self._example_loss = ExampleLoss(self.recipe, network.task, weights)
+        self._start: tuple[Tensor, Tensor] | None = None  # (P,) and (Q,), where the start model is the teacher
         layout = self._network.task.buffer_layout
         buffers = torch.where(one >= 0, buffers, buffers)  # of each client's own, where they were shared
         self._moving: State = layout.split(buffers) | self._network.counters
         self._at: Weights | None = None  # the iterate: a training pass there moves statistics
         self._layers = BatchedLayers(one, cohort.generators, self._network.conv)
-        self.metrics: State = {}
+        self._metrics: State = {}
+
+    @property
+    def metrics(self) -> State:
+        return self._metrics
 
     @property
     def buffers(self) -> Tensor:
-        """(Q,) batch-norm statistics, as the last training pass left them."""
         parts = [self._moving[name].reshape(-1) for name in self._network.task.buffer_layout.shapes]
         return torch.cat(parts) if parts else self._network.like.new_zeros(0)
 
     def batches(self, epochs: int | None = None) -> Iterator[Batch]:
-        """The round's mini-batches in their order, augmented, or those of its first `epochs` epochs."""
         for step, batch in self._batches(epochs):
             if step.padded:
                 raise RaggedError
             yield batch
 
     def logits(self, w: Tensor, x: Tensor, *, train: bool = True) -> Tensor:
-        """(B, classes) at the weights `w` (P,), in the recipe's precision."""
         return self._heads(w, x, train)[0]
 
     def loss(self, w: Tensor, batch: Batch | None = None) -> Tensor:
-        """() mean loss of a mini-batch in training mode; without one F_k(w), over all examples in eval mode."""
         if batch is not None:
             return self._mean(w, batch)
         total = self.num_examples.new_zeros(())
@@ -112,7 +115,6 @@ class BatchedObjective(Objective[Weights]):
         return total / self.num_examples
 
     def gradient(self, w: Tensor, batch: Batch | None = None) -> tuple[Tensor, Tensor]:
-        """(P,) gradient and () loss at `w` (P,), of a mini-batch or of F_k, in training mode."""
         if batch is not None:
             g, f, self._moving = self._differentiated(self.loss, w, batch)
             self._record(f * len(batch.y), len(batch.y), 1)
@@ -128,16 +130,13 @@ class BatchedObjective(Objective[Weights]):
         return g_k / self.num_examples, total / self.num_examples
 
     def train(self, start: Tensor, *, loss: Loss | None = None, correct: Correction | None = None) -> Tensor:
-        """Train from `start` (P,) by the recipe; returns the last iterate (P,)."""
         recipe, total = self.recipe, start.new_zeros(())
         examples: Rate = 0
         if recipe.distillation and recipe.distillation.teacher == "global":
             self._start = start, self.buffers
-        rule, names = make_rule(recipe), list(self.layout.shapes)
-        decays = [recipe.weight_decay * (recipe.decay == "all" or len(s) > 1) for s in self.layout.shapes.values()]
+        optimizer, names = recipe.make_optimizer(self.layout, OneByOne()), list(self.layout.shapes)
         whole = loss is not None or correct is not None  # which are functions of the one vector
-        w, pieces = start, list(self.layout.split(start).values())
-        states: list[list[Tensor]] = []
+        w, pieces, shared = start, list(self.layout.split(start).values()), True
         for step, batch in self._batches():
             if whole:
                 g, f, moved = self._differentiated(loss or self.loss, w, batch)
@@ -147,26 +146,37 @@ class BatchedObjective(Objective[Weights]):
                 by_name = dict(zip(names, pieces, strict=True))
                 parts, f, moved = self._differentiated(self._mean, by_name, batch)
                 gradients = list(parts.values())
-            if not states:  # from here on the weights are each client's own, and change in place
-                w = gradients[0].new_empty(start.shape).copy_(start)
+            if shared:  # from here on the weights are each client's own, and change in place
+                w, shared = gradients[0].new_empty(start.shape).copy_(start), False
                 pieces = [w] if whole and not recipe.by_layer else list(self.layout.split(w).values())
-                states = [[torch.zeros_like(g) for _ in range(rule.slots)] for g in gradients]
+                optimizer.begin(pieces)
             if recipe.clip_norm:
-                gradients = shrunk(gradients, recipe.clip_norm)
-            lr = self._lr(step) if recipe.lr_every == "step" else self.lr
-            active = self._active(step) if step.waits else None
-            if active is not None and not rule.slots:
-                lr, active = active.to(start.dtype) * lr, None
-            for piece, gradient, state, decay in zip(pieces, gradients, states, decays, strict=False):
-                before = [t.clone() for t in (piece, *state)] if active is not None else []
-                rule(piece, gradient, state, lr, step.number + 1, decay)
-                for after, old in zip((piece, *state), before, strict=False):
-                    after.copy_(torch.where(cast(Tensor, active), after, old))
+                gradients = clipped(gradients, recipe.clip_norm, optimizer.ops)
+            self._step(optimizer, pieces, gradients, step)
             n = self._count(step)
             total, examples = total + f * n, examples + n
             self._moving = self._kept(step, moved)
         self._record(total, examples, self.num_steps)
         return w
+
+    def _step(self, optimizer: Optimizer, weights: list[Tensor], gradients: list[Tensor], step: Step) -> None:
+        """One step of the optimiser; a client that does not take it stays as it is."""
+        lr = self._lr(step) if self.recipe.lr_every == "step" else self.lr
+        if not step.waits:
+            optimizer.step(weights, gradients, lr)
+        elif not optimizer.copies:
+            optimizer.step(weights, gradients, self._active(step).to(weights[0].dtype) * lr)
+        else:
+            changing = [*weights, *chain.from_iterable(optimizer.state)]
+            before, active = [tensor.clone() for tensor in changing], self._active(step)
+            optimizer.step(weights, gradients, lr)
+            for after, old in zip(changing, before, strict=True):
+                after.copy_(torch.where(active, after, old))
+
+    def _losses(self, w: Weights, batch: Batch, train: bool) -> Tensor:
+        """(B,) what the recipe has a client minimise."""
+        heads = tuple(head.to(self._network.like.dtype) for head in self._heads(w, batch.x, train))
+        return self._example_loss(heads, batch, self._teacher_logits(batch.x) if train else None)
 
     def _mean(self, w: Weights, batch: Batch) -> Tensor:
         losses = self._losses(w, batch, train=True)
@@ -185,7 +195,7 @@ class BatchedObjective(Objective[Weights]):
 
     def _handed_out(self, step: Step, augmented: bool) -> Batch:
         stacked = self._cohort.batch(step, augmented)
-        return Batch(**{n: of_each(self._one, t) for n, t in stacked._asdict().items() if t is not None})
+        return Batch(**{n: per_client_row(self._one, t) for n, t in stacked._asdict().items() if t is not None})
 
     def _differentiated(self, loss: Callable[[W, Batch], Tensor], w: W, batch: Batch) -> tuple[W, Tensor, State]:
         """The gradient, () the loss, and what a training pass at `w` makes of statistics and counters."""
@@ -216,16 +226,17 @@ class BatchedObjective(Objective[Weights]):
         with self._computing():
             return self._network(self.layout.split(w) if isinstance(w, Tensor) else w, moving, x, train)
 
-    def _outputs(self, w: Weights, batch: Batch, train: bool) -> tuple[Tensor, ...]:
-        return tuple(head.to(self._network.like.dtype) for head in self._heads(w, batch.x, train))
-
-    def _teach(self, x: Tensor) -> Tensor:
+    def _teacher_logits(self, x: Tensor) -> Tensor | None:
+        """(B, classes) of the teacher, where there is one."""
+        distillation, network = self.recipe.distillation, self._network
+        if distillation is None or (distillation.teacher == "global" and self._start is None):
+            return None
         with torch.no_grad(), self._computing():
             if self._start is None:
-                return cast(Tensor, cast(nn.Module, self._network.teacher)(x))
+                return cast(Tensor, cast(nn.Module, network.teacher)(x))
             start, buffers = self._start
-            moving = self._network.task.buffer_layout.split(buffers) | self._network.counters
-            return self._network(self.layout.split(start), moving, x, train=False)[0]
+            moving = network.task.buffer_layout.split(buffers) | network.counters
+            return network(self.layout.split(start), moving, x, train=False)[0]
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
@@ -235,7 +246,7 @@ class BatchedObjective(Objective[Weights]):
             yield
 
     def _given(self, name: str, schedule: int | None = None, step: int | None = None) -> Tensor:
-        return made(self._one, lambda: self._cohort.tensor(name, schedule, step))
+        return per_client_value(self._one, lambda: self._cohort.tensor(name, schedule, step))
 
     def _lr(self, step: Step) -> Rate:
         return self._rate(self._cohort.lr(step.number), "lr of step", step)
@@ -254,6 +265,6 @@ class BatchedObjective(Objective[Weights]):
         return self._given(name, step.schedule, step.number) if step else self._given(name)
 
     def _record(self, total: Tensor, examples: Tensor | float, steps: Tensor | float) -> None:
-        """Sums over all mini-batch gradients that were taken, as `LocalObjective` has them."""
+        """Sums over all mini-batch gradients that were taken, as `ClientObjective` has them."""
         for name, value in {"loss": total, "examples": examples, "steps": steps}.items():
-            self.metrics[name] = self.metrics.get(name, torch.zeros_like(total)) + value
+            self._metrics[name] = self._metrics.get(name, torch.zeros_like(total)) + value

@@ -1,0 +1,63 @@
+"""What clients minimise, and on which batches: the recipe's loss of each example, and the rows of mini-batches."""
+
+from collections.abc import Iterator
+from itertools import count, islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsim.data import FederatedData
+from fedsim.errors import ConfigError
+from fedsim.training.losses import bootstrapped, distilled, mixed, oversampled
+from fedsim.training.recipe import Recipe
+from fedsim.training.task import Task
+from fedsim.types import Batch
+
+AUXILIARY = 0.4  # of the loss at an auxiliary head (Szegedy et al. 2016, https://arxiv.org/abs/1512.00567)
+
+
+class ExampleLoss:
+    """The recipe's loss of each example (B,), from the logits (B, classes) of a network's heads.
+
+    `class_weights` (classes,) weigh the examples by their labels.
+    """
+
+    def __init__(self, recipe: Recipe, task: Task, class_weights: Tensor | None):
+        self.label_loss, self.class_weights = recipe.label_loss or task.losses, class_weights
+        self.distillation = recipe.distillation
+
+    def __call__(self, heads: tuple[Tensor, ...], batch: Batch, teacher: Tensor | None = None) -> Tensor:
+        """(B,) of the main head, which is the first, and of auxiliary ones; `teacher` are logits to distil."""
+        logits, *auxiliary = heads
+        losses = self.of_labels(logits, batch)
+        for other in auxiliary:
+            losses = losses + AUXILIARY * self.of_labels(other, batch)
+        if self.distillation is None or teacher is None:
+            return losses
+        teacher = teacher.to(logits.dtype)
+        return distilled(losses, logits, teacher, self.distillation.temperature, self.distillation.alpha)
+
+    def of_labels(self, logits: Tensor, batch: Batch) -> Tensor:
+        """(B,) of mixed labels, or of labels that may be wrong; each times the weight of the class it is given."""
+        if batch.label_error_prob is not None and batch.mixed_labels is not None:
+            raise ConfigError("local.noisy_labels: cannot tell which label is wrong after mixup or cutmix")
+        weights = self.class_weights
+        if weights is None:
+            return (mixed if batch.label_error_prob is None else bootstrapped)(self.label_loss, logits, batch)
+        if batch.label_error_prob is not None:
+            return weights[batch.y] * bootstrapped(self.label_loss, logits, batch)
+        return mixed(lambda z, y: weights[y] * self.label_loss(z, y), logits, batch)
+
+
+def batch_rows(
+    data: FederatedData, client: int, recipe: Recipe, stream: np.random.Generator, epochs: int | None = None
+) -> Iterator[Tensor]:
+    """(B,) the rows of each of a client's mini-batches in a round, or in its first `epochs` epochs."""
+    own, steps = data.rows(client), None if epochs else recipe.steps
+    passes = count() if steps else range(epochs or recipe.epochs)
+    batch_size = recipe.batch_size_of(len(own))
+    labels = data.labels[own].cpu().numpy() if recipe.oversample else None
+    epoch_rows = (stream.permutation(own) if labels is None else own[oversampled(labels, stream)] for _ in passes)
+    starts = ((epoch, first) for epoch in epoch_rows for first in range(0, len(epoch), batch_size))
+    return islice((torch.from_numpy(epoch[first : first + batch_size]) for epoch, first in starts), steps)
