@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from fedsim.data import AUGMENTATIONS, Dataset, FederatedData
-from fedsim.data.augment import TRIES, _boxes
+from fedsim.data.augment import CROP_TRIES, _crop_boxes
 from fedsim.errors import ConfigError
 from fedsim.types import Batch
 
@@ -124,7 +124,7 @@ def test_cutout_blackens_squares_about_points_of_the_image(holes, length):
 def test_a_random_resized_crop_is_torchvisions(antialias, size):
     batch = images(n=24)
     got = augmented("random_resized_crop", batch, size, antialias=antialias).x
-    boxes = _boxes(np.random.default_rng(0), 24, (12, 9), (0.08, 1.0), (3 / 4, 4 / 3))
+    boxes = _crop_boxes(np.random.default_rng(0), 24, (12, 9), (0.08, 1.0), (3 / 4, 4 / 3))
     for image, box, result in zip(batch.x, np.stack(boxes, 1).tolist(), got, strict=True):
         close(result, tv.resized_crop(image, *box, list(size), InterpolationMode.BILINEAR, antialias=antialias))
 
@@ -144,9 +144,10 @@ def test_a_random_resized_crop_is_torchvisions(antialias, size):
 def test_boxes_are_drawn_as_torchvision_draws_them(size, scale, ratio, fall):
     (height, width), n = size, 200
     rng = np.random.default_rng(0)
-    share, aspect = rng.uniform(*scale, (TRIES, n)), np.exp(rng.uniform(*np.log(ratio), (TRIES, n)))
+    share, aspect = rng.uniform(*scale, (CROP_TRIES, n)), np.exp(rng.uniform(*np.log(ratio), (CROP_TRIES, n)))
     fallbacks = 0
-    for i, (top, left, h, w) in enumerate(np.stack(_boxes(np.random.default_rng(0), n, size, scale, ratio), 1)):
+    boxes = _crop_boxes(np.random.default_rng(0), n, size, scale, ratio)
+    for i, (top, left, h, w) in enumerate(np.stack(boxes, 1)):
         for area, ratio_now in zip(height * width * share[:, i], aspect[:, i], strict=True):
             a, b = round(np.sqrt(area / ratio_now)), round(np.sqrt(area * ratio_now))
             if 0 < a <= height and 0 < b <= width:
@@ -172,7 +173,7 @@ def test_boxes_are_drawn_as_torchvision_draws_them(size, scale, ratio, fall):
     st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)).map(sorted),
 )
 def test_a_box_lies_in_the_image_whatever_is_asked(size, scale, ratio):
-    top, left, h, w = _boxes(np.random.default_rng(0), 50, size, tuple(scale), tuple(ratio))
+    top, left, h, w = _crop_boxes(np.random.default_rng(0), 50, size, tuple(scale), tuple(ratio))
     for start, length, side in ((top, h, size[0]), (left, w, size[1])):
         assert (start >= 0).all()
         assert (start + length <= side).all()
@@ -367,7 +368,7 @@ def test_a_crop_is_the_centre_where_no_augmentation_has_made_one(x, crop):
 
 @pytest.mark.parametrize("x", [PIXELS, torch.zeros(4, 10)], ids=["images", "vectors"])
 def test_a_crop_larger_than_the_images_is_refused(x):
-    with pytest.raises(ConfigError, match=r"^data\.crop: 10 should be cut from images.*; these examples are \("):
+    with pytest.raises(ConfigError, match=r"^data\.crop: 10 needs images .* but the examples have shape \("):
         federated(x, mean=(), std=(), crop=10)
 
 
@@ -378,12 +379,12 @@ GREY = PIXELS[:, :1]
     ("x", "specs", "message"),
     [
         (PIXELS, ["mixup", "flip"], r"local\.augment\[0\]: mixup mixes .* should be the last"),
-        (PIXELS, ["flip", "cutmix", "mixup"], r"local\.augment\[1\]: cutmix mixes .* the only one"),
+        (PIXELS, ["flip", "cutmix", "mixup"], r"local\.augment\[1\]: cutmix mixes .* only one entry may mix"),
         (torch.zeros(4, 5), ["mixup", "mixup"], r"local\.augment\[0\]: mixup mixes"),
-        (torch.zeros(4, 5), ["flip"], r"local\.augment\[0\]: flip takes images, .* are \(5,\)"),
+        (torch.zeros(4, 5), ["flip"], r"local\.augment\[0\]: flip takes images .* shape \(5,\)"),
         (torch.zeros(4, 5), ["cutmix"], r"local\.augment\[0\]: cutmix takes images"),
         (PIXELS.float(), ["flip", "color_jitter"], r"local\.augment\[1\]: color_jitter takes uint8 images"),
-        (PIXELS[:, :2], ["color_jitter"], "1 channel or 3; these have 2"),
+        (PIXELS[:, :2], ["color_jitter"], "1 or 3 channels; the images have 2"),
         (GREY, ["color_jitter"], "neither saturation nor hue; set both to 0"),
         (GREY, [{"name": "color_jitter", "saturation": 0, "hue": 0.1}], "set both to 0"),
     ],

@@ -114,9 +114,9 @@ def test_a_batch_is_the_same_on_a_gpu(tmp_path, mapped):
     [
         ({"x_train": torch.zeros(6, 5, 4, dtype=torch.uint8)}, r"x_train is uint8 \(6, 5, 4\); allowed"),
         ({"x_train": torch.zeros(6, 2, dtype=torch.float64)}, "x_train is float64"),
-        ({"x_train": torch.zeros(0, 2)}, "holds no example"),
+        ({"x_train": torch.zeros(0, 2)}, "at least one example"),
         ({"x_train": torch.full((6, 2), torch.nan)}, "not finite"),
-        ({"x_test": torch.zeros(2, 3)}, "should be alike"),
+        ({"x_test": torch.zeros(2, 3)}, "should have the same type and shape"),
         (
             {"y_train": torch.zeros(5, dtype=torch.int64)},
             r"y_train is int64 \(5,\); it should be int64 \(6,\)",
@@ -126,7 +126,7 @@ def test_a_batch_is_the_same_on_a_gpu(tmp_path, mapped):
         ({"y_train": torch.full((6,), -1)}, "from -1"),
         ({"owner": torch.zeros(2, dtype=torch.int64)}, "owner is int64"),
         ({"mean": (0.5,)}, "1 and 0 numbers"),
-        ({"mean": (0.5, 0.5), "std": (1.0, 1.0)}, "each of 1 channels"),
+        ({"mean": (0.5, 0.5), "std": (1.0, 1.0)}, "each of the 1 channels"),
         ({"mean": (0.5,), "std": (0.0,)}, r"data\.std"),
     ],
 )
@@ -179,11 +179,11 @@ def test_other_arrays_are_taken_as_they_are(tmp_path):
         ({"y_train": LABELS[:, None]}, r"y_train is int64 \(6, 1\)"),
         ({"y_train": LABELS.astype(float)}, "y_train is float64; allowed: whole numbers"),
         ({"y_train": LABELS - 1}, "from -1 to 1"),
-        ({"x_test": PIXELS[:2, :3]}, "should be alike"),
-        ({"x_test": PIXELS[:2].astype(np.float32)}, "should be alike"),
+        ({"x_test": PIXELS[:2, :3]}, "should have the same type and shape"),
+        ({"x_test": PIXELS[:2].astype(np.float32)}, "should have the same type and shape"),
         ({"x_train": PIXELS.astype(np.int64)}, "x_train is int64; allowed: uint8 or float32"),
         ({"x_train": np.array(["a"] * 6)}, "x_train is <U1"),
-        ({"x_train": PIXELS[:0], "y_train": LABELS[:0]}, "holds no example|no readable plain array"),
+        ({"x_train": PIXELS[:0], "y_train": LABELS[:0]}, "at least one example|not a readable plain array"),
         ({"x_train": PIXELS[:, 0, 0]}, r"uint8 \(6, 3\); allowed: uint8 of 4 dimensions"),
         ({"y_test": np.array([0, {}], dtype=object)}, "ValueError"),
         ({"owner": np.array([0, 0, 1, 1, 2, 6])}, "owner has numbers from 0 to 6"),
@@ -224,17 +224,17 @@ def test_broken_files_name_themselves(tmp_path):
     ):
         file = tmp_path / f"{name}.npz"
         file.write_bytes(content)
-        refused(f"{file} is no .npz of plain arrays", "npz", path=str(file))
+        refused(f"{file} is not an .npz file of plain arrays", "npz", path=str(file))
     flipped = bytearray(whole)
     flipped[400] ^= 255
     (tmp_path / "flipped.npz").write_bytes(flipped)
-    refused("flipped.npz is no .npz", "npz", path=str(tmp_path / "flipped.npz"))
+    refused("flipped.npz is not an .npz", "npz", path=str(tmp_path / "flipped.npz"))
     np.save(tmp_path / "single.npy", PIXELS)
-    refused("single.npy is no .npz", "npz", path=str(tmp_path / "single.npy"))
+    refused("single.npy is not an .npz", "npz", path=str(tmp_path / "single.npy"))
     refused("absent.npz: no such file", "npz", path=str(tmp_path / "absent.npz"))
     folder = Path(write_folder(tmp_path / "folder"))
     (folder / "x_test.npy").write_bytes((folder / "x_test.npy").read_bytes()[:-1])
-    refused("x_test.npy is no readable plain array", "npz", path=str(folder))
+    refused("x_test.npy is not a readable plain array", "npz", path=str(folder))
     write_folder(folder, x_test=PIXELS[:2].astype(np.float64))
     refused("x_test is float64; allowed", "npz", path=str(folder))
 
@@ -453,7 +453,7 @@ def test_a_broken_image_names_itself_and_leaves_no_cache(tmp_path):
     root, cache = write_images(tmp_path / "images"), tmp_path / "cache"
     broken = tmp_path / "images/train/dog/2.png"
     broken.write_bytes(broken.read_bytes()[:300])
-    refused(rf"data\.root: {broken} is no readable image", "image_folder", root=root, size=8, cache=str(cache))
+    refused(rf"data\.root: {broken} is not a readable image", "image_folder", root=root, size=8, cache=str(cache))
     assert list(cache.iterdir()) == []
 
 
@@ -474,13 +474,13 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
         test_share=0.5,
     )
     refused(r"data\.test_share: .* should be set", "image_folder", root=write_images(tmp_path / "one", [""]))
-    refused("has train/ only", "image_folder", root=write_images(tmp_path / "half", ["train"]))
+    refused("has train/ but not test/", "image_folder", root=write_images(tmp_path / "half", ["train"]))
     refused(r"data\.root", "image_folder", root=str(tmp_path / "absent"), test_share=0.5)
-    refused("no images left for testing", "image_folder", root=str(tmp_path / "one"), test_share=0.1)
+    refused("has no test images", "image_folder", root=str(tmp_path / "one"), test_share=0.1)
     (tmp_path / "both/test/bird").mkdir()
-    refused("classes that train has not: bird", "image_folder", root=root)
+    refused("class folders that train/ lacks: bird", "image_folder", root=root)
     (tmp_path / "both/train/bird").mkdir()
-    refused("no valid file for the classes bird", "image_folder", root=root)
+    refused("no images of the classes bird", "image_folder", root=root)
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -493,8 +493,8 @@ def test_a_machine_may_lack_some_classes_and_one_of_the_folders(tmp_path, cached
     (tmp_path / "images/train").rename(tmp_path / "images/test")
     data = load("image_folder", classes=["bird", "dog", "cat"], **more)
     assert (len(data.y_train), data.y_test.tolist()) == (0, [1] * 4 + [2] * 4)
-    refused("data.classes: lacks folders of .*: cat", "image_folder", classes=["dog"], **more)
-    refused("data.classes: dog stands twice", "image_folder", classes=["dog", "cat", "dog"], **more)
+    refused("data.classes: should also name these folders of .*: cat", "image_folder", classes=["dog"], **more)
+    refused("data.classes: dog appears twice", "image_folder", classes=["dog", "cat", "dog"], **more)
     (tmp_path / "none/train").mkdir(parents=True)
     (tmp_path / "none/train/cat").mkdir()
     refused("has no images", "image_folder", root=str(tmp_path / "none"), classes=["cat"])

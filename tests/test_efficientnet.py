@@ -107,7 +107,7 @@ def test_a_single_pixel_is_the_smallest_image(stem: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_no_image_is_refused_in_one_line(name: str) -> None:
     for shape in [(784,), (28, 28), (3, 0, 8)]:
-        with pytest.raises(ConfigError, match=rf"^model: {name} takes images, \(channels, height, width\) .*$"):
+        with pytest.raises(ConfigError, match=rf"^model: {name} takes images \(channels, height, width\) .*$"):
             make(name, shape)
 
 

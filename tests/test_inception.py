@@ -105,7 +105,7 @@ def test_the_smallest_image_is_the_smallest_that_works(stem: str, smallest: int)
         with pytest.raises(RuntimeError):
             network(torch.empty(2, 3, smallest - 1, smallest))
     with pytest.raises(
-        ConfigError, match=rf"^model: inception_v3 takes images, .* at least {smallest} pixels a side"
+        ConfigError, match=rf"^model: inception_v3 takes images .* at least {smallest} pixels a side"
     ):
         make((3, smallest, smallest - 1), stem=stem)
 

@@ -105,7 +105,7 @@ def test_small_images_are_halved_two_times_less(name: str, side: int, stem: str,
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_no_image_is_refused_in_one_line(name: str) -> None:
     for shape in [(784,), (28, 28), (3, 0, 8)]:
-        with pytest.raises(ConfigError, match=rf"^model: {name} takes images, \(channels, height, width\) .*$"):
+        with pytest.raises(ConfigError, match=rf"^model: {name} takes images \(channels, height, width\) .*$"):
             make(name, shape)
 
 

@@ -85,7 +85,7 @@ def test_small_networks_build_from_their_smallest_shape_up(name: str, grown: int
 @pytest.mark.parametrize("name", sorted(set(MODELS) - {"2nn"}))
 @pytest.mark.parametrize("shape", [(), (784,), (28, 28), (1, 0, 28), (1, 28, 0), (1, 1, 28, 28)])
 def test_what_is_no_image_or_too_small_is_refused_in_one_line(name: str, shape: tuple[int, ...]) -> None:
-    with pytest.raises(ConfigError, match=r"^model: .* takes images, \(channels, height, width\) .*$"):
+    with pytest.raises(ConfigError, match=r"^model: .* takes images \(channels, height, width\) .*$"):
         MODELS.bind({"name": name})(shape, 10)
 
 

@@ -153,7 +153,7 @@ def test_natural_clients_are_those_of_the_data():
     np.testing.assert_array_equal(owners_of({"name": "natural"}, data, 3), [2, 0, 2, 1])
     with pytest.raises(ConfigError, match=r"data\.clients: 2 should be 3"):
         owners_of({"name": "natural"}, data, 2)
-    with pytest.raises(ConfigError, match="this data has none"):
+    with pytest.raises(ConfigError, match="gives the owner of each example"):
         owners_of({"name": "natural"}, balanced(10), 2)
 
 
@@ -224,7 +224,7 @@ def test_held_out_rows_have_a_key_and_are_spread():
         ([0, 0, 1], {"clients": 3}, "left client 2 of 3 without examples"),
         ([0, 1, 3], {"clients": 3}, "owners from 0 to 3; allowed: 0 to 2"),
         ([0, -1, 1], {"clients": 2}, "owners from -1"),
-        ([0, 1], {"clients": 2}, r"should give int64 \(3,\)"),
+        ([0, 1], {"clients": 2}, r"should return int64 \(3,\)"),
         ([0, 1, 1], {"clients": 2, "holdout": 1.0}, r"data\.holdout: 1\.0"),
     ],
 )

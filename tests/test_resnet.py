@@ -10,7 +10,7 @@ from torchvision.models import get_model
 from fedsim import Task
 from fedsim.errors import ConfigError
 from fedsim.models import MODELS
-from fedsim.models.resnet import SENET154, Basic, Bottleneck, Form
+from fedsim.models.resnet import SENET154, Architecture, Basic, Bottleneck
 from fedsim.training.replica import Replica
 
 NAMES = [name for name, entry in MODELS.entries.items() if entry.startswith("resnet:")]
@@ -191,7 +191,7 @@ def test_a_branch_ends_in_stochastic_depth_after_its_last_norm_and_before_the_sh
 @pytest.mark.parametrize(("block", "reduction"), [(Basic, None), (Bottleneck, None), (Bottleneck, 16)])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_block_without_its_branch_is_its_shortcut(block, reduction, stride):
-    whole = block(64, 64 // block.expansion, stride, Form(block, (1, 1, 1, 1), reduction=reduction))
+    whole = block(64, 64 // block.expansion, stride, Architecture(block, (1, 1, 1, 1), reduction=reduction))
     x = torch.randn(3, 64, 6, 6)
     alone = whole.downsample(x).relu()
     assert not torch.equal(whole(x), alone)
@@ -203,7 +203,7 @@ def test_a_block_without_its_branch_is_its_shortcut(block, reduction, stride):
 
 
 def test_squeeze_and_excitation_weighs_each_channel_by_a_gate():
-    block = Bottleneck(64, 16, 1, Form(Bottleneck, (1, 1, 1, 1), reduction=16)).eval()
+    block = Bottleneck(64, 16, 1, Architecture(Bottleneck, (1, 1, 1, 1), reduction=16)).eval()
     for tensor in (block.bn3.weight, block.bn3.bias, block.bn3.running_mean):
         nn.init.normal_(tensor)
     plain = deepcopy(block)

@@ -301,7 +301,7 @@ def _other_runtime(checkpoint: Checkpoint, simulation: Simulation, now: Spec) ->
         try:
             take(checkpoint.runtime, simulation.work)
         except ConfigError as error:
-            if simulation.data.elsewhere:
+            if simulation.data.clients_are_remote:
                 raise
             return [f"changed: {error}; it was {shown(before)}, and is chosen anew; {agree}"]
         return []
