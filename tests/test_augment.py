@@ -1,4 +1,4 @@
-"""Laws of augmentation: torchvision's images from the same numbers, keyed, in range, the dataset left alone."""
+"""Laws of augmentation: torchvision's images from the same random numbers, keyed, in range, never in place."""
 
 from itertools import permutations, product
 
@@ -50,12 +50,12 @@ def test_a_random_crop_is_any_window_of_the_padded_image(size, padding):
     padded = tv.pad(batch.x, [padding] * 4)
     places = list(product(range(12 + 2 * padding - size[0] + 1), range(9 + 2 * padding - size[1] + 1)))
     is_window = torch.stack([(tv.crop(padded, *place, *size) == got).flatten(1).all(1) for place in places])
-    assert (is_window.sum(0) == 1).all()  # of each image exactly one
+    assert (is_window.sum(0) == 1).all()  # exactly one window for each image
     counts = is_window.sum(1)
     assert abs(counts - 600 / len(places)).max() < 5 * (600 / len(places)) ** 0.5
 
 
-def test_a_flip_is_a_flip_of_a_share_p():
+def test_an_image_is_flipped_with_probability_p():
     batch = images(n=4000, height=2, width=3)
     for p in (0.0, 0.3, 1.0):
         got = augmented("flip", batch, p=p).x
@@ -92,7 +92,7 @@ JITTER = [tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adj
 )
 def test_a_colour_jitter_is_torchvisions_in_each_images_order(channels, widths):
     batch, names = images(n=40, channels=channels), ("brightness", "contrast", "saturation", "hue")
-    batch.x[::4] = batch.x[::4].round()  # colours that tie
+    batch.x[::4] = batch.x[::4].round()  # some channels are equal
     got = augmented("color_jitter", batch, **dict(zip(names, widths, strict=True))).x
     rng, spread = np.random.default_rng(0), np.array(widths[:3])
     low = np.maximum(0, 1 - spread)
@@ -152,7 +152,7 @@ def test_boxes_are_drawn_as_torchvision_draws_them(size, scale, ratio, fall):
             a, b = round(np.sqrt(area / ratio_now)), round(np.sqrt(area * ratio_now))
             if 0 < a <= height and 0 < b <= width:
                 break
-        else:  # the whole centre, but for the ratio
+        else:  # the largest box at the centre that `ratio` allows
             fallbacks += 1
             a, b = height, width
             if width / height < ratio[0]:
@@ -172,7 +172,7 @@ def test_boxes_are_drawn_as_torchvision_draws_them(size, scale, ratio, fall):
     st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)).map(sorted),
     st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)).map(sorted),
 )
-def test_a_box_lies_in_the_image_whatever_is_asked(size, scale, ratio):
+def test_a_box_lies_inside_the_image_for_all_options(size, scale, ratio):
     top, left, h, w = _crop_boxes(np.random.default_rng(0), 50, size, tuple(scale), tuple(ratio))
     for start, length, side in ((top, h, size[0]), (left, w, size[1])):
         assert (start >= 0).all()
@@ -198,7 +198,7 @@ def test_mixup_mixes_with_a_permutation_and_conserves_the_sum(alpha):
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0])
-def test_cutmix_has_a_box_of_another_image_and_the_share_is_what_it_leaves(alpha):
+def test_cutmix_has_a_box_of_another_image_and_the_weight_is_the_area_outside(alpha):
     batch = images()
     for key in range(10):
         mixed = augmented("cutmix", batch, key=key, alpha=alpha)
@@ -217,7 +217,7 @@ def test_cutmix_has_a_box_of_another_image_and_the_share_is_what_it_leaves(alpha
 
 
 @pytest.mark.parametrize("name", ["mixup", "cutmix"])
-def test_lambda_is_beta_and_a_share_p_of_batches_is_mixed(name):
+def test_lambda_is_beta_and_a_batch_is_mixed_with_probability_p(name):
     batch = images(n=2, channels=1, height=32, width=32)
     shares = [augmented(name, batch, key=key, alpha=2.0, p=0.6).mix_weight[0] for key in range(800)]
     left = torch.stack(shares)
@@ -324,7 +324,7 @@ def test_without_augmentation_a_training_batch_is_the_batch():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("mean", "std"), [((), ()), ((0.4,), (0.2,)), ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))])
-def test_augmentation_comes_before_normalisation_and_spares_the_dataset(dtype, mean, std):
+def test_augmentation_comes_before_normalisation_and_keeps_the_dataset(dtype, mean, std):
     data, rows, before = federated(mean=mean, std=std, dtype=dtype), torch.tensor([5, 0, 5]), PIXELS.clone()
     still, jitter = bound({"name": "flip", "p": 0}), bound("color_jitter", "random_crop")
     got = data.training_batch(rows, still, np.random.default_rng(0))
@@ -424,6 +424,6 @@ def test_options_out_of_range_are_refused(spec, message):
         AUGMENTATIONS.resolve(spec)
 
 
-def test_every_entry_says_what_it_does():
+def test_every_augmentation_has_a_summary():
     for name in AUGMENTATIONS:
         assert 20 < len(AUGMENTATIONS.summary(name)) < 115

@@ -1,4 +1,4 @@
-"""What holds for every network, whatever its family."""
+"""The options that all networks share."""
 
 import copy
 import math
@@ -88,7 +88,7 @@ def test_drop_path_rises_with_depth_to_its_rate():
     assert rates == pytest.approx([0.4 * i / 8 for i in range(1, 9)])  # Huang 2016: p_l = l / L p_L
 
 
-def test_a_dropped_path_leaves_the_shortcut_alone():
+def test_a_skipped_branch_leaves_the_shortcut():
     block = make("resnet18", drop_path=1 - 1e-9).layer4[1]
     with KeyedDraws(torch.Generator().manual_seed(0)):
         x = torch.randn(3, 512, 4, 4)
@@ -142,7 +142,7 @@ def test_a_new_head_is_all_that_is_not_loaded(tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """Where torchvision's files come from: `hub(weights, tensors)` puts one there."""
+    """torchvision's folder of downloads: `hub(weights, tensors)` puts a file there."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
 
@@ -206,7 +206,7 @@ def test_weights_may_be_of_another_precision(dtype, tmp_path):
         (torch.full((10,), 1e300, dtype=torch.float64), "fc2.bias has values that are not finite as float32"),
     ],
 )
-def test_weights_that_are_no_finite_numbers_are_refused(value, message, tmp_path):
+def test_weights_of_a_wrong_type_or_not_finite_are_refused(value, message, tmp_path):
     path = tmp_path / "w.safetensors"
     save_file(make("cnn").state_dict() | {"fc2.bias": value}, path)
     with pytest.raises(ConfigError) as error:
@@ -225,7 +225,7 @@ def test_a_frozen_layer_is_a_constant_and_keeps_its_statistics():
 
 
 def normed(shape, classes, /):
-    """Batch norms for images of this rank, 5 pixels a side, of three sorts, with statistics as after training."""
+    """A network of three kinds of batch norm for images of any rank, 5 pixels a side, with trained statistics."""
     norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[len(shape) - 2]
     norms = {"affine": norm(2), "plain": norm(2, affine=False), "momentary": norm(2, track_running_stats=False)}
     for layer in (norms["affine"], norms["plain"]):
@@ -247,7 +247,7 @@ def test_a_frozen_norm_of_any_rank_keeps_its_statistics(rank):
     assert list(before) == ["weight", "bias", "running_mean", "running_var"]
     frozen.train()(x)
     assert all(torch.equal(before[name], value) for name, value in frozen.affine.state_dict().items())
-    assert torch.equal(frozen.affine(x), free.affine(x))  # the latter in evaluation
+    assert torch.equal(frozen.affine(x), free.affine(x))  # `free` is in evaluation mode
     torch.testing.assert_close(torch.vmap(lambda x: frozen.affine(x[None])[0])(x), free.affine(x))
 
 
@@ -265,7 +265,7 @@ def test_what_is_frozen_stays_in_a_run():
     assert not any(name.startswith(("conv1", "bn1")) for name in moved)
 
 
-# One line that says what fits
+# Errors of one line
 
 
 @pytest.mark.parametrize(
@@ -317,7 +317,7 @@ def test_what_is_frozen_stays_in_a_run():
         ({"name": "cnn", "dropout": 1.0}, "model.dropout: 1.0 should be a number >= 0 and < 1"),
     ],
 )
-def test_what_cannot_be_is_refused(settings, message):
+def test_wrong_options_are_refused_in_one_line(settings, message):
     with pytest.raises(ConfigError) as error:
         options.make(settings, SHAPE, CLASSES)
     assert message in str(error.value)
@@ -325,17 +325,17 @@ def test_what_cannot_be_is_refused(settings, message):
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory."), TypeError("a bug")])
-def test_what_finds_no_memory_is_too_large_and_other_errors_stay(monkeypatch, error):
-    def fails(*given, at):
+def test_lack_of_memory_is_a_config_error_and_other_errors_stay(monkeypatch, error):
+    def fails(*arguments, at):
         raise error
 
     monkeypatch.setattr(options.MODELS, "make", fails)
-    with pytest.raises((ConfigError, TypeError), match=r"too large|^a bug$") as told:
+    with pytest.raises((ConfigError, TypeError), match=r"too large|^a bug$") as caught:
         make("cnn")
-    assert isinstance(told.value, TypeError) == isinstance(error, TypeError)
+    assert isinstance(caught.value, TypeError) == isinstance(error, TypeError)
 
 
-def test_a_file_that_does_not_fit_says_which_tensor(tmp_path):
+def test_an_error_of_a_weights_file_names_the_tensor(tmp_path):
     save_file({"fc.weight": torch.zeros(2)}, tmp_path / "w.safetensors")
     with pytest.raises(ConfigError, match=r"w.safetensors: has no tensor conv1.weight, which the network needs"):
         make("cnn_bn", weights=str(tmp_path / "w.safetensors"))

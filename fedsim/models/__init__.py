@@ -72,6 +72,11 @@ def image_shape(shape: tuple[int, ...], name: str, smallest: int) -> tuple[int, 
     return shape
 
 
+def round_channels(channels: float, multiple: int = 8) -> int:
+    """The multiple of `multiple` nearest to `channels`, but not 0."""
+    return max(multiple, round(channels / multiple) * multiple)
+
+
 def is_small(shape: tuple[int, int, int], stem: Stem) -> bool:
     """Whether a network has the stem for small images: a 3x3 convolution of stride 1 and no pooling."""
     return stem == "small" or (stem == "auto" and min(shape[1:]) <= MAX_SMALL_STEM_PIXELS)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchvision.models import mobilenetv2, mobilenetv3
 from torchvision.ops import Conv2dNormActivation, StochasticDepth
 
-from fedsim.models import Stem, image_shape, is_small, reference
+from fedsim.models import Stem, image_shape, is_small, reference, round_channels
 from fedsim.types import Positive
 
 Row = tuple[int, ...]
@@ -56,11 +56,11 @@ def mobilenet_v1(
     Raises ConfigError for anything but images.
     """
     small = is_small(image_shape(shape, "mobilenet_v1", smallest=1), stem)
-    inputs = _rounded(32 * width)
+    inputs = round_channels(32 * width)
     features: list[nn.Module] = [Conv2dNormActivation(shape[0], inputs, stride=1 if small else 2)]
     for outputs, stride in _rows(V1, small):
-        features.append(Separable(inputs, _rounded(outputs * width), stride))
-        inputs = _rounded(outputs * width)
+        features.append(Separable(inputs, round_channels(outputs * width), stride))
+        inputs = round_channels(outputs * width)
     return nn.Sequential(
         OrderedDict(
             features=nn.Sequential(*features),
@@ -134,10 +134,6 @@ def replace_first_convolution(network: Any, channels: int, small: bool) -> None:
 def remove_first_stride(stages: list[Any]) -> None:
     """Give the first of torchvision's `stages` that has stride 2 the stride 1."""
     next(stage for stage in stages if stage.stride == 2).stride = 1
-
-
-def _rounded(channels: float) -> int:
-    return max(8, round(channels / 8) * 8)
 
 
 def _rows(table: list[Row], small: bool) -> list[Row]:

@@ -20,7 +20,7 @@ from torchvision.models import ShuffleNetV2
 from torchvision.ops import StochasticDepth
 
 from fedsim.errors import ConfigError
-from fedsim.models import Stem, image_shape, is_small, reference
+from fedsim.models import Stem, image_shape, is_small, reference, round_channels
 from fedsim.types import Positive
 
 REPEATS = (4, 8, 4)  # units of stages 2 to 4
@@ -49,10 +49,10 @@ def shufflenet_v1(
     channels; the results are rounded to a multiple of the groups. Raises ConfigError for anything but images.
     """
     small = is_small(image_shape(shape, "shufflenet_v1", smallest=1), stem)
-    inputs = _rounded(24 * width, groups)
+    inputs = round_channels(24 * width, groups)
     layers = OrderedDict(_first_layers(shape[0], inputs, small))
     for stage, repeats in enumerate(REPEATS, 2):
-        outputs = _rounded(V1_CHANNELS[groups] * width, 4 * groups) * 2 ** (stage - 2)
+        outputs = round_channels(V1_CHANNELS[groups] * width, 4 * groups) * 2 ** (stage - 2)
         first = Unit(inputs, outputs, 2, groups, first_groups=1 if stage == 2 else groups)
         others = (Unit(outputs, outputs, 1, groups, first_groups=groups) for _ in range(repeats - 1))
         layers[f"stage{stage}"] = nn.Sequential(first, *others)
@@ -105,10 +105,6 @@ class Unit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         shortcut, branch = self.shortcut(x), self.branch(x)
         return torch.relu(shortcut + branch if self.stride == 1 else torch.cat([shortcut, branch], dim=1))
-
-
-def _rounded(channels: float, multiple: int) -> int:
-    return max(multiple, round(channels / multiple) * multiple)
 
 
 def _first_layers(channels: int, outputs: int, small: bool) -> dict[str, nn.Module]:
