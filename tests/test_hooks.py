@@ -487,7 +487,7 @@ WRONG = {
     "a number": (["my_hooks:number"], r"my_hooks:number returned an object of type int; it should return a Hook"),
     "arguments": (
         ["my_hooks:Needs"],
-        r"hooks\[0\]\.name: my_hooks:Needs cannot be called as a Hook is made: .*something",
+        r"my_hooks:Needs does not take the arguments with which fedsim makes a Hook: .*something",
     ),
 }
 

@@ -287,7 +287,7 @@ def test_what_is_frozen_stays_in_a_run():
             {"name": "cnn", "freeze": ["conv9*"]},
             "'conv9*' matches none of conv1.weight, conv1.bias, conv2.weight, ...",
         ),
-        ({"name": "cnn", "freeze": ["*"]}, "model.freeze: ['*'] freeze all parameters"),
+        ({"name": "cnn", "freeze": ["*"]}, "model.freeze: freezes all parameters"),
         (
             {"name": "cnn", "pretrained": "gpt"},
             "gpt is not the name of weights in torchvision, such as ResNet50_Weights",

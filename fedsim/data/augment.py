@@ -48,7 +48,7 @@ class Augmentation(Protocol):
     def __call__(self, batch: Batch, rng: np.random.Generator, size: Size, /) -> Batch: ...
 
 
-def check(specs: Sequence[Spec], shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def check_augmentations(specs: Sequence[Spec], shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Raise ConfigError where the resolved `specs` do not fit each other, or examples of this shape and type."""
     for i, spec in enumerate(specs):
         name, at = spec["name"], f"local.augment[{i}]: {spec['name']}"
@@ -57,10 +57,10 @@ def check(specs: Sequence[Spec], shape: tuple[int, ...], dtype: torch.dtype) -> 
         if len(shape) != 3 and name not in ANY_SHAPE:
             raise ConfigError(f"{at} takes images (channels, height, width), but the examples have shape {shape}")
         if name == "color_jitter":
-            _check_colours(spec, shape[0], dtype, at)
+            _check_color_jitter(spec, shape[0], dtype, at)
 
 
-def _check_colours(spec: Spec, channels: int, dtype: torch.dtype, at: str) -> None:
+def _check_color_jitter(spec: Spec, channels: int, dtype: torch.dtype, at: str) -> None:
     if dtype != torch.uint8:
         raise ConfigError(f"{at} takes uint8 images; float32 images do not say which values are black and white")
     if channels not in {1, 3}:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedsim.base.catalogue import Spec
-from fedsim.data.augment import Augmentation, check
+from fedsim.data.augment import Augmentation, check_augmentations
 from fedsim.data.dataset import Dataset, Flags, Ints, holdout_mask
 from fedsim.errors import ConfigError
 from fedsim.types import Batch, Stream, random
@@ -124,7 +124,7 @@ class FederatedData:
 
     def check_augment(self, specs: Sequence[Spec]) -> None:
         """Raise ConfigError where the resolved entries of `local.augment` do not fit these examples."""
-        check(specs, tuple(self._x_train.shape[1:]), self._x_train.dtype)
+        check_augmentations(specs, tuple(self._x_train.shape[1:]), self._x_train.dtype)
 
     def test_batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised test examples (B, ...) and their labels (B,)."""

@@ -241,7 +241,7 @@ def _freeze(network: nn.Module, patterns: list[str], at: str) -> None:
     for name in matching(parameters, patterns, f"{at}.freeze"):
         parameters[name].requires_grad = False
     if not any(parameter.requires_grad for parameter in parameters.values()):
-        raise ConfigError(f"{at}.freeze: {patterns} freeze all parameters; at least one should be trained")
+        raise ConfigError(f"{at}.freeze: freezes all parameters; at least one should be trained")
     norms = {name: m for name, m in network.named_modules() if isinstance(m, _BatchNorm)}
     for path, norm in norms.items():
         if norm.affine and norm.running_mean is not None and not any(p.requires_grad for p in norm.parameters()):
