@@ -141,5 +141,5 @@ def uninterrupted() -> Iterator[None]:
                 usual_handlers.callback(signal.signal, number, handler)
                 signal.signal(number, remember)
         yield
-    for number in received:  # not reached where the block has raised: then that error ends the run
-        signal.raise_signal(number)
+    for delayed in received:  # not reached where the block has raised: then that error ends the run
+        signal.raise_signal(delayed)
