@@ -484,10 +484,13 @@ WRONG = {
         ["curves", "my_hooks:NoHook"],
         r"hooks\[1\]\.name: my_hooks:NoHook returned an object of type NoHook; it should return a Hook",
     ),
-    "a number": (["my_hooks:number"], r"my_hooks:number returned an object of type int; it should return a Hook"),
+    "a number": (
+        ["my_hooks:number"],
+        r"hooks\[0\]\.name: my_hooks:number returned an object of type int; it should",
+    ),
     "arguments": (
         ["my_hooks:Needs"],
-        r"my_hooks:Needs does not take the arguments with which fedsim makes a Hook: .*something",
+        r"hooks\[0\]\.name: my_hooks:Needs does not take the arguments with which .*something",
     ),
 }
 
