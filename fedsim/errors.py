@@ -1,4 +1,4 @@
-"""What can go wrong, by whose fault it is, and how it is told."""
+"""The exceptions of fedsim, and functions that put an error into one line."""
 
 from pathlib import Path
 from traceback import extract_tb
@@ -13,31 +13,31 @@ class ClientError(RuntimeError):
 
 
 class NodeError(RuntimeError):
-    """A client on another machine failed; its text is all that is known of why."""
+    """A client on another machine failed; only the text of its error is known here."""
 
 
 class RoundError(RuntimeError):
-    """A round cannot count: too few clients answered, or what they sent does not add up."""
+    """A round failed: too few clients answered, or their messages cannot be aggregated."""
 
 
 def printable(text: object) -> str:
-    """`text` with what would break a line or command a terminal written as an escape, such as \\n."""
+    """`text` with unprintable characters escaped, such as \\n, so that they cannot control a terminal."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 def one_line(text: object) -> str:
-    """`text` without line breaks, and the beginning of it only where it is long."""
+    """`text` without line breaks, cut after 200 characters."""
     words = printable(" ".join(str(text).split()))
     return words if len(words) <= 200 else f"{words[:197]}..."
 
 
 def reason(error: Exception) -> str:
-    """What went wrong, in a line."""
+    """The type and text of an error, in one line."""
     return one_line(f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}")
 
 
 def located(error: BaseException) -> str:
-    """What went wrong in a user's code, and in which line of it: "TypeError: ... (mine.py:12)"."""
+    """An error in a user's code in one line, with the file and line: "TypeError: ... (mine.py:12)"."""
     frames = extract_tb(error.__traceback__)
     own = [frame for frame in frames if "site-packages" not in frame.filename] or frames
     return f"{one_line(f'{type(error).__name__}: {error}')} ({Path(own[-1].filename).name}:{own[-1].lineno})"

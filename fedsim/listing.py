@@ -30,7 +30,7 @@ SETTINGS = Catalogue(  # the mappings of a config that are no entry of a catalog
         "local": "training.recipe:Recipe",
         "local.distillation": "training.recipe:Distillation",
         "local.noisy_labels": "training.recipe:NoisyLabels",
-        "model": "models.options:Common",
+        "model": "models.options:CommonOptions",
         "data": "experiment.config:Federation",
         "data.label_noise": "data.noise:LabelNoise",
         "evaluate": "experiment.config:Evaluate",

@@ -1,4 +1,4 @@
-"""Laws of augmentation: torchvision's images from the same numbers, keyed, in range, the dataset left alone."""
+"""Laws of augmentation: torchvision's images from the same random numbers, keyed, in range, never in place."""
 
 from itertools import permutations, product
 
@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from fedsim.data import AUGMENTATIONS, Dataset, FederatedData
-from fedsim.data.augment import TRIES, _boxes
+from fedsim.data.augment import CROP_TRIES, _crop_boxes
 from fedsim.errors import ConfigError
 from fedsim.types import Batch
 
@@ -50,12 +50,12 @@ def test_a_random_crop_is_any_window_of_the_padded_image(size, padding):
     padded = tv.pad(batch.x, [padding] * 4)
     places = list(product(range(12 + 2 * padding - size[0] + 1), range(9 + 2 * padding - size[1] + 1)))
     is_window = torch.stack([(tv.crop(padded, *place, *size) == got).flatten(1).all(1) for place in places])
-    assert (is_window.sum(0) == 1).all()  # of each image exactly one
+    assert (is_window.sum(0) == 1).all()  # exactly one window for each image
     counts = is_window.sum(1)
     assert abs(counts - 600 / len(places)).max() < 5 * (600 / len(places)) ** 0.5
 
 
-def test_a_flip_is_a_flip_of_a_share_p():
+def test_an_image_is_flipped_with_probability_p():
     batch = images(n=4000, height=2, width=3)
     for p in (0.0, 0.3, 1.0):
         got = augmented("flip", batch, p=p).x
@@ -92,7 +92,7 @@ JITTER = [tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adj
 )
 def test_a_colour_jitter_is_torchvisions_in_each_images_order(channels, widths):
     batch, names = images(n=40, channels=channels), ("brightness", "contrast", "saturation", "hue")
-    batch.x[::4] = batch.x[::4].round()  # colours that tie
+    batch.x[::4] = batch.x[::4].round()  # some channels are equal
     got = augmented("color_jitter", batch, **dict(zip(names, widths, strict=True))).x
     rng, spread = np.random.default_rng(0), np.array(widths[:3])
     low = np.maximum(0, 1 - spread)
@@ -124,7 +124,7 @@ def test_cutout_blackens_squares_about_points_of_the_image(holes, length):
 def test_a_random_resized_crop_is_torchvisions(antialias, size):
     batch = images(n=24)
     got = augmented("random_resized_crop", batch, size, antialias=antialias).x
-    boxes = _boxes(np.random.default_rng(0), 24, (12, 9), (0.08, 1.0), (3 / 4, 4 / 3))
+    boxes = _crop_boxes(np.random.default_rng(0), 24, (12, 9), (0.08, 1.0), (3 / 4, 4 / 3))
     for image, box, result in zip(batch.x, np.stack(boxes, 1).tolist(), got, strict=True):
         close(result, tv.resized_crop(image, *box, list(size), InterpolationMode.BILINEAR, antialias=antialias))
 
@@ -144,14 +144,15 @@ def test_a_random_resized_crop_is_torchvisions(antialias, size):
 def test_boxes_are_drawn_as_torchvision_draws_them(size, scale, ratio, fall):
     (height, width), n = size, 200
     rng = np.random.default_rng(0)
-    share, aspect = rng.uniform(*scale, (TRIES, n)), np.exp(rng.uniform(*np.log(ratio), (TRIES, n)))
+    share, aspect = rng.uniform(*scale, (CROP_TRIES, n)), np.exp(rng.uniform(*np.log(ratio), (CROP_TRIES, n)))
     fallbacks = 0
-    for i, (top, left, h, w) in enumerate(np.stack(_boxes(np.random.default_rng(0), n, size, scale, ratio), 1)):
+    boxes = _crop_boxes(np.random.default_rng(0), n, size, scale, ratio)
+    for i, (top, left, h, w) in enumerate(np.stack(boxes, 1)):
         for area, ratio_now in zip(height * width * share[:, i], aspect[:, i], strict=True):
             a, b = round(np.sqrt(area / ratio_now)), round(np.sqrt(area * ratio_now))
             if 0 < a <= height and 0 < b <= width:
                 break
-        else:  # the whole centre, but for the ratio
+        else:  # the largest box at the centre that `ratio` allows
             fallbacks += 1
             a, b = height, width
             if width / height < ratio[0]:
@@ -171,8 +172,8 @@ def test_boxes_are_drawn_as_torchvision_draws_them(size, scale, ratio, fall):
     st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)).map(sorted),
     st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)).map(sorted),
 )
-def test_a_box_lies_in_the_image_whatever_is_asked(size, scale, ratio):
-    top, left, h, w = _boxes(np.random.default_rng(0), 50, size, tuple(scale), tuple(ratio))
+def test_a_box_lies_inside_the_image_for_all_options(size, scale, ratio):
+    top, left, h, w = _crop_boxes(np.random.default_rng(0), 50, size, tuple(scale), tuple(ratio))
     for start, length, side in ((top, h, size[0]), (left, w, size[1])):
         assert (start >= 0).all()
         assert (start + length <= side).all()
@@ -197,7 +198,7 @@ def test_mixup_mixes_with_a_permutation_and_conserves_the_sum(alpha):
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0])
-def test_cutmix_has_a_box_of_another_image_and_the_share_is_what_it_leaves(alpha):
+def test_cutmix_has_a_box_of_another_image_and_the_weight_is_the_area_outside(alpha):
     batch = images()
     for key in range(10):
         mixed = augmented("cutmix", batch, key=key, alpha=alpha)
@@ -216,7 +217,7 @@ def test_cutmix_has_a_box_of_another_image_and_the_share_is_what_it_leaves(alpha
 
 
 @pytest.mark.parametrize("name", ["mixup", "cutmix"])
-def test_lambda_is_beta_and_a_share_p_of_batches_is_mixed(name):
+def test_lambda_is_beta_and_a_batch_is_mixed_with_probability_p(name):
     batch = images(n=2, channels=1, height=32, width=32)
     shares = [augmented(name, batch, key=key, alpha=2.0, p=0.6).mix_weight[0] for key in range(800)]
     left = torch.stack(shares)
@@ -323,7 +324,7 @@ def test_without_augmentation_a_training_batch_is_the_batch():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("mean", "std"), [((), ()), ((0.4,), (0.2,)), ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))])
-def test_augmentation_comes_before_normalisation_and_spares_the_dataset(dtype, mean, std):
+def test_augmentation_comes_before_normalisation_and_keeps_the_dataset(dtype, mean, std):
     data, rows, before = federated(mean=mean, std=std, dtype=dtype), torch.tensor([5, 0, 5]), PIXELS.clone()
     still, jitter = bound({"name": "flip", "p": 0}), bound("color_jitter", "random_crop")
     got = data.training_batch(rows, still, np.random.default_rng(0))
@@ -367,7 +368,7 @@ def test_a_crop_is_the_centre_where_no_augmentation_has_made_one(x, crop):
 
 @pytest.mark.parametrize("x", [PIXELS, torch.zeros(4, 10)], ids=["images", "vectors"])
 def test_a_crop_larger_than_the_images_is_refused(x):
-    with pytest.raises(ConfigError, match=r"^data\.crop: 10 should be cut from images.*; these examples are \("):
+    with pytest.raises(ConfigError, match=r"^data\.crop: 10 needs images .* but the examples have shape \("):
         federated(x, mean=(), std=(), crop=10)
 
 
@@ -378,12 +379,12 @@ GREY = PIXELS[:, :1]
     ("x", "specs", "message"),
     [
         (PIXELS, ["mixup", "flip"], r"local\.augment\[0\]: mixup mixes .* should be the last"),
-        (PIXELS, ["flip", "cutmix", "mixup"], r"local\.augment\[1\]: cutmix mixes .* the only one"),
+        (PIXELS, ["flip", "cutmix", "mixup"], r"local\.augment\[1\]: cutmix mixes .* only one entry may mix"),
         (torch.zeros(4, 5), ["mixup", "mixup"], r"local\.augment\[0\]: mixup mixes"),
-        (torch.zeros(4, 5), ["flip"], r"local\.augment\[0\]: flip takes images, .* are \(5,\)"),
+        (torch.zeros(4, 5), ["flip"], r"local\.augment\[0\]: flip takes images .* shape \(5,\)"),
         (torch.zeros(4, 5), ["cutmix"], r"local\.augment\[0\]: cutmix takes images"),
         (PIXELS.float(), ["flip", "color_jitter"], r"local\.augment\[1\]: color_jitter takes uint8 images"),
-        (PIXELS[:, :2], ["color_jitter"], "1 channel or 3; these have 2"),
+        (PIXELS[:, :2], ["color_jitter"], "1 or 3 channels; the images have 2"),
         (GREY, ["color_jitter"], "neither saturation nor hue; set both to 0"),
         (GREY, [{"name": "color_jitter", "saturation": 0, "hue": 0.1}], "set both to 0"),
     ],
@@ -423,6 +424,6 @@ def test_options_out_of_range_are_refused(spec, message):
         AUGMENTATIONS.resolve(spec)
 
 
-def test_every_entry_says_what_it_does():
+def test_every_augmentation_has_a_summary():
     for name in AUGMENTATIONS:
         assert 20 < len(AUGMENTATIONS.summary(name)) < 115

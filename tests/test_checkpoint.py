@@ -217,9 +217,9 @@ def test_of_a_log_that_was_edited_the_checkpoint_before_is_taken_or_none(run, lo
     lines = (run / "rounds.jsonl").read_bytes().splitlines(keepends=True)
     at = run / "rounds.jsonl"
     at.write_bytes(lines[0].replace(b'"round": 1', b'"round": 7') + b"".join(lines[1:]))
-    refused(run, "rounds.jsonl is not what it was", "no other is whole")
+    refused(run, "rounds.jsonl has changed since it was written", "no other is whole")
     at.write_bytes(b"".join(lines[:-1]) + lines[-1].replace(b"0", b"1"))
-    assert resume(run, complaints=["rounds.jsonl is not what it was"]) == longer
+    assert resume(run, complaints=["rounds.jsonl has changed since it was written"]) == longer
 
 
 def test_what_follows_in_the_log_is_of_rounds_that_do_not_count(run, longer):

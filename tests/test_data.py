@@ -1,4 +1,4 @@
-"""Laws of sources and batches: what a file holds is what a client gets, and a bad file names itself."""
+"""Laws of data sets and batches: a client gets what its files hold, and an error names the bad file."""
 
 import gzip
 import os
@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import center_crop, resize
 
+from fedsim.base.machine import memory
 from fedsim.data import DATASETS, Dataset, FederatedData
 from fedsim.errors import ConfigError
 from fedsim.experiment.build import build_data
@@ -27,7 +28,7 @@ def load(name, **options):
 
 
 def refused(message, name, **options):
-    """The source refuses in one line that has all of `message`."""
+    """Loading the data set raises a ConfigError of one line that matches `message`."""
     with pytest.raises(ConfigError, match=message) as caught:
         load(name, **options)
     assert "\n" not in str(caught.value)
@@ -79,7 +80,7 @@ def test_a_batch_is_the_normalised_rows(dtype, mean, std):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_float_examples_are_left_alone_and_never_aliased(dtype):
+def test_float_examples_are_not_changed_and_never_aliased(dtype):
     x = torch.randn(6, 7, generator=torch.Generator().manual_seed(0))
     data = federated(Dataset(x, torch.from_numpy(LABELS), x, torch.from_numpy(LABELS), 3), dtype=dtype)
     for batch in (data.batch, data.test_batch):
@@ -89,7 +90,7 @@ def test_float_examples_are_left_alone_and_never_aliased(dtype):
     assert x.count_nonzero() == x.numel()
 
 
-def test_moving_shares_the_row_numbers():
+def test_data_moved_to_a_device_shares_the_row_numbers():
     x, y = torch.from_numpy(PIXELS).permute(0, 3, 1, 2), torch.from_numpy(LABELS)
     data = federated(Dataset(x, y, x, y, 3), holdout=0.5)
     moved = data.to("meta")
@@ -114,9 +115,9 @@ def test_a_batch_is_the_same_on_a_gpu(tmp_path, mapped):
     [
         ({"x_train": torch.zeros(6, 5, 4, dtype=torch.uint8)}, r"x_train is uint8 \(6, 5, 4\); allowed"),
         ({"x_train": torch.zeros(6, 2, dtype=torch.float64)}, "x_train is float64"),
-        ({"x_train": torch.zeros(0, 2)}, "holds no example"),
+        ({"x_train": torch.zeros(0, 2)}, "at least one example"),
         ({"x_train": torch.full((6, 2), torch.nan)}, "not finite"),
-        ({"x_test": torch.zeros(2, 3)}, "should be alike"),
+        ({"x_test": torch.zeros(2, 3)}, "should have the same type and shape"),
         (
             {"y_train": torch.zeros(5, dtype=torch.int64)},
             r"y_train is int64 \(5,\); it should be int64 \(6,\)",
@@ -126,7 +127,7 @@ def test_a_batch_is_the_same_on_a_gpu(tmp_path, mapped):
         ({"y_train": torch.full((6,), -1)}, "from -1"),
         ({"owner": torch.zeros(2, dtype=torch.int64)}, "owner is int64"),
         ({"mean": (0.5,)}, "1 and 0 numbers"),
-        ({"mean": (0.5, 0.5), "std": (1.0, 1.0)}, "each of 1 channels"),
+        ({"mean": (0.5, 0.5), "std": (1.0, 1.0)}, "each of the 1 channels"),
         ({"mean": (0.5,), "std": (0.0,)}, r"data\.std"),
     ],
 )
@@ -143,7 +144,7 @@ def test_a_dataset_that_does_not_fit_together_is_refused(changes, message):
         Dataset(**fields | changes)
 
 
-# Your own arrays
+# npz: the user's own arrays
 
 
 @pytest.mark.parametrize("write", [write_npz, write_folder])
@@ -160,7 +161,7 @@ def test_images_become_channels_first(tmp_path, write):
     assert torch.equal(load("npz", path=write(tmp_path / "grey.npz", **grey)).x_train, expected[:, :1])
 
 
-def test_other_arrays_are_taken_as_they_are(tmp_path):
+def test_other_arrays_are_not_changed(tmp_path):
     features = RNG.normal(size=(6, 7))
     file = write_npz(tmp_path / "a.npz", x_train=features, x_test=features[:2], owner=np.array([0, 0, 1, 1, 2, 2]))
     data = load("npz", path=file, classes=5)
@@ -179,11 +180,11 @@ def test_other_arrays_are_taken_as_they_are(tmp_path):
         ({"y_train": LABELS[:, None]}, r"y_train is int64 \(6, 1\)"),
         ({"y_train": LABELS.astype(float)}, "y_train is float64; allowed: whole numbers"),
         ({"y_train": LABELS - 1}, "from -1 to 1"),
-        ({"x_test": PIXELS[:2, :3]}, "should be alike"),
-        ({"x_test": PIXELS[:2].astype(np.float32)}, "should be alike"),
+        ({"x_test": PIXELS[:2, :3]}, "should have the same type and shape"),
+        ({"x_test": PIXELS[:2].astype(np.float32)}, "should have the same type and shape"),
         ({"x_train": PIXELS.astype(np.int64)}, "x_train is int64; allowed: uint8 or float32"),
         ({"x_train": np.array(["a"] * 6)}, "x_train is <U1"),
-        ({"x_train": PIXELS[:0], "y_train": LABELS[:0]}, "holds no example|no readable plain array"),
+        ({"x_train": PIXELS[:0], "y_train": LABELS[:0]}, "at least one example|not a readable plain array"),
         ({"x_train": PIXELS[:, 0, 0]}, r"uint8 \(6, 3\); allowed: uint8 of 4 dimensions"),
         ({"y_test": np.array([0, {}], dtype=object)}, "ValueError"),
         ({"owner": np.array([0, 0, 1, 1, 2, 6])}, "owner has numbers from 0 to 6"),
@@ -196,7 +197,7 @@ def test_arrays_that_do_not_fit_name_their_file(tmp_path, write, changes, messag
 
 @pytest.mark.parametrize("write", [write_npz, write_folder])
 @pytest.mark.parametrize("part", ["train", "test"])
-def test_one_of_the_two_pairs_is_enough_for_one_who_needs_no_more(tmp_path, write, part):
+def test_a_machine_needs_only_the_training_or_the_test_arrays(tmp_path, write, part):
     other = {"train": "test", "test": "train"}[part]
     path = write(tmp_path / "mine.npz", **{f"x_{other}": None, f"y_{other}": None})
     data = load("npz", path=path)
@@ -224,17 +225,17 @@ def test_broken_files_name_themselves(tmp_path):
     ):
         file = tmp_path / f"{name}.npz"
         file.write_bytes(content)
-        refused(f"{file} is no .npz of plain arrays", "npz", path=str(file))
+        refused(f"{file} is not an .npz file of plain arrays", "npz", path=str(file))
     flipped = bytearray(whole)
     flipped[400] ^= 255
     (tmp_path / "flipped.npz").write_bytes(flipped)
-    refused("flipped.npz is no .npz", "npz", path=str(tmp_path / "flipped.npz"))
+    refused("flipped.npz is not an .npz", "npz", path=str(tmp_path / "flipped.npz"))
     np.save(tmp_path / "single.npy", PIXELS)
-    refused("single.npy is no .npz", "npz", path=str(tmp_path / "single.npy"))
+    refused("single.npy is not an .npz", "npz", path=str(tmp_path / "single.npy"))
     refused("absent.npz: no such file", "npz", path=str(tmp_path / "absent.npz"))
     folder = Path(write_folder(tmp_path / "folder"))
     (folder / "x_test.npy").write_bytes((folder / "x_test.npy").read_bytes()[:-1])
-    refused("x_test.npy is no readable plain array", "npz", path=str(folder))
+    refused("x_test.npy is not a readable plain array", "npz", path=str(folder))
     write_folder(folder, x_test=PIXELS[:2].astype(np.float64))
     refused("x_test is float64; allowed", "npz", path=str(folder))
 
@@ -244,7 +245,7 @@ def test_a_mapped_folder_may_be_larger_than_memory(tmp_path):
     def resident():
         return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) * 1024
 
-    n = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // (256 * 256 * 3) * 2
+    n = memory() // (256 * 256 * 3) * 2
     folder = Path(
         write_folder(tmp_path / "big", y_train=np.arange(n) % 3, x_test=np.zeros((2, 256, 256, 3), np.uint8))
     )
@@ -258,7 +259,7 @@ def test_a_mapped_folder_may_be_larger_than_memory(tmp_path):
     (folder / "x_train.npy").unlink()
 
 
-# torchvision's formats
+# Data sets of torchvision
 
 
 def idx(array):
@@ -333,7 +334,7 @@ def test_mnist_is_centred_and_scaled():
     assert x.std() == pytest.approx(1, abs=1e-3)
 
 
-# What comes without files
+# Data sets without files
 
 
 def test_digits_are_split_by_class_and_key():
@@ -351,7 +352,7 @@ def test_digits_are_split_by_class_and_key():
     assert x.std() == pytest.approx(1, abs=0.02)
 
 
-def test_synthetic_images_are_prototypes_plus_noise():
+def test_synthetic_images_are_one_picture_a_class_plus_noise():
     clean = load("synthetic", examples=200, classes=4, shape=[2, 6, 6], noise=0.0)
     noisy = load("synthetic", examples=200, classes=4, shape=[2, 6, 6], noise=0.05)
     assert len(clean.x_train.unique(dim=0)) == 4
@@ -413,7 +414,7 @@ def test_images_are_resized_and_cropped(tmp_path):
 
 @pytest.mark.parametrize("shape", [(30, 40), (50, 37), (33, 50), (5, 3), (100, 33), (3, 900)])
 @pytest.mark.parametrize(("size", "crop"), [(16, None), (25, None), (32, 28)])
-def test_a_square_is_what_resizing_and_cropping_leave(tmp_path, shape, size, crop):
+def test_images_are_those_of_torchvisions_resize_and_center_crop(tmp_path, shape, size, crop):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
     for split in ("train", "test"):
         (tmp_path / split / "cat").mkdir(parents=True)
@@ -422,7 +423,7 @@ def test_a_square_is_what_resizing_and_cropping_leave(tmp_path, shape, size, cro
     expected = np.asarray(center_crop(resize(image, size), crop or size)).transpose(2, 0, 1)
     for batch in (data.batch, data.test_batch):
         got = batch(torch.arange(1))[0][0].numpy() * 255
-        assert np.abs(got - expected).max() < 1.01  # Pillow rounds in between
+        assert np.abs(got - expected).max() < 1.01  # Pillow also rounds after its first pass
 
 
 def test_one_folder_is_split_by_key(tmp_path):
@@ -433,7 +434,7 @@ def test_one_folder_is_split_by_key(tmp_path):
     assert not torch.equal(data.x_test, other.x_test)
 
 
-def test_a_cache_is_the_same_mapped_and_follows_its_files(tmp_path):
+def test_a_cache_holds_the_same_images_and_follows_the_files(tmp_path):
     root, cache = write_images(tmp_path / "images"), tmp_path / "cache"
     plain, first = (
         load("image_folder", root=root, size=8),
@@ -453,11 +454,11 @@ def test_a_broken_image_names_itself_and_leaves_no_cache(tmp_path):
     root, cache = write_images(tmp_path / "images"), tmp_path / "cache"
     broken = tmp_path / "images/train/dog/2.png"
     broken.write_bytes(broken.read_bytes()[:300])
-    refused(rf"data\.root: {broken} is no readable image", "image_folder", root=root, size=8, cache=str(cache))
+    refused(rf"data\.root: {broken} is not a readable image", "image_folder", root=root, size=8, cache=str(cache))
     assert list(cache.iterdir()) == []
 
 
-def test_a_decompression_bomb_is_an_error_whatever_the_filters(tmp_path, monkeypatch):
+def test_a_decompression_bomb_is_an_error_whatever_the_warning_filters(tmp_path, monkeypatch):
     root = write_images(tmp_path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
     with warnings.catch_warnings():
@@ -474,13 +475,13 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
         test_share=0.5,
     )
     refused(r"data\.test_share: .* should be set", "image_folder", root=write_images(tmp_path / "one", [""]))
-    refused("has train/ only", "image_folder", root=write_images(tmp_path / "half", ["train"]))
+    refused("has train/ but not test/", "image_folder", root=write_images(tmp_path / "half", ["train"]))
     refused(r"data\.root", "image_folder", root=str(tmp_path / "absent"), test_share=0.5)
-    refused("no images left for testing", "image_folder", root=str(tmp_path / "one"), test_share=0.1)
+    refused("has no test images", "image_folder", root=str(tmp_path / "one"), test_share=0.1)
     (tmp_path / "both/test/bird").mkdir()
-    refused("classes that train has not: bird", "image_folder", root=root)
+    refused("class folders that train/ lacks: bird", "image_folder", root=root)
     (tmp_path / "both/train/bird").mkdir()
-    refused("no valid file for the classes bird", "image_folder", root=root)
+    refused("no images of the classes bird", "image_folder", root=root)
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -493,13 +494,13 @@ def test_a_machine_may_lack_some_classes_and_one_of_the_folders(tmp_path, cached
     (tmp_path / "images/train").rename(tmp_path / "images/test")
     data = load("image_folder", classes=["bird", "dog", "cat"], **more)
     assert (len(data.y_train), data.y_test.tolist()) == (0, [1] * 4 + [2] * 4)
-    refused("data.classes: lacks folders of .*: cat", "image_folder", classes=["dog"], **more)
-    refused("data.classes: dog stands twice", "image_folder", classes=["dog", "cat", "dog"], **more)
+    refused("data.classes: should also name these folders of .*: cat", "image_folder", classes=["dog"], **more)
+    refused("data.classes: dog appears twice", "image_folder", classes=["dog", "cat", "dog"], **more)
     (tmp_path / "none/train").mkdir(parents=True)
     (tmp_path / "none/train/cat").mkdir()
     refused("has no images", "image_folder", root=str(tmp_path / "none"), classes=["cat"])
 
 
-def test_every_source_says_what_it_is():
+def test_every_data_set_has_a_summary():
     for name in DATASETS:
         assert 20 < len(DATASETS.summary(name)) < 110

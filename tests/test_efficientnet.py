@@ -19,7 +19,7 @@ def make(name: str, shape: tuple[int, ...], classes: int = 1000, **options: obje
 
 @cache
 def meta(name: str, stem: str = "imagenet") -> nn.Module:
-    """As it is for images of its paper's size, without weights."""
+    """The network for images of its published size, on the meta device."""
     shape, classes, _ = MODELS.load(name).reference
     with torch.device("meta"):
         return make(name, shape, classes, stem=stem)
@@ -45,7 +45,7 @@ def test_the_work_doubles_with_phi() -> None:
 
 
 @pytest.mark.parametrize(("phi", "number"), [(0, 0), (0.5, 1), (1, 2), (2, 3)])
-def test_the_first_four_are_the_compound_rule(phi: float, number: int) -> None:
+def test_b0_to_b3_follow_the_compound_rule(phi: float, number: int) -> None:
     made, published = compound(phi), B[number]
     assert made._replace(resolution=published.resolution) == published
     assert abs(made.resolution - published.resolution) <= 4
@@ -55,7 +55,7 @@ def test_the_first_four_are_the_compound_rule(phi: float, number: int) -> None:
 
 
 @pytest.mark.parametrize(("number", "width", "depth", "resolution"), [(7, 7.3, 6.2, 7.05), (8, 8.3, 7.0, 7.9)])
-def test_the_largest_are_the_rule_at_a_phi_for_each(
+def test_the_factors_of_the_largest_have_an_exponent_each(
     number: int, width: float, depth: float, resolution: float
 ) -> None:
     scale = compound(width).width, compound(depth).depth, compound(resolution).resolution
@@ -105,14 +105,14 @@ def test_a_single_pixel_is_the_smallest_image(stem: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_no_image_is_refused_in_one_line(name: str) -> None:
+def test_a_shape_of_no_image_is_refused_in_one_line(name: str) -> None:
     for shape in [(784,), (28, 28), (3, 0, 8)]:
-        with pytest.raises(ConfigError, match=rf"^model: {name} takes images, \(channels, height, width\) .*$"):
+        with pytest.raises(ConfigError, match=rf"^model: {name} takes images \(channels, height, width\) .*$"):
             make(name, shape)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_residual_branches_are_skipped_the_more_the_deeper(name: str) -> None:
+def test_drop_path_grows_with_depth(name: str) -> None:
     network = meta(name)
     blocks = [module for module in network.modules() if hasattr(module, "use_res_connect")]
     for depth, block in enumerate(blocks):

@@ -475,19 +475,22 @@ WRONG = {
         r'hooks\[0\]\.priority: "first" should be a whole number',
     ),
     "no name": ([{"patience": 3}], r"hooks\[0\]\.name: missing; allowed: stop_on_non_finite, "),
-    "no list": ("curves", r'hooks: "curves" should be a list, each a mapping, or a text'),
+    "no list": ("curves", r'hooks: "curves" should be a list, each a mapping, or a string'),
     "null": (None, r"hooks: null should be a list"),
-    "no module": (["no_such:Hook"], r"hooks\[0\]\.name: no module 'no_such'; is its folder on PYTHONPATH\?"),
+    "no module": (["no_such:Hook"], r"hooks\[0\]\.name: there is no module 'no_such'; is its folder on "),
     "no class": (["my_hooks:Note"], r"hooks\[0\]\.name: my_hooks has no callable 'Note'"),
-    "missing option": (["my_hooks:Notes"], r"hooks\[0\]\.path: missing; it should be a text"),
+    "missing option": (["my_hooks:Notes"], r"hooks\[0\]\.path: missing; it should be a string"),
     "no hook": (
         ["curves", "my_hooks:NoHook"],
-        r"hooks\[1\]\.name: my_hooks:NoHook gives a NoHook; it should give a Hook",
+        r"hooks\[1\]\.name: my_hooks:NoHook returned an object of type NoHook; it should return a Hook",
     ),
-    "a number": (["my_hooks:number"], r"hooks\[0\]\.name: my_hooks:number gives a int; it should give a Hook"),
+    "a number": (
+        ["my_hooks:number"],
+        r"hooks\[0\]\.name: my_hooks:number returned an object of type int; it should",
+    ),
     "arguments": (
         ["my_hooks:Needs"],
-        r"hooks\[0\]\.name: my_hooks:Needs cannot be called as a Hook is made: .*something",
+        r"hooks\[0\]\.name: my_hooks:Needs does not take the arguments with which .*something",
     ),
 }
 

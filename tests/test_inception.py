@@ -16,7 +16,7 @@ from fedsim.export.fusion import fused
 from fedsim.models import MODELS, inception
 from fedsim.training.recompute import Recompute
 
-TINY = (3, 16, 16)  # pixels that leave a block four, and the last one a single
+TINY = (3, 16, 16)  # small enough that the last block has one pixel
 
 
 def make(shape: tuple[int, ...], classes: int = 3, **options: object) -> nn.Module:
@@ -31,7 +31,7 @@ def _pair() -> tuple[nn.Module, nn.Module]:
 
 
 def pair() -> tuple[nn.Module, nn.Module]:
-    """The same weights, one branch after the other and all at the same time."""
+    """Two networks of the same weights: branches one after the other, and at the same time."""
     return copy.deepcopy(_pair())
 
 
@@ -45,7 +45,7 @@ def x() -> Tensor:
 
 
 def step(network: nn.Module, x: Tensor) -> None:
-    torch.manual_seed(0)  # of its dropout
+    torch.manual_seed(0)  # the seed of its dropout
     F.cross_entropy(network(x), torch.arange(len(x), device=x.device)).backward()
 
 
@@ -105,7 +105,7 @@ def test_the_smallest_image_is_the_smallest_that_works(stem: str, smallest: int)
         with pytest.raises(RuntimeError):
             network(torch.empty(2, 3, smallest - 1, smallest))
     with pytest.raises(
-        ConfigError, match=rf"^model: inception_v3 takes images, .* at least {smallest} pixels a side"
+        ConfigError, match=rf"^model: inception_v3 takes images .* at least {smallest} pixels a side"
     ):
         make((3, smallest, smallest - 1), stem=stem)
 
@@ -121,7 +121,7 @@ def test_the_smallest_image_for_the_auxiliary_head_is_the_smallest_that_works(st
         make((3, smallest, smallest - 1), stem=stem, aux=True)
 
 
-def test_the_auxiliary_head_speaks_in_training_only() -> None:
+def test_the_auxiliary_head_is_used_in_training_only() -> None:
     network, x = make((1, 41, 41), aux=True), torch.randn(2, 1, 41, 41)
     seen: list[Tensor] = []
     network.AuxLogits.register_forward_hook(lambda _, __, logits: seen.append(logits))
@@ -167,7 +167,7 @@ def test_the_input_has_its_gradient_too(x: Tensor) -> None:
 @pytest.mark.parametrize(
     "frozen", [("Conv2d", "Mixed_5"), ("Conv2d", "Mixed_5", "Mixed_6", "Mixed_7"), ("Mixed_6b",)]
 )
-def test_frozen_layers_stay_out_of_it(frozen: tuple[str, ...], x: Tensor) -> None:
+def test_frozen_layers_get_no_gradients(frozen: tuple[str, ...], x: Tensor) -> None:
     one, other = pair()
     for network in (one, other):
         for name, parameter in network.named_parameters():
@@ -177,7 +177,7 @@ def test_frozen_layers_stay_out_of_it(frozen: tuple[str, ...], x: Tensor) -> Non
     assert all((p.grad is None) != p.requires_grad for p in other.parameters())
 
 
-def test_autocast_goes_along(x: Tensor) -> None:
+def test_branches_use_the_callers_autocast(x: Tensor) -> None:
     one, other = pair()
     for network in (one, other):
         with torch.autocast("cpu", torch.bfloat16):
@@ -186,7 +186,7 @@ def test_autocast_goes_along(x: Tensor) -> None:
     assert same(one, other)
 
 
-def test_weights_from_elsewhere_have_their_gradients(x: Tensor) -> None:
+def test_functional_weights_get_gradients(x: Tensor) -> None:
     one, other = (network.eval() for network in pair())
     w = torch.ones((), requires_grad=True)
     outputs = [functional_call(n, {k: w * p for k, p in n.named_parameters()}, (x,)) for n in (one, other)]
@@ -217,14 +217,14 @@ def test_a_second_derivative_is_refused(x: Tensor) -> None:
         gradient.sum().backward()
 
 
-def test_an_error_in_a_branch_is_the_callers(x: Tensor) -> None:
+def test_an_error_in_a_branch_reaches_the_caller(x: Tensor) -> None:
     _, other = pair()
     other.Mixed_6b.branch7x7_2 = nn.Conv2d(1, 1, 1)
     with pytest.raises(RuntimeError, match="channels"):
         other(x)
 
 
-# Branches take turns where something sees this thread only
+# Branches run one after the other where something observes this thread only
 
 
 @pytest.fixture
@@ -235,19 +235,19 @@ def in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inception, "_in_threads", refused)
 
 
-def test_threads_are_used_where_nothing_looks(x: Tensor, in_turn: None) -> None:
+def test_threads_are_used_where_nothing_observes(x: Tensor, in_turn: None) -> None:
     with pytest.raises(AssertionError, match="computed in threads"):
         pair()[1](x)
 
 
-def test_it_costs_what_one_after_the_other_costs(in_turn: None) -> None:
+def test_it_costs_as_much_as_without_parallel(in_turn: None) -> None:
     one, other = pair()
     assert cost(other, TINY) == cost(one, TINY)
     assert flops(other, TINY) == cost(one, TINY).flops  # on the CPU, too
     assert activation_bytes(other, TINY, torch.bfloat16) == activation_bytes(one, TINY, torch.bfloat16)
 
 
-def test_it_is_traced_as_one_after_the_other(x: Tensor, in_turn: None) -> None:
+def test_it_is_traced_as_without_parallel(x: Tensor, in_turn: None) -> None:
     one, other = (network.eval() for network in pair())
     wanted = one(x)
     assert torch.equal(fused(other, TINY)(x), fused(one, TINY)(x))
@@ -264,7 +264,7 @@ def test_checkpointed_blocks_are_recomputed(x: Tensor, in_turn: None) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_streams_give_what_one_after_the_other_gives(x: Tensor) -> None:
+def test_streams_give_the_same_as_without_parallel(x: Tensor) -> None:
     one, other = (network.cuda() for network in pair())
     with torch.backends.cudnn.flags(deterministic=True, benchmark=False, allow_tf32=False):
         for network in (one, other):

@@ -30,7 +30,7 @@ def parameters(network: nn.Module) -> int:
 
 
 def convolved(network: nn.Module, shape: tuple[int, ...]) -> int:
-    """Multiplications of one example's pass through the convolutions."""
+    """The multiplications in the convolutions for one example."""
     counts = []
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d):
@@ -40,7 +40,7 @@ def convolved(network: nn.Module, shape: tuple[int, ...]) -> int:
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
-    """Those whose input is added to their output, or not."""
+    """The blocks of each family, with or without a residual connection."""
     return [m for m in network.modules() if hasattr(m, "use_res_connect") or isinstance(m, Unit)]
 
 
@@ -103,15 +103,15 @@ def test_small_images_are_halved_two_times_less(name: str, side: int, stem: str,
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_no_image_is_refused_in_one_line(name: str) -> None:
+def test_a_shape_of_no_image_is_refused_in_one_line(name: str) -> None:
     for shape in [(784,), (28, 28), (3, 0, 8)]:
-        with pytest.raises(ConfigError, match=rf"^model: {name} takes images, \(channels, height, width\) .*$"):
+        with pytest.raises(ConfigError, match=rf"^model: {name} takes images \(channels, height, width\) .*$"):
             make(name, shape)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("stem", ["small", "imagenet"])
-def test_what_may_be_skipped_are_the_residual_branches(name: str, stem: str) -> None:
+def test_stochastic_depth_is_in_the_residual_branches_only(name: str, stem: str) -> None:
     with torch.device("meta"):
         network = make(name, stem=stem)
     for block in blocks(network):
@@ -159,7 +159,7 @@ def test_a_shuffle_sends_each_group_to_all(groups: int) -> None:
     assert shuffle(channels.view(1, 48, 1, 1)).flatten().tolist() == by_hand
 
 
-def test_a_unit_that_halves_keeps_its_average_and_adds_channels() -> None:
+def test_a_unit_of_stride_2_keeps_its_average_and_adds_channels() -> None:
     unit, x = Unit(24, 240, 2, 3, 1).eval(), torch.rand(2, 24, 8, 8)
     y = unit(x)
     assert y.shape == (2, 240, 4, 4)

@@ -1,4 +1,4 @@
-"""What holds for every network, whatever its family."""
+"""The options that all networks share."""
 
 import copy
 import math
@@ -88,7 +88,7 @@ def test_drop_path_rises_with_depth_to_its_rate():
     assert rates == pytest.approx([0.4 * i / 8 for i in range(1, 9)])  # Huang 2016: p_l = l / L p_L
 
 
-def test_a_dropped_path_leaves_the_shortcut_alone():
+def test_a_skipped_branch_leaves_the_shortcut():
     block = make("resnet18", drop_path=1 - 1e-9).layer4[1]
     with KeyedDraws(torch.Generator().manual_seed(0)):
         x = torch.randn(3, 512, 4, 4)
@@ -132,7 +132,7 @@ def test_a_new_head_is_all_that_is_not_loaded(tmp_path):
     save_file(source.state_dict(), tmp_path / "w.safetensors")
     file = str(tmp_path / "w.safetensors")
     with pytest.raises(
-        ConfigError, match=r"fc.weight is \(7, 512\) there and \(10, 512\) here; model.new_head=true"
+        ConfigError, match=r"fc.weight has shape \(7, 512\), but .* \(10, 512\); model.new_head=true"
     ):
         make("resnet18", weights=file)
     network = make("resnet18", weights=file, new_head=True)
@@ -142,7 +142,7 @@ def test_a_new_head_is_all_that_is_not_loaded(tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """Where torchvision's files come from: `hub(weights, tensors)` puts one there."""
+    """torchvision's folder of downloads: `hub(weights, tensors)` puts a file there."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
 
@@ -156,7 +156,7 @@ def hub(monkeypatch, tmp_path):
 def test_pretrained_weights_are_torchvisions(hub):
     there = models.mobilenet_v3_small()
     name = hub(models.MobileNet_V3_Small_Weights.IMAGENET1K_V1, there.state_dict())
-    with pytest.raises(ConfigError, match=r"classifier.3.weight is \(1000, 1024\) there .* model.new_head=true"):
+    with pytest.raises(ConfigError, match=r"classifier.3.weight has shape \(1000, 1024\), .* model.new_head=true"):
         make("mobilenet_v3_small", pretrained=name)
     network = make("mobilenet_v3_small", pretrained=name, new_head=True)
     assert torch.equal(network.features[0][0].weight, there.features[0][0].weight)
@@ -199,14 +199,14 @@ def test_weights_may_be_of_another_precision(dtype, tmp_path):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (torch.ones(10, dtype=torch.int64), "fc2.bias is int64 there and float32 here"),
-        (torch.ones(10, dtype=torch.bool), "fc2.bias is bool there and float32 here"),
-        (torch.ones(10, dtype=torch.complex64), "fc2.bias is complex64 there and float32 here"),
-        (torch.full((10,), torch.nan), "fc2.bias has values that are not finite in float32"),
-        (torch.full((10,), 1e300, dtype=torch.float64), "fc2.bias has values that are not finite in float32"),
+        (torch.ones(10, dtype=torch.int64), "fc2.bias is int64, but in the network it is float32"),
+        (torch.ones(10, dtype=torch.bool), "fc2.bias is bool, but in the network it is float32"),
+        (torch.ones(10, dtype=torch.complex64), "fc2.bias is complex64, but in the network it is float32"),
+        (torch.full((10,), torch.nan), "fc2.bias has values that are not finite as float32"),
+        (torch.full((10,), 1e300, dtype=torch.float64), "fc2.bias has values that are not finite as float32"),
     ],
 )
-def test_weights_that_are_no_finite_numbers_are_refused(value, message, tmp_path):
+def test_weights_of_a_wrong_type_or_not_finite_are_refused(value, message, tmp_path):
     path = tmp_path / "w.safetensors"
     save_file(make("cnn").state_dict() | {"fc2.bias": value}, path)
     with pytest.raises(ConfigError) as error:
@@ -225,7 +225,7 @@ def test_a_frozen_layer_is_a_constant_and_keeps_its_statistics():
 
 
 def normed(shape, classes, /):
-    """Batch norms for images of this rank, 5 pixels a side, of three sorts, with statistics as after training."""
+    """A network of three kinds of batch norm for images of any rank, 5 pixels a side, with trained statistics."""
     norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[len(shape) - 2]
     norms = {"affine": norm(2), "plain": norm(2, affine=False), "momentary": norm(2, track_running_stats=False)}
     for layer in (norms["affine"], norms["plain"]):
@@ -247,7 +247,7 @@ def test_a_frozen_norm_of_any_rank_keeps_its_statistics(rank):
     assert list(before) == ["weight", "bias", "running_mean", "running_var"]
     frozen.train()(x)
     assert all(torch.equal(before[name], value) for name, value in frozen.affine.state_dict().items())
-    assert torch.equal(frozen.affine(x), free.affine(x))  # the latter in evaluation
+    assert torch.equal(frozen.affine(x), free.affine(x))  # `free` is in evaluation mode
     torch.testing.assert_close(torch.vmap(lambda x: frozen.affine(x[None])[0])(x), free.affine(x))
 
 
@@ -265,7 +265,7 @@ def test_what_is_frozen_stays_in_a_run():
     assert not any(name.startswith(("conv1", "bn1")) for name in moved)
 
 
-# One line that says what fits
+# Errors of one line
 
 
 @pytest.mark.parametrize(
@@ -273,30 +273,36 @@ def test_what_is_frozen_stays_in_a_run():
     [
         (
             {"name": "cnn", "norm": "group"},
-            "model.name: cnn has no batch norm that model.norm: group could replace",
+            "model.name: cnn has no batch norm, which model.norm: group would replace",
         ),
         (
             {"name": "cnn_bn", "norm": "group", "groups": 5},
-            "5 does not divide the 16 channels of bn1; 1, 2, 4, 8, 16",
+            "5 does not divide the 16 channels of bn1; allowed: 1, 2, 4, 8, 16",
         ),
         ({"name": "cnn_bn", "groups": 4}, "model.groups: needs norm: group"),
-        ({"name": "cnn", "drop_path": 0.1}, "cnn has no residual branch that drop_path could skip"),
-        ({"name": "cnn", "zero_gamma": True}, "cnn has no residual branch that ends in a norm"),
+        ({"name": "cnn", "drop_path": 0.1}, "cnn has no residual branches, which drop_path needs"),
+        ({"name": "cnn", "zero_gamma": True}, "cnn has no residual branches that end in a norm"),
         ({"name": "cnn", "new_head": True}, "model.new_head: needs weights or pretrained"),
         (
             {"name": "cnn", "freeze": ["conv9*"]},
             "'conv9*' matches none of conv1.weight, conv1.bias, conv2.weight, ...",
         ),
-        ({"name": "cnn", "freeze": ["*"]}, "model.freeze: leaves no parameter to train"),
-        ({"name": "cnn", "pretrained": "gpt"}, "gpt is no name of torchvision's, such as ResNet50_Weights"),
+        ({"name": "cnn", "freeze": ["*"]}, "model.freeze: freezes all parameters"),
+        (
+            {"name": "cnn", "pretrained": "gpt"},
+            "gpt is not the name of weights in torchvision, such as ResNet50_Weights",
+        ),
         *(
-            ({"name": "cnn", "pretrained": name}, f"model.pretrained: {name} is no name of torchvision's, such as")
+            (
+                {"name": "cnn", "pretrained": name},
+                f"model.pretrained: {name} is not the name of weights in torchvision",
+            )
             for name in ("ResNet18_Weights.NOPE", "get_weight.x", "")
         ),
         *(
             (
                 settings,
-                f"model.name: {settings['name']} is, with these options, too large for this machine's memory",
+                f"model.name: {settings['name']} with these options is too large for this machine's memory",
             )
             for settings in (
                 {"name": "mobilenet_v1", "width": 1e14},  # refused by the allocator
@@ -306,12 +312,12 @@ def test_what_is_frozen_stays_in_a_run():
             )
         ),
         ({"name": "cnn", "weights": "none.safetensors"}, "none.safetensors: cannot be read: No such file"),
-        ({"name": "cnn", "weights": "x", "init": "he"}, "model.init: does nothing beside weights"),
+        ({"name": "cnn", "weights": "x", "init": "he"}, "model.init: has no effect with weights"),
         ({"name": "cnn", "norm": "instance"}, 'model.norm: "instance" should be batch, group, layer or none'),
         ({"name": "cnn", "dropout": 1.0}, "model.dropout: 1.0 should be a number >= 0 and < 1"),
     ],
 )
-def test_what_cannot_be_is_refused(settings, message):
+def test_wrong_options_are_refused_in_one_line(settings, message):
     with pytest.raises(ConfigError) as error:
         options.make(settings, SHAPE, CLASSES)
     assert message in str(error.value)
@@ -319,20 +325,20 @@ def test_what_cannot_be_is_refused(settings, message):
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory."), TypeError("a bug")])
-def test_what_finds_no_memory_is_too_large_and_other_errors_stay(monkeypatch, error):
-    def fails(*given, at):
+def test_lack_of_memory_is_a_config_error_and_other_errors_stay(monkeypatch, error):
+    def fails(*arguments, at):
         raise error
 
     monkeypatch.setattr(options.MODELS, "make", fails)
-    with pytest.raises((ConfigError, TypeError), match=r"too large|^a bug$") as told:
+    with pytest.raises((ConfigError, TypeError), match=r"too large|^a bug$") as caught:
         make("cnn")
-    assert isinstance(told.value, TypeError) == isinstance(error, TypeError)
+    assert isinstance(caught.value, TypeError) == isinstance(error, TypeError)
 
 
-def test_a_file_that_does_not_fit_says_which_tensor(tmp_path):
+def test_an_error_of_a_weights_file_names_the_tensor(tmp_path):
     save_file({"fc.weight": torch.zeros(2)}, tmp_path / "w.safetensors")
-    with pytest.raises(ConfigError, match=r"w.safetensors: has no conv1.weight, which the network has"):
+    with pytest.raises(ConfigError, match=r"w.safetensors: has no tensor conv1.weight, which the network needs"):
         make("cnn_bn", weights=str(tmp_path / "w.safetensors"))
     Path(tmp_path / "bad").write_bytes(b"\x80\x04pickle")
-    with pytest.raises(ConfigError, match=r"bad: is no safetensors file"):
+    with pytest.raises(ConfigError, match=r"bad: is not a safetensors file"):
         make("cnn_bn", weights=str(tmp_path / "bad"))

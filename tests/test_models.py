@@ -76,7 +76,7 @@ def test_every_entry_learns_from_small_images(name: str, shape: tuple[int, ...])
 @pytest.mark.parametrize("name", list(SMALLEST))
 @pytest.mark.parametrize("grown", [0, 1, 5])
 @pytest.mark.parametrize("train", [False, True])
-def test_small_networks_build_from_their_smallest_shape_up(name: str, grown: int, train: bool) -> None:
+def test_small_networks_take_every_image_from_their_smallest_on(name: str, grown: int, train: bool) -> None:
     channels, *sides = SMALLEST[name]
     shape = (channels + grown, *(side + grown + i for i, side in enumerate(sides)))
     assert build(name, shape, 3).train(train)(torch.randn(2, *shape)).shape == (2, 3)
@@ -84,12 +84,12 @@ def test_small_networks_build_from_their_smallest_shape_up(name: str, grown: int
 
 @pytest.mark.parametrize("name", sorted(set(MODELS) - {"2nn"}))
 @pytest.mark.parametrize("shape", [(), (784,), (28, 28), (1, 0, 28), (1, 28, 0), (1, 1, 28, 28)])
-def test_what_is_no_image_or_too_small_is_refused_in_one_line(name: str, shape: tuple[int, ...]) -> None:
-    with pytest.raises(ConfigError, match=r"^model: .* takes images, \(channels, height, width\) .*$"):
+def test_a_wrong_shape_or_too_small_an_image_is_refused_in_one_line(name: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"^model: .* takes images \(channels, height, width\) .*$"):
         MODELS.bind({"name": name})(shape, 10)
 
 
-def test_every_entry_tells_fedsim_list_what_it_is() -> None:
+def test_every_model_has_a_summary() -> None:
     for name in MODELS:
         assert 20 < len(MODELS.summary(name)) <= 80
 

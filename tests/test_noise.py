@@ -1,4 +1,4 @@
-"""Laws of wrong labels: how many, which, whose; and that the losses give them away."""
+"""Laws of label noise: which labels are wrong, how many, whose; and losses find them."""
 
 import json
 import os
@@ -45,8 +45,8 @@ def noise_of(**noise):
     return LabelNoise(**load(CONFIG | {"data": CONFIG["data"] | {"label_noise": noise}}).data["label_noise"])
 
 
-def told_apart(score, wrong):
-    """The area under the ROC curve: how often a wrong label has the higher score of two."""
+def auc(score, wrong):
+    """The area under the ROC curve: the probability that a wrong label has a higher score than a clean one."""
     _, place, count = np.unique(score, return_inverse=True, return_counts=True)
     rank = (np.cumsum(count) - (count - 1) / 2)[place]
     k = wrong.sum()
@@ -54,7 +54,7 @@ def told_apart(score, wrong):
 
 
 def drawn_losses(n=4000, share=0.3, key=0):
-    """Losses of clean and wrong labels, and which are which, in no order: Beta(2, 8) and Beta(8, 3), times 5."""
+    """Losses in random order, and which are of wrong labels: 5 Beta(2, 8) if clean, 5 Beta(8, 3) if wrong."""
     rng = random(key, Stream.DATASET)
     wrong = rng.random(n) < share
     return 5 * np.where(wrong, rng.beta(8, 3, n), rng.beta(2, 8, n)), wrong
@@ -65,14 +65,14 @@ def drawn_losses(n=4000, share=0.3, key=0):
 
 @pytest.mark.parametrize("rate", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("kind", ["symmetric", "pair"])
-def test_so_many_labels_are_wrong_and_of_every_class_alike(kind, rate):
+def test_the_rate_of_wrong_labels_is_the_same_in_every_class(kind, rate):
     data = noise_of(rate=rate, kind=kind).applied(federation(), seed=1)
     for label in range(CLASSES):
         share = wrong_in(data)[(data.true_labels == label).numpy()].mean()
         assert abs(share - rate) <= 4 * (rate * (1 - rate) / 1600) ** 0.5
 
 
-def test_symmetric_noise_goes_to_the_other_classes_alike_and_pair_noise_to_the_next():
+def test_symmetric_noise_is_uniform_over_the_other_classes_and_pair_noise_gives_the_next():
     clean = federation()
     steps = (noise_of(rate=0.4).applied(clean, seed=1).labels - clean.labels) % CLASSES
     others = torch.bincount(steps, minlength=CLASSES)[1:].double()
@@ -81,7 +81,7 @@ def test_symmetric_noise_goes_to_the_other_classes_alike_and_pair_noise_to_the_n
     assert steps.unique().tolist() == [0, 1]
 
 
-def test_only_so_many_clients_have_wrong_labels():
+def test_only_the_share_of_clients_has_wrong_labels():
     for share, clients in ((0.01, 1), (0.5, 4), (1.0, 8)):
         data = noise_of(rate=0.5, clients=share).applied(federation(), seed=0)
         assert len(np.unique(data.owners[wrong_in(data)])) == clients
@@ -105,12 +105,12 @@ def test_one_key_one_noise():
     assert not torch.equal(one, other)
 
 
-def test_who_is_noisy_is_drawn_apart_from_client_0_s_labels():
-    """numpy takes the keys (s, NOISE) and (s, NOISE, 0) for one."""
+def test_noisy_clients_and_the_labels_of_client_0_are_drawn_independently():
+    """numpy gives the keys (s, NOISE) and (s, NOISE, 0) the same stream."""
     assert random(0, Stream.NOISE, 0, 1).random() != random(0, Stream.NOISE, 0).random()
 
 
-def test_more_noise_adds_to_what_is_there():
+def test_more_noise_adds_wrong_labels_to_the_same_ones():
     few, more = (noise_of(rate=r).applied(federation(), 0) for r in (0.2, 0.5))
     assert torch.equal(more.labels[wrong_in(few)], few.labels[wrong_in(few)])
     some, all_ = (noise_of(rate=0.5, clients=c).applied(federation(), 0) for c in (0.25, 1.0))
@@ -150,7 +150,7 @@ def test_a_config_makes_noise_after_the_partition_and_says_all_of_it():
 
 def test_fedsim_partition_tells_how_many_labels_are_wrong(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    Path("c.yaml").write_text(json.dumps(CONFIG))  # which is YAML, too
+    Path("c.yaml").write_text(json.dumps(CONFIG))  # JSON is YAML, too
     app(["partition", "c.yaml", "data.label_noise.rate=1"], standalone_mode=False)
     assert "\nlabel noise: 32 of 40 labels are wrong\n" in capsys.readouterr().out  # a client holds out 2 of 10
     app(["partition", "c.yaml"], standalone_mode=False)
@@ -174,7 +174,7 @@ def test_fedsim_partition_tells_how_many_labels_are_wrong(tmp_path, monkeypatch,
     ],
     ids=str,
 )
-def test_what_is_wrong_is_one_line(key, value, message):
+def test_a_wrong_option_is_refused_in_one_line(key, value, message):
     with pytest.raises(ConfigError) as error:
         load(CONFIG, {f"data.{key}": value})
     assert str(error.value).startswith(message)
@@ -182,7 +182,7 @@ def test_what_is_wrong_is_one_line(key, value, message):
 
 
 @pytest.mark.parametrize("kind", ["symmetric", "pair"])
-def test_one_class_has_no_wrong_labels(kind):
+def test_data_of_one_class_is_refused(kind):
     with pytest.raises(ConfigError, match=r"\Adata\.label_noise: this data has 1 class"):
         noise_of(rate=0.4, kind=kind).applied(federation(classes=1), seed=0)
 
@@ -190,24 +190,24 @@ def test_one_class_has_no_wrong_labels(kind):
 # The Beta mixture.
 
 
-def test_a_mixture_is_found_again():
-    """By EM that has converged; the paper's ten iterations already rank and sort nearly as well."""
+def test_the_fit_finds_the_mixture():
+    """EM has converged here; the ten iterations of the paper rank the labels nearly as well."""
     losses, wrong = drawn_losses()
     mixture = BetaMixture.fit(losses, iterations=200)
-    assert mixture.weights[1] == pytest.approx((0.3 - 0.05) / 0.9, abs=0.02)  # the outer 5 % are left out
+    assert mixture.weights[1] == pytest.approx((0.3 - 0.05) / 0.9, abs=0.02)  # without the outer 5 %
     grid = np.linspace(0, 5, 501)
     border = grid[mixture.posterior(grid) > 0.5].min()
-    assert border == pytest.approx(2.48, abs=0.1)  # where 0.3 Beta(8, 3) overtakes 0.7 Beta(2, 8)
+    assert border == pytest.approx(2.48, abs=0.1)  # where 0.3 Beta(8, 3) becomes larger than 0.7 Beta(2, 8)
     for fitted, right in ((mixture, 0.965), (BetaMixture.fit(losses), 0.93)):
         doubt = fitted.posterior(losses)
         assert ((doubt >= 0) & (doubt <= 1)).all()
-        assert told_apart(doubt, wrong) > 0.99
+        assert auc(doubt, wrong) > 0.99
         assert ((doubt > 0.5) == wrong).mean() > right
 
 
 @pytest.mark.parametrize("key", range(5))
 @pytest.mark.parametrize("shape", [(2, 8, 8, 3), (0.5, 5, 1, 1), (1, 4, 2, 2), (3, 3, 3, 3)], ids=str)
-def test_a_larger_loss_is_never_less_suspect(shape, key):
+def test_a_larger_loss_never_means_a_smaller_probability(shape, key):
     a0, b0, a1, b1 = shape
     rng = random(key, Stream.DATASET)
     losses = np.concatenate([rng.beta(a0, b0, 300), rng.beta(a1, b1, 200)])
@@ -218,8 +218,8 @@ def test_a_larger_loss_is_never_less_suspect(shape, key):
 @pytest.mark.parametrize(
     ("alphas", "betas", "turn"), [((1.0, 6.0), (2.0, 4.0), 5 / 7), ((3.0, 2.0), (9.0, 3.0), 1 / 7)]
 )
-def test_the_posterior_is_held_level_beyond_its_turning_point(alphas, betas, turn):
-    """Two bumps, of which the narrow one would win in the middle only, or at both ends."""
+def test_the_posterior_is_constant_beyond_its_turning_point(alphas, betas, turn):
+    """Two densities, of which the narrow one is larger only in the middle, or only at both ends."""
     losses = np.linspace(0.001, 0.999, 999)
     mixture = BetaMixture(alphas=alphas, betas=betas)
     odds = 0.0
@@ -230,7 +230,7 @@ def test_the_posterior_is_held_level_beyond_its_turning_point(alphas, betas, tur
     inside = losses < turn if alphas[1] > alphas[0] else losses > turn
     np.testing.assert_allclose(level[inside], plain[inside], atol=2e-3)
     assert np.ptp(level[~inside]) < 1e-12
-    assert (np.diff(plain[~inside]) < 0).all()  # which is what is held
+    assert (np.diff(plain[~inside]) < 0).all()  # this decrease is what the constant replaces
 
 
 def test_scale_shift_and_order_of_the_losses_do_not_matter():
@@ -245,7 +245,7 @@ def test_scale_shift_and_order_of_the_losses_do_not_matter():
 def test_a_few_huge_losses_do_not_hide_the_others():
     losses, wrong = drawn_losses()
     losses[np.flatnonzero(wrong)[:40]] = 1e6
-    assert told_apart(BetaMixture.fit(losses).posterior(losses), wrong) > 0.99
+    assert auc(BetaMixture.fit(losses).posterior(losses), wrong) > 0.99
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_a_few_huge_losses_do_not_hide_the_others():
     ],
     ids=["none", "one", "few", "constant", "zero", "rounding", "nan"],
 )
-def test_losses_that_tell_nothing_leave_all_labels_clean(losses):
+def test_losses_without_information_leave_all_labels_clean(losses):
     with np.errstate(all="raise"):
         doubt = BetaMixture.fit(losses).posterior(np.linspace(0, 10, 7))
     assert doubt.tolist() == [0.0] * 7
@@ -284,19 +284,17 @@ def test_hard_cases_give_finite_probabilities(losses):
     assert (np.diff(doubt) >= -1e-12).all()
 
 
-def test_losses_of_single_precision_will_do():
+def test_losses_in_single_precision_are_enough():
     losses, wrong = drawn_losses()
-    assert (
-        told_apart(BetaMixture.fit(losses.astype(np.float32)).posterior(losses.astype(np.float32)), wrong) > 0.99
-    )
+    assert auc(BetaMixture.fit(losses.astype(np.float32)).posterior(losses.astype(np.float32)), wrong) > 0.99
 
 
 @pytest.mark.parametrize("kind", ["symmetric", "pair"])
-def test_a_network_s_losses_give_wrong_labels_away(kind):
+def test_the_losses_of_a_network_find_wrong_labels(kind):
     """Arazo 2019's point, on images: after a short training wrong labels have the larger losses."""
     data = noise_of(rate=0.3, kind=kind).applied(make_data((600,), noise=0.5), seed=0)
-    score, wrong = doubts_after_training(data, epochs=3)
-    assert told_apart(score, wrong) > 0.9
+    score, wrong = error_probs_after_training(data, epochs=3)
+    assert auc(score, wrong) > 0.9
     assert score[wrong].mean() > 0.6
     assert score[~wrong].mean() < 0.3
 
@@ -306,11 +304,11 @@ def test_forty_percent_of_mnist():
     data = DATASETS.bind({"name": "mnist", "root": os.environ["FEDSIM_DATA"]})()
     few = Dataset(data.x_train[:5000], data.y_train[:5000], data.x_test, data.y_test, 10, data.mean, data.std)
     noisy = noise_of(rate=0.4).applied(FederatedData(few, np.zeros(5000, np.int64), clients=1), seed=0)
-    assert told_apart(*doubts_after_training(noisy, epochs=2)) > 0.95
+    assert auc(*error_probs_after_training(noisy, epochs=2)) > 0.95
 
 
-def doubts_after_training(data, epochs):
-    """How much each label is doubted, and which are wrong, after a plain training on all of them."""
+def error_probs_after_training(data, epochs):
+    """The probability that each label is wrong, and which are, after training on all labels."""
     x, y = data.batch(torch.arange(len(data.labels)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

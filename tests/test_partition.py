@@ -1,4 +1,4 @@
-"""Laws of partitions: everything has one owner, nobody has nothing, one key gives one partition."""
+"""Laws of partitions: each example has one owner, each client an example, and one key gives one partition."""
 
 from io import StringIO
 
@@ -55,7 +55,7 @@ def test_every_example_has_one_owner_and_every_client_an_example(spec, labels, c
     data = labelled(labels)
     try:
         owners = owners_of(spec, data, clients, seed)
-    except ConfigError:  # some requests are impossible, and say so
+    except ConfigError:  # some requests are impossible
         with pytest.raises(ConfigError, match=r"\Adata\.[^\n]+\Z"):
             owners_of(spec, data, clients, seed)
         return
@@ -111,15 +111,15 @@ def test_each_client_holds_its_number_of_labels(classes, clients, per_client, se
         return
     counts = counts_of(data, owners_of(spec, data, clients, seed), clients)
     assert ((counts > 0).sum(1) == per_client).all()
-    for held in counts.T:
-        assert np.ptp(held[held > 0]) <= 1
+    for of_label in counts.T:
+        assert np.ptp(of_label[of_label > 0]) <= 1
 
 
 @pytest.mark.parametrize("balanced_mix", [False, True])
 def test_large_alpha_is_iid_and_small_alpha_is_not(balanced_mix):
     data = balanced(20_000)
 
-    def distance(alpha):  # of a client's label mix from the population's, mean total variation
+    def distance(alpha):  # mean total variation between label mixes of clients and population
         spec = {"name": "dirichlet", "alpha": alpha, "balanced": balanced_mix}
         counts = counts_of(data, owners_of(spec, data, 10), 10)
         return np.abs(counts / counts.sum(1, keepdims=True) - 0.1).sum(1).mean() / 2
@@ -153,7 +153,7 @@ def test_natural_clients_are_those_of_the_data():
     np.testing.assert_array_equal(owners_of({"name": "natural"}, data, 3), [2, 0, 2, 1])
     with pytest.raises(ConfigError, match=r"data\.clients: 2 should be 3"):
         owners_of({"name": "natural"}, data, 2)
-    with pytest.raises(ConfigError, match="this data has none"):
+    with pytest.raises(ConfigError, match="gives the owner of each example"):
         owners_of({"name": "natural"}, balanced(10), 2)
 
 
@@ -168,7 +168,7 @@ def test_natural_clients_are_those_of_the_data():
         ({"name": "dirichlet", "alpha": 0}, 2, r"data\.partition\.alpha"),
     ],
 )
-def test_the_impossible_is_refused_by_its_key(spec, clients, message):
+def test_an_impossible_partition_is_refused_by_its_key(spec, clients, message):
     with pytest.raises(ConfigError, match=message):
         owners_of(spec, balanced(10, 2), clients)
 
@@ -197,22 +197,22 @@ def test_rows_and_held_out_rows_cover_without_overlap(owners, holdout, seed):
     data = FederatedData(balanced(len(owners)), owners, clients=clients, holdout=holdout, seed=seed)
     for k in range(clients):
         mine = np.flatnonzero(owners == k)
-        rows, held = data.rows(k), data.held_out(k)
+        rows, held_out = data.rows(k), data.held_out(k)
         assert len(rows) == data.sizes[k] >= 1
-        assert len(held) == min(int(round(holdout * 1000) * len(mine) // 1000), len(mine) - 1)
+        assert len(held_out) == min(int(round(holdout * 1000) * len(mine) // 1000), len(mine) - 1)
         assert (np.diff(rows) > 0).all()
-        assert (np.diff(held) > 0).all()
-        np.testing.assert_array_equal(np.sort(np.concatenate([rows, held])), mine)
+        assert (np.diff(held_out) > 0).all()
+        np.testing.assert_array_equal(np.sort(np.concatenate([rows, held_out])), mine)
 
 
-def test_held_out_rows_have_a_key_and_are_spread():
+def test_held_out_rows_depend_on_the_key_and_are_evenly_spread():
     owners = np.repeat(np.arange(200), 10)
 
-    def held(seed):
+    def held_out(seed):
         data = FederatedData(balanced(2000), owners, clients=200, holdout=0.2, seed=seed)
         return np.concatenate([data.held_out(k) for k in range(200)])
 
-    first, same, other = held(0), held(0), held(1)
+    first, same, other = held_out(0), held_out(0), held_out(1)
     np.testing.assert_array_equal(first, same)
     assert (first != other).any()
     assert (np.bincount(first % 10, minlength=10) > 15).all()  # 40 expected at each place
@@ -224,7 +224,7 @@ def test_held_out_rows_have_a_key_and_are_spread():
         ([0, 0, 1], {"clients": 3}, "left client 2 of 3 without examples"),
         ([0, 1, 3], {"clients": 3}, "owners from 0 to 3; allowed: 0 to 2"),
         ([0, -1, 1], {"clients": 2}, "owners from -1"),
-        ([0, 1], {"clients": 2}, r"should give int64 \(3,\)"),
+        ([0, 1], {"clients": 2}, r"should return int64 \(3,\)"),
         ([0, 1, 1], {"clients": 2, "holdout": 1.0}, r"data\.holdout: 1\.0"),
     ],
 )

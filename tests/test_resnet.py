@@ -10,7 +10,7 @@ from torchvision.models import get_model
 from fedsim import Task
 from fedsim.errors import ConfigError
 from fedsim.models import MODELS
-from fedsim.models.resnet import SENET154, Basic, Bottleneck, Form
+from fedsim.models.resnet import SENET154, Architecture, Basic, Bottleneck
 from fedsim.training.replica import Replica
 
 NAMES = [name for name, entry in MODELS.entries.items() if entry.startswith("resnet:")]
@@ -24,7 +24,7 @@ def make(name, shape, classes=10, *, device="cpu", **options):
         return MODELS.load(name)(shape, classes, **options)
 
 
-def form_of(network):
+def shapes_of(network):
     return {name: tensor.shape for name, tensor in network.state_dict().items()}
 
 
@@ -35,7 +35,7 @@ def macs(network, shape):
 
 
 def strides(network):
-    """Of every convolution that is not in a shortcut, where it is not 1."""
+    """The strides other than 1 of the convolutions outside shortcuts."""
     convolutions = {n: m for n, m in network.named_modules() if isinstance(m, nn.Conv2d)}
     return {n: m.stride[0] for n, m in convolutions.items() if m.stride[0] > 1 and "downsample" not in n}
 
@@ -56,14 +56,14 @@ def test_each_has_the_published_number_of_parameters(name):
 def test_parameters_have_the_names_and_shapes_of_torchvision(name):
     with torch.device("meta"):
         theirs = get_model(name)
-    assert form_of(make(name, (3, 224, 224), 1000, device="meta")) == form_of(theirs)
+    assert shapes_of(make(name, (3, 224, 224), 1000, device="meta")) == shapes_of(theirs)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
 def test_outputs_equal_torchvisions_with_its_weights(name):
     theirs, ours = get_model(name, num_classes=7), make(name, (3, 64, 48), 7, stem="imagenet")
     x = torch.randn(2, 3, 64, 48)
-    theirs(x)  # moves the statistics
+    theirs(x)  # updates the statistics
     ours.load_state_dict(theirs.state_dict())
     for train in (False, True):
         assert torch.equal(ours.train(train)(x), theirs.train(train)(x))
@@ -191,7 +191,7 @@ def test_a_branch_ends_in_stochastic_depth_after_its_last_norm_and_before_the_sh
 @pytest.mark.parametrize(("block", "reduction"), [(Basic, None), (Bottleneck, None), (Bottleneck, 16)])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_block_without_its_branch_is_its_shortcut(block, reduction, stride):
-    whole = block(64, 64 // block.expansion, stride, Form(block, (1, 1, 1, 1), reduction=reduction))
+    whole = block(64, 64 // block.expansion, stride, Architecture(block, (1, 1, 1, 1), reduction=reduction))
     x = torch.randn(3, 64, 6, 6)
     alone = whole.downsample(x).relu()
     assert not torch.equal(whole(x), alone)
@@ -202,8 +202,8 @@ def test_a_block_without_its_branch_is_its_shortcut(block, reduction, stride):
     assert torch.equal(whole(x), alone)
 
 
-def test_squeeze_and_excitation_weighs_each_channel_by_a_gate():
-    block = Bottleneck(64, 16, 1, Form(Bottleneck, (1, 1, 1, 1), reduction=16)).eval()
+def test_squeeze_and_excitation_scales_each_channel():
+    block = Bottleneck(64, 16, 1, Architecture(Bottleneck, (1, 1, 1, 1), reduction=16)).eval()
     for tensor in (block.bn3.weight, block.bn3.bias, block.bn3.running_mean):
         nn.init.normal_(tensor)
     plain = deepcopy(block)

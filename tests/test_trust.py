@@ -153,17 +153,17 @@ def aliases(first, each, depth=16):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (aliases("[lol]", "[%s]"), "it holds more than 100000 values, aliases written out"),
-        (aliases("{k: 1}", "{<<: [%s]}"), "it holds more than 100000 values, aliases written out"),
-        (aliases("{k: 1}", "{? [%s] : 1}"), "it holds more than 100000 values, aliases written out"),
+        (aliases("[lol]", "[%s]"), "it holds more than 100000 values when its aliases are expanded"),
+        (aliases("{k: 1}", "{<<: [%s]}"), "it holds more than 100000 values when its aliases are expanded"),
+        (aliases("{k: 1}", "{? [%s] : 1}"), "it holds more than 100000 values when its aliases are expanded"),
         (f"a: &a {'x' * 50_000}\nb: [{'*a, ' * 50}]", "it holds more than 100000 values"),
         ("a: [" + "1," * 120_000 + "]", "it holds more than 100000 values"),
-        ("a: " + "[" * 100_000, "it is nested more than 50 deep"),
-        ("a: " + "[" * 51 + "]" * 51, "it is nested more than 50 deep"),
-        ("a: " + "{a: " * 51 + "}" * 51, "it is nested more than 50 deep"),
+        ("a: " + "[" * 100_000, "it is nested more than 50 levels deep"),
+        ("a: " + "[" * 51 + "]" * 51, "it is nested more than 50 levels deep"),
+        ("a: " + "{a: " * 51 + "}" * 51, "it is nested more than 50 levels deep"),
         (
             "a0: &a0 [1]\n" + "".join(f"a{i}: &a{i} [[[*a{i - 1}]]]\n" for i in range(1, 99)),
-            "it is nested more than 50 deep",
+            "it is nested more than 50 levels deep",
         ),
         ("a: &a [1, *a]", "a value contains itself"),
         ("a: &a {b: {<<: *a}}", "a value contains itself"),
@@ -182,17 +182,17 @@ def test_a_small_text_cannot_grow(tmp_path, text, message):
         ("9" * 10**6, "a number has more than 1000 characters"),
         ("0x" + "f" * 10**6, "a number has more than 1000 characters"),
         ("1" + ":59" * 10**5, "a number has more than 1000 characters"),  # to base 60
-        ("1" + ":59" * 200 + ".5", "is no float"),
-        ("!!int ''", "'' is no int"),
-        ("!!int [1]", "a list or mapping is no int"),
-        ("!!int {=: 1}", "a list or mapping is no int"),
+        ("1" + ":59" * 200 + ".5", "is not a valid float"),
+        ("!!int ''", "'' is not a valid int"),
+        ("!!int [1]", "a list or mapping cannot be a value of type int"),
+        ("!!int {=: 1}", "a list or mapping cannot be a value of type int"),
         ("!!float x", "could not convert"),
-        ("!!bool maybe", "'maybe' is no bool"),
-        ("!!timestamp now", "'now' is no timestamp"),
+        ("!!bool maybe", "'maybe' is not a valid bool"),
+        ("!!timestamp now", "'now' is not a valid timestamp"),
         ("!!map [1]", "expected a mapping node"),
         ("!!set x", "expected a mapping node"),
         ('"\\ud800"', "surrogates not allowed"),
-        ('{"a\\nb": 1}', r"key 'a\\nb' cannot be printed"),
+        ('{"a\\nb": 1}', r"key 'a\\nb' contains characters that cannot be printed"),
         ('{"\\e[2J": 1}', "cannot be printed"),
         ("*" + "a" * 10**5, "undefined alias"),
         ("!" + "a" * 10**5 + " 1", "could not determine a constructor"),
@@ -216,7 +216,7 @@ def test_a_tag_of_python_is_refused_and_not_run(tmp_path, tag):
 
 
 def test_a_config_of_any_length_is_refused_unread(tmp_path):
-    refused("is larger than a config may be, 1048576 bytes", load, sparse(tmp_path / "c.yaml"))
+    refused("is larger than the 1048576 bytes that a config may have", load, sparse(tmp_path / "c.yaml"))
     refused("/dev/zero: cannot be read: Not a regular file", load, "/dev/zero")
     refused("pipe: cannot be read: Not a regular file", load, pipe(tmp_path / "pipe"))
     refused("cannot be read", load, "a\0b")
@@ -231,7 +231,7 @@ def test_many_keys_take_no_longer_than_their_number(tmp_path):
     (tmp_path / "c.yaml").write_text(text)
     assert len(read_yaml(tmp_path / "c.yaml")) == 20_000
     (tmp_path / "c.yaml").write_text(f"{text}k7: 1\n")
-    refused("line 20001: is not YAML: key 'k7' stands twice", read_yaml, tmp_path / "c.yaml")
+    refused("line 20001: is not YAML: key 'k7' appears twice", read_yaml, tmp_path / "c.yaml")
 
 
 @fuzz
@@ -281,18 +281,18 @@ def forge(path, name, field, value):
 
 
 LIES = {
-    "much": (npy(LABELS, shape=(2**62,)), "holds less than it should"),
-    "a little": (npy(LABELS, shape=(7,)), "holds less than it should"),
-    "more than counts": (npy(LABELS, shape=(2**33,) * 40), "holds less than it should"),
-    "less than none": (npy(LABELS, shape=(-6, -1)), "holds less than it should"),
+    "much": (npy(LABELS, shape=(2**62,)), "is shorter than its header says"),
+    "a little": (npy(LABELS, shape=(7,)), "is shorter than its header says"),
+    "more than counts": (npy(LABELS, shape=(2**33,) * 40), "is shorter than its header says"),
+    "less than none": (npy(LABELS, shape=(-6, -1)), "is shorter than its header says"),
     "wide": (npy(LABELS, descr="<U100000"), "allowed: numbers"),
     "of no width": (npy(LABELS, descr="|S0", shape=(10**12,)), "allowed: numbers"),
     "nested": (npy(LABELS, descr=[("a", "<i8", (10**9, 10**9))]), "C int|allowed: numbers"),
     "objects": (npy(LABELS, descr="|O"), "allowed: numbers"),
     "a long header": (headed("{}", (2, 0), 2**32 - 1), "EOF|expected"),
     "a longer header": (headed("{" + " " * 20_000 + "}", (2, 0)), "EOF|expected|large"),
-    "a deep header": (headed("(" * 9000), "a header that cannot be read"),
-    "a tall header": (headed("-" * 9000 + "1"), "a header that cannot be read"),
+    "a deep header": (headed("(" * 9000), "its header cannot be read"),
+    "a tall header": (headed("-" * 9000 + "1"), "its header cannot be read"),
     "no header": (headed("{'shape': (6,)}"), "correct keys"),
     "an empty header": (headed(""), "Cannot parse header"),
     "a later version": (np.lib.format.magic(3, 0) + bytes(99), "version"),
@@ -309,7 +309,7 @@ def test_a_header_that_lies_is_found_out(tmp_path, lie, name):
     with zipfile.ZipFile(pack(tmp_path / "b.npz", **{name: content})) as archive:
         archive.extractall(tmp_path / "folder")
     refused_cheaply(
-        f"{name}.npy is no readable plain array .*({message})", source, "npz", path=str(tmp_path / "folder")
+        f"{name}.npy is not a readable plain array .*({message})", source, "npz", path=str(tmp_path / "folder")
     )
 
 
@@ -332,7 +332,7 @@ def test_a_bomb_does_not_go_off(tmp_path, monkeypatch):
     assert os.path.getsize(path) < 1e6
     monkeypatch.setattr("fedsim.data.npz.memory", lambda: 90 * 2**20)
     refused_cheaply(
-        r"a.npz takes 0.1 GiB of memory, .* has 0.1 GiB; the x of a folder of .npy", source, "npz", path=path
+        r"a.npz needs 0.1 GiB of memory, .* has 0.1 GiB; save the arrays as a folder", source, "npz", path=path
     )
     with zipfile.ZipFile(path) as archive:
         archive.extractall(tmp_path / "folder")
@@ -363,33 +363,33 @@ def test_what_is_needed_is_known_before_it_is_read(tmp_path, monkeypatch, shape,
     monkeypatch.setattr("fedsim.data.npz.memory", lambda: needed + needed // 10 + labels)
     source("npz", path=path, channels=channels)
     monkeypatch.setattr("fedsim.data.npz.memory", lambda: needed + needed // 10 + labels - 1)
-    refused_cheaply("takes", source, "npz", path=path, channels=channels)
+    refused_cheaply("needs", source, "npz", path=path, channels=channels)
 
 
 def test_a_member_that_claims_more_than_memory(tmp_path, monkeypatch):
     monkeypatch.setattr("fedsim.data.npz.memory", lambda: 2**30)
     lie = npy(PIXELS, shape=(2**31, 1))
     path = forge(pack(tmp_path / "a.npz", x_train=lie), "x_train", "length", 2**32 - 2)
-    refused_cheaply("takes 2.0 GiB of memory", source, "npz", path=path)
+    refused_cheaply("needs 2.0 GiB of memory", source, "npz", path=path)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda path: pack(path, extra=[("x_train.npy", npy(PIXELS))]), "x_train stands twice"),
-        (lambda path: pack(path, zipfile.ZIP_BZIP2), "x_train is packed in a way"),
-        (lambda path: pack(path, zipfile.ZIP_LZMA), "x_train is packed in a way"),
-        (lambda path: forge(pack(path), "y_train", "packing", 99), "y_train is packed in a way"),
+        (lambda path: pack(path, extra=[("x_train.npy", npy(PIXELS))]), "x_train appears twice"),
+        (lambda path: pack(path, zipfile.ZIP_BZIP2), "x_train is compressed by a method"),
+        (lambda path: pack(path, zipfile.ZIP_LZMA), "x_train is compressed by a method"),
+        (lambda path: forge(pack(path), "y_train", "packing", 99), "y_train is compressed by a method"),
         (lambda path: forge(pack(path), "y_train", "flags", 1), "password required"),
         (lambda path: forge(pack(path), "y_train", "length", 99), "Bad CRC-32"),
         (lambda path: pack(path, x_train=None, extra=[("../x_train.npy", npy(PIXELS))]), "has no x_train"),
         (lambda path: pack(path, x_train=None, extra=[("/x_train.npy", npy(PIXELS))]), "has no x_train"),
         (lambda path: pack(path, x_train=None, extra=[("x_train", npy(PIXELS))]), "has no x_train"),
-        (lambda path: pack(path, y_train=npy(LABELS << 40)), "labels go up to 2199023255552; set data.classes"),
+        (lambda path: pack(path, y_train=npy(LABELS << 40)), "6 labels is 2199023255552; .* set data.classes"),
         (lambda path: str(pipe(path)), "Not a regular file"),
         (lambda path: str(sparse(path)), "not a zip file"),
         (lambda path: "/dev/zero", "Not a regular file"),
-        (lambda path: "a\0b", "no .npz"),
+        (lambda path: "a\0b", "not an .npz"),
         (lambda path: "x" * 300, "File name too long"),
     ],
 )  # fmt: skip
@@ -422,20 +422,20 @@ def test_a_folder_of_odd_files_is_refused(tmp_path):
     assert source("npz", **options).owner.tolist() == LABELS.tolist()
     (path / "owner.npy").unlink()
     (path / "owner.npy").symlink_to(tmp_path / "nowhere")
-    refused_cheaply("owner.npy is no readable plain array .*No such file", source, "npz", **options)
+    refused_cheaply("owner.npy is not a readable plain array .*No such file", source, "npz", **options)
     (path / "owner.npy").unlink()
     (path / "owner.npy").mkdir()
-    refused_cheaply("owner.npy is no readable plain array .*Is a directory", source, "npz", **options)
+    refused_cheaply("owner.npy is not a readable plain array .*Is a directory", source, "npz", **options)
     (path / "owner.npy").rmdir()
     pipe(path / "y_train.npy")
-    refused_cheaply("y_train.npy is no readable plain array .*Not a regular file", source, "npz", **options)
+    refused_cheaply("y_train.npy is not a readable plain array .*Not a regular file", source, "npz", **options)
     (path / "y_train.npy").unlink()
     sparse(path / "y_train.npy", headed("{}", (2, 0), 2**31))
-    refused_cheaply("y_train.npy is no readable", source, "npz", **options)
+    refused_cheaply("y_train.npy is not a readable", source, "npz", **options)
     sparse(path / "y_train.npy", npy(LABELS, shape=(2**36,)))
-    refused_cheaply("f takes 1,024.0 GiB of memory", source, "npz", **options)
+    refused_cheaply("f needs 1,024.0 GiB of memory", source, "npz", **options)
     folder(path, x_train=npy(PIXELS.astype("f4")).replace(b" \n", b"\n").replace(b"v\0", b"u\0"))
-    refused_cheaply("x_train starts where no float32 can", source, "npz", **options)
+    refused_cheaply("x_train is not aligned for float32", source, "npz", **options)
 
 
 def whole_npz():
@@ -518,7 +518,7 @@ def encoded(form, image=None, **options):
 def test_an_image_that_is_none_names_itself(images, content, message):
     (images / "train/cat/1.png").write_bytes(content)
     refused_cheaply(
-        rf"\Adata\.root: {images}/train/cat/1.png is no readable image .*{message}", read_images, images
+        rf"\Adata\.root: {images}/train/cat/1.png is not a readable image .*{message}", read_images, images
     )
 
 
@@ -533,25 +533,25 @@ def test_no_other_program_decodes(images, monkeypatch, ending):
     (images / f"train/cat/1.{ending}").write_text(
         "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n"
     )
-    refused_cheaply(f"1.{ending} is no readable image .*UnidentifiedImageError", read_images, images)
+    refused_cheaply(f"1.{ending} is not a readable image .*UnidentifiedImageError", read_images, images)
     assert not (images / "haunted").exists()
 
 
 def test_a_file_that_is_no_file_names_itself(images, tmp_path):
     odd = pipe(images / "train/cat/1.png")
-    refused_cheaply("1.png is no readable image .*Not a regular file", read_images, images)
+    refused_cheaply("1.png is not a readable image .*Not a regular file", read_images, images)
     odd.unlink()
     odd.symlink_to("/dev/zero")
-    refused_cheaply("1.png is no readable image .*Not a regular file", read_images, images)
+    refused_cheaply("1.png is not a readable image .*Not a regular file", read_images, images)
     odd.unlink()
     odd.symlink_to(tmp_path / "nowhere")
-    refused_cheaply("1.png is no readable image .*No such file", read_images, images)
+    refused_cheaply("1.png is not a readable image .*No such file", read_images, images)
     refused_cheaply("1.png: No such file", read_images, images, cache=str(tmp_path / "cache"))
     odd.unlink()
     odd.symlink_to(images / "train/cat/0.png")
     assert len(read_images(images).y_train) == 2
     sparse(images / "train/cat/2.png")
-    refused_cheaply("2.png is no readable image", read_images, images)
+    refused_cheaply("2.png is not a readable image", read_images, images)
 
 
 @pytest.mark.parametrize("name", [b"\xff.png", b"a\nb.png", b"\x1b[2J.png"])
@@ -560,16 +560,16 @@ def test_a_name_is_printed_so_that_it_harms_no_terminal(images, tmp_path, name):
     Path(os.fsdecode(path)).write_bytes(encoded("PNG"))
     assert len(read_images(images, cache=str(tmp_path / "cache")).y_train) == 2
     Path(os.fsdecode(path)).write_bytes(b"")
-    refused_cheaply("no readable image", read_images, images)
+    refused_cheaply("not a readable image", read_images, images)
     os.mkdir(os.path.join(os.fsencode(images), b"test", name))
-    refused_cheaply("classes that train has not", read_images, images)
+    refused_cheaply("class folders that train/ lacks", read_images, images)
 
 
 @pytest.mark.parametrize("target", [".", "..", "../../test"])
 def test_links_in_circles_are_refused(images, target):
     for name in ("a", "b"):
         (images / "train/cat" / name).symlink_to(target)
-    refused_cheaply("data.root: links lead to .* a second time", read_images, images)
+    refused_cheaply("data.root: symbolic links lead to .* twice", read_images, images)
 
 
 def test_a_tree_deeper_than_the_stack_is_refused(images):
@@ -605,17 +605,16 @@ def test_what_pillow_only_remarks_is_no_error(images):
 def test_a_size_that_cannot_be_kept_is_refused_at_once(images, tmp_path, monkeypatch, size, cache):
     monkeypatch.setattr("fedsim.data.image_folder.memory", lambda: 2**33)
     options = {"size": size} | ({"cache": str(tmp_path / "cache")} if cache else {})
-    message = "allowed: less" if cache else "allowed: less, or a folder as data.cache"
+    message = "set a smaller size" if cache else "set a smaller size, or data.cache"
     refused_cheaply(
-        rf"data\.size: 2 images of {size} x {size} take .* of memory.*{message}", read_images, images, **options
+        rf"data\.size: 2 images of {size} x {size} pixels .* of memory.*{message}", read_images, images, **options
     )
 
 
 def test_a_disk_that_is_full_is_told_before(images, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 5, 5))
-    refused_cheaply(
-        "data.cache: 0.0 GiB of images, 0.0 GiB are free", read_images, images, cache=str(tmp_path / "cache")
-    )
+    message = "data.cache: the images need 0.0 GiB, but 0.0 GiB are free"
+    refused_cheaply(message, read_images, images, cache=str(tmp_path / "cache"))
     assert list((tmp_path / "cache").iterdir()) == []
     for cache in ("a\0b", "x" * 300, "/dev/null/x"):
         refused_cheaply("data.cache: ", read_images, images, cache=cache)
@@ -689,7 +688,7 @@ def test_an_idx_file_without_an_end_is_refused(tmp_path, name):
     rows = 1_000_001
     file.write_bytes(idx(np.zeros(0), (rows, *sizes[1:])))
     os.truncate(file, 4 + 4 * dimensions + rows * (784 if dimensions == 3 else 1))
-    refused_cheaply(f"{name} is said to hold 1000001", source, "mnist", root=str(tmp_path))
+    refused_cheaply(f"{name} claims to hold 1000001", source, "mnist", root=str(tmp_path))
     pipe(file)
     refused_cheaply("Not a regular file", source, "mnist", root=str(tmp_path))
     refused_cheaply("Not a regular file", source, "mnist", root=str(tmp_path), download=True)

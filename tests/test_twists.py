@@ -32,7 +32,7 @@ from torch import nn
 import fedsim
 from fedsim import ConfigError, RoundError, Wrapper
 from fedsim.data import PARTITIONS, Dataset, FederatedData
-from fedsim.data.federated import set_apart, without
+from fedsim.data.federated import public_mask, without_rows
 from fedsim.data.partition import content_hash
 from fedsim.data.picture import draw, label_table
 from fedsim.experiment.build import build, build_data
@@ -261,8 +261,9 @@ def dataset(n=200, **more):
 
 
 def divided(data, share, clients=4, partition="iid", seed=0):
-    public = set_apart(data, share, seed)
-    owners = PARTITIONS.make(partition, np.ndarray, without(data, public), clients, random(seed, Stream.PARTITION))
+    public = public_mask(data, share, seed)
+    rest, stream = without_rows(data, public), random(seed, Stream.PARTITION)
+    owners = PARTITIONS.make(partition, np.ndarray, rest, clients, stream)
     return FederatedData(data, owners, clients=clients, holdout=0.25, public=public, seed=seed)
 
 
@@ -283,14 +284,14 @@ def test_every_example_is_the_servers_or_one_clients(partition):
 
 def test_the_others_are_partitioned_as_if_they_were_all():
     whole = dataset()
-    public = set_apart(whole, 0.3, seed=5)
+    public = public_mask(whole, 0.3, seed=5)
     kept = torch.from_numpy(~public)
     alone = Dataset(whole.x_train[kept], whole.y_train[kept], whole.x_test, whole.y_test, CLASSES)
     spec = {"name": "dirichlet", "alpha": 0.5}
     expected = PARTITIONS.make(spec, np.ndarray, alone, 4, random(5, Stream.PARTITION))
     np.testing.assert_array_equal(divided(whole, 0.3, partition=spec, seed=5).owners[~public], expected)
-    assert not np.array_equal(public, set_apart(whole, 0.3, seed=6))
-    assert without(whole, set_apart(whole, 0.0, seed=5)) is whole
+    assert not np.array_equal(public, public_mask(whole, 0.3, seed=6))
+    assert without_rows(whole, public_mask(whole, 0.0, seed=5)) is whole
 
 
 def test_natural_clients_keep_their_names_apart_from_gaps():
@@ -302,7 +303,7 @@ def test_natural_clients_keep_their_names_apart_from_gaps():
 def test_mapped_examples_are_not_copied():
     data = dataset(mapped=True)
     federated = divided(data, 0.3)
-    assert without(data, set_apart(data, 0.3, seed=0)).x_train.is_meta
+    assert without_rows(data, public_mask(data, 0.3, seed=0)).x_train.is_meta
     assert federated._x_train is data.x_train
     rows = torch.from_numpy(federated.public.copy())
     assert federated.batch(rows)[0][:, 0].tolist() == rows.tolist()

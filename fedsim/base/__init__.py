@@ -1,1 +1,1 @@
-"""Below everything else: catalogues of names, files that are whole, YAML, the machine."""
+"""What all other packages build on: catalogues of names, atomic file writes, YAML, facts about the machine."""

@@ -1,8 +1,11 @@
 """Names for callables: what `{name: ..., option: ...}` in a config means.
 
-A catalogue maps a name to "module:attribute", imported when first asked for. The keyword-only parameters
-of the callable are the options a config may set: annotations are the rules, defaults the defaults. Its
-positional parameters are given by the engine. An option called `inner` is an entry of the same catalogue.
+A catalogue maps each name to "module:attribute", which is imported when it is first needed. The options that a
+config may set are the keyword-only parameters of that callable: their annotations say which values are allowed,
+and their defaults are the defaults of the config. The engine passes the positional parameters. An option called
+`inner` is itself an entry of the same catalogue.
+
+Everywhere below, `at` is the path of the key in the config, such as data.partition; error messages begin with it.
 """
 
 import difflib
@@ -24,25 +27,29 @@ from fedsim.errors import ConfigError
 
 Spec = dict[str, Any]  # {"name": ..., **options}
 Schema = TypeVar("Schema", bound=BaseModel)
-Made = TypeVar("Made")
+Product = TypeVar("Product")
 
-WORDS = {
+TYPE_NAMES = {  # as error messages and `fedsim list` call them
     bool: "true or false",
     int: "a whole number",
     float: "a number",
-    str: "a text",
+    str: "a string",
     dict: "a mapping",
     Path: "a path",
     ByteSize: "a size such as 2GiB",
     NoneType: "null",
     Any: "anything",
 }
-MOST_NAMES = 300  # characters of a list of names that are allowed
-SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+BOUND_SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+MAX_NAMES_LENGTH = 300  # characters of a list of allowed names in an error message
+MAX_VALUE_LENGTH = 60  # characters of a wrong value in an error message
 
 
 class Catalogue:
-    """The entries of one folder, and whatever else `package.module:attribute` reaches."""
+    """The named entries of one package; `package.module:attribute` reaches any other callable.
+
+    `kind` is the config key that names an entry, such as data.partition.
+    """
 
     def __init__(self, kind: str, package: str, entries: Mapping[str, str]):
         self.kind, self.package, self.entries = kind, package, dict(entries)
@@ -51,7 +58,7 @@ class Catalogue:
         return iter(self.entries)
 
     def load(self, name: str, at: str = "") -> Callable[..., Any]:
-        """The callable behind `name`; raises ConfigError with the nearest valid name."""
+        """The callable that `name` stands for; raises ConfigError with the nearest valid name."""
         at = at or f"{self.kind}.name"
         module, _, attribute = self.entries.get(name, name).partition(":")
         if name in self.entries:
@@ -62,18 +69,20 @@ class Catalogue:
             return _attribute(importlib.import_module(module), attribute, at)
         except ModuleNotFoundError as error:
             if not f"{module}.".startswith(f"{error.name}."):
-                raise  # the user's module is there, and imports one that is not
-            raise ConfigError(f"{at}: no module {module!r}; is its folder on PYTHONPATH?") from error
+                raise  # the user's module exists, but imports one that does not
+            raise ConfigError(f"{at}: there is no module {module!r}; is its folder on PYTHONPATH?") from error
 
     def resolve(self, spec: object, at: str = "", also: type["Options"] | None = None) -> Spec:
-        """`spec`, or a bare name, with its defaults filled in; raises ConfigError naming the key.
+        """`spec`, which may be a bare name, with all defaults filled in; raises ConfigError naming the wrong key.
 
-        `also` has options that stand in the same mapping; where the entry has one of that name, it is the entry's.
+        `also` is a schema of further options in the same mapping. Where the entry has an option of the same name,
+        the entry's own rules apply.
         """
         at = at or self.kind
         spec = {"name": spec} if isinstance(spec, str) else spec
         if not isinstance(spec, Mapping):
-            raise ConfigError(f"{at}: {_shown(spec)} should be a mapping such as {{name: {next(iter(self))}}}")
+            example = f"{{name: {next(iter(self))}}}"
+            raise ConfigError(f"{at}: {_json_excerpt(spec)} should be a mapping such as {example}")
         if not isinstance(spec.get("name"), str):
             raise ConfigError(f"{at}.name: missing; allowed: {', '.join(self)}")
         options = {key: value for key, value in spec.items() if key != "name"}
@@ -85,7 +94,7 @@ class Catalogue:
         return {"name": spec["name"]} | validated(schema, options, at).model_dump(mode="json")
 
     def bind(self, spec: object, at: str = "") -> Callable[..., Any]:
-        """The callable of `spec` with its options set; the engine gives the positional arguments."""
+        """The callable of `spec` with its options set; the engine will pass the positional arguments."""
         options = self.resolve(spec, at)
         target = self.load(options.pop("name"))
         settings = dict(iter(validated(options_of(target), options, at)))  # iter: an option may be called keys
@@ -93,17 +102,20 @@ class Catalogue:
             settings["inner"] = self.bind(settings["inner"])()
         return partial(target, **settings)
 
-    def make(self, spec: object, gives: type[Made], *given: object, at: str = "") -> Made:
-        """What the callable of `spec` returns; raises ConfigError where it is of another kind."""
+    def make(self, spec: object, expected: type[Product], *arguments: object, at: str = "") -> Product:
+        """Calls `bind(spec)` with `arguments`; raises ConfigError unless the result is of the type `expected`."""
         at, make = f"{at or self.kind}.name: {self.resolve(spec, at)['name']}", self.bind(spec, at)
         try:
-            inspect.signature(make).bind(*given)
+            inspect.signature(make).bind(*arguments)
         except TypeError as error:
-            raise ConfigError(f"{at} cannot be called as a {gives.__name__} is made: {error}") from None
-        made = make(*given)
-        if not isinstance(made, gives):
-            raise ConfigError(f"{at} gives a {type(made).__name__}; it should give a {gives.__name__}")
-        return made
+            raise ConfigError(
+                f"{at} does not take the arguments with which fedsim makes a {expected.__name__}: {error}"
+            ) from None
+        product = make(*arguments)
+        if not isinstance(product, expected):
+            returned = f"an object of type {type(product).__name__}"
+            raise ConfigError(f"{at} returned {returned}; it should return a {expected.__name__}")
+        return product
 
     def summary(self, name: str) -> str:
         """The first line of the entry's docstring."""
@@ -111,7 +123,7 @@ class Catalogue:
 
 
 class Options(BaseModel):
-    """A schema that refuses unknown keys and numbers that are none."""
+    """A schema that refuses unknown keys, infinity and NaN."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True, frozen=True)
 
@@ -124,7 +136,7 @@ def options_of(target: Callable[..., Any]) -> type[Options]:
         parameters = inspect.signature(target).parameters
     except ValueError:
         raise ConfigError(
-            f"{target.__name__}: cannot be configured, for it does not tell its parameters"
+            f"{target.__name__}: cannot be configured, because Python cannot inspect its parameters"
         ) from None
     hints = get_type_hints(annotated, include_extras=True)
     fields: dict[str, Any] = {}
@@ -136,41 +148,41 @@ def options_of(target: Callable[..., Any]) -> type[Options]:
 
 
 def validated(schema: type[Schema], values: Mapping[str, Any], at: str = "") -> Schema:
-    """`values` as `schema` has it; raises ConfigError with the first key that is wrong.
+    """An instance of `schema` made from `values`; raises ConfigError naming the first wrong key.
 
-    By way of JSON, whose strict mode is what a YAML file needs: no number from a text, no count from a
-    truth value, but a tuple from a list and a path from a text.
+    `values` are validated as JSON, because pydantic's strict mode for JSON has the rules that a YAML file needs:
+    a string is no number and a boolean no integer, but a list becomes a tuple and a string a path.
     """
     try:
         text = json.dumps(values, default=lambda v: v.item() if isinstance(v, np.generic) else str(v))
-    except (TypeError, ValueError, RecursionError) as error:  # a date as a key, or an alias of what it is in
+    except (TypeError, ValueError, RecursionError) as error:  # a key is a date, or a value contains itself
         raise ConfigError(f"{at or 'config'}: {error}") from None
     try:
         return schema.model_validate_json(text, strict=True)
     except ValidationError as error:
-        raise ConfigError(_one_line(error, schema, values, at)) from None
+        raise ConfigError(_first_error(error, schema, values, at)) from None
 
 
 def unknown(name: str, allowed: Iterable[str]) -> str:
-    """Says that `name` is none of `allowed`, and which it may have meant."""
+    """The message that `name` is not among `allowed`, with the nearest allowed name."""
     names = list(allowed)
     nearest = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
     all_names = ", ".join(names)
-    if len(all_names) > MOST_NAMES:
-        first = all_names[:MOST_NAMES].rpartition(", ")[0]
+    if len(all_names) > MAX_NAMES_LENGTH:
+        first = all_names[:MAX_NAMES_LENGTH].rpartition(", ")[0]
         all_names = f"{first}, ... ({len(names)} in all, `fedsim list` shows them)"
     return f"{name!r} is unknown; {hint}allowed: {all_names or 'none'}"
 
 
 def matching(names: Iterable[str], patterns: Iterable[str], at: str) -> set[str]:
-    """Those of `names` that fit one of `patterns`, such as fc*; raises ConfigError where a pattern fits none."""
+    """The `names` that match one of `patterns`, such as fc*; raises ConfigError where a pattern matches none."""
     names, found = list(names), set[str]()
     for pattern in patterns:
-        if not (fits := {name for name in names if fnmatchcase(name, pattern)}):
+        if not (matches := {name for name in names if fnmatchcase(name, pattern)}):
             shown = names if len(names) <= 6 else [*names[:3], "...", *names[-2:]]
             raise ConfigError(f"{at}: {pattern!r} matches none of {', '.join(shown)}")
-        found |= fits
+        found |= matches
     return found
 
 
@@ -182,23 +194,24 @@ def _attribute(module: Any, attribute: str, at: str) -> Callable[..., Any]:
 
 
 def allowed(field: FieldInfo) -> str:
-    """What a field of a schema takes, in words: "a whole number >= 1, or full"."""
-    return _words(field.annotation, field.metadata)
+    """The allowed values of a schema's field, in words: "a whole number >= 1, or full"."""
+    return _describe(field.annotation, field.metadata)
 
 
-def _words(kind: Any, bounds: Iterable[Any] = ()) -> str:
+def _describe(kind: Any, bounds: Iterable[Any] = ()) -> str:
     origin, parts = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        return _words(parts[0], parts[1:])
+        return _describe(parts[0], parts[1:])
     if origin in (Union, UnionType):
-        return ", or ".join(map(_words, parts))
+        return ", or ".join(map(_describe, parts))
     if origin is Literal:
         return " or ".join(filter(None, [", ".join(map(str, parts[:-1])), str(parts[-1])]))
     if origin in (list, tuple):
         length = "" if origin is list or parts[-1] is ... else f" of {len(parts)}"
-        return f"a list{length}, each {' or '.join(dict.fromkeys(_words(p) for p in parts if p is not ...))}"
-    base = WORDS.get(origin or kind) or ("a mapping" if _is_schema(kind) else getattr(kind, "__name__", str(kind)))
-    limits = [f"{sign} {getattr(b, name)}" for b in bounds for name, sign in SIGNS.items() if hasattr(b, name)]
+        return f"a list{length}, each {' or '.join(dict.fromkeys(_describe(p) for p in parts if p is not ...))}"
+    class_name = "a mapping" if _is_schema(kind) else getattr(kind, "__name__", str(kind))
+    base = TYPE_NAMES.get(origin or kind) or class_name
+    limits = [f"{sign} {getattr(b, key)}" for b in bounds for key, sign in BOUND_SIGNS.items() if hasattr(b, key)]
     return " ".join(filter(None, [base, " and ".join(limits)]))
 
 
@@ -207,17 +220,17 @@ def _is_schema(kind: Any) -> bool:
 
 
 def _schema_in(kind: Any) -> Any:
-    """The schema of what is one or null, for it has keys below it."""
+    """The schema in an annotation such as `Schema | None`; any other annotation as it is."""
     return next((part for part in get_args(kind) if _is_schema(part)), kind)
 
 
-def _one_line(error: ValidationError, schema: Any, values: Any, at: str) -> str:
-    """The first thing that is wrong; but first of all an unknown key, which another may be missing for."""
+def _first_error(error: ValidationError, schema: Any, values: Any, at: str) -> str:
+    """The first error in one line; unknown keys come first, as a misspelt key explains why another is missing."""
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     key, kind, field = at, schema, FieldInfo()
     for part in map(str, first["loc"]):
         if not _is_schema(kind):
-            break  # inside a value, which is told as a whole
+            break  # the error is inside a list or mapping, which is shown as a whole
         key, fields = f"{key}.{part}".lstrip("."), kind.model_fields
         if part not in fields:
             return f"{key}: {unknown(part, fields)}"
@@ -225,12 +238,12 @@ def _one_line(error: ValidationError, schema: Any, values: Any, at: str) -> str:
         if part not in values:
             return f"{key}: missing; it should be {allowed(field)}"
         kind, values = _schema_in(field.annotation), values[part]
-    if first["type"] == "value_error":  # a validator's own words
+    if first["type"] == "value_error":  # the message of a validator of our own
         return f"{key}: {first['ctx']['error']}"
     finite = "finite, " if first["type"] == "finite_number" else ""
-    return f"{key}: {_shown(values)} should be {finite}{allowed(field)}"
+    return f"{key}: {_json_excerpt(values)} should be {finite}{allowed(field)}"
 
 
-def _shown(value: Any) -> str:
+def _json_excerpt(value: Any) -> str:
     text = json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return text if len(text) <= MAX_VALUE_LENGTH else f"{text[: MAX_VALUE_LENGTH - 3]}..."

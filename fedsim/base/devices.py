@@ -1,4 +1,4 @@
-"""Where PyTorch computes: devices, and threads within an operation."""
+"""Where PyTorch computes: the devices, and the number of threads within one operation."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from fedsim.errors import ConfigError
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One intra-op thread, in which CPU results do not depend on the machine's number of cores."""
+    """Limit PyTorch to one intra-op thread, so that CPU results do not depend on the number of cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -20,7 +20,10 @@ def one_thread() -> Iterator[None]:
 
 
 def devices(name: str, at: str = "runtime.device") -> list[torch.device]:
-    """`auto` is every GPU, or the CPU; otherwise the device of that name. Raises ConfigError naming `at`."""
+    """The devices of `runtime.device`: with `auto` every GPU, or the CPU where there is none; else the one named.
+
+    Raises ConfigError, which begins with the key `at`, for a device that this machine does not have.
+    """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         return [torch.device("cuda", i) for i in range(gpus)] or [torch.device("cpu")]

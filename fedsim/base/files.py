@@ -1,4 +1,4 @@
-"""Files that are whole or not there: what a kill or a full disk leaves is what was there before."""
+"""Atomic writes: after a kill, or on a full disk, a file has its new content or its old one, never a part."""
 
 import hashlib
 import os
@@ -20,12 +20,12 @@ from torch import Tensor
 from fedsim.base.machine import memory
 from fedsim.base.reading import open_regular
 
-DRAFT = ".draft"  # ends the name of a file that is being written
+DRAFT = ".draft"  # the suffix of a file or folder that is being written
 
 
 @dataclass(frozen=True)
 class File:
-    """A file, or so many of its first bytes, by name and content."""
+    """The name, length and SHA-256 of a file, or of its first `bytes` bytes where it has grown since."""
 
     name: str
     bytes: Annotated[int, Ge(0)]
@@ -33,9 +33,9 @@ class File:
 
 
 def write(path: Path, content: bytes, *, sync_name: bool = True) -> File:
-    """Put `content` there, on disk when this returns; whoever looks sees all of it or what was there before.
+    """Write `content` to `path` atomically; it is on the disk when this returns.
 
-    Without `sync_name` the file's name gets there with the next that is synchronised in its folder.
+    Without `sync_name` the file's name reaches the disk only when its folder is next synchronised.
     """
     draft = path.with_name(path.name + DRAFT)
     try:
@@ -46,7 +46,7 @@ def write(path: Path, content: bytes, *, sync_name: bool = True) -> File:
         draft.replace(path)
     except BaseException as error:
         draft.unlink(missing_ok=True)
-        if isinstance(error, OSError) and not error.filename:  # a write does not say where
+        if isinstance(error, OSError) and not error.filename:  # the error of a write does not name the file
             error.filename = str(path)
         raise
     if sync_name:
@@ -55,7 +55,7 @@ def write(path: Path, content: bytes, *, sync_name: bool = True) -> File:
 
 
 def create(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Make a folder with these files, whole or not at all; raises OSError, as where it is there and not empty."""
+    """Create `folder` with these files, all or nothing; raises OSError, as where it exists and is not empty."""
     draft = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}{DRAFT}")
     draft.mkdir(parents=True)
     try:
@@ -69,7 +69,7 @@ def create(folder: Path, contents: Mapping[str, bytes]) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Let the names in a folder, too, outlive a loss of power."""
+    """Write the names in a folder to the disk, so that they survive a loss of power."""
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -78,67 +78,68 @@ def sync_folder(path: Path) -> None:
 
 
 def read(folder: Path, file: File) -> bytes:
-    """Its content; raises ValueError, saying what is wrong, where it is not what it was."""
-    with _opened(folder, file) as opened:
-        content = opened.read(file.bytes)
-    _check(file, hashlib.sha256(content).hexdigest())
+    """The content of a file; raises ValueError, which says why, where it has changed since it was written."""
+    with _open_checked(folder, file) as stream:
+        content = stream.read(file.bytes)
+    _check_digest(file, hashlib.sha256(content).hexdigest())
     return content
 
 
 def verify(folder: Path, file: File) -> None:
-    """The same without having it in memory."""
-    digest, rest = hashlib.sha256(), file.bytes  # not all there is: of a log it is the beginning
-    with _opened(folder, file) as opened:
-        while block := opened.read(min(rest, 2**20)):
+    """Raise the same errors as `read`, without loading the file into memory."""
+    digest, rest = hashlib.sha256(), file.bytes  # a log may have grown, and only its beginning counts
+    with _open_checked(folder, file) as stream:
+        while block := stream.read(min(rest, 2**20)):
             digest.update(block)
             rest -= len(block)
-    _check(file, digest.hexdigest())
+    _check_digest(file, digest.hexdigest())
 
 
-def _opened(folder: Path, file: File) -> BufferedReader:
+def _open_checked(folder: Path, file: File) -> BufferedReader:
     try:
-        opened = open_regular(folder / file.name)
+        stream = open_regular(folder / file.name)
     except FileNotFoundError as error:
         raise ValueError(f"{file.name}: {error.strerror}") from None
-    length = os.fstat(opened.fileno()).st_size
+    length = os.fstat(stream.fileno()).st_size
     if length < file.bytes or length > memory():
-        opened.close()
-        raise ValueError(f"{file.name} has {length} bytes of {file.bytes}")
-    return opened
+        stream.close()
+        limit = f"it should have {file.bytes}" if length < file.bytes else "more than this machine's memory"
+        raise ValueError(f"{file.name} has {length} bytes; {limit}")
+    return stream
 
 
-def _check(file: File, digest: str) -> None:
+def _check_digest(file: File, digest: str) -> None:
     if digest != file.sha256:
-        raise ValueError(f"{file.name} is not what it was when it was written")
+        raise ValueError(f"{file.name} has changed since it was written")
 
 
 def untied_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same, each in memory of its own, as safetensors wants it: tied ones are copied."""
+    """The same tensors on the CPU, no two of which share memory: safetensors refuses tied tensors."""
     seen, own = set[int](), dict[str, Tensor]()
     for name, value in tensors.items():
         value = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
-        whole = value.untyped_storage().nbytes() == value.nbytes and value.data_ptr() not in seen
-        own[name] = value if whole else value.clone()
+        alone = value.untyped_storage().nbytes() == value.nbytes and value.data_ptr() not in seen
+        own[name] = value if alone else value.clone()
         seen.add(own[name].data_ptr())
     return own
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM wait until what is under way is whole."""
-    if threading.current_thread() is not threading.main_thread():  # where signals are handled
+    """Delay Ctrl-C and SIGTERM until the end of the block."""
+    if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread only
         yield
         return
-    came = list[int]()
+    received = list[int]()
 
-    def later(number: int, frame: FrameType | None) -> None:
-        came.append(number)
+    def remember(number: int, frame: FrameType | None) -> None:
+        received.append(number)
 
-    with ExitStack() as usual:
+    with ExitStack() as usual_handlers:
         for number in (signal.SIGINT, signal.SIGTERM):
             if callable(handler := signal.getsignal(number)):
-                usual.callback(signal.signal, number, handler)
-                signal.signal(number, later)
+                usual_handlers.callback(signal.signal, number, handler)
+                signal.signal(number, remember)
         yield
-    for each in came:  # unless what was under way failed, which ends the run anyway
-        signal.raise_signal(each)
+    for delayed in received:  # not reached where the block has raised: then that error ends the run
+        signal.raise_signal(delayed)

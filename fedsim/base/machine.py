@@ -1,4 +1,4 @@
-"""The machine: cores, devices, memory."""
+"""Facts about this machine: cores, processor, memory."""
 
 import os
 import platform
@@ -6,22 +6,22 @@ from contextlib import suppress
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def cpu_name() -> str:
-    """The processor's model, such as AMD EPYC."""
+    """The processor's model, such as "AMD EPYC"."""
     with suppress(OSError, StopIteration), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
         return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
     return f"{platform.machine()} {platform.processor()}"
 
 
 def memory() -> int:
-    """What this machine has, in bytes."""
+    """The physical memory of this machine, in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def gigabytes(count: int) -> str:
-    """A number of bytes, in words."""
+    """`count` bytes as text, such as "1.5 GiB"."""
     return f"{count / 2**30:,.1f} GiB"

@@ -1,6 +1,6 @@
-"""Files of others, read as what they are: data, of a size that fits, or one line that says what is wrong.
+"""Reads untrusted files, such as configs, as data of a bounded size; errors are one line.
 
-Nothing read here is run or unpickled, and nothing is believed before it is checked against the file's length.
+Nothing that is read here is executed or unpickled.
 """
 
 import os
@@ -15,44 +15,47 @@ import yaml
 
 from fedsim.errors import ConfigError, one_line, printable
 
-MOST_BYTES = 2**20  # of a YAML file
-MOST_VALUES = 100_000  # in one, with all that its aliases stand for
-TEXT = 16  # characters that count as a value more
-MOST_DEEP = 50
-TOO_DEEP = f"it is nested more than {MOST_DEEP} deep"
-LONGEST_NUMBER = 1000  # characters; numbers to base 60 take time that grows with the square
-MERGE = "tag:yaml.org,2002:merge"  # of the key <<
+MAX_YAML_BYTES = 2**20
+MAX_YAML_VALUES = 100_000  # in one file, with its aliases expanded
+MAX_YAML_DEPTH = 50
+MAX_NUMBER_LENGTH = 1000  # characters; reading a number of base 60 takes time that grows with the square of them
+CHARACTERS_PER_VALUE = 16  # a string counts as one value more for each so many characters
+TOO_DEEP = f"it is nested more than {MAX_YAML_DEPTH} levels deep"
+MERGE_TAG = "tag:yaml.org,2002:merge"  # the tag of the key <<
 
 
 def open_regular(path: str | Path) -> BufferedReader:
-    """Open to read; raises OSError for what is no regular file, as a pipe may hang and a device never ends."""
+    """Open a file to read its bytes.
+
+    Raises OSError for anything but a regular file: reading a pipe may block, and a device may never end.
+    """
     mode = os.stat(path).st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a folder has an error of its own
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # open() itself refuses a folder
         raise OSError(0, "Not a regular file", str(path))
     return open(path, "rb")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a file; raises ConfigError naming file and line."""
+    """The mapping in a YAML file; raises ConfigError naming the file and the line."""
     at = printable(path)
     try:
         with open_regular(path) as file:
-            content = file.read(MOST_BYTES + 1)
-    except (OSError, ValueError) as error:  # the latter: a name with a zero in it
+            content = file.read(MAX_YAML_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: the name contains a zero byte
         raise ConfigError(f"{at}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    if len(content) > MOST_BYTES:
-        raise ConfigError(f"{at}: is larger than a config may be, {MOST_BYTES} bytes")
+    if len(content) > MAX_YAML_BYTES:
+        raise ConfigError(f"{at}: is larger than the {MAX_YAML_BYTES} bytes that a config may have")
     try:
         values = parse(content.decode("utf-8"), at)
     except UnicodeDecodeError:
-        raise ConfigError(f"{at}: is not a text in UTF-8") from None
+        raise ConfigError(f"{at}: is not text in UTF-8") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{at}: should hold a mapping of settings, such as `rounds: 100`")
     return values
 
 
 def parse(text: str, at: str) -> Any:
-    """What `text` says in YAML, built of plain values only; raises ConfigError that begins with `at`."""
+    """The value of the YAML `text`, made of plain Python values only; raises ConfigError that begins with `at`."""
     try:
         return yaml.load(text, Loader)
     except yaml.MarkedYAMLError as error:
@@ -65,15 +68,15 @@ def parse(text: str, at: str) -> Any:
 
 
 class Loader(yaml.SafeLoader):
-    """Safe YAML, of bounded size, in which 1e-3 is a number, as in YAML 1.2, and a key may stand once."""
+    """A safe loader that bounds the size, refuses repeated keys, and reads 1e-3 as a number as YAML 1.2 does."""
 
     def __init__(self, stream: str):
         super().__init__(stream)
-        self.size = 0  # in values, with all that aliases stand for
-        self.extents = dict[yaml.Node, tuple[int, int]]()  # size and depth of what is read already
+        self.size = 0  # values read so far, with aliases expanded
+        self.extents = dict[yaml.Node, tuple[int, int]]()  # the size and depth of each node read so far
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Refuse what grows when its aliases are written out."""
+        """Refuse a file that is too large or too deep when its aliases are expanded."""
         alias, before = self.check_event(yaml.AliasEvent), self.size
         node: Any = super().compose_node(parent, index)
         if alias and node not in self.extents:
@@ -81,44 +84,44 @@ class Loader(yaml.SafeLoader):
         if alias:
             self.size += self.extents[node][0]
         else:
-            self.size += 1 + (len(node.value) // TEXT if isinstance(node, yaml.ScalarNode) else 0)
-            depth = 1 + max((self.extents[part][1] for part in _below(node)), default=0)
+            self.size += 1 + (len(node.value) // CHARACTERS_PER_VALUE if isinstance(node, yaml.ScalarNode) else 0)
+            depth = 1 + max((self.extents[part][1] for part in _children(node)), default=0)
             self.extents[node] = self.size - before, depth
-            if depth > MOST_DEEP:
+            if depth > MAX_YAML_DEPTH:
                 raise _refused(TOO_DEEP, node)
-        if self.size > MOST_VALUES:
-            raise _refused(f"it holds more than {MOST_VALUES} values, aliases written out", node)
+        if self.size > MAX_YAML_VALUES:
+            raise _refused(f"it holds more than {MAX_YAML_VALUES} values when its aliases are expanded", node)
         return node  # type: ignore[no-any-return]
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """Name the line where SafeLoader trusts a tag to fit its value."""
+        """Name the line of a value that does not fit its tag, which SafeLoader does not check."""
         try:
             return super().construct_object(node, deep)
-        except ValueError as error:  # in words, such as those of a date
+        except ValueError as error:  # its text is good enough, such as that of a wrong date
             raise _refused(str(error), node) from None
         except (ArithmeticError, AttributeError, LookupError, TypeError):
-            raise _refused(f"{str(node.value)[:60]!r} is no {_kind(node)}", node) from None
+            raise _refused(f"{str(node.value)[:60]!r} is not a valid {_type(node)}", node) from None
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> str:
-        """Refuse a number that takes long to read, and YAML 1.1's mapping that stands for a text."""
+        """Refuse a number that takes long to read, and a list or mapping where a single value should be."""
         if not isinstance(node, yaml.ScalarNode):
-            raise _refused(f"a list or mapping is no {_kind(node)}", node)
-        if _kind(node) in ("int", "float") and len(node.value) > LONGEST_NUMBER:
-            raise _refused(f"a number has more than {LONGEST_NUMBER} characters", node)
-        node.value.encode()  # raises ValueError for half a character, which no file can hold
+            raise _refused(f"a list or mapping cannot be a value of type {_type(node)}", node)
+        if _type(node) in ("int", "float") and len(node.value) > MAX_NUMBER_LENGTH:
+            raise _refused(f"a number has more than {MAX_NUMBER_LENGTH} characters", node)
+        node.value.encode()  # raises ValueError for a lone surrogate, which UTF-8 cannot encode
         return super().construct_scalar(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Refuse what a plain loader would silently let the last one win."""
+        """Refuse repeated keys, of which SafeLoader silently keeps the last."""
         keys = set[Any]()
         for key in _keys(node):
             value = self.construct_object(key, deep=True)
             if not isinstance(value, Hashable):
-                break  # the plain loader refuses it
+                break  # SafeLoader refuses it
             if value in keys:
-                raise _refused(f"key {value!r} stands twice", key)
+                raise _refused(f"key {value!r} appears twice", key)
             if isinstance(value, str) and not value.isprintable():
-                raise _refused(f"key {value!r} cannot be printed", key)
+                raise _refused(f"key {value!r} contains characters that cannot be printed", key)
             keys.add(value)
         return super().construct_mapping(node, deep)
 
@@ -130,16 +133,17 @@ Loader.add_implicit_resolver(
 
 def _keys(node: yaml.Node) -> list[yaml.Node]:
     pairs = node.value if isinstance(node, yaml.MappingNode) else []
-    return [key for key, _ in pairs if key.tag != MERGE]
+    return [key for key, _ in pairs if key.tag != MERGE_TAG]
 
 
-def _below(node: yaml.Node) -> list[yaml.Node]:
+def _children(node: yaml.Node) -> list[yaml.Node]:
     if isinstance(node, yaml.MappingNode):
         return [part for pair in node.value for part in pair]
     return node.value if isinstance(node, yaml.SequenceNode) else []
 
 
-def _kind(node: yaml.Node) -> str:
+def _type(node: yaml.Node) -> str:
+    """The name of its type, such as int."""
     return node.tag.rpartition(":")[2]
 
 

@@ -1,4 +1,4 @@
-"""Data: where it comes from, who holds which part, and how a batch of it reaches the device."""
+"""Data sets, their partition among clients, and the batches that reach a device."""
 
 from fedsim.base.catalogue import Catalogue
 from fedsim.data.dataset import Dataset

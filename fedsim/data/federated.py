@@ -1,4 +1,4 @@
-"""Who holds what: one pair of tensors for all, and row numbers for each client."""
+"""FederatedData: one pair of tensors with all examples, and the row numbers of each client."""
 
 import copy
 import hashlib
@@ -11,24 +11,26 @@ import torch
 from torch import Tensor
 
 from fedsim.base.catalogue import Spec
-from fedsim.data.augment import Augmentation, check
-from fedsim.data.dataset import Dataset, Flags, Ints, hold_back
+from fedsim.data.augment import Augmentation, check_augmentations
+from fedsim.data.dataset import Dataset, Flags, Ints, holdout_mask
 from fedsim.errors import ConfigError
 from fedsim.types import Batch, Stream, random
 
 
 class FederatedData:
-    """A dataset and its division among N clients; raises ConfigError where a client would have nothing.
+    """A dataset and its division among N clients; raises ConfigError where a client would have no examples.
 
-    Shapes: `owners` (n,), the client of each training example, from 0. A random `holdout` share of each
-    client's examples, rounded down and never all of them, is kept from training for its own evaluation; which
-    ones depends on `seed` and `owners` alone. Batches come in `dtype`, on the device that `to` last named.
-    With `crop`, examples are the square of so many pixels in the centre of an image; augmentations see all of it.
-    `labels` (n,) are those in use, `true_labels` (n,) the dataset's, on the host.
+    Shapes: `owners` (n,), the client of each training example, from 0. A random `holdout` share of each client's
+    examples, rounded down and never all of them, is held out from training for the client's own evaluation; which
+    examples these are depends on `seed` and `owners` alone. Batches have the type `dtype` and are on the device
+    that `to` was last called with. With `crop`, an example is the square of `crop` pixels a side at the centre of
+    the image; augmentations see the whole image. `labels` (n,) are used for training; `true_labels` (n,), on the
+    CPU, are the dataset's.
 
-    Rows marked in `public` (n,) are the server's and no client's: `owners` then names the clients of the others,
-    in their order, and afterwards has -1 for the server. Where `owners` is None the clients are `elsewhere`, on
-    machines of their own: of the training examples only the public ones count, and `sizes` are 0 until told.
+    Rows that `public` (n,) marks belong to the server and to no client. The argument `owners` then has one entry
+    for each of the other rows, in their order; the attribute `owners` has all n, with -1 for the server's. Where
+    the argument is None, the clients are on machines of their own (`clients_are_remote`): of the training examples
+    only the public ones are used, and `sizes` are 0 until the nodes report them.
     """
 
     def __init__(
@@ -44,51 +46,57 @@ class FederatedData:
         dtype: torch.dtype = torch.float32,
     ):
         public = np.zeros(len(dataset.y_train), dtype=np.bool_) if public is None else public
-        self.elsewhere = owners is None
-        part = np.full(len(public), 2 * clients)  # the server's is the last
-        if owners is not None:
-            _check(owners, len(public) - int(public.sum()), clients, holdout)
-            held = hold_back(owners, holdout, random(seed, Stream.HOLDOUT)) if holdout else 0
-            part[~public] = 2 * owners + held  # what client k trains on is part 2k, what it holds back part 2k + 1
-        self._order = np.argsort(part, kind="stable") if owners is not None else np.flatnonzero(public)
-        bounds = np.concatenate([[0], np.cumsum(np.bincount(part, minlength=2 * clients))])
-        self._bounds = bounds[: 2 * clients + 1]
-        self.sizes: Ints = self._bounds[1::2] - self._bounds[:-1:2]  # (N,) held-out examples not counted
+        self.clients_are_remote = owners is None
         self.owners: Ints = np.full(len(public), -1)
-        if owners is not None:
+        part = np.full(len(public), 2 * clients)  # part 2N: the server's rows
+        if owners is None:
+            self._order = np.flatnonzero(public)
+        else:
+            _check_owners(owners, len(public) - int(public.sum()), clients, holdout)
             self.owners[~public] = owners
+            held_out = holdout_mask(owners, holdout, random(seed, Stream.HOLDOUT)) if holdout else 0
+            part[~public] = 2 * owners + held_out  # part 2k: client k trains on it; part 2k + 1: it holds it out
+            self._order = np.argsort(part, kind="stable")  # rows sorted by part, of which each is then a slice
+        bounds = np.concatenate([[0], np.cumsum(np.bincount(part, minlength=2 * clients))])
+        self._bounds = bounds[: 2 * clients + 1]  # part i is the slice from bounds[i] to bounds[i + 1]
+        self.sizes: Ints = self._bounds[1::2] - self._bounds[:-1:2]  # (N,) n_k, without held-out examples
         self.num_clients = clients
         self.num_classes = dataset.classes
         self.num_test = len(dataset.y_test)
-        self.shape, self.crop = _shape(tuple(dataset.x_train.shape[1:]), crop), crop
+        self.shape, self.crop = _cropped_shape(tuple(dataset.x_train.shape[1:]), crop), crop
         self.labels = self.true_labels = dataset.y_train
         self._x_train = dataset.x_train
         self._x_test, self._y_test = dataset.x_test, dataset.y_test
-        self._scale, self._shift = _normalisation(dataset, dtype)
-        self.mapped = dataset.mapped  # examples lie in a file, and not on the device
+        self._scale, self._shift = _scale_and_shift(dataset, dtype)
+        self.mapped = dataset.mapped  # the examples stay in a file, whatever the device
         self._dtype, self._device = dtype, torch.device("cpu")
+
+    @property
+    def elsewhere(self) -> bool:
+        """The old name of `clients_are_remote`, for one release."""
+        return self.clients_are_remote
 
     def rows(self, client: int) -> Ints:
         """(n_k,) the rows that `client` trains on, ascending; a view."""
         return self._order[self._bounds[2 * client] : self._bounds[2 * client + 1]]
 
     def held_out(self, client: int) -> Ints:
-        """(h_k,) the rows that `client` keeps for its own evaluation, ascending; a view, maybe empty."""
+        """(h_k,) the rows that `client` holds out for its own evaluation, ascending; a view, possibly empty."""
         return self._order[self._bounds[2 * client + 1] : self._bounds[2 * client + 2]]
 
     @property
     def public(self) -> Ints:
-        """(p,) the server's own rows, ascending; a view, maybe empty."""
+        """(p,) the rows of the server, ascending; a view, possibly empty."""
         return self._order[self._bounds[-1] :]
 
     def own_batches(self, client: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """What `client` evaluates its own model on: the rows it holds out, or where there are none, all it has."""
-        held = self.held_out(client)
-        rows = torch.from_numpy(held if len(held) else self.rows(client))
+        """Batches for `client` to evaluate its own model: its held-out rows, or if it has none, all its rows."""
+        held_out = self.held_out(client)
+        rows = torch.from_numpy(held_out if len(held_out) else self.rows(client))
         return map(self.batch, torch.split(rows, batch_size))
 
     def sample(self, size: int, rng: np.random.Generator) -> Ints:
-        """Random rows that clients train on, each at most once: (size,), or all of them where there are fewer."""
+        """(size,) random rows that clients train on, without repetition; all of them where there are fewer."""
         ends = np.cumsum(self.sizes)
         places = rng.choice(ends[-1], min(size, int(ends[-1])), replace=False)
         client = np.searchsorted(ends, places, side="right")
@@ -99,11 +107,11 @@ class FederatedData:
         return self._gather(self._centre(self._x_train), self.labels, rows)
 
     def training_batch(self, rows: Tensor, augment: Sequence[Augmentation], rng: np.random.Generator) -> Batch:
-        """The same, with the examples changed by each of `augment` in turn, which draw from `rng`."""
+        """Like `batch`, but each of `augment` changes the examples in turn, with random numbers from `rng`."""
         if not augment:
             return Batch(*self.batch(rows))
         x = self._x_train.index_select(0, rows.to(self._x_train.device)).to(self._device, non_blocking=True)
-        x, white = x.to(self._dtype), _white(self._x_train)
+        x, white = x.to(self._dtype), _white_value(self._x_train)
         x = x.div_(white) if white != 1 else x
         batch = Batch(x, self.labels.index_select(0, rows.to(self.labels.device)))
         size = (self.shape[1], self.shape[2]) if len(self.shape) == 3 else (1, 1)
@@ -116,30 +124,30 @@ class FederatedData:
 
     def check_augment(self, specs: Sequence[Spec]) -> None:
         """Raise ConfigError where the resolved entries of `local.augment` do not fit these examples."""
-        check(specs, tuple(self._x_train.shape[1:]), self._x_train.dtype)
+        check_augmentations(specs, tuple(self._x_train.shape[1:]), self._x_train.dtype)
 
     def test_batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The same of the test set."""
+        """Normalised test examples (B, ...) and their labels (B,)."""
         return self._gather(self._centre(self._x_test), self._y_test, rows)
 
     def examples(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Training examples as the dataset has them, whole and not normalised, and their labels in use."""
+        """Training examples as they are in the dataset, neither cropped nor normalised, and their `labels`."""
         return self._x_train.index_select(0, rows.to(self._x_train.device)), self.labels[rows]
 
     @property
     def test_set(self) -> tuple[Tensor, Tensor]:
-        """The same of all the test examples; a view."""
+        """All test examples as they are in the dataset, and their labels; a view."""
         return self._x_test, self._y_test
 
     def with_labels(self, labels: Tensor) -> Self:
-        """The same division with other `labels` (n,) for training; `true_labels` stay what they were."""
+        """The same division with other `labels` (n,) for training; `true_labels` stay as they are."""
         changed = copy.copy(self)
         changed.labels = labels
         return changed
 
     @property
     def form(self) -> dict[str, Any]:
-        """What an example is before a batch makes it x * scale - shift: shape, type, and these two by channel."""
+        """Shape and type of an example x, and the constants by channel of its normalisation x * scale - shift."""
         constants = {"scale": self._scale, "shift": self._shift}
         return {
             "shape": list(self.shape),
@@ -148,16 +156,16 @@ class FederatedData:
         }
 
     def digest(self) -> str:
-        """SHA-256 of labels, of who owns what, and of up to a thousand examples spread over all."""
+        """SHA-256 of owners, labels, and up to a thousand training and test examples, evenly spaced."""
         digest = hashlib.sha256(self.owners.astype("<i8").tobytes())
         for x, y in ((self._x_train, self.labels), (self._centre(self._x_test), self._y_test)):
-            spread = torch.linspace(0, len(y) - 1, min(len(y), 1000)).long()
+            spaced = torch.linspace(0, len(y) - 1, min(len(y), 1000)).long()
             digest.update(y.cpu().numpy().astype("<i8").tobytes())
-            digest.update(x[spread.to(x.device)].cpu().contiguous().numpy().tobytes())
+            digest.update(x[spaced.to(x.device)].cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def to(self, device: torch.device | str) -> Self:
-        """The same division with its tensors on `device`; mapped examples stay where they are."""
+        """The same division with its tensors on `device`; examples of a mapped file stay in it."""
         moved = copy.copy(self)
         moved._device = torch.device(device)
         stays = {"true_labels"} | ({"_x_train", "_x_test"} if self.mapped else set())
@@ -167,7 +175,7 @@ class FederatedData:
         return moved
 
     def _centre(self, x: Tensor) -> Tensor:
-        """A view of `x` (n, ...) that has the examples' `shape`."""
+        """The centre of `x` (n, ...), cut to `shape`; a view."""
         for axis, side in enumerate(self.shape, 1):
             if x.shape[axis] != side:
                 x = x.narrow(axis, round((x.shape[axis] - side) / 2), side)
@@ -179,18 +187,18 @@ class FederatedData:
         if x.is_floating_point():
             x = x.to(self._dtype)
         if self._scale is not None:
-            x = torch.mul(x, self._scale)  # which makes uint8 a float in the same pass
+            x = torch.mul(x, self._scale)  # which also converts uint8 to float, in the same pass
         if self._shift is not None:
             x = x.sub_(self._shift)
         return x, y
 
 
 class Shard(FederatedData):
-    """What one machine holds, whichever client it is; raises ConfigError where it has nothing to train on.
+    """The data of one machine, which knows one client: itself. Raises ConfigError without training examples.
 
-    The test examples are its own, too: it evaluates its own model on them. The network's `shape` and `classes` and
-    the constants of x * `scale` - `shift`, none, one or one a channel, are those of the federation, and not the
-    dataset's own; with `crop`, images are cut as `FederatedData` has it.
+    It evaluates its own model on the dataset's test examples. The number of `classes` and the normalisation
+    x * `scale` - `shift`, each with no number, one, or one for each channel, are those of the federation, not the
+    dataset's own. `crop` is as in `FederatedData`.
     """
 
     def __init__(
@@ -205,98 +213,100 @@ class Shard(FederatedData):
     ):
         n = len(dataset.y_train)
         if not n:
-            raise ConfigError("data: has no training examples, and a client needs some")
+            raise ConfigError("data: has no training examples; a client needs at least one")
         super().__init__(dataset, np.zeros(n, dtype=np.int64), clients=1, crop=crop, dtype=dtype)
-        if (most := max(int(y.max()) for y in (dataset.y_train, dataset.y_test) if len(y))) >= classes:
-            raise ConfigError(f"data: has labels up to {most}; the federation has {classes} classes")
+        if (highest := max(int(y.max()) for y in (dataset.y_train, dataset.y_test) if len(y))) >= classes:
+            raise ConfigError(f"data: has labels up to {highest}; the federation has {classes} classes, from 0")
         channels = self.shape[0] if len(self.shape) == 3 else 1
         for name, values in (("scale", scale), ("shift", shift)):
             if len(values) not in {0, 1, channels}:
-                raise ConfigError(f"data: the federation's {name} has {len(values)} channels; here are {channels}")
+                needed = f"the federation's {name} is for {len(values)} channels"
+                raise ConfigError(f"data: the examples here have {channels} channels; {needed}")
         self.num_classes = classes
-        self._scale, self._shift = _by_channel(scale, dtype), _by_channel(shift, dtype)
+        self._scale, self._shift = (
+            _by_channel(torch.tensor(values, dtype=dtype)) if len(values) else None for values in (scale, shift)
+        )
 
     def rows(self, client: int) -> Ints:
-        """(n_k,) all."""
+        """(n_k,) all rows, whatever the client's number."""
         return super().rows(0)
 
     def held_out(self, client: int) -> Ints:
-        """(0,): what is held out is the test set."""
+        """(0,): no rows, because the test examples serve for evaluation."""
         return super().held_out(0)
 
     def own_batches(self, client: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The test examples, or where there are none, those for training."""
+        """Batches of the test examples, or of the training examples if there are none."""
         if not self.num_test:
             return super().own_batches(client, batch_size)
         return map(self.test_batch, torch.split(torch.arange(self.num_test), batch_size))
 
 
-def set_apart(dataset: Dataset, share: float | Literal["all"], seed: int) -> Flags:
-    """(n,) which training examples are the server's: all, or a random `share`, rounded down."""
+def public_mask(dataset: Dataset, share: float | Literal["all"], seed: int) -> Flags:
+    """(n,) True for the training examples that belong to the server: all, or a random `share`, rounded down."""
     n = len(dataset.y_train)
     if not share or share == "all":
         return np.full(n, bool(share))
-    return hold_back(np.zeros(n, dtype=np.int64), share, random(seed, Stream.PUBLIC))
+    return holdout_mask(np.zeros(n, dtype=np.int64), share, random(seed, Stream.PUBLIC))
 
 
-def without(dataset: Dataset, rows: Flags) -> Dataset:
-    """The dataset without some of its training examples (n,), for a partition of the others.
+def without_rows(dataset: Dataset, mask: Flags) -> Dataset:
+    """The dataset without the training examples that `mask` (n,) marks, as a partition needs it.
 
-    Where the examples are mapped they are not copied: of `x_train` there is then only the form.
+    Examples in a mapped file are not copied: `x_train` then has the right shape and type, but no values.
     """
-    if not rows.any():
+    if not mask.any():
         return dataset
-    kept, x, owner = torch.from_numpy(~rows), dataset.x_train, dataset.owner
-    left = int(kept.sum())
+    kept, x, owner = torch.from_numpy(~mask), dataset.x_train, dataset.owner
+    count = int(kept.sum())
     return replace(
         dataset,
-        x_train=torch.empty(left, *x.shape[1:], dtype=x.dtype, device="meta") if dataset.mapped else x[kept],
+        x_train=torch.empty(count, *x.shape[1:], dtype=x.dtype, device="meta") if dataset.mapped else x[kept],
         y_train=dataset.y_train[kept],
         owner=None if owner is None else torch.from_numpy(np.unique(owner[kept].numpy(), return_inverse=True)[1]),
     )
 
 
-def _white(x: Tensor) -> float:
-    """What is 1 on the scale of means: 255 where `x` is uint8."""
+def _white_value(x: Tensor) -> float:
+    """The value of `x` that is 1 on the scale of `mean` and `std`: 255 for uint8, 1 for float32."""
     return 255.0 if x.dtype == torch.uint8 else 1.0
 
 
-def _normalisation(data: Dataset, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """(x / unit - mean) / std as x * scale - shift, each (C, 1, 1), or () where one number serves all."""
-    unit = _white(data.x_train)
+def _scale_and_shift(data: Dataset, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """The constants that write (x / white - mean) / std as x * scale - shift; None for one that does nothing."""
+    white = _white_value(data.x_train)
     if not data.mean:
-        return (torch.tensor(1 / unit, dtype=dtype) if unit != 1 else None), None
+        return (torch.tensor(1 / white, dtype=dtype) if white != 1 else None), None
     mean, std = torch.tensor([data.mean, data.std], dtype=torch.float64)
-    form = (len(mean), 1, 1) if len(mean) > 1 else ()
-    return (1 / (unit * std)).to(dtype).view(form), (mean / std).to(dtype).view(form)
+    return _by_channel((1 / (white * std)).to(dtype)), _by_channel((mean / std).to(dtype))
 
 
-def _by_channel(values: Sequence[float], dtype: torch.dtype) -> Tensor | None:
-    """(C, 1, 1), or () where one number serves all."""
-    if not len(values):
-        return None
-    return torch.tensor(values, dtype=dtype).view((len(values), 1, 1) if len(values) > 1 else ())
+def _by_channel(values: Tensor) -> Tensor:
+    """`values` (C,) as (C, 1, 1), to broadcast over images; a single value as ()."""
+    return values.view((len(values), 1, 1) if len(values) > 1 else ())
 
 
-def _shape(shape: tuple[int, ...], crop: int | None) -> tuple[int, ...]:
+def _cropped_shape(shape: tuple[int, ...], crop: int | None) -> tuple[int, ...]:
     if crop is None:
         return shape
     if len(shape) != 3 or crop > min(shape[1:]):
-        fits = "images, (channels, height, width), with at least as many pixels a side"
-        raise ConfigError(f"data.crop: {crop} should be cut from {fits}; these examples are {shape}")
+        raise ConfigError(
+            f"data.crop: {crop} needs images (channels, height, width) of at least {crop} pixels a side, "
+            f"but the examples have shape {shape}"
+        )
     return shape[0], crop, crop
 
 
-def _check(owners: Ints, n: int, clients: int, holdout: float) -> None:
+def _check_owners(owners: Ints, n: int, clients: int, holdout: float) -> None:
     if not 0 <= holdout < 1:
         raise ConfigError(f"data.holdout: {holdout} should be at least 0 and less than 1")
     if not n:
-        raise ConfigError("data: leaves clients no training examples")
+        raise ConfigError("data: there are no training examples for clients; at least one is needed")
     if owners.shape != (n,) or owners.dtype != np.int64:
-        raise ConfigError(f"data.partition: gave {owners.dtype} {owners.shape}; it should give int64 ({n},)")
+        raise ConfigError(f"data.partition: returned {owners.dtype} {owners.shape}; it should return int64 ({n},)")
     if owners.min() < 0 or owners.max() >= clients:
         raise ConfigError(
-            f"data.partition: gave owners from {owners.min()} to {owners.max()}; allowed: 0 to {clients - 1}"
+            f"data.partition: returned owners from {owners.min()} to {owners.max()}; allowed: 0 to {clients - 1}"
         )
     if (empty := np.flatnonzero(np.bincount(owners, minlength=clients) == 0)).size:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Wrong labels, made on purpose, to see who copes with them."""
+"""Label noise: wrong training labels, made on purpose to compare how robust algorithms are."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -15,11 +15,11 @@ from fedsim.types import Share, Stream, random
 class LabelNoise:
     """Labels that are wrong with probability `rate`, at a random share `clients` of all clients.
 
-    A wrong label is any other class, all equally likely (`symmetric`), or always the next one, 0 after the last
-    (`pair`): Han et al. 2018, Co-teaching, arXiv 1804.06872. What becomes of a noisy client's labels depends on
-    `seed`, the client and its own rows alone; with a higher rate, or more noisy clients, what was wrong is wrong
-    again. The partition is made with true labels. Held-out rows and the server's own keep theirs: an evaluation
-    on wrong ones says little.
+    With `symmetric` noise a wrong label is any other class, all equally likely; with `pair` noise it is the next
+    class, and 0 after the last (Han et al. 2018, Co-teaching, arXiv 1804.06872). Which labels of a noisy client
+    become wrong depends on `seed`, the client and its own rows alone; a higher rate, or more noisy clients, adds
+    wrong labels to those of a lower one. Only rows that clients train on are changed, after the partition is made:
+    held-out rows and those of the server keep their true labels, so that evaluation stays meaningful.
     Differs: in some papers a wrong label may by chance be the true one. Their rate r is r (1 - 1 / K) here, with
     K classes.
     """
@@ -29,13 +29,13 @@ class LabelNoise:
     clients: Share = 1.0
 
     def applied(self, data: FederatedData, seed: int) -> FederatedData:
-        """`data` with wrong labels; raises ConfigError where there is but one class."""
+        """`data` with wrong labels; raises ConfigError where there is only one class."""
         classes = data.num_classes
         if classes < 2:
-            raise ConfigError("data.label_noise: this data has 1 class; a label that can be wrong needs 2")
+            raise ConfigError("data.label_noise: this data has 1 class; label noise needs at least 2")
         labels = data.labels.cpu().numpy().copy()
-        some = max(1, round(self.clients * data.num_clients))
-        noisy = random(seed, Stream.NOISE, 0, 1).permutation(data.num_clients)[:some]
+        num_noisy = max(1, round(self.clients * data.num_clients))
+        noisy = random(seed, Stream.NOISE, 0, 1).permutation(data.num_clients)[:num_noisy]
         for client in noisy.tolist():
             rng, rows = random(seed, Stream.NOISE, client), data.rows(client)
             wrong = rng.random(len(rows)) < self.rate

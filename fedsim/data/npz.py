@@ -22,12 +22,13 @@ from fedsim.types import Count
 
 Array = npt.NDArray[Any]
 Channels = Literal["last", "first"]
-NAMES = ("x_train", "y_train", "x_test", "y_test")
-X = ("x_train", "x_test")
-HEADER = 2**14  # bytes, in which the longest header fits that numpy reads
-HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-PACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # as numpy does; others unpack without bound
-MOST_CLASSES = 10_000  # that few examples may imply
+EXAMPLES = ("x_train", "x_test")
+LABELS = ("y_train", "y_test")
+REQUIRED = ("x_train", "y_train", "x_test", "y_test")
+MAX_HEADER_BYTES = 2**14  # numpy reads no longer header
+HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # numpy writes these; others unpack without bound
+MAX_GUESSED_CLASSES = 10_000  # classes that the highest label may imply where there are fewer examples
 
 
 def npz(
@@ -40,34 +41,33 @@ def npz(
 ) -> Dataset:
     """Your own arrays: an .npz file, or a folder of .npy files, memory-mapped.
 
-    Arrays: x_train, y_train, x_test, y_test, and owner if training examples have natural clients. x of 4
-    dimensions are images, (n, height, width, C) or with `channels: first` (n, C, height, width); uint8 of 3
-    dimensions are grey images, (n, height, width); anything else is taken as it is. y and owner are whole
+    The arrays are x_train, y_train, x_test, y_test, and `owner` if training examples have natural clients. An x of
+    4 dimensions holds images, (n, height, width, C), or with `channels: first` (n, C, height, width); a uint8 x of
+    3 dimensions holds grey images, (n, height, width); any other x is used as it is. y and owner are whole
     numbers, (n,). `classes` defaults to the highest label plus one.
 
-    A machine that only trains, or only tests, needs only that x and y. The x of a folder are never read as a
-    whole, so they may be larger than memory; they are uint8 or float32.
+    A machine that only trains, or only tests, needs only the x and y for that. The x of a folder are never read as
+    a whole, so they may be larger than memory; they should be uint8 or float32.
     """
     mapped = os.path.isdir(path)
-    with warnings.catch_warnings(action="ignore"):  # of numpy, about headers that Python 2 wrote
-        arrays = _folder(path) if mapped else _file(path, channels)
-    missing = [name for name in NAMES if name not in arrays]
+    with warnings.catch_warnings(action="ignore"):  # numpy warns of headers that Python 2 wrote
+        arrays = _map_folder(path) if mapped else _read_archive(path, channels)
+    missing = [name for name in REQUIRED if name not in arrays]
     if missing and set(missing) not in ({"x_train", "y_train"}, {"x_test", "y_test"}):
         raise ConfigError(
-            f"data.path: {printable(path)} has no {' and no '.join(missing)}; it needs {', '.join(NAMES)}, "
-            "or one of the two pairs"
+            f"data.path: {printable(path)} has no {' and no '.join(missing)}; it needs {', '.join(REQUIRED)}, "
+            "or one of these pairs of x and y"
         )
     try:
-        y = {name: _numbers(name, arrays[name]) for name in ("y_train", "y_test", "owner") if name in arrays}
-        x = {name: _examples(name, arrays[name], channels, mapped) for name in X if name in arrays}
-        form, none = next(iter(x.values())), torch.empty(0, dtype=torch.int64)
-        x_train, x_test = (x.get(name, form[:0]) for name in X)
+        y = {name: _integers(name, arrays[name]) for name in (*LABELS, "owner") if name in arrays}
+        x = {name: _examples(name, arrays[name], channels, mapped) for name in EXAMPLES if name in arrays}
+        no_examples, no_labels = next(iter(x.values()))[:0], torch.empty(0, dtype=torch.int64)
         return Dataset(
-            x_train,
-            y.get("y_train", none),
-            x_test,
-            y.get("y_test", none),
-            classes=classes or _classes(*(y[name] for name in ("y_train", "y_test") if name in y)),
+            x.get("x_train", no_examples),
+            y.get("y_train", no_labels),
+            x.get("x_test", no_examples),
+            y.get("y_test", no_labels),
+            classes=classes or _count_classes(*(y[name] for name in LABELS if name in y)),
             mean=mean,
             std=std,
             owner=y.get("owner"),
@@ -75,37 +75,40 @@ def npz(
         )
     except ValueError as error:
         raise ConfigError(f"data.path: {printable(path)}: {error}") from None
-    except (MemoryError, RuntimeError) as error:  # the latter is torch's word for it
+    except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError where memory is short
         raise ConfigError(f"data.path: {printable(path)} does not fit into memory ({reason(error)})") from error
 
 
-def _file(path: Path, channels: Channels) -> dict[str, Array]:
+def _read_archive(path: Path, channels: Channels) -> dict[str, Array]:
+    """The arrays of an .npz file, read into memory."""
     try:
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             members = _members(archive)
-            takes = 0
+            needed = 0
             for name, member in members.items():
                 with archive.open(member) as stream:
-                    takes += _takes(name, stream, member.file_size, channels)
-            _fits(path, takes)
+                    needed += _memory_needed(name, stream, member.file_size, channels)
+            _check_memory(path, needed)
             return {name: _read(archive, member) for name, member in members.items()}
     except FileNotFoundError:
         raise ConfigError(f"data.path: {printable(path)}: no such file or folder") from None
     except ConfigError:
         raise
     except Exception as error:  # a broken archive raises anything
-        raise ConfigError(f"data.path: {printable(path)} is no .npz of plain arrays ({reason(error)})") from error
+        what = f"not an .npz file of plain arrays ({reason(error)})"
+        raise ConfigError(f"data.path: {printable(path)} is {what}") from error
 
 
 def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """The members of an archive that are used, by the name of the array."""
     members = dict[str, zipfile.ZipInfo]()
-    wanted = {f"{name}.npy": name for name in (*NAMES, "owner")}
+    wanted = {f"{name}.npy": name for name in (*REQUIRED, "owner")}
     for member in archive.infolist():
         if name := wanted.get(member.filename):
             if name in members:
-                raise ValueError(f"{name} stands twice")
-            if member.compress_type not in PACKED:
-                raise ValueError(f"{name} is packed in a way that numpy does not write")
+                raise ValueError(f"{name} appears twice")
+            if member.compress_type not in COMPRESSIONS:
+                raise ValueError(f"{name} is compressed by a method that numpy does not write")
             members[name] = member
     return members
 
@@ -115,80 +118,84 @@ def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Array:
         return np.lib.format.read_array(stream, allow_pickle=False)
 
 
-def _folder(path: Path) -> dict[str, Array]:
-    arrays, takes = dict[str, Array](), 0
-    for file in (path / f"{name}.npy" for name in (*NAMES, "owner")):
+def _map_folder(path: Path) -> dict[str, Array]:
+    """The arrays of a folder of .npy files, memory-mapped."""
+    arrays, total = dict[str, Array](), 0
+    for file in (path / f"{name}.npy" for name in (*REQUIRED, "owner")):
         if not os.path.lexists(file):
             continue
         try:
             with open_regular(file) as stream:
-                needed = _takes(file.stem, stream, os.fstat(stream.fileno()).st_size)
-            takes += 0 if file.stem in X else needed
-            # Mode "c" would count the whole file against memory, and fail for one that is larger.
+                needed = _memory_needed(file.stem, stream, os.fstat(stream.fileno()).st_size)
+            total += 0 if file.stem in EXAMPLES else needed
+            # The kernel counts a file that is mapped with mode "c" as memory, and refuses one that is larger.
             arrays[file.stem] = np.lib.format.open_memmap(file, mode="r")
         except Exception as error:  # a broken header raises anything
             raise ConfigError(
-                f"data.path: {printable(file)} is no readable plain array ({reason(error)})"
+                f"data.path: {printable(file)} is not a readable plain array ({reason(error)})"
             ) from error
-    _fits(path, takes)
+    _check_memory(path, total)
     return arrays
 
 
-def _takes(name: str, stream: IO[bytes], length: int, channels: Channels = "first") -> int:
-    """Bytes of memory, as read and as a tensor; raises ValueError for what the `length` of a .npy cannot hold."""
-    shape, dtype, begin = _header(io.BytesIO(stream.read(HEADER)))
+def _memory_needed(name: str, stream: IO[bytes], length: int, channels: Channels = "first") -> int:
+    """The bytes that an array needs, both as read and as a tensor.
+
+    Raises ValueError where the .npy file in `stream`, of `length` bytes, is shorter than its header says.
+    """
+    shape, dtype, begin = _header(io.BytesIO(stream.read(MAX_HEADER_BYTES)))
     if dtype.kind not in "biuf":
         raise ValueError(f"{name} is {dtype}; allowed: numbers")
     count = math.prod(shape)
     if min(shape, default=0) < 0 or begin + count * dtype.itemsize > length:
-        raise ValueError(f"{name} holds less than it should, {dtype} {shape}")
-    if name not in X:
+        raise ValueError(f"{name} is shorter than its header says, {dtype} {shape}")
+    if name not in EXAMPLES:
         return count * (dtype.itemsize + 8)
-    as_it_is = dtype in (np.uint8, np.float32) and not (len(shape) == 4 and channels == "last")
-    return count * (dtype.itemsize + (0 if as_it_is else 1 if dtype == np.uint8 else 4))
+    unchanged = dtype in (np.uint8, np.float32) and not (len(shape) == 4 and channels == "last")
+    return count * (dtype.itemsize + (0 if unchanged else 1 if dtype == np.uint8 else 4))
 
 
 def _header(start: io.BytesIO) -> tuple[tuple[int, ...], np.dtype[Any], int]:
-    """Shape and type that a .npy file claims, and where its numbers begin."""
+    """The shape and type that the header of a .npy file claims, and the offset of the first number."""
     try:
         version = np.lib.format.read_magic(start)
-        if version not in HEADERS:
-            raise ValueError(f"version {version} of .npy; allowed: {', '.join(map(str, HEADERS))}")
-        shape, _, dtype = HEADERS[version](start)
+        if version not in HEADER_READERS:
+            raise ValueError(f"version {version} of .npy; allowed: {', '.join(map(str, HEADER_READERS))}")
+        shape, _, dtype = HEADER_READERS[version](start)
     except ValueError:
         raise
-    except Exception as error:  # what is no Python literal raises anything, even MemoryError
-        raise ValueError(f"a header that cannot be read ({type(error).__name__})") from error
+    except Exception as error:  # a header that is not a Python literal raises anything, even MemoryError
+        raise ValueError(f"its header cannot be read ({type(error).__name__})") from error
     return shape, dtype, start.tell()
 
 
-def _fits(path: Path, takes: int) -> None:
-    if takes > memory():
+def _check_memory(path: Path, needed: int) -> None:
+    if needed > memory():
         raise ConfigError(
-            f"data.path: {printable(path)} takes {gigabytes(takes)} of memory, "
-            f"this machine has {gigabytes(memory())}; the x of a folder of .npy files are not read as a whole"
+            f"data.path: {printable(path)} needs {gigabytes(needed)} of memory, but this machine has "
+            f"{gigabytes(memory())}; save the arrays as a folder of .npy files, whose x are not read as a whole"
         )
 
 
-def _classes(*labels: Tensor) -> int:
+def _count_classes(*labels: Tensor) -> int:
     classes = 1 + max(int(y.numpy().max(initial=0)) for y in labels)
     examples = sum(y.numel() for y in labels)
-    if classes > max(examples, MOST_CLASSES):
-        raise ConfigError(f"{examples} labels go up to {classes - 1}; set data.classes if so many are meant")
+    if classes > max(examples, MAX_GUESSED_CLASSES):
+        raise ConfigError(f"the highest of {examples} labels is {classes - 1}; if that is right, set data.classes")
     return classes
 
 
 def _examples(name: str, array: Array, channels: Channels, mapped: bool) -> Tensor:
-    """`array` in NCHW; a view of it if `mapped`."""
+    """`array` as a tensor, images as (n, C, height, width); a view of it if `mapped`."""
     if not array.size:
-        raise ConfigError(f"{name} is {array.dtype} {array.shape}: it holds no example")
+        raise ConfigError(f"{name} is {array.dtype} {array.shape}; it should hold at least one example")
     if array.dtype not in (np.uint8, np.float32):
         if mapped or array.dtype.kind != "f":
             raise ConfigError(f"{name} is {array.dtype}; allowed: uint8 or float32")
         array = array.astype(np.float32)
     if mapped and not array.flags.aligned:
-        raise ConfigError(f"{name} starts where no {array.dtype} can; np.save writes it so that it can be mapped")
-    # The one way to share a read-only array without a warning: batches are copies, nobody writes to x.
+        raise ConfigError(f"{name} is not aligned for {array.dtype} in its file; np.save writes aligned files")
+    # torch.from_numpy would warn that the array is read-only; nothing writes to x, since batches are copies.
     x = from_dlpack(array) if mapped else torch.from_numpy(array)
     if x.ndim == 3 and x.dtype == torch.uint8:
         x = x.unsqueeze(1)
@@ -197,7 +204,7 @@ def _examples(name: str, array: Array, channels: Channels, mapped: bool) -> Tens
     return x if mapped else x.contiguous()
 
 
-def _numbers(name: str, array: Array) -> Tensor:
+def _integers(name: str, array: Array) -> Tensor:
     if array.dtype.kind not in "iu":
         raise ConfigError(f"{name} is {array.dtype}; allowed: whole numbers")
     return torch.from_numpy(array.astype(np.int64))

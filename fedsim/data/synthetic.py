@@ -1,12 +1,12 @@
-"""Made-up data: quick images to try things on, and the federations of the FedProx paper."""
+"""Synthetic data: images for quick trials, and the federations of the FedProx paper."""
 
 import numpy as np
 import torch
 
-from fedsim.data.dataset import Dataset, Floats, hold_back
+from fedsim.data.dataset import Dataset, Floats, holdout_mask
 from fedsim.types import Count, NonNegative, Seed, Stream, random
 
-BLOCK = 2**22  # pixels made at a time: what the noise costs in memory, whatever the number of examples
+PIXELS_PER_BLOCK = 2**22  # pixels drawn at once, so that the memory for noise does not grow with the data
 FEATURES, CLASSES = 60, 10
 
 
@@ -19,16 +19,16 @@ def synthetic(
     noise: NonNegative = 0.2,
     seed: Seed = 0,
 ) -> Dataset:
-    """One random picture a class plus noise: any number of examples, of any shape, in a moment.
+    """Images of one random picture for each class plus noise: any number, of any shape, made quickly.
 
-    `shape` is (C, height, width); pixels of the pictures are uniform, `noise` is the standard deviation added
-    to them, on the 0..1 scale. Classes are equally frequent, and take turns.
+    `shape` is (C, height, width). The pixels of the pictures are uniform in 0..1, and `noise` is the standard
+    deviation of the Gaussian noise added to them. The label of example i is i modulo `classes`.
     """
     rng = random(seed, Stream.DATASET)
     pictures = rng.random((classes, *shape), dtype=np.float32)
     y = np.arange(examples + test_examples) % classes
     x = np.empty((len(y), *shape), dtype=np.uint8)
-    step = max(1, BLOCK // pictures[0].size)
+    step = max(1, PIXELS_PER_BLOCK // pictures[0].size)
     for start in range(0, len(y), step):
         block = slice(start, start + step)
         pixels = rng.standard_normal(x[block].shape, dtype=np.float32)
@@ -54,13 +54,13 @@ def synthetic_alpha_beta(
     devices: Count = 30,
     seed: Seed = 0,
 ) -> Dataset:
-    """Synthetic(alpha, beta): 60 features, 10 classes, natural clients that differ (arXiv 1812.06127).
+    """Synthetic(alpha, beta): 60 features, 10 classes, heterogeneous natural clients (arXiv 1812.06127).
 
     Li et al. 2020, section 5.1, after Shamir et al. 2014. Device k: y = argmax(W_k x + b_k), entries of W_k
     and b_k ~ N(u_k, 1), u_k ~ N(0, alpha); x ~ N(v_k, Sigma), Sigma_jj = j^-1.2, entries of v_k ~ N(B_k, 1),
-    B_k ~ N(0, beta). As in the authors' code alpha and beta are standard deviations, a device has
-    50 + lognormal(4, 2) examples, and a tenth of them are for testing. `partition: {name: natural}` keeps the
-    devices.
+    B_k ~ N(0, beta). As in the authors' code, alpha and beta are standard deviations, a device has
+    50 + lognormal(4, 2) examples, and a tenth of them are for testing. With `partition: {name: natural}` each
+    device is a client.
     """
     rng = random(seed, Stream.DATASET)
     u, big_b = rng.normal(0, alpha, devices), rng.normal(0, beta, devices)
@@ -71,7 +71,7 @@ def synthetic_alpha_beta(
 
 
 def synthetic_iid(*, devices: Count = 30, seed: Seed = 0) -> Dataset:
-    """Synthetic-IID: as synthetic_alpha_beta, with one model and one distribution of x for all devices.
+    """Synthetic-IID: like synthetic_alpha_beta, but all devices have one model and one distribution of x.
 
     Li et al. 2020, section 5.1: entries of W and b ~ N(0, 1), x ~ N(0, Sigma).
     """
@@ -85,10 +85,10 @@ def _devices(v: Floats, weights: Floats, biases: Floats, rng: np.random.Generato
     """Draws the examples of each device. Shapes: v (N, 60), weights (N, 10, 60), biases (N, 10)."""
     sizes = 50 + rng.lognormal(4, 2, len(v)).astype(np.int64)
     owner = np.repeat(np.arange(len(v)), sizes)
-    x = rng.normal(v[owner], np.arange(1, FEATURES + 1) ** -0.6)  # the root of Sigma_jj
+    x = rng.normal(v[owner], np.arange(1, FEATURES + 1) ** -0.6)  # the square root of Sigma_jj
     parts = np.split(x, np.cumsum(sizes)[:-1])
     y = np.concatenate([(part @ w.T + b).argmax(1) for part, w, b in zip(parts, weights, biases, strict=True)])
-    test = hold_back(owner, 0.1, rng)
+    test = holdout_mask(owner, 0.1, rng)
     x_train, y_train, owner_train = (torch.from_numpy(a[~test]) for a in (x, y, owner))
     return Dataset(
         x_train.float(),

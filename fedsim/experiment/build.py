@@ -8,7 +8,7 @@ from torch import nn
 
 from fedsim.base.catalogue import Spec
 from fedsim.data import AUGMENTATIONS, DATASETS, PARTITIONS, Dataset, FederatedData
-from fedsim.data.federated import set_apart, without
+from fedsim.data.federated import public_mask, without_rows
 from fedsim.data.noise import LabelNoise
 from fedsim.errors import ConfigError
 from fedsim.experiment.config import Config, Federation, recipe_options
@@ -23,7 +23,7 @@ from fedsim.federated.simulation import Failures, Simulation
 from fedsim.federated.store import ClientStore
 from fedsim.federated.strategy import Strategy
 from fedsim.models import options as models
-from fedsim.models.weights import fill
+from fedsim.models.weights import load_weights
 from fedsim.runtimes import RUNTIMES
 from fedsim.strategies import CATALOGUE as STRATEGIES
 from fedsim.training.losses import LOSSES
@@ -47,8 +47,9 @@ def build_data(config: Config, dataset: Dataset | None = None) -> FederatedData:
     stream = random(seed, Stream.PARTITION)
     if shared["public"] == "all":
         raise ConfigError("data.public: all leaves nothing to clients that are simulated; a share of them does")
-    public = set_apart(dataset, shared["public"], seed)
-    owners = PARTITIONS.make(shared["partition"], np.ndarray, without(dataset, public), shared["clients"], stream)
+    public = public_mask(dataset, shared["public"], seed)
+    rest = without_rows(dataset, public)
+    owners = PARTITIONS.make(shared["partition"], np.ndarray, rest, shared["clients"], stream)
     data = FederatedData(
         dataset,
         owners,
@@ -67,7 +68,7 @@ def build_server_data(config: Config) -> FederatedData:
     shared, dataset = {key: config.data[key] for key in ("clients", "crop", "public")}, build_dataset(config)
     dataset.check_parts("test")
     seed = config.seed if config.data["partition_seed"] is None else config.data["partition_seed"]
-    public = set_apart(dataset, shared.pop("public"), seed)
+    public = public_mask(dataset, shared.pop("public"), seed)
     return FederatedData(dataset, None, public=public, seed=seed, **shared)
 
 
@@ -148,8 +149,8 @@ def _teacher(
     spec, at = distillation.model, "local.distillation.model"
     if spec is None:
         whole, at = models.resolve(model), "model"
-        spec = {key: value for key, value in whole.items() if key not in models.training(whole)}
+        spec = {key: value for key, value in whole.items() if key not in models.training_options(whole)}
     network = models.make(spec, shape, classes, at)
     if not sent:
-        fill(network, distillation.teacher, "local.distillation.teacher")
+        load_weights(network, distillation.teacher, "local.distillation.teacher")
     return network.eval().requires_grad_(False)

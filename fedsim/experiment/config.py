@@ -167,7 +167,7 @@ def _resolve_local(config: Config) -> Spec:
 def _resolve_teacher(model: Spec | str) -> Spec:
     at = "local.distillation.model"
     spec = models.resolve(model, at)
-    if idle := models.training(spec):
+    if idle := models.training_options(spec):
         raise ConfigError(f"{at}.{next(iter(idle))}: is nothing to a teacher, which is all in its file")
     return spec
 

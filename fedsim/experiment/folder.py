@@ -142,7 +142,7 @@ def describe(data: FederatedData) -> dict[str, Any]:
         "classes": data.num_classes,
         "example": data.form,
     }
-    if data.elsewhere:
+    if data.clients_are_remote:
         return shared | {"examples": None}
     sizes, labels = data.sizes, data.labels.cpu().numpy()
     few = data.num_clients <= LISTED

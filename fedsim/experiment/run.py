@@ -302,7 +302,7 @@ def _other_runtime(checkpoint: Checkpoint, simulation: Simulation, now: Spec) ->
             if runtime.restore_choice(checkpoint.runtime, simulation.work):
                 return []
         except ConfigError as error:
-            if simulation.data.elsewhere:
+            if simulation.data.clients_are_remote:
                 raise
             return [f"changed: {error}; it was {shown(before)}, and is chosen anew; {agree}"]
     same = before == now or (is_exact(before) and is_exact(now))

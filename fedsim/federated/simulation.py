@@ -123,7 +123,7 @@ class Simulation:
         recipe.check(data.num_classes)
         strategy.check(recipe, task.layout)
         if availability:
-            if data.elsewhere:
+            if data.clients_are_remote:
                 raise ConfigError("availability: is simulated, and real machines have their own; leave it out")
             availability.check(data.num_clients)
         check_recalibration(recalibrate, strategy.buffers, task, data)

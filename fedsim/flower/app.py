@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from fedsim.base.files import create
-from fedsim.base.reading import MOST_BYTES, parse
+from fedsim.base.reading import MAX_YAML_BYTES, parse
 from fedsim.errors import ConfigError, printable
 from fedsim.experiment.config import Config, load, overridden, parse_overrides
 from fedsim.runtimes import RUNTIMES
@@ -76,8 +76,8 @@ def checked(values: Mapping[str, Any]) -> Config:
 def values_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """The `experiment` of an app's config, with its `settings` in the place of some; raises ConfigError."""
     text = str(config.get("experiment", ""))
-    if len(text) > MOST_BYTES:
-        raise ConfigError(f"experiment: is longer than a config may be, {MOST_BYTES} characters")
+    if len(text) > MAX_YAML_BYTES:
+        raise ConfigError(f"experiment: is longer than a config may be, {MAX_YAML_BYTES} characters")
     values = parse(text, "experiment")
     if not isinstance(values, dict):
         raise ConfigError("experiment: should hold a mapping of settings, as `fedsim app` writes it")

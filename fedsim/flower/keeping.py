@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from fedsim.base.files import DRAFT, untied_copies, write
-from fedsim.base.reading import MOST_BYTES, open_regular
+from fedsim.base.reading import MAX_YAML_BYTES, open_regular
 from fedsim.errors import ConfigError, one_line
 from fedsim.types import State, described, form_of
 
@@ -83,7 +83,7 @@ class Keeping:
         home = self._home(run)
         try:
             with open_regular(home / PLAN) as file:
-                plan = file.read(4 * MOST_BYTES).decode()
+                plan = file.read(4 * MAX_YAML_BYTES).decode()
             return plan, _read(home / INITIAL)[0]
         except (OSError, ValueError):
             return None

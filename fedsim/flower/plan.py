@@ -19,7 +19,7 @@ from pydantic_core import from_json
 from torch import Tensor
 
 from fedsim.base.catalogue import Catalogue, Options, Spec, unknown, validated
-from fedsim.base.reading import MOST_BYTES
+from fedsim.base.reading import MAX_YAML_BYTES
 from fedsim.data import AUGMENTATIONS, FederatedData
 from fedsim.errors import ConfigError, located, one_line
 from fedsim.experiment.build import build_recipe, build_task
@@ -68,8 +68,8 @@ class Plan(Options):
     @classmethod
     def read(cls, text: str) -> Self:
         """The plan of a text from elsewhere; raises ConfigError."""
-        if len(text) > MOST_BYTES:
-            raise ConfigError(f"plan: is longer than a plan may be, {MOST_BYTES} characters")
+        if len(text) > MAX_YAML_BYTES:
+            raise ConfigError(f"plan: is longer than a plan may be, {MAX_YAML_BYTES} characters")
         try:
             values = from_json(text, allow_inf_nan=False)
         except ValueError as error:

@@ -2,10 +2,10 @@
 
 A factory takes the shape of one example and the number of classes, and its options as keyword-only
 parameters: `factory(shape, classes, /, *, option=...) -> nn.Module`, from (B, *shape) to (B, classes) logits.
-Its layers have names: strategies and configs address them by the names of their parameters. What holds for all
-networks (norm, dropout, initialisation, weights from a file, freezing) is done to the finished network, in
-options.py; for it, a residual branch ends in torchvision.ops.StochasticDepth, registered after the branch's last
-norm and before the shortcut, and there is none elsewhere.
+Its layers have names, because strategies and configs refer to layers by the names of their parameters. The
+options that all networks share (norm, dropout, initialisation, weights from a file, freezing) are applied to the
+finished network, in options.py. They find residual branches by torchvision.ops.StochasticDepth: each residual
+branch ends in one, registered after the branch's last norm and before the shortcut; it is used nowhere else.
 """
 
 from collections.abc import Callable
@@ -39,12 +39,12 @@ MODELS = Catalogue(
 )
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])
-Stem = Literal["auto", "imagenet", "small"]  # how soon a network halves its images
-SMALL = 64  # pixels a side up to which `auto` is the small stem
+Stem = Literal["auto", "imagenet", "small"]  # the first layers: for large images, or for small ones
+MAX_SMALL_STEM_PIXELS = 64  # pixels a side up to which `auto` means `small`
 
 
 class Reference(NamedTuple):
-    """What a network is measured on in its paper, and how many parameters it has there."""
+    """The example shape and number of classes in a network's paper, and its number of parameters for these."""
 
     shape: tuple[int, ...]
     classes: int
@@ -52,7 +52,7 @@ class Reference(NamedTuple):
 
 
 def reference(shape: tuple[int, ...], classes: int, parameters: int) -> Callable[[Factory], Factory]:
-    """Marks a factory with its `reference`: `fedsim list` shows it, tests hold the network to it."""
+    """Gives a factory its `reference`, which `fedsim list` shows and which the tests check."""
 
     def mark(factory: Factory) -> Factory:
         factory.reference = Reference(shape, classes, parameters)  # type: ignore[attr-defined]
@@ -61,17 +61,22 @@ def reference(shape: tuple[int, ...], classes: int, parameters: int) -> Callable
     return mark
 
 
-def image(shape: tuple[int, ...], name: str, smallest: int) -> tuple[int, int, int]:
+def image_shape(shape: tuple[int, ...], name: str, smallest: int) -> tuple[int, int, int]:
     """`shape` as (channels, height, width).
 
-    Raises ConfigError unless it is that of an image of at least `smallest` pixels a side.
+    Raises ConfigError unless it is the shape of an image with at least `smallest` pixels a side.
     """
     if len(shape) != 3 or min(shape[1:]) < smallest:
-        fits = f"(channels, height, width) with at least {smallest} pixel{'s' * (smallest > 1)} a side"
-        raise ConfigError(f"model: {name} takes images, {fits}; these examples are {shape}")
+        images = f"images (channels, height, width) with at least {smallest} pixel{'s' * (smallest > 1)} a side"
+        raise ConfigError(f"model: {name} takes {images}, but the examples have shape {shape}")
     return shape
 
 
+def round_channels(channels: float, multiple: int = 8) -> int:
+    """The multiple of `multiple` nearest to `channels`, but not 0."""
+    return max(multiple, round(channels / multiple) * multiple)
+
+
 def is_small(shape: tuple[int, int, int], stem: Stem) -> bool:
-    """Whether a network starts as those for small images do: a 3x3 of stride 1 and no pool."""
-    return stem == "small" or (stem == "auto" and min(shape[1:]) <= SMALL)
+    """Whether a network has the stem for small images: a 3x3 convolution of stride 1 and no pooling."""
+    return stem == "small" or (stem == "auto" and min(shape[1:]) <= MAX_SMALL_STEM_PIXELS)

@@ -1,16 +1,16 @@
-"""A small network with batch normalisation, for the question where its statistics should live.
+"""A small network with batch normalisation, to study whether its statistics should be shared or local.
 
 After Li et al., FedBN: Federated Learning on Non-IID Features via Local Batch Normalization, ICLR 2021,
-https://arxiv.org/abs/2102.07623, whose digits network puts batch normalisation after each convolution.
+https://arxiv.org/abs/2102.07623, whose digits network has batch normalisation after each convolution.
 
-Differs: two 3x3 convolutions for three 5x5, and no hidden layers, so that it is small enough for tests.
+Differs: two 3x3 convolutions instead of three 5x5, and no hidden layers, so that it is small enough for tests.
 """
 
 from collections import OrderedDict
 
 from torch import nn
 
-from fedsim.models import image, reference
+from fedsim.models import image_shape, reference
 from fedsim.types import Count
 
 
@@ -21,7 +21,7 @@ def cnn_bn(shape: tuple[int, ...], classes: int, /, *, widths: tuple[Count, Coun
     `widths` are the channels of the convolutions. 20,586 parameters at 1 x 28 x 28 and 10 classes.
     Raises ConfigError for anything but images of 4 pixels a side or more.
     """
-    channels, height, width = image(shape, "cnn_bn", smallest=4)
+    channels, height, width = image_shape(shape, "cnn_bn", smallest=4)
     first, second = widths
     return nn.Sequential(
         OrderedDict(

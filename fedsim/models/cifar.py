@@ -1,17 +1,17 @@
-"""Three CIFAR-10 networks that federated work is measured on.
+"""Three CIFAR-10 networks that papers and benchmarks of federated learning use.
 
 cifar_cnn: the network of TensorFlow's CIFAR-10 tutorial (2016), which McMahan et al. used in Table 3 of
 Communication-Efficient Learning of Deep Networks from Decentralized Data, AISTATS 2017,
 https://arxiv.org/abs/1602.05629, on crops of 24 pixels: "about 10^6 parameters".
-Differs: no local response normalisation (it has no parameters, and the paper does not name it); weights start
-as PyTorch has them.
+Differs: no local response normalisation (it has no parameters, and the paper does not mention it); PyTorch's
+default initialisation.
 
 pfl_cnn: the CIFAR-10 network of Granqvist et al., pfl-research: Simulation Framework for Accelerating
 Research in Private Federated Learning, NeurIPS 2024, https://arxiv.org/abs/2404.06430.
 Differs: the two dropout rates are options.
 
 lenet: the network of PyTorch's CIFAR-10 tutorial, https://pytorch.org/tutorials/beginner/blitz/cifar10_tutorial.html,
-after LeCun et al. 1998; NIID-Bench (https://arxiv.org/abs/2102.02079) and BlazeFL's benchmark have it.
+after LeCun et al. 1998; NIID-Bench (https://arxiv.org/abs/2102.02079) and BlazeFL's benchmark use it.
 """
 
 from collections import OrderedDict
@@ -21,7 +21,7 @@ from annotated_types import Ge
 from torch import nn
 from torchvision.transforms import CenterCrop
 
-from fedsim.models import image, reference
+from fedsim.models import image_shape, reference
 from fedsim.types import Decay
 
 
@@ -29,17 +29,17 @@ from fedsim.types import Decay
 def cifar_cnn(shape: tuple[int, ...], classes: int, /, *, crop: Annotated[int, Ge(4)] = 24) -> nn.Module:
     """TensorFlow's CIFAR-10 tutorial network, on the central 24 pixels (McMahan 2017).
 
-    1,068,298 parameters with 10 classes; larger images are cropped to the middle `crop` pixels a side, as the
+    1,068,298 parameters with 10 classes. Larger images are cropped to `crop` pixels a side at the centre, as the
     paper does for evaluation. Raises ConfigError for anything but images of 4 pixels a side or more.
     """
-    channels, height, width = image(shape, "cifar_cnn", smallest=4)
+    channels, height, width = image_shape(shape, "cifar_cnn", smallest=4)
     height, width = min(height, crop), min(width, crop)
     return nn.Sequential(
         OrderedDict(
             crop=CenterCrop((height, width)),
             conv1=nn.Conv2d(channels, 64, 5, padding=2),
             relu1=nn.ReLU(),
-            pool1=nn.MaxPool2d(3, stride=2, ceil_mode=True),  # the tutorial's windows overlap
+            pool1=nn.MaxPool2d(3, stride=2, ceil_mode=True),  # overlapping windows, as in the tutorial
             conv2=nn.Conv2d(64, 64, 5, padding=2),
             relu2=nn.ReLU(),
             pool2=nn.MaxPool2d(3, stride=2, ceil_mode=True),
@@ -63,7 +63,7 @@ def pfl_cnn(
     1,626,442 parameters at 3 x 32 x 32 and 10 classes.
     Raises ConfigError for anything but images of 6 pixels a side or more.
     """
-    channels, height, width = image(shape, "pfl_cnn", smallest=6)
+    channels, height, width = image_shape(shape, "pfl_cnn", smallest=6)
     network = nn.Sequential(
         OrderedDict(
             conv1=nn.Conv2d(channels, 32, 3),
@@ -81,7 +81,7 @@ def pfl_cnn(
     )
     for layer in network:
         if isinstance(layer, nn.Conv2d | nn.Linear):
-            nn.init.xavier_uniform_(layer.weight)  # as pfl has it
+            nn.init.xavier_uniform_(layer.weight)  # as in pfl-research
     return network
 
 
@@ -92,13 +92,13 @@ def lenet(shape: tuple[int, ...], classes: int, /) -> nn.Module:
     62,006 parameters at 3 x 32 x 32 and 10 classes. Raises ConfigError for anything but images of 16 pixels a side
     or more.
     """
-    channels, height, width = image(shape, "lenet", smallest=16)
+    channels, height, width = image_shape(shape, "lenet", smallest=16)
     height, width = (((side - 4) // 2 - 4) // 2 for side in (height, width))
     return nn.Sequential(
         OrderedDict(
             conv1=nn.Conv2d(channels, 6, 5),
             pool1=nn.MaxPool2d(2),
-            relu1=nn.ReLU(),  # after the pool: the same numbers, a quarter of the work
+            relu1=nn.ReLU(),  # after the pool, which gives the same result for a quarter of the work
             conv2=nn.Conv2d(6, 16, 5),
             pool2=nn.MaxPool2d(2),
             relu2=nn.ReLU(),

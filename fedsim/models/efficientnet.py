@@ -1,15 +1,16 @@
-"""EfficientNets: one small network, and a rule that makes it wider, deeper and sharper at once.
+"""EfficientNets: a small network, and a rule that scales its width, depth and resolution together.
 
 Tan & Le, EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks, ICML 2019,
 https://arxiv.org/abs/1905.11946. B8: Xie et al., Adversarial Examples Improve Image Recognition, CVPR 2020,
 https://arxiv.org/abs/1911.09665.
 
-The blocks are torchvision's, whose weights fit. B0 to B3 are `compound(phi)` at phi 0, 0.5, 1 and 2, but for up
-to four pixels. From B4 on no single phi gives what was published, where depth grows more slowly: B7's width 2.0 is
-1.1^7.3, its depth 3.1 is 1.2^6.2, and its 600 pixels are 224 x 1.15^7.0; B8's exponents are 8.3, 7.0 and 7.9.
+The blocks are torchvision's, so that its weights fit. B0 to B3 are `compound(phi)` with phi 0, 0.5, 1 and 2, up to
+four pixels of resolution. From B4 on no single phi gives the published networks, whose depth grows more slowly:
+B7's width 2.0 is 1.1^7.3, its depth 3.1 is 1.2^6.2, and its 600 pixels are 224 x 1.15^7.0; B8's exponents are 8.3,
+7.0 and 7.9.
 
-Differs: on small images the first convolution and the first stage that halves have stride 1, so that 32 pixels
-end as 4 x 4. Images are taken in the size they have: the resolution is where a network was meant to be used.
+Differs: for small images, the first convolution and the first stage of stride 2 have stride 1, so that 32 pixels
+end as 4 x 4. Images are not resized to the resolution for which a network was published.
 """
 
 from functools import partial
@@ -19,10 +20,10 @@ from annotated_types import Ge, Le
 from torch import nn
 from torchvision.models.efficientnet import EfficientNet, MBConv, MBConvConfig
 
-from fedsim.models import Stem, image, is_small, reference
-from fedsim.models.mobilenet import late, read
+from fedsim.models import Stem, image_shape, is_small, reference
+from fedsim.models.mobilenet import remove_first_stride, replace_first_convolution
 
-ALPHA, BETA, GAMMA = 1.2, 1.1, 1.15  # of depth, width, resolution: ALPHA * BETA^2 * GAMMA^2 is about 2
+ALPHA, BETA, GAMMA = 1.2, 1.1, 1.15  # for depth, width, resolution: ALPHA * BETA^2 * GAMMA^2 is about 2
 STAGES = [  # Table 1 of B0: expansion, kernel, stride, input and output channels, layers
     (1, 3, 1, 32, 16, 1),
     (6, 3, 2, 16, 24, 2),
@@ -35,29 +36,30 @@ STAGES = [  # Table 1 of B0: expansion, kernel, stride, input and output channel
 
 
 class Scale(NamedTuple):
-    """What becomes of B0."""
+    """How a network is scaled from B0."""
 
-    width: float  # multiplies channels, which are then rounded to a multiple of 8, by no more than 10 % down
-    depth: float  # multiplies the layers of a stage, which are then rounded up
-    resolution: int  # pixels a side
+    width: float  # the factor of channels, which are rounded to a multiple of 8, and at most 10 % down
+    depth: float  # the factor of layers in a stage, which are rounded up
+    resolution: int  # pixels a side for which it was published
     dropout: float
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of the images it is meant for."""
+        """(channels, height, width) of the images for which it was published."""
         return 3, self.resolution, self.resolution
 
 
 def compound(phi: float) -> Scale:
-    """B0 with about 2^phi times its work: equation 3, its multipliers to one decimal, as the published ones.
+    """B0 scaled to about 2^phi times its work, by equation 3; factors have one decimal, as the published ones.
 
-    Dropout rises to 0.5, too (section 5.2): by 0.06 for each phi, which gives B0 to B3 their published rates.
+    Dropout also grows, from 0.2 up to 0.5 (section 5.2): by 0.06 for each phi, which gives the published rates of
+    B0 to B3.
     """
     dropout = min(0.5, 0.2 + 0.06 * phi)
     return Scale(round(BETA**phi, 1), round(ALPHA**phi, 1), round(224 * GAMMA**phi), round(dropout, 1))
 
 
-B = (  # as published
+B = (  # B0 to B8, as published
     Scale(1.0, 1.0, 224, 0.2),
     Scale(1.0, 1.1, 240, 0.2),
     Scale(1.1, 1.2, 260, 0.3),
@@ -71,16 +73,16 @@ B = (  # as published
 
 
 def scaled(name: str, shape: tuple[int, ...], classes: int, scale: Scale, stem: Stem) -> nn.Module:
-    """B0 made wider and deeper. Raises ConfigError for anything but images."""
-    small = is_small(image(shape, name, smallest=1), stem)
+    """B0 with the width and depth of `scale`. Raises ConfigError for anything but images."""
+    small = is_small(image_shape(shape, name, smallest=1), stem)
     factors = {"width_mult": scale.width, "depth_mult": scale.depth}
     stages = [MBConvConfig(*stage, **factors, block=_mbconv) for stage in STAGES]
     if small:
-        late(stages)
-    # torchvision's weights from B5 on are those of the authors, with their eps; the others were trained anew.
+        remove_first_stride(stages)
+    # From B5 on, torchvision's weights are those of the authors, who used this eps; it trained the others itself.
     norm = partial(nn.BatchNorm2d, eps=0.001, momentum=0.01) if scale.width >= B[5].width else nn.BatchNorm2d
     network = EfficientNet(stages, scale.dropout, num_classes=classes, norm_layer=norm)
-    read(network, shape[0], small)
+    replace_first_convolution(network, shape[0], small)
     return network  # type: ignore[no-any-return]
 
 

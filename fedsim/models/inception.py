@@ -1,11 +1,11 @@
-"""Inception V3: blocks whose three or four branches see the same image at different scales.
+"""Inception V3: blocks of three or four parallel branches with different kernel sizes.
 
 Szegedy et al., Rethinking the Inception Architecture for Computer Vision, CVPR 2016,
-https://arxiv.org/abs/1512.00567, Table 1. The network is torchvision's, whose weights fit if `aux` is true.
+https://arxiv.org/abs/1512.00567, Table 1. The network is torchvision's, so that its weights fit if `aux` is true.
 
-Differs: on small images the first convolution has stride 1 and the two pools of the stem are left out, so that 32
-pixels reach the first block as 26 x 26 and end as 5 x 5. torchvision's `pretrained` weights are for pixels from -1
-to 1: on loading, the first layer takes in what makes those of images normalised with ImageNet's constants.
+Differs: for small images, the first convolution has stride 1 and the stem has no pools, so that 32 pixels reach
+the first block as 26 x 26 and end as 5 x 5. torchvision's `pretrained` weights expect pixels from -1 to 1; when
+they are loaded, the first layer is changed for images with ImageNet's normalisation.
 """
 
 import os
@@ -22,11 +22,13 @@ from torch.utils._python_dispatch import any_torch_dispatch_mode_on_stack
 from torchvision.models import inception
 
 from fedsim.errors import ConfigError
-from fedsim.models import Stem, image, is_small, reference
+from fedsim.models import Stem, image_shape, is_small, reference
 
 Branch = Callable[[Tensor], Tensor]
-SMALLEST = {True: 13, False: 75}  # pixels a side by small stem: so that the last block sees one
-SMALLEST_AUX = {True: 41, False: 299}  # so that the auxiliary head, whose pool and convolution are 5 wide, sees 17
+# The smallest images in pixels a side, by whether the stem is the one for small images: they leave one pixel for
+# the last block, and with an auxiliary head, whose pool and convolution are 5 wide, 17 pixels for that head.
+SMALLEST = {True: 13, False: 75}
+SMALLEST_AUX = {True: 41, False: 299}
 
 
 @reference((3, 299, 299), 1000, 23_834_568)
@@ -41,29 +43,30 @@ def inception_v3(
 ) -> nn.Module:
     """Inception V3 (Szegedy 2016): eleven blocks of parallel branches.
 
-    With `aux` there is a second classifier behind the eighth block, 27,161,264 parameters in all, and in training
-    the network gives a pair, (logits, auxiliary logits), each (B, classes). The engine adds 0.4 times the loss of
-    the second.
+    With `aux` there is a second classifier after the eighth block, and 27,161,264 parameters in all. In training
+    the network then returns a pair (logits, auxiliary logits), each (B, classes), and the engine adds 0.4 times
+    the loss of the second.
 
-    With `parallel` the branches of a block run at the same time, with the same bits: on CUDA in streams, on a CPU
-    in threads, forth and back. The threads took 8 % more CPU time at 96 pixels and 4 % at 128 (batches of 8, two
-    cores that other work kept busy, one intra-op thread, 69 steps of each in turn), and as much more time: they
-    are for cores that no other client uses. The branches take turns under activation checkpointing, and where the
-    network is traced, exported, or counted.
+    With `parallel` the branches of a block run at the same time and give the same bits: on CUDA in streams, on a
+    CPU in threads, in the forward and the backward pass. With two busy cores the threads took 8 % more time at 96
+    pixels and 4 % more at 128 (batches of 8, one intra-op thread, 69 steps of each in turn), so they help only
+    where cores are idle. The branches run one after the other under activation checkpointing, and when the network
+    is traced, exported, or its operations are counted.
 
-    Raises ConfigError for anything but images of 75 pixels a side (small stem: 13), and for `aux` of 299 (41).
+    Raises ConfigError for anything but images of at least 75 pixels a side (with the small stem 13), or with `aux`
+    299 (41).
     """
-    small = is_small(image(shape, "inception_v3", smallest=1), stem)
-    channels, *sides = image(shape, "inception_v3", SMALLEST[small])
+    small = is_small(image_shape(shape, "inception_v3", smallest=1), stem)
+    channels, *sides = image_shape(shape, "inception_v3", SMALLEST[small])
     if aux and min(sides) < SMALLEST_AUX[small]:
         raise ConfigError(
             f"model.aux: the auxiliary head needs images of at least {SMALLEST_AUX[False]} pixels a side, or with "
-            f"`stem: small` {SMALLEST_AUX[True]}; these examples are {shape}"
+            f"`stem: small` {SMALLEST_AUX[True]}; the examples have shape {shape}"
         )
     blocks = [inception.BasicConv2d, *(PARALLEL if parallel else SEQUENTIAL), inception.InceptionAux]
     network = inception.Inception3(classes, aux, inception_blocks=blocks, init_weights=True)
     first = nn.Conv2d(channels, 32, 3, stride=1 if small else 2, bias=False)
-    nn.init.trunc_normal_(first.weight, std=0.1)  # as torchvision has it
+    nn.init.trunc_normal_(first.weight, std=0.1)  # as in torchvision
     network.Conv2d_1a_3x3.conv = first
     if small:
         network.maxpool1 = network.maxpool2 = nn.Identity()
@@ -71,7 +74,7 @@ def inception_v3(
 
 
 class ParallelA(inception.InceptionA):  # type: ignore[misc]
-    """At 35 x 35 pixels, of an image of 299."""
+    """The blocks at 35 x 35 pixels, for an image of 299."""
 
     def _forward(self, x: Tensor) -> list[Tensor]:
         return concurrently(
@@ -85,7 +88,7 @@ class ParallelA(inception.InceptionA):  # type: ignore[misc]
 
 
 class ParallelB(inception.InceptionB):  # type: ignore[misc]
-    """From there to 17 x 17 (Figure 10)."""
+    """The block that reduces 35 x 35 to 17 x 17 pixels (Figure 10)."""
 
     def _forward(self, x: Tensor) -> list[Tensor]:
         return concurrently(
@@ -98,7 +101,7 @@ class ParallelB(inception.InceptionB):  # type: ignore[misc]
 
 
 class ParallelC(inception.InceptionC):  # type: ignore[misc]
-    """At 17 x 17: Figure 6, with n = 7."""
+    """The blocks at 17 x 17 pixels (Figure 6, with n = 7)."""
 
     def _forward(self, x: Tensor) -> list[Tensor]:
         double = (self.branch7x7dbl_2, self.branch7x7dbl_3, self.branch7x7dbl_4, self.branch7x7dbl_5)
@@ -113,7 +116,7 @@ class ParallelC(inception.InceptionC):  # type: ignore[misc]
 
 
 class ParallelD(inception.InceptionD):  # type: ignore[misc]
-    """From there to 8 x 8."""
+    """The block that reduces 17 x 17 to 8 x 8 pixels."""
 
     def _forward(self, x: Tensor) -> list[Tensor]:
         return concurrently(
@@ -126,7 +129,7 @@ class ParallelD(inception.InceptionD):  # type: ignore[misc]
 
 
 class ParallelE(inception.InceptionE):  # type: ignore[misc]
-    """At 8 x 8: Figure 7, where two branches fork."""
+    """The blocks at 8 x 8 pixels, in which two branches fork (Figure 7)."""
 
     def _forward(self, x: Tensor) -> list[Tensor]:
         return concurrently(
@@ -153,31 +156,31 @@ halve = partial(F.max_pool2d, kernel_size=3, stride=2)
 
 
 def chain(*layers: Branch) -> Branch:
-    """One after the other."""
+    """The layers one after the other."""
     return lambda x: reduce(lambda y, layer: layer(y), layers, x)
 
 
 def fork(*layers: Branch) -> Branch:
-    """Each of the same input, their channels side by side."""
+    """The layers on the same input, with their outputs concatenated by channel."""
     return lambda x: torch.cat([layer(x) for layer in layers], 1)
 
 
 def concurrently(block: nn.Module, x: Tensor, *branches: Branch) -> list[Tensor]:
-    """What each branch of a block gives for `x`, computed at the same time; the bits are those of one by one."""
-    if _followed(x) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+    """The outputs of the branches of a block for `x`, computed at the same time, with the same bits as in turn."""
+    if _is_observed(x) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return [branch(x) for branch in branches]
     if x.is_cuda:
-        return _in_streams(branches, x)  # and autograd goes back in the same streams
+        return _in_streams(branches, x)  # autograd runs the backward pass in the same streams
     parameters = [p for p in block.parameters() if p.requires_grad]
     if torch.is_grad_enabled() and (parameters or x.requires_grad):
-        return list(Branches.apply(branches, x, *parameters))
+        return list(ParallelBranches.apply(branches, x, *parameters))
     return _in_threads(lambda branch: branch(x), branches)
 
 
-def _followed(x: Tensor) -> bool:
-    """Whether something sees operations, or what autograd keeps of them: it would see this thread's only."""
+def _is_observed(x: Tensor) -> bool:
+    """Whether something observes operations or saved tensors, and would miss those of other threads."""
     return (
-        type(x) is not Tensor  # a stand-in for one: torch.fx, torch.export
+        type(x) is not Tensor  # a proxy of torch.fx or torch.export
         or x.is_meta
         or torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
@@ -186,8 +189,8 @@ def _followed(x: Tensor) -> bool:
     )
 
 
-class Branches(torch.autograd.Function):
-    """Branches whose backward passes run at the same time, too: autograd itself keeps to one thread on a CPU."""
+class ParallelBranches(torch.autograd.Function):
+    """Runs branches in threads, in the backward pass too; autograd itself uses only one thread on a CPU."""
 
     @staticmethod
     def forward(ctx: Any, branches: Sequence[Branch], x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
@@ -212,13 +215,13 @@ class Branches(torch.autograd.Function):
 
 
 def _sum(gradients: Sequence[Tensor | None]) -> Tensor | None:
-    """From the last branch to the first, as autograd adds them where one thread has run the branches."""
+    """The sum from the last branch to the first, the order in which autograd adds them in one thread."""
     found = [gradient for gradient in reversed(gradients) if gradient is not None]
     return reduce(torch.add, found) if found else None
 
 
 def _in_threads(task: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
-    """What `map` gives, each in a thread of the process's pool, in the modes of this one."""
+    """Like `map`, but each call runs in a thread of the pool, in this thread's autograd and autocast modes."""
     inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
     dtype, autocast = torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")
 
@@ -235,22 +238,22 @@ def _in_threads(task: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    """As many threads as cores, each of which computes alone, as fedsim's clients do."""
+    """A pool of one thread for each core; each has one intra-op thread, like the clients of a runtime."""
     return ThreadPoolExecutor(os.cpu_count(), "branch", initializer=partial(torch.set_num_threads, 1))
 
 
-os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive it
+os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
 
 
 def _in_streams(branches: Sequence[Branch], x: Tensor) -> list[Tensor]:
     here, outputs = torch.cuda.current_stream(x.device), []
-    # Of high priority, which are others than the workers': one of those may be capturing a graph.
+    # High priority makes them other streams than the workers', in one of which a graph may be captured just now.
     streams = [torch.cuda.Stream(x.device, priority=-1) for _ in branches]  # type: ignore[no-untyped-call]
     for branch, stream in zip(branches, streams, strict=True):
         stream.wait_stream(here)
         with torch.cuda.stream(stream):
             outputs.append(branch(x))
-        x.record_stream(stream)  # so that its memory is not given away while that stream may still read it
+        x.record_stream(stream)  # so that its memory is not reused while that stream may still read it
     for output, stream in zip(outputs, streams, strict=True):
         here.wait_stream(stream)
         output.record_stream(here)

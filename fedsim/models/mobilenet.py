@@ -1,4 +1,4 @@
-"""MobileNets: depthwise separable convolutions, for devices such as telephones.
+"""MobileNets: networks of depthwise separable convolutions, for mobile phones and other small devices.
 
 V1: Howard et al., MobileNets: Efficient Convolutional Neural Networks for Mobile Vision Applications, 2017,
 https://arxiv.org/abs/1704.04861.
@@ -6,11 +6,11 @@ V2: Sandler et al., MobileNetV2: Inverted Residuals and Linear Bottlenecks, CVPR
 https://arxiv.org/abs/1801.04381.
 V3: Howard et al., Searching for MobileNetV3, ICCV 2019, https://arxiv.org/abs/1905.02244.
 
-V2 and V3 are torchvision's, whose weights fit. V1 is written here, after its Table 1; the last convolution has
-stride 1, for the 2 of that table does not give the size of image that the table gives.
+V2 and V3 are torchvision's, so that its weights fit. V1 is written here, after its Table 1. Its last convolution
+has stride 1, because the stride 2 of the table contradicts the image sizes of the same table.
 
-Differs: on small images the first convolution and the first stage that halves have stride 1, so that 32 pixels
-end as 4 x 4. V1's weights start as PyTorch has them; the paper does not say how.
+Differs: for small images, the first convolution and the first stage of stride 2 have stride 1, so that 32 pixels
+end as 4 x 4. V1 has PyTorch's default initialisation; the paper does not say which it used.
 """
 
 from collections import OrderedDict
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchvision.models import mobilenetv2, mobilenetv3
 from torchvision.ops import Conv2dNormActivation, StochasticDepth
 
-from fedsim.models import Stem, image, is_small, reference
+from fedsim.models import Stem, image_shape, is_small, reference, round_channels
 from fedsim.types import Positive
 
 Row = tuple[int, ...]
@@ -52,15 +52,15 @@ def mobilenet_v1(
 ) -> nn.Module:
     """MobileNet V1 (Howard 2017): 13 depthwise separable convolutions.
 
-    `width` multiplies all channels, the paper's alpha; what comes of it is rounded to a multiple of 8.
+    `width`, the paper's alpha, multiplies all channels; the results are rounded to a multiple of 8.
     Raises ConfigError for anything but images.
     """
-    small = is_small(image(shape, "mobilenet_v1", smallest=1), stem)
-    inputs = _rounded(32 * width)
+    small = is_small(image_shape(shape, "mobilenet_v1", smallest=1), stem)
+    inputs = round_channels(32 * width)
     features: list[nn.Module] = [Conv2dNormActivation(shape[0], inputs, stride=1 if small else 2)]
     for outputs, stride in _rows(V1, small):
-        features.append(Separable(inputs, _rounded(outputs * width), stride))
-        inputs = _rounded(outputs * width)
+        features.append(Separable(inputs, round_channels(outputs * width), stride))
+        inputs = round_channels(outputs * width)
     return nn.Sequential(
         OrderedDict(
             features=nn.Sequential(*features),
@@ -77,13 +77,13 @@ def mobilenet_v2(
 ) -> nn.Module:
     """MobileNet V2 (Sandler 2018): 17 inverted residuals.
 
-    `width` multiplies all channels (below 1 not the last); what comes of it is rounded to a multiple of 8.
+    `width` multiplies all channels (if below 1, not the last); the results are rounded to a multiple of 8.
     Raises ConfigError for anything but images.
     """
-    small = is_small(image(shape, "mobilenet_v2", smallest=1), stem)
+    small = is_small(image_shape(shape, "mobilenet_v2", smallest=1), stem)
     rows = [list(row) for row in _rows(V2, small)]
     network = mobilenetv2.MobileNetV2(classes, width, rows, block=_inverted_residual_v2)
-    read(network, shape[0], small)
+    replace_first_convolution(network, shape[0], small)
     return network  # type: ignore[no-any-return]
 
 
@@ -93,7 +93,7 @@ def mobilenet_v3_small(
 ) -> nn.Module:
     """MobileNet V3 small (Howard 2019): 11 blocks, 9 with squeeze-and-excitation.
 
-    `width` multiplies all channels; what comes of it is rounded to a multiple of 8.
+    `width` multiplies all channels; the results are rounded to a multiple of 8.
     Raises ConfigError for anything but images.
     """
     return _v3("mobilenet_v3_small", shape, classes, width, stem)
@@ -105,14 +105,14 @@ def mobilenet_v3_large(
 ) -> nn.Module:
     """MobileNet V3 large (Howard 2019): 15 blocks, 8 with squeeze-and-excitation.
 
-    `width` multiplies all channels; what comes of it is rounded to a multiple of 8.
+    `width` multiplies all channels; the results are rounded to a multiple of 8.
     Raises ConfigError for anything but images.
     """
     return _v3("mobilenet_v3_large", shape, classes, width, stem)
 
 
 class Separable(nn.Module):
-    """A depthwise separable convolution: a 3x3 on each channel, then a 1x1 over them (section 3.1)."""
+    """A depthwise separable convolution: a 3x3 on each channel, then a 1x1 across channels (section 3.1)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int):
         super().__init__()
@@ -123,25 +123,21 @@ class Separable(nn.Module):
         return self.pointwise(self.depthwise(x))  # type: ignore[no-any-return]
 
 
-def read(network: Any, channels: int, small: bool) -> None:
-    """Have torchvision's `network` read images of `channels`, with stride 1 where they are `small`."""
+def replace_first_convolution(network: Any, channels: int, small: bool) -> None:
+    """Give torchvision's `network` a first convolution for `channels`, of stride 1 if images are `small`."""
     outputs = network.features[0][0].out_channels
     first = nn.Conv2d(channels, outputs, 3, stride=1 if small else 2, padding=1, bias=False)
-    nn.init.kaiming_normal_(first.weight, mode="fan_out")  # as torchvision has it
+    nn.init.kaiming_normal_(first.weight, mode="fan_out")  # as in torchvision
     network.features[0][0] = first
 
 
-def late(stages: list[Any]) -> None:
-    """Leave out the first halving of torchvision's `stages`."""
+def remove_first_stride(stages: list[Any]) -> None:
+    """Give the first of torchvision's `stages` that has stride 2 the stride 1."""
     next(stage for stage in stages if stage.stride == 2).stride = 1
 
 
-def _rounded(channels: float) -> int:
-    return max(8, round(channels / 8) * 8)
-
-
 def _rows(table: list[Row], small: bool) -> list[Row]:
-    """A table whose last column is the stride; for small images the first halving, in its second row, is none."""
+    """The rows of a table, whose last column is the stride; `small` sets the stride of the second row to 1."""
     return [table[0], (*table[1][:-1], 1), *table[2:]] if small else table
 
 
@@ -160,10 +156,10 @@ def _inverted_residual_v3(*args: Any, **kwargs: Any) -> nn.Module:
 
 
 def _v3(name: str, shape: tuple[int, ...], classes: int, width: float, stem: Stem) -> nn.Module:
-    small = is_small(image(shape, name, smallest=1), stem)
+    small = is_small(image_shape(shape, name, smallest=1), stem)
     blocks, last = mobilenetv3._mobilenet_v3_conf(name, width_mult=width)
     if small:
-        late(blocks)
+        remove_first_stride(blocks)
     network = mobilenetv3.MobileNetV3(blocks, last, classes, block=_inverted_residual_v3)
-    read(network, shape[0], small)
+    replace_first_convolution(network, shape[0], small)
     return network  # type: ignore[no-any-return]

@@ -1,28 +1,29 @@
-"""Deep stacks of 3x3 convolutions.
+"""VGG: deep stacks of 3x3 convolutions.
 
 Simonyan & Zisserman, Very Deep Convolutional Networks for Large-Scale Image Recognition, ICLR 2015,
 https://arxiv.org/abs/1409.1556, Table 1: columns A, B, D and E.
 
 Parameters have the names of torchvision's vggN, and with `batch_norm` those of its vggN_bn, so that its weights
-fit. Convolutions start as in He et al., ICCV 2015, https://arxiv.org/abs/1502.01852, with the fan-out; linear
-layers from N(0, 0.01); biases at 0.
+fit. Convolutions are initialised as in He et al., ICCV 2015, https://arxiv.org/abs/1502.01852, with the fan-out;
+linear layers from N(0, 0.01); biases are 0.
 
-Differs: the start of the convolutions; batch normalisation is younger than the paper. On small images the pools
-round up, so that any size will do, and the classifier sees the mean over the image for its 7x7 map.
+Differs: the initialisation of the convolutions, and batch normalisation, which is newer than the paper. For small
+images, pooling rounds sizes up, so that any size is allowed, and the classifier takes the mean over the image
+instead of a 7x7 map.
 """
 
 from collections import OrderedDict
 
 from torch import nn
 
-from fedsim.models import Stem, image, is_small, reference
+from fedsim.models import Stem, image_shape, is_small, reference
 
 
-def _made(
+def _build(
     shape: tuple[int, ...], classes: int, blocks: tuple[int, ...], batch_norm: bool, stem: Stem
 ) -> nn.Module:
-    small = is_small(image(shape, "vgg", smallest=1), stem)
-    channels, _, _ = image(shape, "vgg", smallest=1 if small else 32)
+    small = is_small(image_shape(shape, "vgg", smallest=1), stem)
+    channels, _, _ = image_shape(shape, "vgg", smallest=1 if small else 32)
     features = nn.Sequential()
     for convolutions, width in zip(blocks, (64, 128, 256, 512, 512), strict=True):
         for _ in range(convolutions):
@@ -62,22 +63,22 @@ def _made(
 @reference((3, 224, 224), 1000, 132_863_336)
 def vgg11(shape: tuple[int, ...], classes: int, /, *, batch_norm: bool = False, stem: Stem = "auto") -> nn.Module:
     """VGG-11 (Simonyan 2015): 8 convolutions, 3 linear layers."""
-    return _made(shape, classes, (1, 1, 2, 2, 2), batch_norm, stem)
+    return _build(shape, classes, (1, 1, 2, 2, 2), batch_norm, stem)
 
 
 @reference((3, 224, 224), 1000, 133_047_848)
 def vgg13(shape: tuple[int, ...], classes: int, /, *, batch_norm: bool = False, stem: Stem = "auto") -> nn.Module:
     """VGG-13 (Simonyan 2015): 10 convolutions, 3 linear layers."""
-    return _made(shape, classes, (2, 2, 2, 2, 2), batch_norm, stem)
+    return _build(shape, classes, (2, 2, 2, 2, 2), batch_norm, stem)
 
 
 @reference((3, 224, 224), 1000, 138_357_544)
 def vgg16(shape: tuple[int, ...], classes: int, /, *, batch_norm: bool = False, stem: Stem = "auto") -> nn.Module:
     """VGG-16 (Simonyan 2015): 13 convolutions, 3 linear layers."""
-    return _made(shape, classes, (2, 2, 3, 3, 3), batch_norm, stem)
+    return _build(shape, classes, (2, 2, 3, 3, 3), batch_norm, stem)
 
 
 @reference((3, 224, 224), 1000, 143_667_240)
 def vgg19(shape: tuple[int, ...], classes: int, /, *, batch_norm: bool = False, stem: Stem = "auto") -> nn.Module:
     """VGG-19 (Simonyan 2015): 16 convolutions, 3 linear layers."""
-    return _made(shape, classes, (2, 2, 4, 4, 4), batch_norm, stem)
+    return _build(shape, classes, (2, 2, 4, 4, 4), batch_norm, stem)
