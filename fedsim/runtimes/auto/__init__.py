@@ -17,7 +17,7 @@ from fedsim.federated.runtime import Item, Results, Runtime
 from fedsim.runtimes import RUNTIMES
 from fedsim.runtimes.auto import choices
 from fedsim.runtimes.auto.calibration import SECONDS, Calibration, release
-from fedsim.runtimes.auto.candidates import candidates, enough, ray_is_there
+from fedsim.runtimes.auto.candidates import candidate_specs, enough, ray_is_there
 from fedsim.runtimes.auto.choices import Choice
 from fedsim.training.task import Task
 from fedsim.types import Job, State, Update
@@ -102,7 +102,7 @@ class Auto(Runtime):
 
     def _choose(self, work: Train, server: State, first: list[Job], aggregator: Aggregator) -> None:
         """Take what was chosen before for the like of it, or the fastest on the `first` clients, and say so."""
-        among = candidates(self.device, len(first), exact=self.only_exact)
+        among = candidate_specs(self.device, len(first), exact=self.only_exact)
         key = choices.key(work, self.task, self.data, len(first), among, self.home)
         if (known := choices.recall(key)) and self._restored(known.runtime, work):
             self._say(known, " (cached)")

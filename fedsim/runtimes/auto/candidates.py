@@ -19,7 +19,7 @@ def enough(device: str) -> int:
     return min(MOST, max(CHUNKS[devices(device)[0].type]) * _units(device))
 
 
-def candidates(device: str, clients: int, *, exact: bool) -> list[Spec]:
+def candidate_specs(device: str, clients: int, *, exact: bool) -> list[Spec]:
     """The reference, and then what may be faster for cohorts of so many `clients` or more, by likelihood.
 
     Of `exact` ones, or of all. Ray is among them where the user has a cluster: one is joined, and never started.
