@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SIZES, make_data, make_simulation, make_strategy, make_task, trace
-from runs import CONFIG, records, rounds_done, write
+from small_run import CONFIG, records, rounds_done, write
 from test_failures import (
     DROP,
     ODD,

@@ -403,7 +403,7 @@ def test_mixed_labels_share_the_loss():
     local = make_local(task, data)
     x, y, *_ = next(local.batches())
     share = torch.full((len(y),), 0.3, dtype=DOUBLE)
-    mixed = Batch(x, y, other=y.flip(0), share=share)
+    mixed = Batch(x, y, mixed_labels=y.flip(0), mix_weight=share)
     logits = copy.deepcopy(task.network).train()(x)
     expected = 0.3 * F.cross_entropy(logits, y) + 0.7 * F.cross_entropy(logits, y.flip(0))
     close(local.loss(local.replica.w.detach(), mixed), expected)
@@ -411,7 +411,7 @@ def test_mixed_labels_share_the_loss():
 
 def test_a_batch_splits_with_all_it_has():
     y = torch.arange(5)
-    batch = Batch(torch.randn(5, 2), y, other=y.flip(0), share=y.double())
+    batch = Batch(torch.randn(5, 2), y, mixed_labels=y.flip(0), mix_weight=y.double())
     pieces = batch.split(3)
     assert [len(piece.y) for piece in pieces] == [2, 2, 1]
     assert all(torch.equal(piece.mixed_labels, 4 - piece.y) and piece.label_error_prob is None for piece in pieces)

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import yaml
 from forks import Forks
-from runs import IN_MEMORY, contents, left, records, rounds_done, rounds_logged, write
+from small_run import IN_MEMORY, contents, left, records, rounds_done, rounds_logged, write
 
 COMMAND = [sys.executable, "-P", "-c", "from fedsim.cli import main; main()"]  # -P: not from where one is
 
