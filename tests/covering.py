@@ -1,0 +1,21 @@
+"""Fewer cases than a product has, in which values still meet."""
+
+from itertools import combinations, product
+
+
+def pairs(*axes):
+    """Cases, one value of each axis, in which any two values of two axes meet; the same ones each time.
+
+    Greedy: a case is the one of the product that has the most pairs not met so far, the first of equal ones.
+    """
+    places = list(product(*(range(len(axis)) for axis in axes)))
+    met, cases = set(), []
+    while new := max((_pairs(case) - met for case in places), key=len):
+        case = next(case for case in places if _pairs(case) - met == new)
+        met |= new
+        cases.append(tuple(axis[i] for axis, i in zip(axes, case, strict=True)))
+    return cases
+
+
+def _pairs(case):
+    return {*combinations(enumerate(case), 2)}
