@@ -2,6 +2,8 @@
 
 from itertools import combinations, product
 
+import pytest
+
 
 def pairs(*axes):
     """Cases, one value of each axis, in which any two values of two axes meet; the same ones each time.
@@ -19,3 +21,14 @@ def pairs(*axes):
 
 def _pairs(case):
     return {*combinations(enumerate(case), 2)}
+
+
+def in_turn(many, *axes):
+    """A case for each of `many`, beside the combinations of the other axes, which take turns."""
+    others = list(product(*axes))
+    return [(value, *others[i % len(others)]) for i, value in enumerate(many)]
+
+
+def sampled(cases, *axes):
+    """The whole product as parameters of a test; those that are none of `cases` are slow."""
+    return [pytest.param(*c, marks=[] if c in cases else [pytest.mark.slow]) for c in product(*axes)]
