@@ -62,6 +62,8 @@ def _local():
     """One Ray for all tests, which the first of them starts; with two cores, wherever it is."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fedsim.runtimes.ray.cluster.cores", lambda: 2)
+        patch.setattr("fedsim.runtimes.ray.pool.NOTICE", 300.0)  # actors are slow to start where much else runs
+        patch.setattr("fedsim.runtimes.ray.pool.PATIENCE", 300.0)
         yield
     actors.cache_clear()
     crowded.cache_clear()
