@@ -6,6 +6,7 @@ import logging
 import shutil
 import threading
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -22,12 +23,13 @@ from fedsim.experiment.hooks import Hook
 from fedsim.federated.availability import Availability
 from fedsim.federated.simulation import Failures
 from fedsim.runtimes import RUNTIMES, auto
-from fedsim.runtimes.auto import Auto, calibration, candidates, choices
+from fedsim.runtimes.auto import Auto, calibration, choices
 from fedsim.runtimes.auto.calibration import Calibration
 from fedsim.runtimes.auto.choices import Choice
 from fedsim.runtimes.serial import Serial
 from fedsim.runtimes.threads import Threads
 
+candidates = import_module("fedsim.runtimes.auto.candidates")  # the package has a function of that name
 AUTO = {"name": "auto", "exact": True}
 SERIAL = RUNTIMES.resolve({"name": "serial", "device": "cpu"})
 CONFIG = {
