@@ -12,10 +12,9 @@ def pairs(*axes):
     """
     places = list(product(*(range(len(axis)) for axis in axes)))
     met, cases = set(), []
-    while new := max((_pairs(case) - met for case in places), key=len):
-        case = next(case for case in places if _pairs(case) - met == new)
+    while new := _pairs(best := max(places, key=lambda case: len(_pairs(case) - met))) - met:
         met |= new
-        cases.append(tuple(axis[i] for axis, i in zip(axes, case, strict=True)))
+        cases.append(tuple(axis[i] for axis, i in zip(axes, best, strict=True)))
     return cases
 
 
