@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from torch import nn
 
 import fedsim.cli
@@ -24,6 +25,10 @@ from fedsim.strategies import CATALOGUE
 from fedsim.training.local import ClientObjective
 from fedsim.training.replica import Replica
 from fedsim.types import Job
+
+# Examples are bounded by their number: how long one takes says how busy the machine is.
+settings.register_profile("fedsim", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("fedsim")
 
 SIZES = (3, 8, 5, 13, 2, 6)  # examples a client
 SHAPE, CLASSES = (1, 4, 4), 3

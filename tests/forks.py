@@ -386,10 +386,9 @@ def _serve(path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import fedsim.cli
-        import fedsim.experiment.run
 
         with tempfile.TemporaryDirectory() as folder:
-            fedsim.experiment.run(WARM, out=f"{folder}/run")
+            fedsim.run(WARM, out=f"{folder}/run")
     gc.collect()
     gc.freeze()  # so that children need not copy what they do not change
     server = socket.socket(socket.AF_UNIX)

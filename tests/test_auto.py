@@ -16,6 +16,7 @@ import fedsim
 from fedsim import Wrapper
 from fedsim.base.catalogue import Catalogue
 from fedsim.errors import ClientError, ConfigError
+from fedsim.experiment.build import build
 from fedsim.experiment.config import load
 from fedsim.experiment.hooks import Hook
 from fedsim.federated.availability import Availability
@@ -60,7 +61,6 @@ def cache(tmp_path, monkeypatch):
     """Nothing was chosen before, and the machine is idle; returns where choices are kept."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(choices, "busy", lambda: False)
-    monkeypatch.setattr(choices, "_own", {})
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     return tmp_path / "cache/fedsim/runtime.json"
 
@@ -282,19 +282,19 @@ def test_no_more_is_tried_when_the_time_is_up(monkeypatch):
 
 
 def test_ray_is_tried_only_where_there_is_one(monkeypatch):
-    named = {spec["name"] for spec in candidates.candidates("cpu", 100, exact=False)}
+    named = {spec["name"] for spec in candidates.candidate_specs("cpu", 100, exact=False)}
     assert "ray" not in named
-    monkeypatch.setattr(RUNTIMES, "entries", RUNTIMES.entries | {"ray": "ray:Ray"})
+    monkeypatch.setattr(RUNTIMES, "entries", RUNTIMES.entries | {"ray": "runtimes.ray:Ray"})
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert {"name": "ray", "address": "10.0.0.1:6379"} in candidates.candidates("cpu", 100, exact=False)
+    assert {"name": "ray", "address": "10.0.0.1:6379"} in candidates.candidate_specs("cpu", 100, exact=False)
 
 
 def test_workers_are_as_many_as_there_are_cores_or_fewer(monkeypatch):
     monkeypatch.setattr(candidates, "cores", lambda: 64)
-    specs = candidates.candidates("cpu", 20, exact=True)
+    specs = candidates.candidate_specs("cpu", 20, exact=True)
     assert [spec.get("workers", 1) for spec in specs] == [1, 64, 16]
     monkeypatch.setattr(candidates, "cores", lambda: 1)
-    assert [spec["name"] for spec in candidates.candidates("cpu", 20, exact=True)] == ["serial"]
+    assert [spec["name"] for spec in candidates.candidate_specs("cpu", 20, exact=True)] == ["serial"]
 
 
 # What is remembered
@@ -376,19 +376,26 @@ def test_only_so_many_are_remembered_and_the_newest(monkeypatch):
     assert [choices.recall(key) is not None for key in "abc"] == [True, False, True]
 
 
-def test_what_was_timed_on_a_busy_machine_is_not_remembered(cache, rates, monkeypatch):
+def test_what_was_timed_on_a_busy_machine_is_remembered_by_this_process_alone(cache, rates, monkeypatch, request):
     monkeypatch.setattr(choices, "busy", lambda: True)
-    monkeypatch.setattr(choices, "_own", {})
-    make().round()
+    only_here = {"momentum": 0.77}  # which no other test of this process has
+    first = make(**only_here)
+    first.round()
     assert not cache.exists()
-    assert len(choices._own) == 1  # but in this process
+    request.getfixturevalue("untimed")
+    again = make(**only_here)
+    again.round()
+    assert again.runtime.choice == first.runtime.choice
 
 
-def test_a_key_has_no_addresses_in_it():
+def test_a_key_has_no_addresses_in_it(monkeypatch):
     """Which are others in each process."""
-    settings = load(CONFIG | {"local": {"augment": ["flip"], "loss": "hinge", "schedule": "cosine"}})
-    work = fedsim.experiment.config.build(settings).work
-    assert "0x" not in json.dumps(choices._plain(work.recipe)) + json.dumps(choices._plain(work.strategy))
+    simulation = build(load(CONFIG | {"local": {"augment": ["flip"], "loss": "hinge", "schedule": "cosine"}}))
+    texts, dumps = [], json.dumps
+    monkeypatch.setattr(json, "dumps", lambda *given, **how: texts.append(dumps(*given, **how)) or texts[-1])
+    choices.key(simulation.work, simulation.task, simulation.data, 4, [SERIAL], torch.device("cpu"))
+    assert "flip" in texts[0]
+    assert "0x" not in texts[0]
 
 
 # Stops and resumes
@@ -429,7 +436,7 @@ def test_a_resume_repeats_the_choice_and_has_the_same_end(rounded, rates, tmp_pa
 def test_vectorized_too_has_the_same_end(rates, tmp_path, monkeypatch, request):
     from fedsim.runtimes.vectorized import Vectorized
 
-    monkeypatch.setattr(RUNTIMES, "entries", RUNTIMES.entries | {"vectorized": "vectorized:Vectorized"})
+    monkeypatch.setattr(RUNTIMES, "entries", RUNTIMES.entries | {"vectorized": "runtimes.vectorized:Vectorized"})
     rates[Vectorized.__name__.lower()] = 100.0
     done, killed = stopped(tmp_path)
     (checkpoint, _), _ = fedsim.experiment.checkpoint.Checkpoints(killed / "checkpoints").latest(killed)

@@ -13,6 +13,8 @@ from statistics import median
 
 import pytest
 import torch
+from covering import in_turn as turns
+from covering import sampled
 from rich.cells import cell_len
 from rich.console import Console
 
@@ -52,24 +54,24 @@ CONFIG = {
 }
 
 
-@pytest.mark.parametrize("model", ["2nn", "cnn_bn"])
-@pytest.mark.parametrize(
-    "local",
-    [
-        {"epochs": 3},
-        {"steps": 7},
-        {"batch_size": "full", "epochs": 2},
-        {"momentum": 0.9, "weight_decay": 0.01},
-        {"momentum": 0.9, "nesterov": True, "epochs": 2},
-        {"clip_norm": 0.1},
-        {"optimizer": "adam", "lr": 0.01, "weight_decay": 0.1},
-        {"optimizer": "adamw", "lr": 0.01, "weight_decay": 0.1, "betas": [0.8, 0.9]},
-        {"warmup": 3, "schedule": {"name": "step", "every": 2}},
-    ],
-    ids=str,
-)
-def test_one_client_ends_where_the_plain_loop_does(model, local):
-    simulation = build(load(CONFIG, {"model": model} | {f"local.{key}": value for key, value in local.items()}))
+LOCALS = {
+    "epochs": {"epochs": 3},
+    "steps": {"steps": 7},
+    "full batch": {"batch_size": "full", "epochs": 2},
+    "momentum": {"momentum": 0.9, "weight_decay": 0.01},
+    "nesterov": {"momentum": 0.9, "nesterov": True, "epochs": 2},
+    "clipping": {"clip_norm": 0.1},
+    "adam": {"optimizer": "adam", "lr": 0.01, "weight_decay": 0.1},
+    "adamw": {"optimizer": "adamw", "lr": 0.01, "weight_decay": 0.1, "betas": [0.8, 0.9]},
+    "schedule": {"warmup": 3, "schedule": {"name": "step", "every": 2}},
+}
+MODELS = ["2nn", "cnn_bn"]
+
+
+@pytest.mark.parametrize(("local", "model"), sampled(turns(LOCALS, MODELS), LOCALS, MODELS))
+def test_one_client_ends_where_the_plain_loop_does(local, model):
+    settings = {f"local.{key}": value for key, value in LOCALS[local].items()}
+    simulation = build(load(CONFIG, {"model": model} | settings))
     loop = PlainLoop(simulation)
     simulation.round()
     loop.train(1)

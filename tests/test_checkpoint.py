@@ -17,8 +17,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from runs import CONFIG, contents, left
 from safetensors.torch import load_file, save
+from small_run import CONFIG, contents, left
 
 import fedsim
 from fedsim.base import files

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-import runs
+import small_run
 import torch
 from conftest import conv_net, make_data, make_simulation, make_strategy, make_task, trace
 from safetensors.torch import load_file
@@ -159,7 +159,7 @@ def test_workers_follow_from_the_memory_of_the_first_client():
 
 def test_auto_trains_points_of_a_sweep_as_rows_of_a_batch(tmp_path, monkeypatch, fedsim_):
     monkeypatch.chdir(tmp_path)
-    runs.write(tmp_path, data=runs.DATA | {"partition_seed": 0}, runtime="auto", strategy="fedavg")
+    small_run.write(tmp_path, data=small_run.DATA | {"partition_seed": 0}, runtime="auto", strategy="fedavg")
     done = fedsim_("sweep", "c.yaml", "local.lr=0.05,0.1", "seed=0,1", "--out=s")
     assert (done.status, done.err) == (0, "")
     assert done.out.startswith("4 points as rows of one vectorized batch")

@@ -80,13 +80,18 @@ def conv(size=3, groups=1, bias=True, out=4, **options):
     ("name", "size", "left"),
     [
         ("resnet18", 32, 0),
-        ("resnet50", 32, 0),
-        ("mobilenet_v2", 32, 0),
         ("inception_v3", 75, 0),
-        ("densenet121", 32, 62),  # the others come before a ReLU, not behind a convolution
-        ("shufflenet_v2_x0_5", 32, 0),
-        ("efficientnet_b0", 32, 0),
-        ("vgg11_bn", 32, 0),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)  # as in the catalogue, or heavy
+            for case in (
+                ("resnet50", 32, 0),
+                ("mobilenet_v2", 32, 0),
+                ("densenet121", 32, 62),  # the others come before a ReLU, not behind a convolution
+                ("shufflenet_v2_x0_5", 32, 0),
+                ("efficientnet_b0", 32, 0),
+                ("vgg11_bn", 32, 0),
+            )
+        ),
     ],
 )
 def test_torchvision_s_networks(name, size, left):

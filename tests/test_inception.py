@@ -76,8 +76,7 @@ def test_torchvisions_weights_fit_and_give_the_same() -> None:
     assert torch.equal(ours(x), theirs(x))
 
 
-@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32)])
-@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize(("shape", "parallel"), [((1, 28, 28), True), ((3, 32, 32), False)])
 def test_small_images_train_and_evaluate(shape: tuple[int, ...], parallel: bool) -> None:
     network, x = make(shape, parallel=parallel), torch.randn(2, *shape)
     step(network, x)

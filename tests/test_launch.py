@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from runs import CONFIG, rounds_done
+from small_run import CONFIG, rounds_done
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.slow  # each starts three nodes

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from runs import CONFIG
+from small_run import CONFIG
 from typer.main import get_command
 
 from fedsim.bench.federation import free_port, listens

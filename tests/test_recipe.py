@@ -19,9 +19,7 @@ from fedsim.training.losses import LOSSES
 from fedsim.training.optim import LARS
 from fedsim.training.precision import check_precision
 from fedsim.training.recipe import Distillation, NoisyLabels
-from fedsim.training.replica import Replica
 from fedsim.training.schedules import SCHEDULES
-from fedsim.types import Stream
 
 DOUBLE = torch.float64
 
@@ -105,6 +103,7 @@ def test_lars_by_hand():
     w, bias = torch.tensor([[3.0, 4.0]], dtype=DOUBLE), torch.tensor([1.0], dtype=DOUBLE)
     g, g_bias = torch.tensor([[0.6, 0.8]], dtype=DOUBLE), torch.tensor([0.5], dtype=DOUBLE)
     lars = LARS(momentum=0.9, weight_decay=0.1, trust=0.01)
+    lars.begin([w, bias])
     rate = 0.01 * 5 / (1 + 0.1 * 5)  # trust |w| / (|g| + b |w|)
     v, v_bias = 0.2 * rate * (g + 0.1 * w), 0.2 * (g_bias + 0.1 * bias)
     expected = w - v, bias - v_bias
@@ -119,7 +118,9 @@ def test_lars_by_hand():
 
 def test_lars_moves_what_is_zero():
     w = torch.zeros(2, 2)
-    LARS(momentum=0.0, weight_decay=0.1, trust=0.01).step([w], [torch.ones(2, 2)], 0.1)
+    lars = LARS(momentum=0.0, weight_decay=0.1, trust=0.01)
+    lars.begin([w])
+    lars.step([w], [torch.ones(2, 2)], 0.1)
     close(w, torch.full((2, 2), -0.1))
 
 
@@ -187,22 +188,26 @@ def test_backbones_recompute_what_they_computed(name):
     for recompute in (False, True):
         torch.manual_seed(0)
         network = options.make({"name": name, "dropout": 0.2}, (3, 32, 32), CLASSES)
-        replica = Replica(Task(network, (3, 32, 32), CLASSES, recompute=recompute))
-        replica.begin_client(replica.task.initial_buffers, 1)
-        x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-        loss = replica.forward(x, train=True)[0].square().sum()
-        found.append((torch.autograd.grad(loss, replica.parameters), replica.buffers.clone()))
-    assert all(torch.equal(a, b) for a, b in zip(found[0][0], found[1][0], strict=True))
-    assert torch.equal(found[0][1], found[1][1])
+        task = Task(network, (3, 32, 32), CLASSES, recompute=recompute)
+        local = make_local(task, make_data([2], shape=(3, 32, 32)), batch_size=2)
+        gradient, loss = local.gradient(task.initial_model, next(local.batches()))
+        found.append((gradient, loss, local.buffers))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert gradient.any()
 
 
 def test_activation_checkpointing_keeps_less():
     def kept(recompute):
         torch.manual_seed(0)
-        replica, sizes = Replica(Task(Blocks(), SHAPE, CLASSES, recompute=recompute)), []
-        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t)
-        with hooks:
-            replica.forward(torch.randn(8, *SHAPE), train=True)[0].sum()
+        task, sizes = Task(Blocks(), SHAPE, CLASSES, recompute=recompute), []
+        local = make_local(task, make_data([8]), batch_size=8)
+
+        def loss(w, batch):
+            hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t)
+            with hooks:
+                return local.loss(w, batch)
+
+        local.train(task.initial_model, loss=loss)
         return sum(sizes)
 
     assert kept(True) < 0.5 * kept(False)
@@ -222,7 +227,7 @@ def test_the_loss_is_the_recipes():
     local = make_local(task, data, label_loss=hinge)
     batch = next(local.batches())
     expected = F.multi_margin_loss(copy.deepcopy(task.network).train()(batch.x), batch.y)
-    close(local.loss(local.replica.w.detach(), batch), expected)
+    close(local.loss(task.initial_model, batch), expected)
 
 
 def test_class_weights_weigh_each_example():
@@ -230,16 +235,19 @@ def test_class_weights_weigh_each_example():
     local = make_local(task, data, class_weights=[1.0, 2.0, 0.5])
     batch = next(local.batches())
     losses = F.cross_entropy(copy.deepcopy(task.network).train()(batch.x), batch.y, reduction="none")
-    close(local.loss(local.replica.w.detach(), batch), (losses * torch.tensor([1.0, 2.0, 0.5])[batch.y]).mean())
+    close(local.loss(task.initial_model, batch), (losses * torch.tensor([1.0, 2.0, 0.5])[batch.y]).mean())
 
 
 def test_balanced_class_weights_give_each_class_the_same_say():
-    data = make_data([23], dtype=DOUBLE)
-    local = make_local(double(), data, class_weights="balanced")
-    labels = data.labels[data.rows(0)]
-    ones = local._class_weights[labels]
-    sums = [float(ones[labels == c].sum()) for c in range(CLASSES)]
-    assert sums == pytest.approx([23 / CLASSES] * CLASSES)
+    """In a batch of one class each loss is multiplied by n / (classes n_c)."""
+    task, data = double(), make_data([23], dtype=DOUBLE)
+    plain, balanced = (make_local(task, data, class_weights=weights) for weights in (None, "balanced"))
+    rows = torch.from_numpy(data.rows(0))
+    for label in range(CLASSES):
+        own = rows[data.labels[rows] == label]
+        batch = Batch(*data.batch(own))
+        weight = balanced.loss(task.initial_model, batch) / plain.loss(task.initial_model, batch)
+        assert float(weight) * len(own) == pytest.approx(23 / CLASSES)
 
 
 def test_oversampling_draws_rare_classes_as_often():
@@ -266,7 +274,7 @@ def test_auxiliary_heads_count_two_fifths():
     batch = next(local.batches())
     main, side = network(batch.x)
     close(
-        local.loss(local.replica.w.detach(), batch),
+        local.loss(task.initial_model, batch),
         F.cross_entropy(main, batch.y) + 0.4 * F.cross_entropy(side, batch.y),
     )
     make_simulation(task=task, data=data).round()
@@ -316,8 +324,14 @@ def test_a_file_teaches(tmp_path):
     batch = simulation.data.batch(torch.arange(5))[0]
     with torch.no_grad():
         expected = copy.deepcopy(donor.task.network).eval()(batch)
-    replica = simulation.runtime.worker.replica
-    torch.testing.assert_close(replica.teach(batch), expected)
+    torch.testing.assert_close(simulation.task.teacher.eval()(batch), expected)
+    local = make_local(simulation.task, simulation.data, **vars(simulation.recipe))
+    batch = next(local.batches())
+    with torch.no_grad():
+        logits = copy.deepcopy(simulation.task.network).train()(batch.x)
+        taught = copy.deepcopy(donor.task.network).eval()(batch.x)
+        found = local.loss(simulation.task.initial_model, batch)
+    torch.testing.assert_close(found, divergence(logits, taught, 4.0))  # alpha is 1
     simulation.round()
     match = r"^local.distillation.teacher: \S+teacher.safetensors: conv1.weight is \(4, .* there and \(3, [^;]+$"
     with pytest.raises(ConfigError, match=match):
@@ -369,30 +383,47 @@ def test_what_is_nothing_to_a_teacher_is_refused(key, value):
 # Noisy labels
 
 
-def test_doubtful_labels_give_way_to_the_networks_own():
+def batches_of(local, start):
+    """What a round trains on: each mini-batch, the weights before its step, and its loss."""
+    seen = []
+
+    def loss(w, batch):
+        found = local.loss(w, batch)
+        seen.append((batch, w.detach().clone(), found.detach()))
+        return found
+
+    local.train(start, loss=loss)
+    return seen
+
+
+@pytest.mark.parametrize("class_weights", [None, [1.0, 2.0, 3.0]], ids=["alike", "weighted"])
+def test_doubtful_labels_give_way_to_the_networks_own(class_weights):
     task, data = double(), make_data([40], dtype=DOUBLE)
-    local = make_local(task, data, number=2, noisy_labels=NoisyLabels(start=3))
-    local._consult(task.initial_model)
-    assert local._label_error_prob.shape == (40,)
-    assert 0 <= local._label_error_prob.min() <= local._label_error_prob.max() <= 1
-    batch = next(local.batches())
-    places = [int((torch.from_numpy(data.rows(0)) == row).nonzero()) for row in next(local_rows(local))]
-    close(batch.label_error_prob, local._label_error_prob[places])
-    logits = local.logits(local.replica.w.detach(), batch.x)
-    own = F.cross_entropy(logits, logits.argmax(-1), reduction="none")
-    expected = (1 - batch.label_error_prob) * F.cross_entropy(
-        logits, batch.y, reduction="none"
-    ) + batch.label_error_prob * own
-    close(local._label_losses(logits, batch), expected)
-    weighted = make_local(task, data, number=2, noisy_labels=NoisyLabels(start=3), class_weights=[1.0, 2.0, 3.0])
-    close(weighted._label_losses(logits, batch), expected * torch.tensor([1.0, 2.0, 3.0])[batch.y])
-    early = make_local(task, data, number=1, noisy_labels=NoisyLabels(start=3))
-    early._consult(task.initial_model)
-    assert early._label_error_prob is None
+    recipe = {"noisy_labels": NoisyLabels(start=3), "class_weights": class_weights}
+    weights = torch.tensor(class_weights or [1.0] * CLASSES, dtype=DOUBLE)
+    for batch, w, found in batches_of(make_local(task, data, number=2, **recipe), task.initial_model):
+        logits, doubt = make_local(task, data).logits(w, batch.x), batch.label_error_prob
+        own = F.cross_entropy(logits, logits.argmax(-1), reduction="none")
+        losses = (1 - doubt) * F.cross_entropy(logits, batch.y, reduction="none") + doubt * own
+        close(found, (losses * weights[batch.y]).mean().detach())
+    for batch, *_ in batches_of(make_local(task, data, number=1, **recipe), task.initial_model):
+        assert batch.label_error_prob is None
 
 
-def local_rows(local):
-    yield torch.from_numpy(local._random(Stream.BATCHES).permutation(local._rows))[: local._batch_size]
+def test_an_example_is_as_doubtful_as_its_loss_at_the_start_says():
+    task, data = double(), make_data([40], dtype=DOUBLE)
+    local = make_local(task, data, number=2, noisy_labels=NoisyLabels(start=3), epochs=2)
+    batches = [batch for batch, *_ in batches_of(local, task.initial_model)]
+    x, y, doubt = (
+        torch.cat(parts) for parts in zip(*((b.x, b.y, b.label_error_prob) for b in batches), strict=True)
+    )
+    with torch.no_grad():
+        losses = F.cross_entropy(copy.deepcopy(task.network).eval()(x), y, reduction="none")
+    order = losses.argsort()
+    assert len(doubt) == 80  # each example twice
+    assert ((doubt >= 0) & (doubt <= 1)).all()
+    assert (doubt[order].diff() >= -1e-9).all()
+    assert doubt.max() > doubt.min()
 
 
 # Mixed labels
@@ -403,15 +434,15 @@ def test_mixed_labels_share_the_loss():
     local = make_local(task, data)
     x, y, *_ = next(local.batches())
     share = torch.full((len(y),), 0.3, dtype=DOUBLE)
-    mixed = Batch(x, y, other=y.flip(0), share=share)
+    mixed = Batch(x, y, mixed_labels=y.flip(0), mix_weight=share)
     logits = copy.deepcopy(task.network).train()(x)
     expected = 0.3 * F.cross_entropy(logits, y) + 0.7 * F.cross_entropy(logits, y.flip(0))
-    close(local.loss(local.replica.w.detach(), mixed), expected)
+    close(local.loss(task.initial_model, mixed), expected)
 
 
 def test_a_batch_splits_with_all_it_has():
     y = torch.arange(5)
-    batch = Batch(torch.randn(5, 2), y, other=y.flip(0), share=y.double())
+    batch = Batch(torch.randn(5, 2), y, mixed_labels=y.flip(0), mix_weight=y.double())
     pieces = batch.split(3)
     assert [len(piece.y) for piece in pieces] == [2, 2, 1]
     assert all(torch.equal(piece.mixed_labels, 4 - piece.y) and piece.label_error_prob is None for piece in pieces)
@@ -437,7 +468,14 @@ def test_contradictions_are_refused(recipe, message):
 
 
 def test_a_precision_that_the_device_lacks_is_refused(monkeypatch):
-    monkeypatch.setattr("fedsim.training.local._trains_in", lambda dtype, device: dtype == torch.bfloat16)
+    conv2d = torch.conv2d
+
+    def lacks_fp16(*arguments):
+        if torch.get_autocast_dtype("cpu") == torch.float16:
+            raise RuntimeError("not implemented for 'Half'")
+        return conv2d(*arguments)
+
+    monkeypatch.setattr(torch, "conv2d", lacks_fp16)
     with pytest.raises(ConfigError, match=r"^local.precision: cpu lacks fp16; allowed: fp32, bf16$"):
         make_simulation(precision="fp16")
     check_precision("bf16", torch.device("cpu"))

@@ -1,4 +1,5 @@
 from copy import deepcopy
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -10,13 +11,17 @@ from torchvision.models import get_model
 from fedsim import Task
 from fedsim.errors import ConfigError
 from fedsim.models import MODELS
-from fedsim.models.resnet import SENET154, Architecture, Basic, Bottleneck
+from fedsim.models.resnet import RESNET18, RESNEXT50, SENET154, Architecture, Basic, Bottleneck, ResNet
 from fedsim.training.replica import Replica
 
 NAMES = [name for name, entry in MODELS.entries.items() if entry.startswith("resnet:")]
 VARIANTS = ("v1", "v1.5", "b", "c", "d")
 TORCHVISION = [name for name in NAMES if not name.startswith("se")]
 TORCHVISION.remove("resnext101_32x4d")  # torchvision has 32x8d and 64x4d
+SHALLOW = {
+    "d": replace(RESNET18, blocks=(1, 1, 1, 1), stem=(32, 32, 64), shortcut="pool"),
+    "se_resnext": replace(RESNEXT50, blocks=(1, 1, 1, 1), reduction=16),
+}
 
 
 def make(name, shape, classes=10, *, device="cpu", **options):
@@ -42,14 +47,6 @@ def strides(network):
 
 def shortcuts(network):
     return [m.downsample for m in network.modules() if isinstance(m, Bottleneck) and list(m.downsample.children())]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_each_has_the_published_number_of_parameters(name):
-    shape, classes, count = MODELS.load(name).reference
-    network = make(name, shape, classes, device="meta")
-    assert sum(p.numel() for p in network.parameters()) == count
-    assert network(torch.empty(2, *shape, device="meta")).shape == (2, classes)
 
 
 @pytest.mark.parametrize("name", TORCHVISION)
@@ -145,21 +142,14 @@ def test_images_halve_three_times_after_a_small_stem_and_five_times_with_the_ima
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32)])
-def test_each_takes_small_images_and_draws_only_where_the_paper_has_dropout(name, shape):
-    network = make(name, shape, device="meta" if name in ("resnext101_32x8d", "senet154") else "cpu")
+def test_each_draws_only_where_the_paper_has_dropout(name):
+    network = make(name, (3, 32, 32), device="meta")
     dropouts = [m.p for m in network.modules() if isinstance(m, nn.Dropout)]
     assert dropouts == ([0.2] if name == "senet154" else [])
     assert [name for name, m in network.named_modules() if isinstance(m, nn.Linear)] == ["fc"]
-    x = torch.randn(2, *shape).to(network.fc.weight.device)
-    with torch.no_grad():
-        assert network(x).shape == (2, 10)
-        logits = network.eval()(x)
-    assert logits.shape == (2, 10)
-    assert logits.is_meta or logits.isfinite().all()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "se_resnext50_32x4d", "senet154"])  # all that differs
 def test_one_pixel_is_the_smallest_image(name):
     for stem in ("small", "imagenet"):
         assert make(name, (1, 1, 1), device="meta", stem=stem)(torch.empty(2, 1, 1, 1, device="meta")).dim() == 2
@@ -168,8 +158,7 @@ def test_one_pixel_is_the_smallest_image(name):
             make(name, shape, device="meta")
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("stem", ["small", "imagenet"])
+@pytest.mark.parametrize(("variant", "stem"), [("v1", "small"), ("c", "imagenet"), ("d", "small")])
 def test_one_pixel_trains_in_batches_of_two(variant, stem):
     network = make("resnet18", (1, 1, 1), variant=variant, stem=stem)
     network(torch.randn(2, 1, 1, 1)).sum().backward()
@@ -242,11 +231,11 @@ def test_convolutions_start_with_the_variance_of_he_over_the_fan_out():
     assert all((m.weight == 1).all() and (m.bias == 0).all() for m in norms)
 
 
-@pytest.mark.parametrize(("name", "options"), [("resnet18", {"variant": "d"}), ("se_resnext50_32x4d", {})])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_a_replica_trains_it_in_any_precision(name, options, dtype):
+@pytest.mark.parametrize("form", SHALLOW.values(), ids=SHALLOW)
+def test_a_replica_trains_it_in_any_precision(form, dtype):
     shape = (1, 9, 12)
-    task = Task(make(name, shape, **options), shape, 10, channels_last=True)
+    task = Task(ResNet(1, 10, form, small=True), shape, 10, channels_last=True)
     assert not task.draws
     replica = Replica(task)
     replica.begin_client(task.initial_buffers, 0, dtype)
@@ -257,9 +246,9 @@ def test_a_replica_trains_it_in_any_precision(name, options, dtype):
     assert not torch.equal(replica.buffers, task.initial_buffers)
 
 
-@pytest.mark.parametrize(("name", "options"), [("resnet18", {"variant": "d"}), ("se_resnet50", {})])
-def test_it_exports_with_any_batch_size(name, options):
-    network = make(name, (1, 9, 9), **options).eval()
+@pytest.mark.parametrize("form", SHALLOW.values(), ids=SHALLOW)
+def test_it_exports_with_any_batch_size(form):
+    network = ResNet(1, 10, form, small=True).eval()
     whole = torch.export.export(
         network, (torch.randn(2, 1, 9, 9),), dynamic_shapes=({0: torch.export.Dim("batch")},)
     )

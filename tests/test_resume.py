@@ -13,13 +13,15 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from covering import pairs
 from forks import Forks
-from runs import IN_MEMORY, contents, left, records, rounds_done, rounds_logged, write
+from small_run import IN_MEMORY, contents, left, records, rounds_done, rounds_logged, write
 
 COMMAND = [sys.executable, "-P", "-c", "from fedsim.cli import main; main()"]  # -P: not from where one is
 
@@ -86,23 +88,39 @@ def test_a_process_that_forks_is_one_thread(forks):
 # Each moment at which a kill finds other files
 
 
+def snapshots(folder):
+    """Folders as a kill would leave them, before and within each change to a file, in order."""
+    return sorted((folder / "at").iterdir())
+
+
+@pytest.mark.parametrize(("runtime", "step"), [("serial", 2), ("threads", 5)])
+def test_a_run_killed_before_or_within_many_changes_to_its_files_has_the_same_end(forks, folder, runtime, step):
+    killed_within_changes(forks, folder, runtime, step)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["serial", "threads"])
 def test_a_run_killed_before_or_within_any_change_to_its_files_has_the_same_end(forks, folder, runtime):
+    killed_within_changes(forks, folder, runtime, 1)
+
+
+def killed_within_changes(forks, folder, runtime, step):
+    """Resume from each `step`th moment at which a kill finds other files."""
     write(folder, rounds=3, runtime=runtime)
     expected = whole(forks, folder)
     (folder / "at").mkdir()
     done = forks.run("run", "c.yaml", "--out=run", cwd=folder, prepare=["snapshots", "run", "at"])
     assert done.status == 0, str(done)
-    moments = sorted((folder / "at").iterdir())
+    moments = snapshots(folder)
     assert len(moments) > 60
-    same(forks, folder, moments, expected)
+    same(forks, folder, moments[::step], expected)
 
 
 def test_such_a_moment_is_what_a_kill_leaves(forks, folder):
     write(folder, rounds=3)
     (folder / "at").mkdir()
     forks.run("run", "c.yaml", "--out=run", cwd=folder, prepare=["snapshots", "run", "at"])
-    moments = sorted((folder / "at").iterdir())
+    moments = snapshots(folder)
     for number in range(3, len(moments), 11):
         name = f"killed{number}"
         done = forks.run("run", "c.yaml", f"--out={name}", cwd=folder, prepare=["die_in", name, number])
@@ -115,7 +133,7 @@ def test_such_a_moment_is_what_a_kill_leaves(forks, folder):
         }
 
 
-def test_a_resume_killed_before_or_within_any_change_to_its_files_has_the_same_end(forks, folder):
+def test_a_resume_killed_before_or_within_many_changes_to_its_files_has_the_same_end(forks, folder):
     """One that has much to put right: it is longer, its last checkpoint is broken, and drafts lie about."""
     write(folder, rounds=3, evaluate={"every": 1})
     expected = whole(forks, folder, "rounds=4")
@@ -129,7 +147,7 @@ def test_a_resume_killed_before_or_within_any_change_to_its_files_has_the_same_e
     assert done.status == 0, str(done)
     assert done.err.count("broken checkpoint") == 1
     assert left(folder / "run") == expected
-    same(forks, folder, sorted((folder / "at").iterdir()), expected, "rounds=4", warned=True)
+    same(forks, folder, snapshots(folder)[::3], expected, "rounds=4", warned=True)
 
 
 def test_a_run_that_lost_power_has_the_same_end_and_the_rounds_of_its_last_checkpoint(forks, folder):
@@ -139,7 +157,7 @@ def test_a_run_that_lost_power_has_the_same_end_and_the_rounds_of_its_last_check
     done = forks.run("run", "c.yaml", "--out=run", cwd=folder, prepare=["power_losses", "run", "at"])
     assert done.status == 0, str(done)
     kinds = {}
-    for moment in sorted((folder / "at").iterdir()):
+    for moment in snapshots(folder):
         shutil.rmtree(moment / "tensorboard", ignore_errors=True)
         kinds.setdefault(str(contents(moment)), moment)
     moments = list(kinds.values())
@@ -167,25 +185,28 @@ def kill_until_done(forks, folder, name, seed):
         patience = 0.12 if rounds_done(folder / name) > before else 1.3 * patience  # a busy machine gets there too
 
 
-def killed_and_compared(forks, folder, strategy, seeds):
-    """Of both runtimes and two kinds of checkpoints, a run never stopped and one a seed; returns all kills."""
+STRATEGIES = ["fedavg", "scaffold", "fedbn"]
+KINDS = (STRATEGIES, ["serial", "threads"], [1, 3])  # the last: rounds between two checkpoints
+
+
+def killed_and_compared(forks, folder, cases, seeds):
+    """Of each case a run never stopped and one a seed; returns all kills."""
 
     def kinds():
-        for runtime in ("serial", "threads"):
-            for every in (1, 3):
-                place = folder / f"{runtime}-{every}"
-                place.mkdir()
-                write(
-                    place,
-                    strategy=strategy,
-                    runtime=runtime,
-                    rounds=22,
-                    checkpoint={"every": every, "keep": 2},
-                    hooks=["tensorboard", "curves"] if every == 3 else ["tensorboard"],
-                )
-                expected = whole(forks, place)
-                for seed in seeds:
-                    yield place, seed, expected
+        for strategy, runtime, every in cases:
+            place = folder / f"{strategy}-{runtime}-{every}"
+            place.mkdir()
+            write(
+                place,
+                strategy=strategy,
+                runtime=runtime,
+                rounds=22,
+                checkpoint={"every": every, "keep": 2},
+                hooks=["tensorboard", "curves"] if every == 3 else ["tensorboard"],
+            )
+            expected = whole(forks, place)
+            for seed in seeds:
+                yield place, seed, expected
 
     def one(kind):
         place, seed, expected = kind
@@ -198,12 +219,8 @@ def killed_and_compared(forks, folder, strategy, seeds):
         return sum(pool.map(one, kinds()))
 
 
-STRATEGIES = ["fedavg", "scaffold", "fedbn"]
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_run_killed_at_random_again_and_again_has_the_same_end(forks, folder, strategy, record_property):
-    kills = killed_and_compared(forks, folder, strategy, range(2))
+def test_a_run_killed_at_random_again_and_again_has_the_same_end(forks, folder, record_property):
+    kills = killed_and_compared(forks, folder, pairs(*KINDS), range(1))
     record_property("kills", kills)
     assert kills >= 8  # or it was not tried
 
@@ -211,7 +228,7 @@ def test_a_run_killed_at_random_again_and_again_has_the_same_end(forks, folder, 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_run_killed_hundreds_of_times_has_the_same_end(forks, folder, strategy, record_property, capsys):
-    kills = killed_and_compared(forks, folder, strategy, range(100, 140))
+    kills = killed_and_compared(forks, folder, list(product([strategy], *KINDS[1:])), range(100, 140))
     record_property("kills", kills)
     with capsys.disabled():
         print(f"\n{strategy}: {kills} kills survived")
@@ -321,7 +338,7 @@ def interrupted_at_lines(forks, folder, lines):
 
 def test_an_interrupt_at_any_line_leaves_no_wrong_checkpoint(forks, folder):
     rng = random.Random(0)
-    interrupted_at_lines(forks, folder, [rng.random() for _ in range(40)])
+    interrupted_at_lines(forks, folder, [rng.random() for _ in range(20)])
 
 
 @pytest.mark.slow
@@ -543,7 +560,7 @@ def test_a_disk_that_is_full_ends_a_run_in_a_line_and_with_room_it_goes_on(small
     expected = whole(small_disk, folder)
     shutil.rmtree(folder / "whole")
     ends = set()
-    for pages in [*range(2, 17), 24]:  # that are free
+    for pages in [*range(2, 17, 2), 24] if "curves" in hooks else [*range(3, 17, 2), 24]:  # that are free
         ballast = folder / "ballast"
         ballast.write_bytes(bytes(shutil.disk_usage(folder).free - pages * page))
         done = small_disk.run("run", "c.yaml", "--out=run", cwd=folder)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from runs import IN_MEMORY
+from small_run import IN_MEMORY
 
 import fedsim
 from fedsim.experiment.hooks import Hook

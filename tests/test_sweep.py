@@ -21,8 +21,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
-from runs import contents, left, write
 from safetensors.torch import load_file
+from small_run import contents, left, write
 
 from fedsim import Hook
 from fedsim.errors import ConfigError

@@ -25,8 +25,8 @@ from conftest import (
     trace,
 )
 from rich.console import Console
-from runs import CONFIG, left
 from safetensors.torch import load_file
+from small_run import CONFIG, left
 from torch import nn
 
 import fedsim

@@ -16,7 +16,8 @@ from conftest import (
     make_task,
     trace,
 )
-from test_laws import RECIPES, augmentations, plain_net
+from covering import in_turn, sampled
+from test_laws import RECIPES, TWO, augmentations, plain_net
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -64,8 +65,10 @@ def assert_agree(pair, rounds=3, near=close):
         assert (other.steps, other.bytes_up, other.cohort) == (one.steps, one.bytes_up, one.cohort)
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 4, "auto"])
-@pytest.mark.parametrize("strategy", list(CATALOGUE))
+CHUNKS = [1, 2, 4, "auto"]
+
+
+@pytest.mark.parametrize(("strategy", "chunk"), sampled(in_turn(CATALOGUE, CHUNKS), CATALOGUE, CHUNKS))
 def test_strategies_agree_with_serial(strategy, chunk):
     assert_agree(pair(strategy, chunk=chunk))
 
@@ -79,9 +82,11 @@ CONDITIONED = {  # so that rounding stays what it is
 }
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name not in {*REFUSED, "bf16"}])
-@pytest.mark.parametrize("strategy", ["fedprox", "fedbn"])
-def test_recipes_agree_with_serial(strategy, name):
+BATCHED = [name for name in RECIPES if name not in {*REFUSED, "bf16"}]
+
+
+@pytest.mark.parametrize(("name", "strategy"), sampled(in_turn(BATCHED, TWO), BATCHED, TWO))
+def test_recipes_agree_with_serial(name, strategy):
     assert_agree(pair(strategy, **RECIPES[name] | CONDITIONED.get(name, {})), rounds=2)
 
 

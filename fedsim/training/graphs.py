@@ -17,7 +17,6 @@ from torch import Tensor
 
 from fedsim.data import FederatedData
 from fedsim.errors import one_line
-from fedsim.training.optim import Foreach
 from fedsim.training.recipe import Recipe
 from fedsim.training.replica import Replica
 
@@ -74,7 +73,7 @@ class Steps:
     def __init__(self, replica: Replica, recipe: Recipe, captures: bool):
         self.replica, self.captures = replica, captures
         self.optimizer, self.total = (
-            recipe.make_optimizer(replica.task.layout, Foreach()),
+            recipe.make_optimizer(replica.task.layout),
             replica.flat.new_zeros(()),
         )
         self.graphs: dict[int, Graph | None] = {}  # by batch size; None where it is not to be

@@ -60,6 +60,9 @@ class Foreach:
         return get_total_norm(a)
 
 
+FOREACH = Foreach()
+
+
 class Optimizer(ABC):
     """Changes the weights of one client at a time.
 
@@ -68,7 +71,7 @@ class Optimizer(ABC):
 
     copies: int  # tensors that it keeps between steps for each of the weights'
 
-    def __init__(self, weight_decay: float, decayed: list[bool] | None, ops: Foreach):
+    def __init__(self, weight_decay: float, decayed: list[bool] | None = None, ops: Foreach = FOREACH):
         self.weight_decay, self.decayed, self.ops = weight_decay, decayed, ops
         self.state: list[list[Tensor]] = []  # `copies` lists like the weights
 
@@ -91,7 +94,12 @@ class SGD(Optimizer):
     """torch.optim.SGD: v = m v + g; w -= lr v, or lr (g + m v) with Nesterov; g holds the weight decay."""
 
     def __init__(
-        self, momentum: float, nesterov: bool, weight_decay: float, decayed: list[bool] | None, ops: Foreach
+        self,
+        momentum: float,
+        nesterov: bool,
+        weight_decay: float,
+        decayed: list[bool] | None = None,
+        ops: Foreach = FOREACH,
     ):
         super().__init__(weight_decay, decayed, ops)
         self.momentum, self.nesterov = momentum, nesterov
@@ -126,8 +134,8 @@ class Adam(Optimizer):
         eps: float,
         decoupled: bool,
         weight_decay: float,
-        decayed: list[bool] | None,
-        ops: Foreach,
+        decayed: list[bool] | None = None,
+        ops: Foreach = FOREACH,
     ):
         super().__init__(weight_decay, decayed, ops)
         self.betas, self.eps, self.decoupled = betas, eps, decoupled
@@ -167,7 +175,12 @@ class LARS(Optimizer):
     copies = 1
 
     def __init__(
-        self, momentum: float, trust: float, weight_decay: float, decayed: list[bool] | None, ops: Foreach
+        self,
+        momentum: float,
+        trust: float,
+        weight_decay: float,
+        decayed: list[bool] | None = None,
+        ops: Foreach = FOREACH,
     ):
         super().__init__(weight_decay, decayed, ops)
         self.momentum, self.trust = momentum, trust

@@ -13,7 +13,7 @@ from fedsim.data.augment import Augmentation
 from fedsim.errors import ConfigError
 from fedsim.training.layout import Layout
 from fedsim.training.losses import LabelLoss
-from fedsim.training.optim import LARS, SGD, Adam, Foreach, Optimizer
+from fedsim.training.optim import FOREACH, LARS, SGD, Adam, Foreach, Optimizer
 from fedsim.training.schedules import Schedule, constant
 from fedsim.types import Count, Decay, NonNegative, Positive, Share
 
@@ -160,7 +160,7 @@ class Recipe:
         """Whether the optimiser tells one tensor from another."""
         return self.optimizer == "lars" or self.decay == "weights"
 
-    def make_optimizer(self, layout: Layout, ops: Foreach) -> Optimizer:
+    def make_optimizer(self, layout: Layout, ops: Foreach = FOREACH) -> Optimizer:
         """A fresh one for lists of such tensors: clients keep no optimiser state between rounds."""
         decayed = None if self.decay == "all" else [len(shape) > 1 for shape in layout.shapes.values()]
         if self.optimizer == "sgd":
