@@ -333,7 +333,9 @@ def test_a_file_teaches(tmp_path):
         found = local.loss(simulation.task.initial_model, batch)
     torch.testing.assert_close(found, divergence(logits, taught, 4.0))  # alpha is 1
     simulation.round()
-    match = r"^local.distillation.teacher: \S+teacher.safetensors: conv1.weight is \(4, .* there and \(3, [^;]+$"
+    match = (
+        r"^local.distillation.teacher: \S+teacher.safetensors: conv1.weight has shape \(4, .* it has \(3, [^;]+$"
+    )
     with pytest.raises(ConfigError, match=match):
         build(load(TINY | {"local": {"distillation": {"teacher": distillation["teacher"]}}}))
 
