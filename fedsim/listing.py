@@ -177,7 +177,7 @@ def _rows(catalogue: Catalogue, entry: str) -> Iterator[tuple[str, str, str]]:
 def _shown(default: object) -> str:
     """As a config would have it."""
     plain = {} if isinstance(default, Options) else default  # whose options have defaults of their own
-    return plain if isinstance(plain, str) else json.dumps(plain, default=str)
+    return str(plain) if isinstance(plain, str | Path) else json.dumps(plain, default=str)
 
 
 if __name__ == "__main__":
