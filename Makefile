@@ -10,7 +10,7 @@ DEV := $(VENV)/.fedsim-dev
 .DELETE_ON_ERROR:
 # Two pips in one environment spoil each other, and so do a formatter and a linter: -j changes nothing here.
 .NOTPARALLEL:
-.PHONY: help demo install test test-slow lint format clean
+.PHONY: help demo install test test-slow lint format docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -34,6 +34,9 @@ lint: $(DEV) ## ruff and mypy, changing nothing
 format: $(DEV) ## rewrite the code as ruff wants it
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
+
+docs: $(DEV) ## write docs/options.md from the catalogues
+	$(VENV)/bin/python -m fedsim.listing docs
 
 clean: ## remove builds and caches; the environment, data/ and runs/ stay
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage

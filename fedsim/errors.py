@@ -20,6 +20,16 @@ class RoundError(RuntimeError):
     """A round failed: too few clients answered, or their messages cannot be aggregated."""
 
 
+def how_to_install(extra: str) -> str:
+    """The command that installs an extra of pyproject.toml; no package index has fedsim."""
+    return f"pip install -e '.[{extra}]' in fedsim's folder installs it"
+
+
+def missing_extra(at: str, package: str, extra: str) -> ConfigError:
+    """The error for a setting that needs a package which is not installed."""
+    return ConfigError(f"{at} needs {package}, which is not installed; {how_to_install(extra)}")
+
+
 def printable(text: object) -> str:
     """`text` with unprintable characters escaped, such as \\n, so that they cannot control a terminal."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))

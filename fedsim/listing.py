@@ -1,9 +1,14 @@
-"""What a config can name, from the catalogues themselves."""
+"""What a config can name, from the catalogues themselves.
+
+`fedsim list` prints it; `python -m fedsim.listing DIR` writes it to DIR/options.md, a page of the documentation.
+"""
 
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
 from inspect import getdoc
+from pathlib import Path
 from textwrap import fill, indent
 
 import torch
@@ -27,6 +32,7 @@ SETTINGS = Catalogue(  # the mappings of a config that are no entry of a catalog
     "KEY",
     "fedsim",
     {
+        "CONFIG.yaml": "experiment.config:Config",
         "local": "training.recipe:Recipe",
         "local.distillation": "training.recipe:Distillation",
         "local.noisy_labels": "training.recipe:NoisyLabels",
@@ -56,6 +62,11 @@ KINDS: dict[str, Catalogue] = {
     "hooks": HOOKS,
     "settings": SETTINGS,
 }
+PAGE = """# All options
+
+Written by `make docs` from the program's own definitions; a test says when the page is out of date.
+`fedsim list KIND NAME` shows the same in a terminal. *required* means that there is no default.
+"""
 
 
 def listing(kind: str | None, pattern: str) -> Iterator[Table | str]:
@@ -67,18 +78,61 @@ def listing(kind: str | None, pattern: str) -> Iterator[Table | str]:
         matches = [entry for entry in catalogue if fnmatch(entry, pattern)]
         if not matches:
             raise ConfigError(f"list: none of the {name} matches {pattern!r}; there are {', '.join(catalogue)}")
-        use = "KEY: {option: ...}" if catalogue is SETTINGS else f"{catalogue.kind}: {{name: ...}}"
-        table = Table(name, use, width=80, box=box.SIMPLE_HEAD)
+        table = Table(name, _use(catalogue), width=80, box=box.SIMPLE_HEAD)
         for entry in matches:
             table.add_row(entry, catalogue.summary(entry))
         yield table
         if catalogue is MODELS and pattern != "*":  # of all it would take long
             yield _costs(matches)
         if len(matches) == 1:
-            _, _, more = (getdoc(catalogue.load(matches[0])) or "").partition("\n")
-            if more:
-                yield "\n\n".join(map(_wrapped, more.strip().split("\n\n"))) + "\n"
+            if more := _paragraphs(catalogue, matches[0]):
+                yield "\n\n".join(map(_wrapped, more)) + "\n"
             yield _options(catalogue, matches[0])
+
+
+def page() -> str:
+    """The listing of everything as Markdown; entries with the same text and options share a table."""
+    parts = [PAGE]
+    for kind, catalogue in KINDS.items():
+        parts.append(f"## {kind}\n\n`{_use(catalogue)}`\n\n{_entries(catalogue)}")
+        alike: dict[str, list[str]] = {}
+        for entry in catalogue:
+            text = "\n\n".join(_unwrapped(each) for each in _paragraphs(catalogue, entry))
+            rows = [[f"`{option}`", *about] for option, *about in _rows(catalogue, entry)]
+            table = _markdown(["option", "default", "allowed"], rows) if rows else ""
+            alike.setdefault(f"{text}\n\n{table}".strip(), []).append(entry)
+        parts += [f"### {', '.join(entries)}\n\n{about}\n" for about, entries in alike.items() if about]
+    return "\n".join(parts)
+
+
+def _use(catalogue: Catalogue) -> str:
+    return "KEY: {option: ...}" if catalogue is SETTINGS else f"{catalogue.kind}: {{name: ...}}"
+
+
+def _paragraphs(catalogue: Catalogue, entry: str) -> list[str]:
+    """Those of the entry's docstring after its first line."""
+    _, _, more = (getdoc(catalogue.load(entry)) or "").partition("\n")
+    return more.strip("\n").split("\n\n") if more.strip() else []
+
+
+def _entries(catalogue: Catalogue) -> str:
+    about = [[f"`{entry}`", catalogue.summary(entry)] for entry in catalogue]
+    if catalogue is not MODELS:
+        return _markdown(["name", "what it is"], about)
+    for row, entry in zip(about, catalogue, strict=True):
+        shape, classes, parameters = catalogue.load(entry).reference  # type: ignore[attr-defined]
+        row += [size(shape), str(classes), f"{parameters:,}"]
+    return _markdown(["name", "what it is", "examples", "classes", "parameters"], about)
+
+
+def _markdown(head: list[str], rows: Iterable[list[str]]) -> str:
+    cells = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |\n" for row in cells)
+
+
+def _unwrapped(paragraph: str) -> str:
+    """On one line; what has indented lines is shown as it is."""
+    return f"```\n{paragraph}\n```" if "\n " in paragraph else " ".join(paragraph.split())
 
 
 def _wrapped(paragraph: str) -> str:
@@ -102,8 +156,8 @@ def _costs(entries: list[str]) -> Table:
 
 def _options(catalogue: Catalogue, entry: str) -> Table:
     table = Table("option", "default", "allowed", width=80, box=box.SIMPLE_HEAD)
-    for name, field in options_of(catalogue.load(entry)).model_fields.items():
-        table.add_row(name, "required" if field.is_required() else _shown(field.default), allowed(field))
+    for row in _rows(catalogue, entry):
+        table.add_row(*row)
     if catalogue is MODELS:
         table.caption = "and the options of all models: fedsim list settings model"
     if catalogue is SETTINGS and entry == "local":
@@ -114,7 +168,17 @@ def _options(catalogue: Catalogue, entry: str) -> Table:
     return table
 
 
+def _rows(catalogue: Catalogue, entry: str) -> Iterator[tuple[str, str, str]]:
+    """Name, default and allowed values of each option."""
+    for name, field in options_of(catalogue.load(entry)).model_fields.items():
+        yield name, "required" if field.is_required() else _shown(field.default), allowed(field)
+
+
 def _shown(default: object) -> str:
     """As a config would have it."""
     plain = {} if isinstance(default, Options) else default  # whose options have defaults of their own
-    return plain if isinstance(plain, str) else json.dumps(plain, default=str)
+    return str(plain) if isinstance(plain, str | Path) else json.dumps(plain, default=str)
+
+
+if __name__ == "__main__":
+    (Path(sys.argv[1]) / "options.md").write_text(page())

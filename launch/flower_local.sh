@@ -29,7 +29,7 @@ esac
 [[ $number =~ ^[1-9][0-9]{0,2}$ ]] || fail "N: $number should be a number of nodes from 1 to 999" 2
 [[ $port =~ ^[1-9][0-9]{0,4}$ ]] || fail "PORT: $port should be a port" 2
 for program in "$fedsim" flower-superlink flwr ${STOCK:+flower-supernode}; do
-    command -v "$program" >/dev/null || fail "no command $program; pip install 'fedsim[flower]' brings Flower's" 2
+    command -v "$program" >/dev/null || fail "no command $program; pip install -e '.[flower]' in fedsim's folder installs Flower's" 2
 done
 
 # taken PORT: is anything there?

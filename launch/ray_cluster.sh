@@ -48,7 +48,7 @@ machines() {
 }
 
 start() {
-    [[ -x $ray ]] || fail "no ray command; pip install 'fedsim[ray]' brings it, and RAY names another"
+    [[ -x $ray ]] || fail "no ray command; pip install -e '.[ray]' in fedsim's folder installs it, and RAY names another"
     [[ ! -e $state/processes ]] || fail "a cluster of port $port was started; stop ends it"
     mkdir -p "$state"
     launch - --head --node-ip-address="$head" --port="$port" --include-dashboard=false

@@ -235,7 +235,7 @@ def test_without_the_package_it_says_how_to_get_it(tmp_path, monkeypatch, fedsim
     monkeypatch.setitem(sys.modules, "cryptography", None)
     monkeypatch.delitem(sys.modules, "fedsim.flower.certificates")
     result = fedsim_("certificates", tmp_path / "lab", "--node", "a")
-    assert (result.status, "pip install 'fedsim[flower]'" in result.err) == (2, True)
+    assert (result.status, "pip install -e '.[flower]'" in result.err) == (2, True)
 
 
 @pytest.mark.slow

@@ -215,10 +215,10 @@ def test_onnx_runtime_takes_convolution_and_relu_as_one(onnx, tmp_path):
 def test_what_is_missing_is_named(fedsim_, run, monkeypatch, format, missing):
     monkeypatch.setattr(fedsim.export.onnx, "find_spec", lambda name: None if name == missing else object())
     done = fedsim_("export", run, "--format", format, "--out", "file")
-    way_out = "pip install tensorrt" if missing == "tensorrt" else "pip install -e '.[export]'"
+    way_out = "pip install tensorrt" if missing == "tensorrt" else "pip install -e '.[export]' in fedsim's folder"
     assert (done.status, done.out) == (2, "")
     assert re.fullmatch(
-        rf"fedsim: --format: {format} needs {missing}; {re.escape(way_out)} brings it.*\n", done.err
+        rf"fedsim: --format: {format} needs {missing}; {re.escape(way_out)} installs it.*\n", done.err
     )
     assert not list(Path().iterdir())
 

@@ -1,16 +1,19 @@
 """What is installed is what stands in the checkout, and no more is needed to use it."""
 
 import importlib
+import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 from packaging.version import Version
 
 import fedsim
 import fedsim.strategies
+from fedsim.base.version import VERSION
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -57,8 +60,32 @@ def test_every_other_file_is_installed():
 
 
 def test_the_version_is_one_that_pip_orders():
-    version = PYPROJECT["project"]["version"]
-    assert str(Version(version)) == version
+    assert SETUPTOOLS["dynamic"]["version"] == {"attr": "fedsim.base.version.VERSION"}
+    assert str(Version(VERSION)) == VERSION
+
+
+def test_nobody_is_told_to_install_another_fedsim():
+    """On the package index that name belongs to another project; this one's extras name its own distribution."""
+    name = PYPROJECT["project"]["name"]
+    assert name != "fedsim"
+    for extra in PYPROJECT["project"]["optional-dependencies"].values():
+        assert not [needed for needed in extra if Requirement(needed).name == "fedsim"]
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for path in map(ROOT.joinpath, filter(None, files.stdout.split("\0"))):
+        text = path.read_bytes() if path.exists() else b""
+        assert not re.search(rb"pip3? install\s+(-\S+\s+)*['\"]?fedsim\b", text), path
+
+
+def test_a_missing_extra_is_told_as_an_extra_that_there_is():
+    """The names that fedsim and launch/ give are those of pyproject.toml."""
+    extras = PYPROJECT["project"]["optional-dependencies"].keys()
+    paths = [path for top in ("fedsim", "launch", "docs") for path in (ROOT / top).rglob("*.*")]
+    texts = [path.read_text() for path in paths if path.suffix in (".py", ".sh", ".md")]
+    named = {name for text in texts for name in re.findall(r"pip install -e '\.\[([a-z]+)\]'", text)}
+    named |= {name for text in texts for name in re.findall(r"how_to_install\([\"'](\w+)", text)}
+    named |= {name for text in texts for name in re.findall(r"missing_extra\(.*, \"(\w+)\"\)", text)}
+    assert named >= {"digits", "export", "flower", "peers", "ray", "svhn"}
+    assert named <= extras
 
 
 def test_strategies_have_one_name(monkeypatch):

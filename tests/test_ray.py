@@ -529,7 +529,7 @@ def test_it_goes_on_with_the_actors_that_have_a_place(monkeypatch):
 def test_ray_that_is_not_installed_is_an_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delitem(sys.modules, "fedsim.runtimes.ray.cluster")
-    with pytest.raises(ConfigError, match=r"pip install 'fedsim\[ray\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[ray\]'"):
         Ray(TASK, DATA)
 
 

@@ -20,10 +20,11 @@ from rich.table import Table
 
 from fedsim.base.devices import devices
 from fedsim.base.machine import cores, cpu_name, memory
+from fedsim.base.version import VERSION
 from fedsim.experiment.config import Config
 from fedsim.report.runs import ABSENT, WIDTH
 
-PACKAGES = ("fedsim", "torch", "numpy", "ray", "flwr", "pfl")
+PACKAGES = ("torch", "numpy", "ray", "flwr", "pfl")
 
 
 class Column(NamedTuple):
@@ -135,7 +136,7 @@ def _written(value: Any, form: str) -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = dict[str, str]()
+    found = {"fedsim": VERSION}
     for package in PACKAGES:
         try:
             found[package] = version(package)

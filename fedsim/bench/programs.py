@@ -18,7 +18,7 @@ from fedsim.base.machine import cores
 from fedsim.bench import peers
 from fedsim.bench.parts import Side
 from fedsim.bench.plain import subject
-from fedsim.errors import ConfigError, RoundError, one_line
+from fedsim.errors import ConfigError, RoundError, how_to_install, one_line
 from fedsim.federated.simulation import Simulation
 
 ENVIRONMENT = {
@@ -43,10 +43,10 @@ class Peer(NamedTuple):
 
 
 PEERS = {
-    "flower": Peer(
-        "Flower simulation", "flower_app.py", "flwr", "1.41.", ("ray",), "pip install 'fedsim[peers]' brings it"
+    "flower": Peer("Flower simulation", "flower_app.py", "flwr", "1.41.", ("ray",), how_to_install("peers")),
+    "pfl": Peer(
+        "pfl simulation", "pfl_app.py", "pfl", "0.6.", (), "pip install 'pfl[pytorch]==0.6.*' installs it"
     ),
-    "pfl": Peer("pfl simulation", "pfl_app.py", "pfl", "0.6.", (), "pip install 'pfl[pytorch]==0.6.*' brings it"),
 }
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from fedsim.data.dataset import Dataset, Fraction, holdout_mask
-from fedsim.errors import ConfigError
+from fedsim.errors import missing_extra
 from fedsim.types import Seed, Stream, random
 
 
@@ -18,7 +18,7 @@ def digits(*, test_share: Fraction = 0.2, seed: Seed = 0) -> Dataset:
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
-        raise ConfigError("data.name: digits needs scikit-learn; pip install -e '.[digits]' brings it") from error
+        raise missing_extra("data.name: digits", "scikit-learn", "digits") from error
     images, labels = load_digits(return_X_y=True)
     x = torch.from_numpy(np.rint(images * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
     y = torch.from_numpy(labels.astype(np.int64))

@@ -14,7 +14,7 @@ from torch import Tensor
 from fedsim.base.machine import gigabytes
 from fedsim.base.reading import open_regular
 from fedsim.data.dataset import Dataset
-from fedsim.errors import ConfigError, printable, reason
+from fedsim.errors import ConfigError, missing_extra, printable, reason
 
 EMNIST_CLASSES = {"byclass": 62, "bymerge": 47, "balanced": 47, "letters": 26, "digits": 10, "mnist": 10}
 MAX_IDX_PIXELS = 28 * 28  # of an image in an idx file
@@ -79,7 +79,7 @@ def cifar100(*, root: Path = Path("data"), download: bool = False) -> Dataset:
 def svhn(*, root: Path = Path("data"), download: bool = False) -> Dataset:
     """SVHN: 73,257 + 26,032 colour house numbers of 32 x 32, 10 classes (Netzer et al. 2011)."""
     if importlib.util.find_spec("scipy") is None:
-        raise ConfigError("data.name: svhn needs scipy; pip install -e '.[svhn]' brings it")
+        raise missing_extra("data.name: svhn", "scipy", "svhn")
 
     from torchvision import datasets
 

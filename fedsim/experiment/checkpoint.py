@@ -22,6 +22,7 @@ from safetensors.torch import load, save
 
 from fedsim.base.files import DRAFT, File, read, sync_folder, untied_copies, verify, write
 from fedsim.base.reading import open_regular
+from fedsim.base.version import VERSION
 from fedsim.errors import ConfigError, one_line
 from fedsim.federated.simulation import Round, Simulation
 from fedsim.federated.store import NAME as SEGMENT
@@ -200,8 +201,8 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str
 
 def versions() -> dict[str, str]:
     """Of what the result depends on."""
-    packages = {name: version(name) for name in ("fedsim", "torch", "numpy")}
-    return packages | {"python": platform.python_version()}
+    packages = {name: version(name) for name in ("torch", "numpy")}
+    return {"fedsim": VERSION} | packages | {"python": platform.python_version()}
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from fedsim.base.files import untied_copies, write
 from fedsim.base.machine import gigabytes, memory
 from fedsim.base.reading import open_regular
-from fedsim.errors import ConfigError, one_line
+from fedsim.errors import ConfigError, how_to_install, one_line
 from fedsim.experiment.config import Config
 from fedsim.experiment.config import load as load_config
 from fedsim.export.fusion import fused
@@ -279,13 +279,13 @@ FORMATS: dict[Format, Callable[[nn.Module, Tensor, bool, str], tuple[bytes, Run 
     "safetensors": _safetensors,
     "tensorrt": _tensorrt,
 }
-EXTRA = "pip install -e '.[export]' brings it"
+EXTRA = how_to_install("export")
 NEEDS: dict[Format, dict[str, str]] = {
     "onnx": {"onnx": EXTRA, "onnxscript": EXTRA},
     "torch": {},
     "safetensors": {},
     "tensorrt": {
-        "tensorrt": "pip install tensorrt brings it, or export onnx and run NVIDIA's trtexec",
+        "tensorrt": "pip install tensorrt installs it, or export onnx and run NVIDIA's trtexec",
         "onnx": EXTRA,
         "onnxscript": EXTRA,
     },

@@ -2,10 +2,10 @@
 
 from importlib.util import find_spec
 
-from fedsim.errors import ConfigError
+from fedsim.errors import missing_extra
 
 
 def needs_flwr(at: str) -> None:
     """Raise ConfigError where flwr is not installed."""
     if find_spec("flwr") is None:
-        raise ConfigError(f"{at}: needs flwr; pip install 'fedsim[flower]'")
+        raise missing_extra(at, "flwr", "flower")

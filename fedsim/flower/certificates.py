@@ -17,7 +17,7 @@ from typing import NamedTuple
 from uuid import uuid4
 
 from fedsim.base.files import DRAFT, sync_folder, uninterrupted, write
-from fedsim.errors import ConfigError, one_line
+from fedsim.errors import ConfigError, missing_extra, one_line
 
 try:
     from cryptography import x509
@@ -32,9 +32,7 @@ try:
     )
     from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 except ImportError as error:
-    raise ConfigError(
-        "certificates: need the package cryptography; pip install 'fedsim[flower]' brings it"
-    ) from error
+    raise missing_extra("fedsim certificates", "cryptography", "flower") from error
 
 DAYS = 825  # of a server's certificate: the most that Apple's systems take of a private CA
 CA_DAYS = 3650

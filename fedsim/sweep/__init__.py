@@ -11,7 +11,7 @@ from rich.console import Console
 from fedsim.base.catalogue import Spec
 from fedsim.base.machine import cores
 from fedsim.base.reading import read_yaml
-from fedsim.errors import ConfigError, printable
+from fedsim.errors import ConfigError, how_to_install, printable
 from fedsim.experiment.build import build, build_hooks
 from fedsim.runtimes import RUNTIMES
 from fedsim.runtimes.serial import Serial
@@ -23,7 +23,7 @@ from fedsim.sweep.points import Datasets, as_rows, as_tasks, has_ray, in_turn
 from fedsim.sweep.results import Results
 
 TOGETHER = 64  # points of a batch: with a cohort each, more rows add to its memory and little to its speed
-NO_RAY = "Ray is not installed; pip install 'fedsim[ray]'"
+NO_RAY = f"Ray is not installed; {how_to_install('ray')}"
 
 
 def sweep(

@@ -6,7 +6,7 @@ authentication. What cannot go on is told as a LinkError: nothing here ends the 
 its output. Objects are read without unpickling anything, and no more memory is taken than the caller allows.
 """
 
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, how_to_install
 
 try:
     from fedsim.flower.internals.connection import LinkError, Superlink
@@ -14,7 +14,7 @@ try:
     from fedsim.flower.internals.link import Kind, Link, Reply, build_fab
     from fedsim.flower.internals.member import Member
 except ImportError as error:
-    raise ConfigError(f"flower: needs flwr 1.41; pip install 'fedsim[flower]' brings it ({error})") from error
+    raise ConfigError(f"flower: needs flwr 1.41; {how_to_install('flower')} ({error})") from error
 
 __all__ = [
     "Kind",

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +22,7 @@ from fedsim.base.catalogue import Spec
 from fedsim.base.files import write
 from fedsim.base.machine import cores, cpu_name
 from fedsim.base.reading import open_regular
+from fedsim.base.version import VERSION
 from fedsim.data import FederatedData
 from fedsim.federated.client import Train
 from fedsim.training.task import Task
@@ -96,7 +96,7 @@ def key(
         "strategy": work.strategy,
         "scale": [int(np.median(data.sizes)), clients],
         "machine": [_machine(device), cores()],
-        "versions": [version("fedsim"), torch.__version__],
+        "versions": [VERSION, torch.__version__],
     }
     return hashlib.sha256(json.dumps(_plain(about), sort_keys=True).encode()).hexdigest()
 

@@ -13,12 +13,12 @@ from math import floor
 from typing import Any
 
 from fedsim.base.machine import cores
-from fedsim.errors import ConfigError, one_line
+from fedsim.errors import ConfigError, missing_extra, one_line
 
 try:
     import ray
 except ModuleNotFoundError as error:
-    raise ConfigError("runtime.name: ray needs Ray; pip install 'fedsim[ray]' brings it") from error
+    raise missing_extra("runtime.name: ray", "Ray", "ray") from error
 
 WAIT = 4.0  # seconds in which a cluster has to answer
 START = "launch/ray_cluster.sh start starts a cluster, and null is a local Ray"

@@ -1,0 +1,245 @@
+"""What README.md and docs/ show works as it stands, and their tables name what there is.
+
+The commands in `bash` blocks are run, those in `sh` blocks and within sentences are only parsed.
+"""
+
+import re
+import runpy
+import shlex
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import ray
+import yaml
+from typer.main import get_command
+from typer.testing import CliRunner
+
+import fedsim.listing
+from fedsim.base.catalogue import options_of
+from fedsim.cli import app
+from fedsim.experiment.config import Config, load, parse_overrides, resolve
+from fedsim.export.onnx import FORMATS
+from fedsim.flower.node import NodeSettings
+from fedsim.listing import KINDS
+from fedsim.training.recipe import Recipe
+
+ROOT = Path(__file__).parent.parent
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+}
+README = PAGES["README.md"]
+OTHERS = {name: (ROOT / name).read_text() for name in ("CONTRIBUTING.md", "CHANGELOG.md", "launch/README.md")}
+COMMANDS = get_command(app).commands
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+SHORTER = {
+    "run": ["rounds=2"],
+    "bench": ["rounds=2", "--repeats", "1", "--sides", "fedsim serial"],
+    "profile": ["--repeats", "1"],
+    "sweep": ["--jobs", "1"],
+}  # the same commands, in less time
+
+
+def blocks(language, text):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def with_blocks(language):
+    return [name for name, text in PAGES.items() if blocks(language, text)]
+
+
+def commands(language, text):
+    return [line for block in blocks(language, text) for line in block.splitlines() if line.startswith("fedsim ")]
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A folder in which the pages' paths are right, and what is written is thrown away."""
+    for name in ("configs", "launch"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def fedsim_(line):
+    _, *arguments = shlex.split(line, comments=True)
+    return CliRunner().invoke(app, [*arguments, *SHORTER.get(arguments[0], [])], catch_exceptions=False)
+
+
+# Commands
+
+
+def test_the_readme_shows_what_a_simulation_needs():
+    shown = {shlex.split(line)[1] for line in commands("bash", README)}
+    assert shown == {"run", "resume", "partition", "compare", "list", "bench", "profile", "export", "sweep"}
+
+
+@pytest.mark.parametrize("page", with_blocks("bash"))
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # of processes that Ray lets go of as it shuts down
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_the_commands_run(checkout, page):
+    try:
+        for line in commands("bash", PAGES[page]):
+            result = fedsim_(line)
+            assert result.exit_code == 0, (line, result.output)
+    finally:
+        ray.shutdown()  # which `auto` would try in other tests
+
+
+@pytest.mark.parametrize("page", with_blocks("sh"))
+def test_the_other_commands_are_ones_that_there_are(checkout, page):
+    for line in commands("sh", PAGES[page]):
+        _, name, *arguments = shlex.split(line, comments=True)
+        with COMMANDS[name].make_context(name, arguments) as context:  # raises for options that it lacks
+            if name in ("run", "partition", "bench"):
+                load(context.params["config"], parse_overrides(context.params["settings"] or []))
+    for block in blocks("sh", PAGES[page]):
+        for script in re.findall(r"^launch/\S+", block, re.MULTILINE):
+            assert (ROOT / script).is_file()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_within_sentences_are_ones_that_there_are(page):
+    text = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
+    for span in re.findall(r"`fedsim (.+?)`", text, re.DOTALL):
+        name, *arguments = shlex.split(span)
+        known = {option for parameter in COMMANDS[name].params for option in parameter.opts}
+        assert {each for each in arguments if each.startswith("--")} <= known, span
+        assert all((ROOT / each).exists() for each in arguments if each.startswith("configs/")), span
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
+def test_paths_are_of_files_that_there_are(page):
+    for path in re.findall(
+        r"`((?:configs|docs|fedsim|launch|strategies|tests)/[\w./-]*)`", (PAGES | OTHERS)[page]
+    ):
+        assert re.search("NAME|FAMILY", path) or (ROOT / path).exists(), path
+
+
+def test_the_table_of_places_names_every_package():
+    packages = {f"fedsim/{file.parent.name}/" for file in (ROOT / "fedsim").glob("*/__init__.py")}
+    section = OTHERS["CONTRIBUTING.md"].partition("## Where each thing lives")[2].partition("\n## ")[0]
+    assert packages <= {*re.findall(r"`(fedsim/\w+/)`", section)}
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
+def test_targets_of_make_are_ones_that_there_are(page):
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    text = (PAGES | OTHERS)[page]
+    for span in re.findall(r"^make ([a-z -]+)|`make ([a-z -]+)", text, re.MULTILINE):
+        assert set("".join(span).split()) <= {*targets}, span
+
+
+# Code and configs
+
+
+def test_a_strategy_of_your_own(checkout, monkeypatch):
+    code = next(block for block in blocks("python", README) if "my_strategy.py" in block)
+    (checkout / "my_strategy.py").write_text(code)
+    monkeypatch.delitem(sys.modules, "my_strategy", raising=False)  # another test's
+    monkeypatch.syspath_prepend(checkout)
+    line = next(line for block in blocks("bash", README) for line in block.splitlines() if "my_strategy" in line)
+    assert len(code.splitlines()) <= 30
+    assert fedsim_(line.removeprefix("PYTHONPATH=. ")).exit_code == 0
+
+
+def test_a_hook_of_your_own(checkout, monkeypatch):
+    monkeypatch.delitem(sys.modules, "my_hooks", raising=False)  # another test's
+    code = next(block for block in blocks("python", PAGES["docs/hooks.md"]) if "my_hooks.py" in block)
+    (checkout / "my_hooks.py").write_text(code)
+    monkeypatch.syspath_prepend(checkout)
+    result = fedsim_("fedsim run configs/quickstart.yaml 'hooks=[my_hooks:Notify]' local.epochs=9 --out run")
+    assert "of run" in result.output
+
+
+@pytest.mark.parametrize("page", with_blocks("python"))
+@pytest.mark.filterwarnings("ignore:changed. rounds")  # by a resume that makes a run longer
+def test_the_python_examples(checkout, page):
+    for code in blocks("python", PAGES[page]):
+        if not code.startswith("# my_"):  # which the tests above run
+            exec(code, {})
+
+
+@pytest.mark.parametrize("page", with_blocks("yaml"))
+def test_the_configs_are_valid(page):
+    whole = yaml.safe_load(blocks("yaml", README)[0])
+    for part in map(yaml.safe_load, blocks("yaml", PAGES[page])):
+        NodeSettings.of(part) if "name" in part else resolve(whole | part)
+
+
+# Tables
+
+
+def column(page, head):
+    """The cells below `head`, of the one table that has such a column."""
+    tables = re.findall(r"(?:^\|.*\|\n)+", PAGES[page], re.MULTILINE)
+    rows = [
+        [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table.splitlines()]
+        for table in tables
+    ]
+    (found,) = [table for table in rows if head in table[0]]
+    return [row[found[0].index(head)] for row in found[2:]]
+
+
+@pytest.mark.parametrize(
+    ("page", "head", "there_are"),
+    [
+        ("docs/config.md", "key", Config.model_fields),
+        ("docs/config.md", "catalogue", KINDS.keys() - {"settings"}),
+        ("docs/data.md", "dataset", KINDS["datasets"]),
+        ("docs/data.md", "partition", KINDS["partitions"]),
+        ("docs/models.md", "names", KINDS["models"]),
+        (
+            "docs/training.md",
+            "option of `local`",
+            {*options_of(Recipe).model_fields, "schedule", "loss", "augment"},
+        ),
+        ("docs/strategies.md", "strategy", KINDS["strategies"]),
+        ("docs/runtimes.md", "runtime", KINDS["runtimes"]),
+        ("docs/hooks.md", "hook", KINDS["hooks"]),
+        ("docs/export.md", "`--format`", FORMATS),
+        ("docs/installing.md", "extra", EXTRAS),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_table_names_all_that_there_is_and_nothing_else(page, head, there_are):
+    named = [name for cell in column(page, head) for name in re.findall(r"`([\w.]+)`", cell)]
+    assert sorted(named) == sorted(there_are)
+
+
+def test_the_number_of_networks():
+    assert f"{len([*KINDS['models']])} networks" in README
+    assert f"{len([*KINDS['models']])} networks" in PAGES["docs/models.md"]
+
+
+def test_the_page_of_options_is_up_to_date(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["listing.py", str(tmp_path)])
+    runpy.run_path(fedsim.listing.__file__, run_name="__main__")  # as `make docs`, without its imports
+    assert (tmp_path / "options.md").read_text() == PAGES["docs/options.md"], "`make docs` writes it"
+
+
+# Links
+
+
+def anchors(text):
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS])
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", (PAGES | OTHERS)[page]):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file.read_text()), target
+
+
+def test_the_readme_is_short_and_links_every_page():
+    assert len(README.splitlines()) <= 200
+    assert {name for name in PAGES if f"]({name})" not in README} == {"README.md"}
