@@ -4,32 +4,25 @@ import logging
 import os
 import re
 import signal
-import socket
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import floor
+from pathlib import Path
 from typing import Any
 
 from fedsim.base.machine import cores
 from fedsim.errors import ConfigError, one_line
 
 try:
+    import grpc
     import ray
 except ModuleNotFoundError as error:
     raise ConfigError("runtime.name: ray needs Ray; pip install 'fedsim[ray]' brings it") from error
 
 WAIT = 4.0  # seconds in which a cluster has to answer
 START = "launch/ray_cluster.sh start starts a cluster, and null is a local Ray"
-# An empty call of gRPC, which Ray's head speaks: HTTP/2 (RFC 9113, 3.4 and 4.1), its headers as in RFC 7541, 6.
-HEADERS = b"\x83\x86\x04\x02/-\x01\x01-\x0f\x10\x10application/grpc\x00\x02te\x08trailers"
-CALL = (
-    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-    + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
-    + bytes([0, 0, len(HEADERS), 1, 5, 0, 0, 0, 1])
-    + HEADERS
-)
 
 
 def join(address: str | None) -> None:
@@ -77,31 +70,41 @@ def first_line(error: Exception) -> str:
 
 
 def _reach(address: str) -> str:
-    """The address as host:port. Raises ConfigError where no Ray answers; Ray itself would try for minutes."""
+    """The address as host:port. Raises ConfigError where no Ray answers, for which Ray would wait for minutes."""
     found = _located(address)
     try:
-        host, _, port = found.rpartition(":")
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=WAIT) as connection:
-            if not os.environ.get("RAY_USE_TLS"):
-                _call(connection)
-    except OSError as error:
+        with _channel(found) as channel:
+            channel.unary_unary("/fedsim/Ask")(b"", timeout=WAIT)
+    except grpc.RpcError as error:  # a gRPC server answers at least that it has no such method
+        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+            reason = f"no answer in {WAIT:g} s"
+        elif error.code() is grpc.StatusCode.UNAVAILABLE:
+            reason = one_line(error.details().rpartition("last error: ")[2])
+        else:
+            return found
         by = "RAY_ADDRESS" if os.environ.get("RAY_ADDRESS") else "the last Ray of this machine"
         what = f"auto: {found}, {by}," if address == "auto" else address
-        raise ConfigError(f"runtime.address: {what} cannot be reached ({one_line(error)}); {START}") from error
+        raise ConfigError(f"runtime.address: {what} cannot be reached ({reason}); {START}") from error
     return found
 
 
-def _call(connection: socket.socket) -> None:
-    """Raise OSError where no gRPC server answers, as Ray's head would: that there is no such method."""
-    connection.sendall(CALL)
-    with connection.makefile("rb") as answer:
-        while len(head := answer.read(9)) == 9 and head[3] in (1, 4, 6, 8):  # headers, settings, ping, window
-            content = answer.read(int.from_bytes(head[:3], "big"))
-            if head[3] == 1:  # which begin with the status, 200, after sizes of tables
-                if content.lstrip(bytes(range(0x20, 0x40))).startswith(b"\x88"):
-                    return
-                break
-    raise ConnectionError("what listens there is no Ray")
+def _channel(address: str) -> grpc.Channel:
+    """With TLS where Ray's own environment variables say so; raises ConfigError."""
+    options = [("grpc.enable_http_proxy", 0)]  # nor does Ray use one
+    if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
+        return grpc.insecure_channel(address, options)
+    authority, key, certificate = map(_pem, ("RAY_TLS_CA_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_SERVER_CERT"))
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(authority, key, certificate), options)
+
+
+def _pem(variable: str) -> bytes:
+    path = os.environ.get(variable)
+    if not path:
+        raise ConfigError(f"RAY_USE_TLS needs {variable}, the path of a PEM file")
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{variable}: {path} cannot be read: {error.strerror}") from None
 
 
 def _located(address: str) -> str:
