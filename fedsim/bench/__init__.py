@@ -19,7 +19,7 @@ from fedsim.bench.sides import compare
 from fedsim.bench.startup import startup
 from fedsim.errors import ConfigError
 from fedsim.experiment.config import Config
-from fedsim.export.onnx import writable
+from fedsim.export.write import writable
 
 STUDIES: dict[str, Callable[[Config, int, Console], Found]] = {
     "actors": actors,
