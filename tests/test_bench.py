@@ -5,7 +5,7 @@ import json
 import os
 import re
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -18,13 +18,14 @@ from rich.console import Console
 
 from fedsim.base.machine import cores
 from fedsim.bench import STUDIES, bench, federation, programs, scaling
-from fedsim.bench.apart import apart
 from fedsim.bench.figures import picture, show
 from fedsim.bench.inputs import FEDSIM, TORCHVISION, Cutout, input_line, pipeline
-from fedsim.bench.parts import FP32, Idle, in_turn, simulated, steps_of, times_as_fast
+from fedsim.bench.own_process import own_process
 from fedsim.bench.plain import PlainLoop
 from fedsim.bench.programs import PEERS, check_peers, program
 from fedsim.bench.sides import AUGMENTED, NO_STEPS, SERIAL, chosen, sides_of
+from fedsim.bench.simulations import FP32, Idle, simulated, steps_of
+from fedsim.bench.turns import in_turn, timed, times_as_fast
 from fedsim.data import AUGMENTATIONS
 from fedsim.errors import ConfigError, RoundError
 from fedsim.experiment.build import build
@@ -216,6 +217,22 @@ def test_sides_take_turns_and_the_first_turn_does_not_count():
     assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2, "c": 2}
 
 
+@contextmanager
+def refused():
+    raise ConfigError("not here")
+    yield
+
+
+def test_a_case_that_is_refused_becomes_a_note_unless_all_are():
+    notes, console = [], Console(file=io.StringIO())
+    seconds, last = timed({"a": refused(), "b": nullcontext(lambda: 5)}, 2, console, notes)
+    assert (list(seconds), last, notes) == (["b"], {"b": 5}, ["left out: a: not here"])
+    with pytest.raises(ConfigError, match=r"\Aa: not here\Z"):
+        timed({"a": refused(), "b": refused()}, 2, console, [])
+    with pytest.raises(ConfigError, match=r"\Anot here\Z"):
+        timed({"a": refused()}, 2, console)
+
+
 def test_idle_clients_leave_the_model_alone():
     config = load(CONFIG)
     simulation = simulated(config, "serial")
@@ -244,18 +261,18 @@ def dying():
     yield partial(os._exit, 3)
 
 
-def test_a_side_apart_gives_its_memory_and_its_errors():
-    with apart(counting, 1) as side:
+def test_a_side_in_its_own_process_gives_its_memory_and_its_errors():
+    with own_process(counting, 1) as side:
         assert side() > 10_000_000
         with pytest.raises(ConfigError, match=r"\Aenough: two\Z"):
             side()
 
 
 @pytest.mark.slow
-def test_a_side_apart_that_dies_is_told():
-    with pytest.raises(RoundError, match="ended by itself"), apart(dying) as side:
+def test_a_side_whose_process_dies_is_an_error():
+    with pytest.raises(RoundError, match="ended by itself"), own_process(dying) as side:
         side()
-    with pytest.raises(RoundError, match="TypeError"), apart(counting):
+    with pytest.raises(RoundError, match="TypeError"), own_process(counting):
         pass
 
 
@@ -302,7 +319,7 @@ def test_a_peer_that_is_not_there_is_one_line(monkeypatch):
         match=r"\A--peers: pfl needs no_such_package 0\.6, and no_such_package is missing; pip install",
     ):
         check_peers(["pfl"])
-    monkeypatch.setitem(PEERS, "pfl", PEERS["pfl"]._replace(package="torch", version="0.6."))
+    monkeypatch.setitem(PEERS, "pfl", PEERS["pfl"]._replace(package="torch", versions=("0.6",)))
     with pytest.raises(ConfigError, match=r"and torch is \d"):
         check_peers(["pfl"])
 
@@ -347,7 +364,7 @@ def here(monkeypatch):
         with make(*given) as side:
             yield lambda: side() or 10**8
 
-    monkeypatch.setattr(scaling, "apart", in_this_process)
+    monkeypatch.setattr(scaling, "own_process", in_this_process)
 
 
 @pytest.mark.parametrize("processes", ["one", pytest.param("each", marks=pytest.mark.slow)])
@@ -373,7 +390,7 @@ def test_cohorts_grow_tenfold():
 def test_aggregation_counts_the_bytes_of_messages():
     found = study("aggregation", {"cohort": "all"})
     size = 4 * len(build(load(CONFIG)).server["model"]) * 3
-    assert found.more["bytes"] == size
+    assert found.extra["bytes"] == size
     for row in found.rows:
         assert row["gb_per_second"] == pytest.approx(size / median(row["passes"]) / 1e9)
     assert {row["share"] for row in found.rows if row["what"] == "memory copy"} == {1.0}
@@ -441,7 +458,7 @@ def test_idle_nodes_send_what_nobody_sent_before(still):
 
 def test_a_federations_process_that_fails_says_why(tmp_path):
     pytest.importorskip("flwr")
-    nodes = federation.Federation(tmp_path, stock=True)
+    nodes = federation.LoopbackFederation(tmp_path, stock=True)
     with pytest.raises(RoundError, match=r" -c failed: no such app\Z"):
         nodes._finish("x", [sys.executable, "-c", "raise SystemExit('no such app')"])
 
@@ -451,7 +468,7 @@ def test_federations_of_idle_nodes(monkeypatch):
     pytest.importorskip("flwr")
     monkeypatch.setattr(federation, "SIZES", (1000,))
     found = study("flower", {})
-    sides = [federation.FAST, federation.PLAIN, federation.STOCK, federation.FLOOR]
+    sides = [federation.FAST, federation.PLAIN, federation.STOCK, federation.ALONE]
     assert [row["side"] for row in found.rows] == sides
     fast, plain, *flwr = (row["seconds"] for row in found.rows)
     assert max(fast, plain) < min(flwr)
