@@ -326,13 +326,13 @@ def profile(
     from fedsim.export.drawing import picture
     from fedsim.export.tables import save, tables
     from fedsim.export.timing import measure, numbers, place, profiles
-    from fedsim.export.write import writable
+    from fedsim.export.write import check_writable
 
     if json is not None and json.exists():
         raise ConfigError(f"--json: {json} exists; name another file")
     for path, at in ((out, "--out"), (json, "--json")):
         if path is not None:
-            writable(path, at)
+            check_writable(path, at)
     chosen, batches = place(device), numbers(batch, "--batch")
     found = profiles(models or [], runs or [], None if shape is None else numbers(shape, "--shape"), classes)
     measure(

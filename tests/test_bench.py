@@ -481,10 +481,10 @@ def test_federations_of_idle_nodes(monkeypatch):
     ("options", "message"),
     [
         ({"studies": ["actor"]}, "--study: 'actor' is unknown; did you mean 'actors'?"),
-        ({"studies": ["cohort"], "sides": ["*"]}, "--sides: stands beside --study"),
+        ({"studies": ["cohort"], "sides": ["*"]}, "--sides: cannot be combined with --study"),
         ({"peers": ["flowr"]}, "--peers: 'flowr' is unknown"),
         ({"sides": ["x"]}, "--sides: 'x' matches none"),
-        ({"drawing": Path("sides.png")}, "--picture: is of a study; name one with --study"),
+        ({"drawing": Path("sides.png")}, "--picture needs a study; name one with --study"),
         ({"drawing": Path("no/such/folder.png")}, "--picture: no/such/folder.png cannot be written"),
     ],
     ids=str,

@@ -19,7 +19,7 @@ from fedsim.bench.sides import compare
 from fedsim.bench.startup import startup
 from fedsim.errors import ConfigError
 from fedsim.experiment.config import Config
-from fedsim.export.write import writable
+from fedsim.export.write import check_writable
 
 STUDIES: dict[str, Callable[[Config, int, Console], Result]] = {
     "actors": actors,
@@ -53,15 +53,17 @@ def bench(
         if path is not None and path.exists():
             raise ConfigError(f"{at}: {path} exists; name another file")
         if path is not None:
-            writable(path, at)
+            check_writable(path, at)
     for name in studies:
         if name not in STUDIES:
             raise ConfigError(f"--study: {unknown(name, STUDIES)}")
     check_peers(peers)
     if studies and (peers or sides):
-        raise ConfigError(f"--{'peers' if peers else 'sides'}: stands beside --study, which has sides of its own")
+        raise ConfigError(
+            f"--{'peers' if peers else 'sides'}: cannot be combined with --study, which has sides of its own"
+        )
     if drawing is not None and not studies:
-        raise ConfigError("--picture: is of a study; name one with --study")
+        raise ConfigError("--picture needs a study; name one with --study")
     found = list[Result]()
     todo = [STUDIES[name] for name in studies] or [_comparison(peers, sides)]
     for study in todo:

@@ -110,7 +110,7 @@ def measure(
     fuse: bool = False,
     repeats: int = 20,
 ) -> None:
-    """Let each profile know its cost, and the seconds of `repeats` passes at each batch size.
+    """Fill in each profile's cost, and the seconds of `repeats` passes at each batch size.
 
     Weights and examples are of `precision`; what training keeps is counted as under autocast to it. Raises
     ConfigError.

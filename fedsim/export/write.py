@@ -49,8 +49,8 @@ class Normalised(nn.Module):
         return self.network(x * self.scale - self.shift)  # type: ignore[no-any-return]
 
 
-def writable(path: Path, at: str) -> None:
-    """Raise ConfigError that begins with `at` where no file can be written; asked before the work is done."""
+def check_writable(path: Path, at: str) -> None:
+    """Raise ConfigError that begins with `at` where no file can be written; called before the work is done."""
     if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ConfigError(f"{at}: {path} cannot be written; is there such a folder?")
 
@@ -80,7 +80,7 @@ def export(
     out = out or run / NAMES[format]
     if out.exists():
         raise ConfigError(f"--out: {out} exists; name another file")
-    writable(out, "--out")
+    check_writable(out, "--out")
     plain, config, example, classes = load_trained(run, ema=ema)
     network: nn.Module = fused(plain, example.shape) if fuse else plain
     if normalise:

@@ -1,4 +1,4 @@
-"""The cluster that this process is part of: how it joins one, and what that one holds."""
+"""The Ray cluster of this process: how it joins one, and which resources that has."""
 
 import logging
 import os
@@ -21,12 +21,12 @@ try:
 except ModuleNotFoundError as error:
     raise ConfigError("runtime.name: ray needs Ray; pip install 'fedsim[ray]' brings it") from error
 
-WAIT = 4.0  # seconds in which a cluster has to answer
-START = "launch/ray_cluster.sh start starts a cluster, and null is a local Ray"
+WAIT = 4.0  # seconds within which a cluster must answer
+START = "launch/ray_cluster.sh start starts a cluster, and null starts a local one"
 
 
 def join(address: str | None) -> None:
-    """Have this process part of a Ray: null is any, or else a local one of its own. Raises ConfigError."""
+    """Join the cluster at `address`; None is the one that this process is in, or a local one. Raises ConfigError."""
     if ray.is_initialized():
         joined = ray.get_runtime_context().gcs_address
         if address not in (None, "auto", joined) and _located(address) != joined:
@@ -36,24 +36,24 @@ def join(address: str | None) -> None:
         address = _reach(address)
     own: dict[str, Any] = {} if address else {"num_cpus": cores(), "include_dashboard": False}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    with _as_it_was():
+    with _restored():
         try:
             ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
         except (OSError, RuntimeError, ValueError) as error:
             raise ConfigError(
-                f"runtime.address: {address or 'null'}: Ray cannot be had; {first_line(error)}"
+                f"runtime.address: {address or 'null'}: Ray cannot be started or joined: {first_line(error)}"
             ) from error
 
 
 def room(cpus: float, gpus: float) -> int:
-    """How many actors of that size all machines hold."""
+    """How many actors of that size fit on all machines."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     wanted = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
     return sum(min(floor(node.get(kind, 0) / each + 1e-9) for kind, each in wanted.items()) for node in nodes)
 
 
 def resources() -> str:
-    """What all machines hold, in words."""
+    """CPUs and GPUs of all machines, in words."""
     has, free = ray.cluster_resources(), ray.available_resources()
     each = {kind: (counted(has.get(kind, 0), kind), free.get(kind, 0)) for kind in ("CPU", "GPU")}
     return " and ".join(f"{held} ({left:g} free)" for held, left in each.values())
@@ -65,7 +65,7 @@ def counted(number: float, what: str) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Of the many that Ray says."""
+    """The first line of an error message of Ray, which may have many."""
     return one_line(str(error).strip().partition("\n")[0])
 
 
@@ -120,8 +120,8 @@ def _located(address: str) -> str:
 
 
 @contextmanager
-def _as_it_was() -> Iterator[None]:
-    """Keep what Ray takes when it starts: the handler of SIGTERM, and warnings about files that it left open."""
+def _restored() -> Iterator[None]:
+    """Restore the handler of SIGTERM that Ray replaces, and hide warnings about files that it leaves open."""
     handler = signal.getsignal(signal.SIGTERM)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=ResourceWarning)
