@@ -59,9 +59,7 @@ def bench(
             raise ConfigError(f"--study: {unknown(name, STUDIES)}")
     check_peers(peers)
     if studies and (peers or sides):
-        raise ConfigError(
-            f"--{'peers' if peers else 'sides'}: cannot be combined with --study, which has sides of its own"
-        )
+        raise ConfigError(f"--{'peers' if peers else 'sides'}: cannot be combined with --study")
     if drawing is not None and not studies:
         raise ConfigError("--picture needs a study; name one with --study")
     found = list[Result]()

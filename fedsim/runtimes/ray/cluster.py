@@ -26,7 +26,7 @@ START = "launch/ray_cluster.sh start starts a cluster, and null starts a local o
 
 
 def join(address: str | None) -> None:
-    """Join the cluster at `address`; None is the one that this process is in, or a local one. Raises ConfigError."""
+    """Join the cluster at `address`; None is this process's own, or a new local one. Raises ConfigError."""
     if ray.is_initialized():
         joined = ray.get_runtime_context().gcs_address
         if address not in (None, "auto", joined) and _located(address) != joined:
