@@ -140,7 +140,7 @@ def test_torchvisions_side_cuts_squares_out_of_a_copy():
     assert image.min() == 1
 
 
-def told(found, config):
+def printed(found, config):
     """What is printed, as one text; no line of it is longer than a terminal's."""
     shown = io.StringIO()
     for each in found if isinstance(found, list) else [found]:
@@ -149,14 +149,14 @@ def told(found, config):
     return " ".join(shown.getvalue().split())
 
 
-def test_every_side_is_timed_and_told(tmp_path):
+def test_every_side_is_timed_and_printed(tmp_path):
     shown, out = io.StringIO(), tmp_path / "bench.json"
     augment = ["color_jitter", "random_crop", "flip", "rotation", "cutout"]
     settings = {"local.augment": augment, "local.oversample": True, "strategy": "scaffold"}
     config = load(CONFIG, IMAGES | settings)
     local = ["plain*", "fedsim serial", "fedsim threads*", "augmented*", "a checkpoint*"]
     (sides,) = bench(config, 2, Console(file=shown, width=80), out, sides=local)
-    found, text = json.loads(out.read_text()), told(sides, config)
+    found, text = json.loads(out.read_text()), printed(sides, config)
     assert " ".join(shown.getvalue().split()) == text
     assert found.keys() == {"date", "machine", "device", "versions", "config", "found"}
     assert found["machine"].keys() == {"cpu", "cores", "memory_bytes", "gpus", "load"}
@@ -341,7 +341,7 @@ def test_flower_takes_the_same_steps():
 def study(name, settings, repeats=1):
     config = load(CONFIG, {"runtime.device": "cpu"} | settings)
     found = STUDIES[name](config, repeats, Console(file=io.StringIO()))
-    text = told(found, config)
+    text = printed(found, config)
     assert all(column.heading in text for column in found.columns)
     json.dumps(found.rows)
     return found
@@ -474,7 +474,7 @@ def test_federations_of_idle_nodes(monkeypatch):
     assert max(fast, plain) < min(flwr)
 
 
-# Wrong wishes
+# Wrong options
 
 
 @pytest.mark.parametrize(
@@ -489,7 +489,7 @@ def test_federations_of_idle_nodes(monkeypatch):
     ],
     ids=str,
 )
-def test_wrong_wishes_are_refused_at_the_start(options, message):
+def test_wrong_options_are_refused_at_the_start(options, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         bench(load(CONFIG), 1, Console(file=io.StringIO()), **options)
 

@@ -291,7 +291,7 @@ def of_another_network(folder):
     save_file({"fc.weight": torch.ones(2)}, folder / "model.safetensors")
 
 
-def told(change):
+def with_partition_record(change):
     def write(folder):
         change(content := json.loads((folder / "partition.json").read_text()))
         (folder / "partition.json").write_text(json.dumps(content))
@@ -300,14 +300,14 @@ def told(change):
 
 
 def of_examples(*shape):
-    return told(lambda content: content["example"].update(shape=shape))
+    return with_partition_record(lambda content: content["example"].update(shape=shape))
 
 
 def of_classes(classes):
-    return told(lambda content: content.update(classes=classes))
+    return with_partition_record(lambda content: content.update(classes=classes))
 
 
-of_an_older_version = told(lambda content: content.pop("example"))
+of_an_older_version = with_partition_record(lambda content: content.pop("example"))
 
 
 @pytest.mark.parametrize(

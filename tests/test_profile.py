@@ -1,4 +1,4 @@
-"""What networks cost is what one can count by hand, and how fast they are is told as it was measured."""
+"""What networks cost is what one can count by hand, and their speed is reported as it was measured."""
 
 import io
 import json
