@@ -323,16 +323,18 @@ def profile(
     json: Annotated[Path | None, typer.Option(help="a JSON file for the figures, every pass's too")] = None,
 ) -> None:
     """Show what networks cost: parameters, FLOPs, memory of training, latency and throughput."""
-    from fedsim.export.onnx import writable
-    from fedsim.export.profile import measure, numbers, picture, place, save, subjects, tables
+    from fedsim.export.drawing import picture
+    from fedsim.export.tables import save, tables
+    from fedsim.export.timing import measure, numbers, place, profiles
+    from fedsim.export.write import check_writable
 
     if json is not None and json.exists():
         raise ConfigError(f"--json: {json} exists; name another file")
     for path, at in ((out, "--out"), (json, "--json")):
         if path is not None:
-            writable(path, at)
+            check_writable(path, at)
     chosen, batches = place(device), numbers(batch, "--batch")
-    found = subjects(models or [], runs or [], None if shape is None else numbers(shape, "--shape"), classes)
+    found = profiles(models or [], runs or [], None if shape is None else numbers(shape, "--shape"), classes)
     measure(
         found,
         batches,
@@ -365,8 +367,8 @@ def export(
     check: Annotated[bool, typer.Option(help="run the file, and compare what it gives")] = True,
 ) -> None:
     """Write a run's network for use elsewhere: ONNX, torch.export, safetensors or TensorRT."""
-    from fedsim.export.onnx import export as write
-    from fedsim.export.onnx import trtexec
+    from fedsim.export.formats import trtexec
+    from fedsim.export.write import export as write
 
     if batch != "dynamic" and not (batch.isdecimal() and int(batch)):
         raise ConfigError(f"--batch: {batch!r} should be a whole number >= 1, or dynamic")

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -20,13 +20,14 @@ from rich.console import Console
 
 from fedsim.base.machine import cores
 from fedsim.bench import STUDIES, bench, federation, programs, scaling
-from fedsim.bench.apart import apart
 from fedsim.bench.figures import picture, show
 from fedsim.bench.inputs import FEDSIM, TORCHVISION, Cutout, input_line, pipeline
-from fedsim.bench.parts import FP32, Idle, in_turn, simulated, steps_of, times_as_fast
+from fedsim.bench.own_process import own_process
 from fedsim.bench.plain import PlainLoop
 from fedsim.bench.programs import PEERS, check_peers, program
 from fedsim.bench.sides import AUGMENTED, NO_STEPS, SERIAL, chosen, sides_of
+from fedsim.bench.simulations import FP32, Idle, simulated, steps_of
+from fedsim.bench.turns import in_turn, timed, times_as_fast
 from fedsim.data import AUGMENTATIONS
 from fedsim.errors import ConfigError, RoundError
 from fedsim.experiment.build import build
@@ -141,7 +142,7 @@ def test_torchvisions_side_cuts_squares_out_of_a_copy():
     assert image.min() == 1
 
 
-def told(found, config):
+def printed(found, config):
     """What is printed, as one text; no line of it is longer than a terminal's."""
     shown = io.StringIO()
     for each in found if isinstance(found, list) else [found]:
@@ -150,14 +151,14 @@ def told(found, config):
     return " ".join(shown.getvalue().split())
 
 
-def test_every_side_is_timed_and_told(tmp_path):
+def test_every_side_is_timed_and_printed(tmp_path):
     shown, out = io.StringIO(), tmp_path / "bench.json"
     augment = ["color_jitter", "random_crop", "flip", "rotation", "cutout"]
     settings = {"local.augment": augment, "local.oversample": True, "strategy": "scaffold"}
     config = load(CONFIG, IMAGES | settings)
     local = ["plain*", "fedsim serial", "fedsim threads*", "augmented*", "a checkpoint*"]
     (sides,) = bench(config, 2, Console(file=shown, width=80), out, sides=local)
-    found, text = json.loads(out.read_text()), told(sides, config)
+    found, text = json.loads(out.read_text()), printed(sides, config)
     assert " ".join(shown.getvalue().split()) == text
     assert found.keys() == {"date", "machine", "device", "versions", "config", "found"}
     assert found["machine"].keys() == {"cpu", "cores", "memory_bytes", "gpus", "load"}
@@ -218,6 +219,22 @@ def test_sides_take_turns_and_the_first_turn_does_not_count():
     assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2, "c": 2}
 
 
+@contextmanager
+def refused():
+    raise ConfigError("not here")
+    yield
+
+
+def test_a_case_that_is_refused_becomes_a_note_unless_all_are():
+    notes, console = [], Console(file=io.StringIO())
+    seconds, last = timed({"a": refused(), "b": nullcontext(lambda: 5)}, 2, console, notes)
+    assert (list(seconds), last, notes) == (["b"], {"b": 5}, ["left out: a: not here"])
+    with pytest.raises(ConfigError, match=r"\Aa: not here\Z"):
+        timed({"a": refused(), "b": refused()}, 2, console, [])
+    with pytest.raises(ConfigError, match=r"\Anot here\Z"):
+        timed({"a": refused()}, 2, console)
+
+
 def test_idle_clients_leave_the_model_alone():
     config = load(CONFIG)
     simulation = simulated(config, "serial")
@@ -246,18 +263,18 @@ def dying():
     yield partial(os._exit, 3)
 
 
-def test_a_side_apart_gives_its_memory_and_its_errors():
-    with apart(counting, 1) as side:
+def test_a_side_in_its_own_process_gives_its_memory_and_its_errors():
+    with own_process(counting, 1) as side:
         assert side() > 10_000_000
         with pytest.raises(ConfigError, match=r"\Aenough: two\Z"):
             side()
 
 
 @pytest.mark.slow
-def test_a_side_apart_that_dies_is_told():
-    with pytest.raises(RoundError, match="ended by itself"), apart(dying) as side:
+def test_a_side_whose_process_dies_is_an_error():
+    with pytest.raises(RoundError, match="ended by itself"), own_process(dying) as side:
         side()
-    with pytest.raises(RoundError, match="TypeError"), apart(counting):
+    with pytest.raises(RoundError, match="TypeError"), own_process(counting):
         pass
 
 
@@ -304,7 +321,7 @@ def test_a_peer_that_is_not_there_is_one_line(monkeypatch):
         match=r"\A--peers: pfl needs no_such_package 0\.6, and no_such_package is missing; pip install",
     ):
         check_peers(["pfl"])
-    monkeypatch.setitem(PEERS, "pfl", PEERS["pfl"]._replace(package="torch", version="0.6."))
+    monkeypatch.setitem(PEERS, "pfl", PEERS["pfl"]._replace(package="torch", versions=("0.6",)))
     with pytest.raises(ConfigError, match=r"and torch is \d"):
         check_peers(["pfl"])
 
@@ -326,7 +343,7 @@ def test_flower_takes_the_same_steps():
 def study(name, settings, repeats=1):
     config = load(CONFIG, {"runtime.device": "cpu"} | settings)
     found = STUDIES[name](config, repeats, Console(file=io.StringIO()))
-    text = told(found, config)
+    text = printed(found, config)
     assert all(column.heading in text for column in found.columns)
     json.dumps(found.rows)
     return found
@@ -349,7 +366,7 @@ def here(monkeypatch):
         with make(*given) as side:
             yield lambda: side() or 10**8
 
-    monkeypatch.setattr(scaling, "apart", in_this_process)
+    monkeypatch.setattr(scaling, "own_process", in_this_process)
 
 
 @pytest.mark.parametrize("processes", ["one", pytest.param("each", marks=pytest.mark.slow)])
@@ -375,7 +392,7 @@ def test_cohorts_grow_tenfold():
 def test_aggregation_counts_the_bytes_of_messages():
     found = study("aggregation", {"cohort": "all"})
     size = 4 * len(build(load(CONFIG)).server["model"]) * 3
-    assert found.more["bytes"] == size
+    assert found.extra["bytes"] == size
     for row in found.rows:
         assert row["gb_per_second"] == pytest.approx(size / median(row["passes"]) / 1e9)
     assert {row["share"] for row in found.rows if row["what"] == "memory copy"} == {1.0}
@@ -443,7 +460,7 @@ def test_idle_nodes_send_what_nobody_sent_before(still):
 
 def test_a_federations_process_that_fails_says_why(tmp_path):
     pytest.importorskip("flwr")
-    nodes = federation.Federation(tmp_path, stock=True)
+    nodes = federation.LoopbackFederation(tmp_path, stock=True)
     with pytest.raises(RoundError, match=r" -c failed: no such app\Z"):
         nodes._finish("x", [sys.executable, "-c", "raise SystemExit('no such app')"])
 
@@ -453,28 +470,28 @@ def test_federations_of_idle_nodes(monkeypatch):
     pytest.importorskip("flwr")
     monkeypatch.setattr(federation, "SIZES", (1000,))
     found = study("flower", {})
-    sides = [federation.FAST, federation.PLAIN, federation.STOCK, federation.FLOOR]
+    sides = [federation.FAST, federation.PLAIN, federation.STOCK, federation.ALONE]
     assert [row["side"] for row in found.rows] == sides
     fast, plain, *flwr = (row["seconds"] for row in found.rows)
     assert max(fast, plain) < min(flwr)
 
 
-# Wrong wishes
+# Wrong options
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"studies": ["actor"]}, "--study: 'actor' is unknown; did you mean 'actors'?"),
-        ({"studies": ["cohort"], "sides": ["*"]}, "--sides: stands beside --study"),
+        ({"studies": ["cohort"], "sides": ["*"]}, "--sides: cannot be combined with --study"),
         ({"peers": ["flowr"]}, "--peers: 'flowr' is unknown"),
         ({"sides": ["x"]}, "--sides: 'x' matches none"),
-        ({"drawing": Path("sides.png")}, "--picture: is of a study; name one with --study"),
+        ({"drawing": Path("sides.png")}, "--picture needs a study; name one with --study"),
         ({"drawing": Path("no/such/folder.png")}, "--picture: no/such/folder.png cannot be written"),
     ],
     ids=str,
 )
-def test_wrong_wishes_are_refused_at_the_start(options, message):
+def test_wrong_options_are_refused_at_the_start(options, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         bench(load(CONFIG), 1, Console(file=io.StringIO()), **options)
 

@@ -20,7 +20,7 @@ import fedsim.listing
 from fedsim.base.catalogue import options_of
 from fedsim.cli import app
 from fedsim.experiment.config import Config, load, parse_overrides, resolve
-from fedsim.export.onnx import FORMATS
+from fedsim.export.formats import FORMATS
 from fedsim.flower.node import NodeSettings
 from fedsim.listing import KINDS
 from fedsim.training.recipe import Recipe

@@ -13,12 +13,15 @@ from torch import nn
 
 import fedsim
 import fedsim.cli
-import fedsim.export.onnx
+import fedsim.export.trained
+import fedsim.export.write
 from fedsim.errors import ConfigError
 from fedsim.experiment.build import build
 from fedsim.experiment.config import load
+from fedsim.export.formats import NAMES, trtexec
 from fedsim.export.fusion import fused
-from fedsim.export.onnx import NAMES, export, made, trained, trtexec
+from fedsim.export.trained import load_trained, make_network
+from fedsim.export.write import export
 from fedsim.models.inception import ParallelB
 from fedsim.models.options import make
 
@@ -94,7 +97,7 @@ def near(got, wanted):
 def test_the_network_is_the_run_s_without_its_data(run, monkeypatch):
     simulation = build(load(run / "config.yaml"))
     monkeypatch.setattr(fedsim.data.FederatedData, "__init__", None)
-    network, _, example, classes = trained(run)
+    network, _, example, classes = load_trained(run)
     assert (example.shape, classes) == (simulation.data.shape, 10)
     wanted = load_file(run / "model.safetensors")
     assert network.state_dict().keys() == wanted.keys()
@@ -107,7 +110,7 @@ def test_a_file_gives_what_the_network_gives_for_any_batch(run, tmp_path, format
     made = export(run, format, tmp_path / "file")
     assert 0 <= made.difference < 1e-5
     assert made.bytes == made.path.stat().st_size
-    network, _, example, _ = trained(run)
+    network, _, example, _ = load_trained(run)
     found = runs(made.path, format, run)
     for batch in (1, 2, 7):
         x = torch.randn(batch, *example.shape)
@@ -120,14 +123,14 @@ def test_raw_pixels_are_normalised_as_the_run_s_data_are(run, tmp_path, format):
     made = export(run, format, tmp_path / "file", normalise=True)
     raw = data._x_test[rows]
     assert raw.dtype == torch.uint8
-    near(runs(made.path, format, run)(raw), trained(run).network(data.test_batch(rows)[0]).detach())
+    near(runs(made.path, format, run)(raw), load_trained(run).network(data.test_batch(rows)[0]).detach())
 
 
 def test_constants_by_channel():
-    example = fedsim.export.onnx.Example(shape=(2, 1, 1), dtype="uint8", scale=(2.0, 3.0), shift=(1.0, 5.0))
+    example = fedsim.export.trained.Example(shape=(2, 1, 1), dtype="uint8", scale=(2.0, 3.0), shift=(1.0, 5.0))
     x = torch.tensor([[[[4]], [[6]]]], dtype=torch.uint8)
     wanted = torch.tensor([[[[7.0]], [[13.0]]]])
-    assert torch.equal(fedsim.export.onnx.Normalised(nn.Identity(), example)(x), wanted)
+    assert torch.equal(fedsim.export.write.Normalised(nn.Identity(), example)(x), wanted)
 
 
 @pytest.mark.parametrize(("format", "fuse"), sampled(in_turn(FORMATS, [True, False]), FORMATS, [True, False]))
@@ -162,7 +165,7 @@ def test_the_running_mean_is_exported_where_there_is_one(run, tmp_path):
     save_file(
         {n: torch.ones_like(v) for n, v in load_file(run / "model.safetensors").items()}, other / "ema.safetensors"
     )
-    assert (trained(other, ema=True).network.fc.weight == 1).all()
+    assert (load_trained(other, ema=True).network.fc.weight == 1).all()
 
 
 def test_where_the_run_began_does_not_matter(tmp_path):
@@ -171,7 +174,7 @@ def test_where_the_run_began_does_not_matter(tmp_path):
     config = CONFIG | {"model": {"name": "cnn_bn", "weights": str(tmp_path / "begin.safetensors")}}
     folder = fedsim.run(config, out=tmp_path / "run").folder
     (tmp_path / "begin.safetensors").unlink()
-    assert trained(folder).network.fc.weight.shape == begin.fc.weight.shape
+    assert load_trained(folder).network.fc.weight.shape == begin.fc.weight.shape
 
 
 # Fusion
@@ -213,7 +216,7 @@ def test_onnx_runtime_takes_convolution_and_relu_as_one(onnx, tmp_path):
     [("onnx", "onnx"), ("onnx", "onnxscript"), ("tensorrt", "tensorrt"), ("tensorrt", "onnx")],
 )
 def test_what_is_missing_is_named(fedsim_, run, monkeypatch, format, missing):
-    monkeypatch.setattr(fedsim.export.onnx, "find_spec", lambda name: None if name == missing else object())
+    monkeypatch.setattr(fedsim.export.write, "find_spec", lambda name: None if name == missing else object())
     done = fedsim_("export", run, "--format", format, "--out", "file")
     way_out = "pip install tensorrt" if missing == "tensorrt" else "pip install -e '.[export]' in fedsim's folder"
     assert (done.status, done.out) == (2, "")
@@ -224,7 +227,7 @@ def test_what_is_missing_is_named(fedsim_, run, monkeypatch, format, missing):
 
 
 def test_without_onnx_runtime_it_says_that_it_did_not_look(fedsim_, run, monkeypatch):
-    monkeypatch.setattr(fedsim.export.onnx, "find_spec", lambda name: None if name == "onnxruntime" else object())
+    monkeypatch.setattr(fedsim.export.write, "find_spec", lambda name: None if name == "onnxruntime" else object())
     assert "\nnot checked: ONNX Runtime is not installed\n" in fedsim_("export", run, "--out", "file").out
 
 
@@ -234,7 +237,7 @@ def test_a_file_that_gives_something_else_is_not_written(fedsim_, run, monkeypat
         result.get_parameter("fc.bias").data += 1
         return result
 
-    monkeypatch.setattr(fedsim.export.onnx, "fused", wrong)
+    monkeypatch.setattr(fedsim.export.write, "fused", wrong)
     done = fedsim_("export", run, "--format", "torch", "--out", "file")
     assert (done.status, done.out) == (2, "")
     assert re.fullmatch(
@@ -250,7 +253,9 @@ def test_a_network_with_branches_in_threads(run, tmp_path, monkeypatch, format, 
     options = {} if fuse else {"fuse": False, "batch": 1}
     layers = ParallelB(1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(481, 10)
     network = nn.Sequential(*layers).eval()
-    monkeypatch.setattr(fedsim.export.onnx, "trained", lambda run, ema: trained(run)._replace(network=network))
+    monkeypatch.setattr(
+        fedsim.export.write, "load_trained", lambda run, ema: load_trained(run)._replace(network=network)
+    )
     assert export(run, format, tmp_path / "file", **options).difference < 1e-5
 
 
@@ -267,7 +272,7 @@ class Bound(nn.Module):
 
 def test_a_network_for_one_batch_size_only(run, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        fedsim.export.onnx, "trained", lambda run, ema: trained(run)._replace(network=Bound().eval())
+        fedsim.export.write, "load_trained", lambda run, ema: load_trained(run)._replace(network=Bound().eval())
     )
     with pytest.raises(
         ConfigError, match=r"^model: cannot be exported, or not with any number[^\n]+--batch 1[^\n]+$"
@@ -287,7 +292,7 @@ def of_another_network(folder):
     save_file({"fc.weight": torch.ones(2)}, folder / "model.safetensors")
 
 
-def told(change):
+def with_partition_record(change):
     def write(folder):
         change(content := json.loads((folder / "partition.json").read_text()))
         (folder / "partition.json").write_text(json.dumps(content))
@@ -296,14 +301,14 @@ def told(change):
 
 
 def of_examples(*shape):
-    return told(lambda content: content["example"].update(shape=shape))
+    return with_partition_record(lambda content: content["example"].update(shape=shape))
 
 
 def of_classes(classes):
-    return told(lambda content: content.update(classes=classes))
+    return with_partition_record(lambda content: content.update(classes=classes))
 
 
-of_an_older_version = told(lambda content: content.pop("example"))
+of_an_older_version = with_partition_record(lambda content: content.pop("example"))
 
 
 @pytest.mark.parametrize(
@@ -314,8 +319,8 @@ of_an_older_version = told(lambda content: content.pop("example"))
             broken("partition.json", None),
             "partition.json: No such file or directory; is its folder that of a run?",
         ),
-        (broken("partition.json", b"{"), "partition.json: does not say what an example is; fedsim resume"),
-        (of_an_older_version, "partition.json: does not say what an example is; fedsim resume"),
+        (broken("partition.json", b"{"), "partition.json: does not describe an example; fedsim resume"),
+        (of_an_older_version, "partition.json: does not describe an example; fedsim resume"),
         (broken("model.safetensors", None), "model.safetensors: cannot be read: No such file or directory"),
         (broken("model.safetensors", b"abc"), "model.safetensors: does not hold the weights of the run's network"),
         (of_examples(1, 200_000, 200_000), "model: cannot be made for 10 classes and examples of shape (1, 2000"),
@@ -340,12 +345,12 @@ def test_a_folder_that_is_no_run_or_broken(fedsim_, run, tmp_path, change, messa
 
 
 def test_a_network_larger_than_the_machine_is_not_made(monkeypatch):
-    monkeypatch.setattr(fedsim.export.onnx, "memory", lambda: 2**20)
+    monkeypatch.setattr(fedsim.export.trained, "memory", lambda: 2**20)
     with pytest.raises(
         ConfigError, match=r"^model: cannot be made .* \(1, 99, 99\): it has .*, more than half of"
     ):
-        made({"name": "2nn"}, (1, 99, 99), 10)
-    assert made({"name": "2nn", "weights": None}, (1, 8, 8), 10).training
+        make_network({"name": "2nn"}, (1, 99, 99), 10)
+    assert make_network({"name": "2nn", "weights": None}, (1, 8, 8), 10).training
 
 
 @pytest.mark.parametrize(

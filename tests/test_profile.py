@@ -1,4 +1,4 @@
-"""What networks cost is what one can count by hand, and how fast they are is told as it was measured."""
+"""What networks cost is what one can count by hand, and their speed is reported as it was measured."""
 
 import io
 import json
@@ -18,7 +18,7 @@ import fedsim
 import fedsim.cli
 from fedsim.errors import ConfigError
 from fedsim.export.cost import activation_bytes, cost, flops, short
-from fedsim.export.profile import DTYPES, latency, measure, numbers, subjects
+from fedsim.export.timing import DTYPES, latency, measure, numbers, profiles
 from fedsim.models import MODELS
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -175,14 +175,14 @@ def test_networks_and_batches_take_turns(precision, channels_last):
 
 
 def test_models_by_name_and_pattern_with_the_options_behind_them():
-    found = subjects(["cnn_bn", "widths=[2,3]", "cnn*", "2nn"], [], (1, 8, 8), 3)
+    found = profiles(["cnn_bn", "widths=[2,3]", "cnn*", "2nn"], [], (1, 8, 8), 3)
     assert [subject.label for subject in found] == ["cnn_bn widths=[2,3]", "cnn", "cnn_bn", "2nn"]
     assert found[0].network.conv2.out_channels == 3
     assert {subject.shape for subject in found} == {(1, 8, 8)}
 
 
 def test_a_model_s_size_is_that_of_its_paper():
-    (found,) = subjects(["cifar_cnn"], [])
+    (found,) = profiles(["cifar_cnn"], [])
     assert (found.shape, found.network.fc3.out_features) == ((3, 32, 32), 10)
 
 
@@ -284,7 +284,7 @@ def test_what_a_device_cannot_run_is_one_line():
 
 
 def test_a_batch_that_does_not_fit_is_one_line():
-    found = subjects(["2nn"], [], (1, 8, 8), 3)
+    found = profiles(["2nn"], [], (1, 8, 8), 3)
     with pytest.raises(ConfigError, match=r"^profile: 2nn cannot run on cpu: [^\n]+$"):
         measure(found, (10**12,), Console(file=io.StringIO()), device=CPU, repeats=1)
 

@@ -48,12 +48,14 @@ from fedsim.strategies import CATALOGUE
 from fedsim.types import Job
 
 ray = pytest.importorskip("ray")
+grpc = pytest.importorskip("grpc")
 from fedsim.runtimes.ray import Ray  # noqa: E402
 from fedsim.runtimes.ray.cluster import join  # noqa: E402
 from fedsim.runtimes.ray.packing import pack, unpack  # noqa: E402
 
 TASK, DATA = make_task(), make_data()
 PAGE = os.sysconf("SC_PAGE_SIZE")
+LOOPBACK = "127.0.0.2"  # Ray takes another address of this machine for 127.0.0.1
 SMALL = 0.2  # of a CPU, for many actors on few
 
 
@@ -473,15 +475,15 @@ def test_a_cluster_that_is_not_there_is_said_in_one_line(address, said, monkeypa
         Ray(TASK, DATA, address=address)
 
 
-@pytest.mark.parametrize("said", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
+@pytest.mark.parametrize("said", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"], ids=["silent", "HTTP"])
 @pytest.mark.parametrize("by", ["address", "variable", "file"])
 def test_a_cluster_that_does_not_answer_is_said_soon(by, said, monkeypatch):
-    """Where somebody listens who is no Ray: by its address, RAY_ADDRESS, or what a dead Ray left."""
+    """Where a program listens that is not Ray: by its address, RAY_ADDRESS, or what a dead Ray left."""
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr("fedsim.runtimes.ray.cluster.WAIT", 0.2)
     monkeypatch.setattr("ray._private.services.find_gcs_addresses", cache(set))
-    with socket.create_server(("", 0)) as server, ThreadPoolExecutor() as beside:
-        address = f"127.0.0.1:{server.getsockname()[1]}"
+    with socket.create_server((LOOPBACK, 0)) as server, ThreadPoolExecutor() as beside:
+        address = f"{LOOPBACK}:{server.getsockname()[1]}"
         monkeypatch.setattr("ray._private.utils.read_ray_address", lambda *_: address)
         monkeypatch.setenv("RAY_ADDRESS", address if by == "variable" else "")
 
@@ -496,10 +498,48 @@ def test_a_cluster_that_does_not_answer_is_said_soon(by, said, monkeypatch):
             "address": rf"^runtime\.address: {address} cannot be",
             "variable": r"auto: .*, RAY_ADDRESS, cannot be",
             "file": r"^runtime\.address: auto: .*, the last Ray of this machine, cannot be",
-        }[by] + (r" reached \(what listens there is no Ray\)" if said else r" reached \(timed out\)")
+        }[by] + (r" reached \(.*http1.*\)" if said else r" reached \(no answer in 0\.2 s\)")
         with pytest.raises(ConfigError, match=why):
             Ray(TASK, DATA, address=address if by == "address" else "auto")
         serving.result()
+
+
+@pytest.fixture
+def gives_up(monkeypatch):
+    """Has this process be part of no Ray, and `ray.init` raise what it is called with."""
+
+    def init(address, **_):
+        raise ValueError(f"called with {address}")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+
+
+@pytest.mark.usefixtures("gives_up")
+def test_a_cluster_with_tls_is_asked_with_tls(monkeypatch, tmp_path):
+    certificates = pytest.importorskip("fedsim.flower.certificates")
+    certificates.make(tmp_path / "keys", [LOOPBACK])
+    files = {"CA_CERT": "ca.crt", "SERVER_KEY": "server.key", "SERVER_CERT": "server.pem"}
+    _, *pair = ((tmp_path / "keys" / file).read_bytes() for file in files.values())
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_secure_port(f"{LOOPBACK}:0", grpc.ssl_server_credentials([pair]))
+    address = f"{LOOPBACK}:{port}"
+    server.start()
+    try:
+        with pytest.raises(ConfigError, match="cannot be reached"):
+            join(address)
+        monkeypatch.setenv("RAY_USE_TLS", "1")
+        with pytest.raises(ConfigError, match="RAY_USE_TLS needs RAY_TLS_CA_CERT, the path of a PEM file"):
+            join(address)
+        for name, file in files.items():
+            monkeypatch.setenv(f"RAY_TLS_{name}", str(tmp_path / "keys" / file))
+        with pytest.raises(ConfigError, match=f"called with {address}"):
+            join(address)
+        monkeypatch.setenv("RAY_TLS_CA_CERT", "no.crt")
+        with pytest.raises(ConfigError, match=r"RAY_TLS_CA_CERT: no\.crt cannot be read: No such file"):
+            join(address)
+    finally:
+        server.stop(None).wait()
 
 
 def test_a_process_joins_a_cluster_again_by_the_same_address():
@@ -526,8 +566,9 @@ def test_it_goes_on_with_the_actors_that_have_a_place(monkeypatch):
         Ray(TASK, DATA, actors=1, cpus=0.5)
 
 
-def test_ray_that_is_not_installed_is_an_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", None)
+@pytest.mark.parametrize("missing", ["ray", "grpc"])
+def test_ray_that_is_not_installed_is_an_extra(monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.delitem(sys.modules, "fedsim.runtimes.ray.cluster")
     with pytest.raises(ConfigError, match=r"pip install -e '\.\[ray\]'"):
         Ray(TASK, DATA)

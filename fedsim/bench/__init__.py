@@ -12,16 +12,16 @@ from rich.console import Console
 from fedsim.base.catalogue import unknown
 from fedsim.bench.aggregation import aggregation
 from fedsim.bench.federation import flower
-from fedsim.bench.figures import Found, picture, save, show
+from fedsim.bench.figures import Result, picture, save, show
 from fedsim.bench.programs import check_peers
 from fedsim.bench.scaling import actors, cohort, idle, population
 from fedsim.bench.sides import compare
 from fedsim.bench.startup import startup
 from fedsim.errors import ConfigError
 from fedsim.experiment.config import Config
-from fedsim.export.onnx import writable
+from fedsim.export.write import check_writable
 
-STUDIES: dict[str, Callable[[Config, int, Console], Found]] = {
+STUDIES: dict[str, Callable[[Config, int, Console], Result]] = {
     "actors": actors,
     "population": population,
     "cohort": cohort,
@@ -42,7 +42,7 @@ def bench(
     sides: Sequence[str] = (),
     studies: Sequence[str] = (),
     drawing: Path | None = None,
-) -> list[Found]:
+) -> list[Result]:
     """Time the sides on a config's first round or, where `studies` are named, make those; prints a table for each.
 
     `sides` are patterns of names, `peers` other simulators to compare with. With `out` the figures are written as
@@ -53,16 +53,16 @@ def bench(
         if path is not None and path.exists():
             raise ConfigError(f"{at}: {path} exists; name another file")
         if path is not None:
-            writable(path, at)
+            check_writable(path, at)
     for name in studies:
         if name not in STUDIES:
             raise ConfigError(f"--study: {unknown(name, STUDIES)}")
     check_peers(peers)
     if studies and (peers or sides):
-        raise ConfigError(f"--{'peers' if peers else 'sides'}: stands beside --study, which has sides of its own")
+        raise ConfigError(f"--{'peers' if peers else 'sides'}: cannot be combined with --study")
     if drawing is not None and not studies:
-        raise ConfigError("--picture: is of a study; name one with --study")
-    found = list[Found]()
+        raise ConfigError("--picture needs a study; name one with --study")
+    found = list[Result]()
     todo = [STUDIES[name] for name in studies] or [_comparison(peers, sides)]
     for study in todo:
         found.append(study(config, repeats, console))
@@ -76,5 +76,5 @@ def bench(
     return found
 
 
-def _comparison(peers: Sequence[str], sides: Sequence[str]) -> Callable[[Config, int, Console], Found]:
+def _comparison(peers: Sequence[str], sides: Sequence[str]) -> Callable[[Config, int, Console], Result]:
     return lambda config, repeats, console: compare(config, repeats, console, peers, sides)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from functools import reduce
-from statistics import median
 from typing import Any
 
 import torch
@@ -13,35 +12,39 @@ from torch import Tensor
 
 from fedsim.base.devices import one_thread
 from fedsim.base.machine import cores
-from fedsim.bench.figures import Column, Found
-from fedsim.bench.parts import FP32, Side, simulated, times_as_fast
-from fedsim.bench.scaling import timed
+from fedsim.bench.figures import Column, Result
+from fedsim.bench.simulations import FP32, simulated
+from fedsim.bench.turns import Row, Side, compared, timed
 from fedsim.experiment.config import Config
 from fedsim.federated.aggregate import Partial, WeightedMean
 
 MEAN, COPY = "exact weighted mean", "memory copy"
+Numbered = list[tuple[int, Tensor]]  # messages, each with its client
 
 
-def aggregation(config: Config, repeats: int, console: Console) -> Found:
+def aggregation(config: Config, repeats: int, console: Console) -> Result:
     """A cohort's messages, each the size of the config's network: by one thread, and by a thread a core."""
     simulation = simulated(config, "serial", FP32)
     length, clients = len(simulation.server["model"]), len(simulation.sample())
-    messages = [torch.randn(length, generator=torch.Generator().manual_seed(k)) for k in range(clients)]
-    size, counts = sum(message.nbytes for message in messages), sorted({1, cores()})
-    cases: dict[str, AbstractContextManager[Side]] = {}
+    messages = [(k, torch.randn(length, generator=torch.Generator().manual_seed(k))) for k in range(clients)]
+    copies = [torch.zeros(length) for _ in messages]
+    size, counts = sum(message.nbytes for _, message in messages), sorted({1, cores()})
+
+    def copy(share: Numbered) -> None:
+        for number, message in share:
+            copies[number].copy_(message)
+
+    cases = dict[tuple[str, int], AbstractContextManager[Side]]()
     for threads in counts:
-        cases[f"{MEAN}, {threads}"] = _in_threads(messages, threads, _mean)
-        cases[f"{COPY}, {threads}"] = _in_threads(messages, threads, _copier(messages))
+        cases[MEAN, threads] = _in_threads(messages, threads, _fold, _total)
+        cases[COPY, threads] = _in_threads(messages, threads, copy, list)
     seconds, _ = timed(cases, repeats, console)
-    rows: list[dict[str, Any]] = []
-    for threads in counts:
-        for what in (MEAN, COPY):
-            name = f"{what}, {threads}"
-            share = times_as_fast(seconds, name, f"{COPY}, {threads}")
-            row = {"what": what, "threads": threads, "gb_per_second": size / median(seconds[name]) / 1e9}
-            row |= {"share": share.median, "low": share.low, "high": share.high, "passes": seconds[name]}
-            rows.append(row)
-    return Found(
+    rows = list[Row]()
+    for what, threads in cases:
+        row = compared(seconds, (what, threads), (COPY, threads))
+        speed = {"what": what, "threads": threads, "gb_per_second": size / row["seconds"] / 1e9}
+        rows.append(speed | {"share": row["ratio"]} | {key: row[key] for key in ("low", "high", "passes")})
+    return Result(
         "aggregation",
         f"{clients} messages of {length:,} float32, {size / 1e6:,.0f} MB",
         [
@@ -54,39 +57,26 @@ def aggregation(config: Config, repeats: int, console: Console) -> Found:
         ],
         rows,
         "bytes of messages a second; share: of the copy's, the median, the least and the most of the turns",
-        more={"bytes": size},
+        extra={"bytes": size},
     )
 
 
-Work = Callable[[list[tuple[int, Tensor]]], Any]  # on some of the messages, each with its number
-
-
 @contextmanager
-def _in_threads(messages: list[Tensor], threads: int, work: Work) -> Iterator[Side]:
-    """The messages dealt to so many threads; sums of messages become one, as in a round."""
-    numbered = list(enumerate(messages))
-    shares = [numbered[i::threads] for i in range(threads) if numbered[i::threads]]
-    aggregator = WeightedMean()
+def _in_threads(
+    messages: Numbered, threads: int, work: Callable[[Numbered], Any], end: Callable[[list[Any]], object]
+) -> Iterator[Side]:
+    """`work` on a share of the messages in each thread, and `end` on what they return."""
+    shares = [share for i in range(threads) if (share := messages[i::threads])]
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-
-        def side() -> None:
-            done = list(pool.map(work, shares))
-            if work is _mean:
-                with one_thread():
-                    aggregator.result(reduce(aggregator.merge, done))
-
-        yield side
+        yield lambda: end(list(pool.map(work, shares)))
 
 
-def _mean(share: list[tuple[int, Tensor]]) -> Partial:
+def _fold(share: Numbered) -> Partial:
     return WeightedMean().fold((number, {"delta": message}, 1.0 + number) for number, message in share)
 
 
-def _copier(messages: list[Tensor]) -> Work:
-    room = [torch.zeros_like(message) for message in messages]
-
-    def copy(share: list[tuple[int, Tensor]]) -> None:
-        for number, message in share:
-            room[number].copy_(message)
-
-    return copy
+def _total(sums: list[Partial]) -> None:
+    """Sums of messages become one, as in a round."""
+    mean = WeightedMean()
+    with one_thread():
+        mean.result(reduce(mean.merge, sums))

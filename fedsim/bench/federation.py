@@ -11,23 +11,23 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from itertools import count
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from time import monotonic, sleep
-from typing import Any, Self
+from typing import Self
 
 import yaml
 from rich.console import Console
-from rich.progress import track
 
 from fedsim.bench import apps
-from fedsim.bench.figures import Column, Found
-from fedsim.bench.parts import Seconds, times_as_fast
+from fedsim.bench.figures import Column, Result
 from fedsim.bench.programs import ENVIRONMENT
+from fedsim.bench.turns import compared, reported
 from fedsim.errors import RoundError, one_line
 from fedsim.experiment.config import Config
 from fedsim.flower import needs_flwr
@@ -37,10 +37,10 @@ SIZES = 1_663_370, 25_000_000  # parameters, as float32: McMahan's CNN, and abou
 NODES = "a", "b"
 ROUNDS = 4  # of a run; the first, in which nodes join and networks are made, does not count
 FAST, PLAIN = "fedsim serve and node", "the same in plain HTTP"
-STOCK, FLOOR = "fedsim's app in Flower", "Flower alone"
+STOCK, ALONE = "fedsim's app in Flower", "Flower alone"
 APPS = Path(apps.__path__[0])
-PATIENCE = 600  # seconds for a run
-FLOOR_CONFIG = """\
+MAX_SECONDS = 600  # of a run
+APP_CONFIG = """\
 out = ""
 parameters = 0
 rounds = 0
@@ -49,46 +49,44 @@ nodes = 0
 EXAMPLES = {"name": "synthetic", "examples": 4, "test_examples": 2, "classes": 2, "shape": [1, 1, 1]}
 
 
-def flower(config: Config, repeats: int, console: Console) -> Found:
+def flower(config: Config, repeats: int, console: Console) -> Result:
     """Rounds of two idle nodes: driven by `fedsim serve`, by `flwr run`, and by an app without fedsim.
 
     Nothing of the config counts: the networks have as many parameters as SIZES says, and do not train.
     """
     needs_flwr("--study flower")
-    seconds = dict[int, Seconds]()
     with TemporaryDirectory(prefix="fedsim-bench-") as temporary, ExitStack() as stack:
         fast, plain, stock = (
-            stack.enter_context(Federation(Path(temporary) / name, stock=name == "stock", tls=name != "plain"))
+            stack.enter_context(
+                LoopbackFederation(Path(temporary) / name, stock=name == "stock", tls=name != "plain")
+            )
             for name in ("fast", "plain", "stock")
         )
-        sides = {FAST: fast.served, PLAIN: plain.served, STOCK: stock.ran, FLOOR: stock.alone}
-        for size in track(SIZES * repeats, "turns", console=console, transient=True):
-            for name, side in sides.items():
-                took = side(size)[1:]
-                seconds.setdefault(size, {}).setdefault(name, []).append(median(took))
-    return Found(
+        runs = {FAST: fast.serve, PLAIN: plain.serve, STOCK: stock.run_app, ALONE: stock.run_without_fedsim}
+        sides = {(size, name): partial(_median_round, run, size) for size in SIZES for name, run in runs.items()}
+        seconds = reported(sides, repeats, console, warm_up=0)
+    return Result(
         "flower",
         f"seconds a round of {len(NODES)} idle nodes, on loopback",
         [
             Column("side", "side"),
             Column("parameters", "parameters", ",d"),
-            Column("seconds", "seconds", ".2f"),
-            Column("least", "least", ".2f"),
-            Column("most", "most", ".2f"),
+            *(Column(key, key, ".2f") for key in ("seconds", "least", "most")),
             Column("ratio", "ratio", ".1f"),
         ],
-        [_row(size, name, times) for size, times in seconds.items() for name in times],
-        f"a turn is a run, the median of its rounds after the first; ratio: times as fast as '{FLOOR}'",
+        [
+            {"parameters": size, "side": name} | compared(seconds, (size, name), (size, ALONE))
+            for size, name in seconds
+        ],
+        f"a turn is a run, the median of its rounds after the first; ratio: times as fast as '{ALONE}'",
     )
 
 
-def _row(size: int, name: str, seconds: Seconds) -> dict[str, Any]:
-    ratio, times = times_as_fast(seconds, name, FLOOR), seconds[name]
-    row = {"parameters": size, "side": name, "seconds": median(times), "least": min(times), "most": max(times)}
-    return row | {"ratio": ratio.median, "low": ratio.low, "high": ratio.high, "passes": times}
+def _median_round(run: Callable[[int], list[float]], size: int) -> float:
+    return median(run(size)[1:])
 
 
-class Federation:
+class LoopbackFederation:
     """A SuperLink and two nodes, `stock` Flower's own or fedsim's; each ends with the `with` block.
 
     What they write is in `folder`. Raises RoundError with the last line of what ended.
@@ -100,16 +98,10 @@ class Federation:
         self.address = f"127.0.0.1:{free_port()}"
         self.started = list[subprocess.Popen[bytes]]()
         self.runs = count()
-        programs, modules = Path(sys.executable).parent, os.environ.get("PYTHONPATH")
-        self.environment = (
-            os.environ
-            | ENVIRONMENT
-            | {
-                "FLWR_HOME": str(folder / "flwr"),
-                "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', '')}",
-                "PYTHONPATH": os.pathsep.join([str(APPS), *([modules] if modules else [])]),
-            }
-        )
+        path = [str(APPS), *filter(None, [os.environ.get("PYTHONPATH")])]
+        self.environment = os.environ | ENVIRONMENT
+        self.environment |= {"FLWR_HOME": str(folder / "flwr"), "PYTHONPATH": os.pathsep.join(path)}
+        self.environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 
     def __enter__(self) -> Self:
         try:
@@ -130,7 +122,7 @@ class Federation:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
-    def served(self, size: int) -> list[float]:
+    def serve(self, size: int) -> list[float]:
         """Seconds of each round of a run by `fedsim serve`."""
         out, written = self._run(size)
         trust = ["--ca", str(self.keys / "ca.crt")] if self.tls else ["--insecure"]
@@ -138,7 +130,7 @@ class Federation:
         self._finish("serve", ["fedsim", "serve", str(written), *address, "--out", str(out)])
         return self._rounds(out, "serve", FAST)
 
-    def ran(self, size: int) -> list[float]:
+    def run_app(self, size: int) -> list[float]:
         """The same by `flwr run` of the app that `fedsim app` writes."""
         out, written = self._run(size)
         app = out.with_name(f"{out.name}-app")
@@ -146,17 +138,19 @@ class Federation:
         self._finish("run", ["flwr", "run", str(app), "lab", "--stream", "-c", f'out="{out}"'])
         return self._rounds(out, "run", STOCK)
 
-    def alone(self, size: int) -> list[float]:
+    def run_without_fedsim(self, size: int) -> list[float]:
         """The same by `flwr run` of an app that has nothing of fedsim."""
         out = self.folder / f"run-{next(self.runs)}"
         app = out.with_name(f"{out.name}-app")
         app.mkdir()
-        shutil.copy(APPS / "floor.py", app)
-        (app / "pyproject.toml").write_text(project("floor", "floor:server", "floor:client") + FLOOR_CONFIG)
+        shutil.copy(APPS / "flower_alone.py", app)
+        (app / "pyproject.toml").write_text(
+            project("flower-alone", "flower_alone:server", "flower_alone:client") + APP_CONFIG
+        )
         given = f'out="{out}" parameters={size} rounds={ROUNDS} nodes={len(NODES)}'
         self._finish("alone", ["flwr", "run", str(app), "lab", "--stream", "-c", given])
         if not out.exists():
-            raise self._failed("alone", FLOOR)
+            raise self._failed("alone", ALONE)
         return [float(each) for each in json.loads(out.read_text())]
 
     def _start(self) -> None:
@@ -169,18 +163,13 @@ class Federation:
         flwr.mkdir()
         lab = f'address = "{self.address}"\nroot-certificates = "{ca}"'
         (flwr / "config.toml").write_text(f'[superlink]\ndefault = "lab"\n[superlink.lab]\n{lab}\n')
-        certificate = [
-            "--ssl-certfile",
-            str(self.keys / "server.pem"),
-            "--ssl-keyfile",
-            str(self.keys / "server.key"),
-        ]
-        trust = ["--ssl-ca-certfile", str(ca), *certificate, "--enable-supernode-auth"]
-        trust = trust if self.tls else ["--insecure"]
+        pair = ["--ssl-certfile", str(self.keys / "server.pem"), "--ssl-keyfile", str(self.keys / "server.key")]
+        tls = ["--ssl-ca-certfile", str(ca), *pair, "--enable-supernode-auth"]
+        trust = tls if self.tls else ["--insecure"]
         isolation = [] if self.stock else ["--isolation", "process"]
         here = ["--host", "127.0.0.1", "--port", port, "--disable-runtime-dependency-installation"]
         superlink = self._begin("superlink", ["flower-superlink", *here, *trust, *isolation])
-        deadline = monotonic() + PATIENCE
+        deadline = monotonic() + MAX_SECONDS
         while not listens(int(port)):
             if superlink.poll() is not None or monotonic() > deadline:
                 raise self._failed("superlink", "flower-superlink")
@@ -245,7 +234,7 @@ class Federation:
         """Run a command to its end."""
         process = self._begin(name, command)
         with suppress(subprocess.TimeoutExpired):
-            process.wait(PATIENCE)
+            process.wait(MAX_SECONDS)
         if process.returncode != 0:
             raise self._failed(name, " ".join(command[:2]))
         self.started.remove(process)
@@ -260,12 +249,12 @@ class Federation:
 
     def _failed(self, name: str, label: str) -> RoundError:
         lines = (self.folder / f"{name}.log").read_text(errors="replace").strip().splitlines()
-        said = [line for line in lines if "Error: " in line] or lines or ["it said nothing"]
+        said = [line for line in lines if "Error: " in line] or lines or ["it printed nothing"]
         return RoundError(f"{label} failed: {one_line(said[-1])}")
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody has just now."""
+    """A port of the loopback interface on which nothing listens at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -273,7 +262,7 @@ def free_port() -> int:
 
 
 def listens(port: int) -> bool:
-    """Whether somebody does there."""
+    """Whether a program listens on that port of the loopback interface."""
     with socket.socket() as probe:
         probe.settimeout(1)
         return probe.connect_ex(("127.0.0.1", port)) == 0

@@ -1,4 +1,4 @@
-"""What a benchmark found: tables of 80 columns, a JSON file that says on what and with what, and pictures."""
+"""The results of a benchmark: tables of 80 columns, a JSON file that says on what and with what, and pictures."""
 
 import json
 import os
@@ -45,8 +45,12 @@ class Curve(NamedTuple):
     ideal: bool = False
 
 
+SECONDS, STEPS = Column("seconds", "seconds", ".3f"), Column("steps_per_second", "steps/s", ",.0f")
+RATIO, LOW, HIGH = Column("ratio", "ratio", ".2f"), Column("low", "least", ".2f"), Column("high", "most", ".2f")
+
+
 @dataclass
-class Found:
+class Result:
     """One table with its figures, by name; a row holds more than is shown, such as the seconds of every pass."""
 
     name: str
@@ -55,28 +59,28 @@ class Found:
     rows: list[dict[str, Any]]
     caption: str
     notes: list[str] = field(default_factory=list)
-    more: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
     curves: list[Curve] = field(default_factory=list)
 
 
-def show(found: Found, config: Config, console: Console) -> None:
+def show(result: Result, config: Config, console: Console) -> None:
     """Print the table, then its notes."""
-    title = fill(f"{found.title}; {where(config)}, torch {torch.__version__}", WIDTH)
+    title = fill(f"{result.title}; {where(config)}, torch {torch.__version__}", WIDTH)
     table = Table(title=title, box=box.SIMPLE_HEAD, width=WIDTH, pad_edge=False, collapse_padding=True)
-    first, *others = found.columns
+    first, *others = result.columns
     table.add_column(first.heading, ratio=1, overflow="fold")
     for column in others:
         table.add_column(column.heading, justify="right", no_wrap=True)
-    for row in found.rows:
-        table.add_row(*(_written(row.get(column.key), column.form) for column in found.columns))
+    for row in result.rows:
+        table.add_row(*(_written(row.get(column.key), column.form) for column in result.columns))
     console.print(table)
-    for note in [found.caption, *found.notes]:
+    for note in [result.caption, *result.notes]:
         console.out(fill(note, WIDTH, break_on_hyphens=False), highlight=False)
 
 
-def save(path: Path, found: Sequence[Found], config: Config) -> None:
+def save(path: Path, results: Sequence[Result], config: Config) -> None:
     """A JSON file with all figures, the machine, the date, the versions and the config."""
-    tables = {f.name: f.more | {"title": f.title, "rows": f.rows, "notes": f.notes} for f in found}
+    tables = {f.name: f.extra | {"title": f.title, "rows": f.rows, "notes": f.notes} for f in results}
     whole = about(config) | {"config": config.model_dump(mode="json"), "found": tables}
     path.write_text(json.dumps(whole, indent=1) + "\n")
 
@@ -104,9 +108,9 @@ def where(config: Config) -> str:
     return torch.cuda.get_device_name(home) if home.type == "cuda" else f"{cores()} CPU cores"
 
 
-def picture(found: Sequence[Found], path: Path | str | BinaryIO) -> None:
+def picture(results: Sequence[Result], path: Path | str | BinaryIO) -> None:
     """A PNG with a panel for each curve, on logarithmic axes."""
-    curves = [(each, curve) for each in found for curve in each.curves]
+    curves = [(each, curve) for each in results for curve in each.curves]
     columns = min(len(curves), 2)
     lines = -(-len(curves) // columns)
     figure = Figure(figsize=(4.4 * columns, 3.6 * lines), dpi=150, layout="constrained")
@@ -118,8 +122,8 @@ def picture(found: Sequence[Found], path: Path | str | BinaryIO) -> None:
     figure.savefig(path, format="png")
 
 
-def _panel(axes: Axes, found: Found, curve: Curve) -> None:
-    points = [(row[curve.x], row[curve.y]) for row in found.rows if curve.y in row]
+def _panel(axes: Axes, result: Result, curve: Curve) -> None:
+    points = [(row[curve.x], row[curve.y]) for row in result.rows if curve.y in row]
     x, y = zip(*points, strict=True)
     axes.plot(x, y, "o-")
     if curve.ideal:

@@ -19,8 +19,8 @@ from torchvision.transforms import v2
 from fedsim.base.catalogue import Spec
 from fedsim.base.devices import one_thread
 from fedsim.base.machine import cores
-from fedsim.bench.parts import Seconds, Side
-from fedsim.bench.plain import places
+from fedsim.bench.plain import batch_rows
+from fedsim.bench.turns import Seconds, Side
 from fedsim.experiment.build import build_dataset
 from fedsim.experiment.config import Config
 from fedsim.federated.simulation import Simulation
@@ -95,7 +95,7 @@ def input_sides(config: Config, simulation: Simulation) -> dict[str, AbstractCon
     return {FEDSIM: _fedsim(simulation), **theirs}
 
 
-def input_line(seconds: Seconds, serial: str, steps: int) -> str:
+def input_line(seconds: Seconds[str], serial: str, steps: int) -> str:
     """Milliseconds a batch, and fedsim's as a share of a client step of the side `serial`."""
     share = median(i / s for i, s in zip(seconds[FEDSIM], seconds[serial], strict=True))
     ours = f"augmented batch: {1000 * median(seconds[FEDSIM]) / steps:.2f} ms, {share:.1%} of a client step"
@@ -112,7 +112,7 @@ def pipeline(config: Config, simulation: Simulation) -> tuple[Images, list[list[
     for client in simulation.sample():
         own, start = torch.from_numpy(data.rows(client)), sum(map(len, rows))
         stream = random(simulation.seed, Stream.BATCHES, 0, client)
-        batches += [(start + at).tolist() for at in places(simulation.recipe, len(own), stream, own.device)]
+        batches += [(start + at).tolist() for at in batch_rows(simulation.recipe, len(own), stream, own.device)]
         rows.append(own)
     chosen, size = torch.cat(rows), list(data.shape[1:])
     changes = [OF_IMAGE[spec["name"]](size, **_options(spec)) for spec in specs if spec["name"] in OF_IMAGE]

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fedsim.base.machine import cores
-from fedsim.bench.parts import FP32, Side, simulated
-from fedsim.bench.peers.client_loop import Client, Subject, train
+from fedsim.bench.peers.client_loop import Client, Workload, train
+from fedsim.bench.simulations import FP32, simulated
+from fedsim.bench.turns import Side
 from fedsim.experiment.config import Config
 from fedsim.federated.simulation import Simulation
 from fedsim.training.recipe import Recipe
@@ -23,14 +24,14 @@ from fedsim.types import Stream, random
 LARGE = {"cpu": 256, "cuda": 4096}  # examples in a batch that keeps the device busy
 
 
-def places(recipe: Recipe, n: int, stream: np.random.Generator, device: torch.device) -> Iterator[Tensor]:
+def batch_rows(recipe: Recipe, n: int, stream: np.random.Generator, device: torch.device) -> Iterator[Tensor]:
     """(B,) for each step of a client, which of its `n` examples make the batch; as fedsim draws them."""
     size = n if recipe.batch_size == "full" else recipe.batch_size
     epochs = (torch.from_numpy(stream.permutation(n)).to(device) for _ in count())
     return islice(chain.from_iterable(torch.split(epoch, size) for epoch in epochs), recipe.num_steps(n))
 
 
-def subject(simulation: Simulation) -> Subject:
+def workload(simulation: Simulation) -> Workload:
     """The clients of the first round, on the runtime's device, with the network and the optimiser they train."""
     home, recipe = simulation.runtime.home, simulation.recipe
     optimizer, options = _optimizer(recipe)
@@ -47,10 +48,10 @@ class PlainLoop:
     """The clients of the first round, each trained from the initial weights, one after the other."""
 
     def __init__(self, simulation: Simulation):
-        self.subject = subject(simulation)
-        self.net = self.subject["network"]
+        self.workload = workload(simulation)
+        self.net = self.workload["network"]
         self.initial = copy.deepcopy(self.net.state_dict())
-        self.clients = dict(zip(simulation.sample(), self.subject["clients"], strict=True))
+        self.clients = dict(zip(simulation.sample(), self.workload["clients"], strict=True))
 
     def __call__(self, clients: Iterable[int]) -> None:
         """Train each of them."""
@@ -59,7 +60,7 @@ class PlainLoop:
 
     def train(self, client: int) -> None:
         """The client's epochs or steps."""
-        train(self.subject, self.clients[client], self.initial)
+        train(self.workload, self.clients[client], self.initial)
 
 
 @contextmanager
@@ -95,7 +96,7 @@ def large_batches(simulation: Simulation) -> Iterator[Side]:
 
     def side() -> None:
         with _any_kernels():
-            train(loop.subject, {"x": x, "y": y, "steps": steps}, loop.initial)
+            train(loop.workload, {"x": x, "y": y, "steps": steps}, loop.initial)
 
     yield side
 
@@ -118,7 +119,7 @@ def _client(simulation: Simulation, client: int) -> Client:
     data, home = simulation.data, simulation.runtime.home
     x, y = (part.to(home) for part in data.batch(torch.from_numpy(data.rows(client))))
     stream = random(simulation.seed, Stream.BATCHES, 0, client)
-    return {"x": x, "y": y, "steps": list(places(simulation.recipe, len(y), stream, home))}
+    return {"x": x, "y": y, "steps": list(batch_rows(simulation.recipe, len(y), stream, home))}
 
 
 def _optimizer(recipe: Recipe) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:

@@ -16,8 +16,8 @@ import torch
 from fedsim.base.catalogue import unknown
 from fedsim.base.machine import cores
 from fedsim.bench import peers
-from fedsim.bench.parts import Side
-from fedsim.bench.plain import subject
+from fedsim.bench.plain import workload
+from fedsim.bench.turns import Side
 from fedsim.errors import ConfigError, RoundError, how_to_install, one_line
 from fedsim.federated.simulation import Simulation
 
@@ -28,7 +28,7 @@ ENVIRONMENT = {
     "RAY_worker_niceness": "0",  # else Ray's workers give way to all other processes
 }
 ACTORS_PER_GPU = 4
-PATIENCE = 30  # seconds for a program to end by itself
+SECONDS_TO_END = 30  # by itself, for a program
 
 
 class Peer(NamedTuple):
@@ -37,15 +37,27 @@ class Peer(NamedTuple):
     label: str
     program: str
     package: str
-    version: str
+    versions: tuple[str, ...]
     also: tuple[str, ...]
     install: str
 
 
 PEERS = {
-    "flower": Peer("Flower simulation", "flower_app.py", "flwr", "1.41.", ("ray",), how_to_install("peers")),
+    "flower": Peer(
+        label="Flower simulation",
+        program="flower_app.py",
+        package="flwr",
+        versions=("1.41", "1.42"),
+        also=("ray",),
+        install=how_to_install("peers"),
+    ),
     "pfl": Peer(
-        "pfl simulation", "pfl_app.py", "pfl", "0.6.", (), "pip install 'pfl[pytorch]==0.6.*' installs it"
+        label="pfl simulation",
+        program="pfl_app.py",
+        package="pfl",
+        versions=("0.6",),
+        also=(),
+        install="pip install 'pfl[pytorch]==0.6.*' installs it",
     ),
 }
 
@@ -61,8 +73,8 @@ def check_peers(names: Sequence[str], at: str = "--peers") -> None:
         except PackageNotFoundError:
             found = "missing"
         lacking = [package for package in peer.also if find_spec(package) is None]
-        if lacking or not f"{found}.".startswith(peer.version):
-            needs = " and ".join([f"{peer.package} {peer.version.rstrip('.')}", *peer.also])
+        if lacking or not any(f"{found}.".startswith(f"{known}.") for known in peer.versions):
+            needs = " and ".join([f"{peer.package} {' or '.join(peer.versions)}", *peer.also])
             has = ", ".join([f"{peer.package} is {found}", *(f"{package} is missing" for package in lacking)])
             raise ConfigError(f"{at}: {name} needs {needs}, and {has}; {peer.install}")
 
@@ -86,9 +98,9 @@ def program(name: str, simulation: Simulation, idle: bool = False) -> Iterator[S
 
 
 def command(name: str, simulation: Simulation, folder: Path, idle: bool = False) -> list[str]:
-    """The command line of a peer's program, for a subject that is written to `folder`."""
-    path, home = folder / "subject.pt", simulation.runtime.home
-    torch.save(subject(simulation) | {"idle": idle}, path)
+    """The command line of a peer's program, for a workload that is written to `folder`."""
+    path, home = folder / "workload.pt", simulation.runtime.home
+    torch.save(workload(simulation) | {"idle": idle}, path)
     workers = cores() if home.type == "cpu" else min(cores(), ACTORS_PER_GPU)
     file = Path(peers.__path__[0]) / PEERS[name].program
     return [sys.executable, str(file), str(path), str(workers), home.type]
@@ -119,7 +131,7 @@ class Program:
         with suppress(BrokenPipeError):
             self.input.close()
         try:
-            self.process.wait(PATIENCE)
+            self.process.wait(SECONDS_TO_END)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -148,5 +160,5 @@ class Program:
 
     def _ended(self) -> RoundError:
         self.errors.seek(0)
-        lines = self.errors.read().decode(errors="replace").strip().splitlines() or ["it said nothing"]
+        lines = self.errors.read().decode(errors="replace").strip().splitlines() or ["it printed nothing"]
         return RoundError(f"{self.label} ended: {one_line(lines[-1])}")

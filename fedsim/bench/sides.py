@@ -7,7 +7,7 @@ only make them.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import median
@@ -18,12 +18,13 @@ from rich.console import Console
 from fedsim.base.catalogue import Spec
 from fedsim.base.files import File
 from fedsim.base.machine import cores
-from fedsim.bench.apart import apart
-from fedsim.bench.figures import Column, Found
+from fedsim.bench.figures import SECONDS, STEPS, Column, Result
 from fedsim.bench.inputs import FEDSIM, TORCHVISION, input_line, input_sides
-from fedsim.bench.parts import FP32, PLAIN, Seconds, Side, in_turn, rounds, simulated, steps_of, times_as_fast
+from fedsim.bench.own_process import own_process
 from fedsim.bench.plain import LARGE, large_batches, one_process, processes
 from fedsim.bench.programs import PEERS, program
+from fedsim.bench.simulations import FP32, PLAIN, rounds, simulated, steps_of
+from fedsim.bench.turns import Seconds, Side, timed, times_as_fast
 from fedsim.errors import ConfigError
 from fedsim.experiment.checkpoint import Checkpoints
 from fedsim.experiment.config import Config
@@ -39,28 +40,17 @@ AUGMENTED = "fedsim threads, augmented"
 IDLE = "fedsim threads, idle clients"
 CHECKPOINT = "a checkpoint after a round"
 LARGE_BATCHES = "plain loop, large batches"
-SECONDS, STEPS = Column("seconds", "seconds", ".3f"), Column("steps_per_second", "steps/s", ",.0f")
 NO_STEPS = {IDLE, CHECKPOINT, FEDSIM, TORCHVISION, LARGE_BATCHES}
 
 
 def compare(
     config: Config, repeats: int, console: Console, peers: Sequence[str] = (), patterns: Sequence[str] = ()
-) -> Found:
+) -> Result:
     """Time the peers and the sides whose names fit a pattern, all if there are none; raises ConfigError."""
     simulation = simulated(config, "serial", FP32)
     patterns = patterns and [*patterns, *(PEERS[name].label for name in peers)]
-    home, steps = simulation.runtime.home, steps_of(simulation)
-    notes = list[str]()
-    with ExitStack() as stack:
-        entered = dict[str, Side]()
-        for name, side in chosen(sides_of(config, simulation, peers), patterns).items():
-            try:
-                entered[name] = stack.enter_context(side)
-            except ConfigError as error:  # of one runtime; what is wrong for all was raised above
-                notes.append(f"left out: {name}: {error}")
-        if not entered:
-            raise ConfigError(notes[0].removeprefix("left out: "))
-        seconds = in_turn(entered, repeats, console)
+    home, steps, notes = simulation.runtime.home, steps_of(simulation), list[str]()
+    seconds, _ = timed(chosen(sides_of(config, simulation, peers), patterns), repeats, console, notes)
     bases = _bases(seconds)
     columns = [Column("side", "side"), SECONDS, STEPS]
     columns += [Column(key, heading, ".2f") for key, (heading, _) in bases.items()]
@@ -69,7 +59,7 @@ def compare(
     if LARGE_BATCHES in seconds:
         caption += f", which has {LARGE[home.type]:,} examples a batch"
     notes += _notes(config, seconds, steps)
-    return Found("sides", f"{steps} client steps a pass", columns, rows, caption, notes, {"steps": steps})
+    return Result("sides", f"{steps} client steps a pass", columns, rows, caption, notes, {"steps": steps})
 
 
 def sides_of(config: Config, simulation: Simulation, peers: Sequence[str] = ()) -> Sides:
@@ -90,7 +80,7 @@ def sides_of(config: Config, simulation: Simulation, peers: Sequence[str] = ()) 
         sides |= {name: rounds(config, spec, FP32) for name, spec in _vectorized(home.type, images).items()}
     if "ray" in RUNTIMES:
         for actors in sorted({1, min(2, cores())}):
-            sides[ray_name(actors)] = apart(rounds, config, ray(actors, home.type), FP32)
+            sides[ray_name(actors)] = own_process(rounds, config, ray(actors, home.type), FP32)
     if images and config.local["augment"]:
         augmented = {**FP32, "augment": config.local["augment"]}
         sides[AUGMENTED] = rounds(config, "threads", augmented)
@@ -133,7 +123,7 @@ def _vectorized(device: str, images: bool) -> dict[str, Spec]:
     return found
 
 
-def _bases(seconds: Seconds) -> dict[str, tuple[str, str]]:
+def _bases(seconds: Seconds[str]) -> dict[str, tuple[str, str]]:
     """What the sides are compared with: by key of the ratio its heading, and the side."""
     training = [name for name in seconds if name not in NO_STEPS]
     plain = [name for name in training if name.startswith("plain")] or training[:1]
@@ -148,7 +138,7 @@ def _bases(seconds: Seconds) -> dict[str, tuple[str, str]]:
     return bases
 
 
-def _row(name: str, seconds: Seconds, steps: int, bases: dict[str, tuple[str, str]]) -> dict[str, object]:
+def _row(name: str, seconds: Seconds[str], steps: int, bases: dict[str, tuple[str, str]]) -> dict[str, object]:
     times = median(seconds[name])
     row: dict[str, object] = {"side": name, "seconds": times, "passes": seconds[name]}
     if name in NO_STEPS:
@@ -158,7 +148,7 @@ def _row(name: str, seconds: Seconds, steps: int, bases: dict[str, tuple[str, st
     return row | {"spread": {key: [ratio.low, ratio.high] for key, ratio in ratios.items()}}
 
 
-def _notes(config: Config, seconds: Seconds, steps: int) -> list[str]:
+def _notes(config: Config, seconds: Seconds[str], steps: int) -> list[str]:
     notes = list[str]()
     augmented = AUGMENTED in seconds
     left_out = [key for key, value in PLAIN.items() if config.local[key] != value]

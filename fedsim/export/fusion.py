@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import StochasticDepth
 
 from fedsim.errors import ConfigError, one_line
@@ -187,23 +188,17 @@ def _own(module: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _folded(layer: Any, norm: Any) -> nn.Module:
-    """The layer with the norm taken in; in double precision on the way."""
-    a = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        a = a * norm.weight.double()
-    b = -a * norm.running_mean.double()
-    if norm.bias is not None:
-        b = b + norm.bias.double()
-    if layer.bias is not None:
-        b = b + a * layer.bias.double()
-    whole, dtype = copy.deepcopy(layer), layer.weight.dtype
-    whole.weight = _constant((layer.weight.double() * a.view(-1, *[1] * (layer.weight.dim() - 1))).to(dtype))
-    whole.bias = _constant(b.to(dtype))
+    """The layer with the norm taken in; in double precision on the way, so that the weights are rounded once."""
+    numbers = layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias
+    w, b, mean, var, gamma, beta = (None if value is None else value.double() for value in numbers)
+    weight, bias = fuse_conv_bn_weights(w, b, mean, var, norm.eps, gamma, beta)  # type: ignore[arg-type]
+    whole = copy.deepcopy(layer)
+    whole.weight, whole.bias = _constant(weight.to(layer.weight)), _constant(bias.to(layer.weight))
     return whole  # type: ignore[no-any-return]
 
 
 def _constant(value: Tensor) -> nn.Parameter:
-    return nn.Parameter(value, requires_grad=False)
+    return nn.Parameter(value.detach(), requires_grad=False)
 
 
 def _rank(node: fx.Node) -> int:

@@ -18,7 +18,7 @@ class Client(TypedDict):
     steps: list[Tensor]  # K of (B,)
 
 
-class Subject(TypedDict):
+class Workload(TypedDict):
     """What all sides train: the network with its initial weights, the clients, the optimiser."""
 
     network: nn.Module
@@ -29,24 +29,24 @@ class Subject(TypedDict):
     idle: NotRequired[bool]  # clients take no step
 
 
-def train(subject: Subject, client: Client, weights: Mapping[str, Tensor]) -> None:
-    """Train the subject's network from `weights`, a state dict, by the client's steps."""
-    network, x, y = subject["network"], client["x"], client["y"]
+def train(workload: Workload, client: Client, weights: Mapping[str, Tensor]) -> None:
+    """Train the workload's network from `weights`, a state dict, by the client's steps."""
+    network, x, y = workload["network"], client["x"], client["y"]
     network.load_state_dict(weights)
-    optimizer = subject["optimizer"](network.parameters(), **subject["options"])
+    optimizer = workload["optimizer"](network.parameters(), **workload["options"])
     for rows in client["steps"]:
         optimizer.zero_grad()
         F.cross_entropy(network(x[rows]), y[rows]).backward()  # type: ignore[no-untyped-call]
-        if subject["clip_norm"]:
-            torch.nn.utils.clip_grad_norm_(network.parameters(), subject["clip_norm"])
+        if workload["clip_norm"]:
+            torch.nn.utils.clip_grad_norm_(network.parameters(), workload["clip_norm"])
         optimizer.step()
     if x.device.type == "cuda":
         torch.cuda.synchronize(x.device)
 
 
 @cache
-def read(path: Path, device: str) -> Subject:
-    """The subject of a file that fedsim wrote, on `device`; a process reads it once, and has one thread for it."""
+def read(path: Path, device: str) -> Workload:
+    """The workload of a file that fedsim wrote, on `device`; read once a process, which then has one thread."""
     torch.set_num_threads(1)
-    subject: Subject = torch.load(path, map_location=device, weights_only=False)
-    return subject
+    workload: Workload = torch.load(path, map_location=device, weights_only=False)
+    return workload

@@ -1,7 +1,7 @@
 """Federated averaging in Flower's simulation, written as its users write it.
 
-`python flower_app.py SUBJECT ACTORS DEVICE` answers `ready`, then runs a round for each line that it reads, and
-answers `done` with the sum of the new weights. Each client of the subject is a node; an actor, with a core or a
+`python flower_app.py WORKLOAD ACTORS DEVICE` answers `ready`, then runs a round for each line that it reads, and
+answers `done` with the sum of the new weights. Each client of the workload is a node; an actor, with a core or a
 share of the GPU, keeps network and data from one message to the next; Flower's own FedAvg aggregates.
 """
 
@@ -24,12 +24,12 @@ def client_app(path: Path, device: str) -> ClientApp:
 
     @app.train()
     def train_client(message: Message, context: Context) -> Message:
-        subject = read(path, device)
-        client = subject["clients"][int(context.node_config["partition-id"])]
+        workload = read(path, device)
+        client = workload["clients"][int(context.node_config["partition-id"])]
         arrays = message.content.array_records["arrays"]
-        if not subject.get("idle"):
-            train(subject, client, arrays.to_torch_state_dict())
-            arrays = ArrayRecord(subject["network"].state_dict())
+        if not workload.get("idle"):
+            train(workload, client, arrays.to_torch_state_dict())
+            arrays = ArrayRecord(workload["network"].state_dict())
         metrics = MetricRecord({"num-examples": len(client["y"])})
         return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 
@@ -41,13 +41,13 @@ def main(path: Path, actors: int, device: str) -> None:
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)  # what the libraries print is no answer
         logging.getLogger("flwr").setLevel(logging.ERROR)
-        subject = read(path, "cpu")
-        nodes = len(subject["clients"])
+        workload = read(path, "cpu")
+        nodes = len(workload["clients"])
         server_app = ServerApp()
 
         @server_app.main()
         def rounds(grid: Grid, context: Context) -> None:
-            initial = ArrayRecord(subject["network"].state_dict())
+            initial = ArrayRecord(workload["network"].state_dict())
             strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=nodes, min_available_nodes=nodes)
             print("ready", file=answers, flush=True)
             for _ in sys.stdin:

@@ -1,6 +1,6 @@
 """Federated averaging in pfl-research 0.6, as its users write it; made from pfl's source, and not yet run.
 
-`python pfl_app.py SUBJECT CORES DEVICE` answers `ready`, then runs a round for each line that it reads, and
+`python pfl_app.py WORKLOAD CORES DEVICE` answers `ready`, then runs a round for each line that it reads, and
 answers `done` with the sum of the new weights. One process, as pfl runs without a launcher, with all cores or the
 GPU.
 """
@@ -46,11 +46,11 @@ def main(path: Path, cores: int, device: str) -> None:
     """Serve rounds until the input ends."""
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)  # what the libraries print is no answer
-        subject = read(path, device)
+        workload = read(path, device)
         torch.set_num_threads(cores)
-        network, clients = subject["network"], subject["clients"]
+        network, clients = workload["network"], workload["clients"]
         initial = {name: value.clone() for name, value in network.state_dict().items()}
-        options = {name: value for name, value in subject["options"].items() if name != "lr"}
+        options = {name: value for name, value in workload["options"].items() if name != "lr"}
 
         def loss(x: Tensor, y: Tensor) -> Tensor:
             return F.cross_entropy(network(x), y)
@@ -63,12 +63,12 @@ def main(path: Path, cores: int, device: str) -> None:
         data = FederatedDataset(lambda user: users[user], lambda: next(turn))
         backend = SimulatedBackend(data, data, [WeightByDatapoints()])
         server = torch.optim.SGD(network.parameters(), 1.0)
-        model = PyTorchModel(network, partial(subject["optimizer"], **options), server)
+        model = PyTorchModel(network, partial(workload["optimizer"], **options), server)
         train = NNTrainHyperParams(
             local_batch_size=None,
             local_num_epochs=1,
-            local_learning_rate=subject["options"]["lr"],
-            local_max_grad_norm=subject["clip_norm"],
+            local_learning_rate=workload["options"]["lr"],
+            local_max_grad_norm=workload["clip_norm"],
         )
         algorithm = FederatedAveraging()
         print("ready", file=answers, flush=True)

@@ -1,39 +1,32 @@
-"""The cluster that this process is part of: how it joins one, and what that one holds."""
+"""The Ray cluster of this process: how it joins one, and which resources that has."""
 
 import logging
 import os
 import re
 import signal
-import socket
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import floor
+from pathlib import Path
 from typing import Any
 
 from fedsim.base.machine import cores
 from fedsim.errors import ConfigError, missing_extra, one_line
 
 try:
+    import grpc
     import ray
 except ModuleNotFoundError as error:
     raise missing_extra("runtime.name: ray", "Ray", "ray") from error
 
-WAIT = 4.0  # seconds in which a cluster has to answer
-START = "launch/ray_cluster.sh start starts a cluster, and null is a local Ray"
-# An empty call of gRPC, which Ray's head speaks: HTTP/2 (RFC 9113, 3.4 and 4.1), its headers as in RFC 7541, 6.
-HEADERS = b"\x83\x86\x04\x02/-\x01\x01-\x0f\x10\x10application/grpc\x00\x02te\x08trailers"
-CALL = (
-    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-    + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
-    + bytes([0, 0, len(HEADERS), 1, 5, 0, 0, 0, 1])
-    + HEADERS
-)
+WAIT = 4.0  # seconds within which a cluster must answer
+START = "launch/ray_cluster.sh start starts a cluster, and null starts a local one"
 
 
 def join(address: str | None) -> None:
-    """Have this process part of a Ray: null is any, or else a local one of its own. Raises ConfigError."""
+    """Join the cluster at `address`; None is this process's own, or a new local one. Raises ConfigError."""
     if ray.is_initialized():
         joined = ray.get_runtime_context().gcs_address
         if address not in (None, "auto", joined) and _located(address) != joined:
@@ -43,24 +36,24 @@ def join(address: str | None) -> None:
         address = _reach(address)
     own: dict[str, Any] = {} if address else {"num_cpus": cores(), "include_dashboard": False}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    with _as_it_was():
+    with _restored():
         try:
             ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
         except (OSError, RuntimeError, ValueError) as error:
             raise ConfigError(
-                f"runtime.address: {address or 'null'}: Ray cannot be had; {first_line(error)}"
+                f"runtime.address: {address or 'null'}: Ray cannot be started or joined: {first_line(error)}"
             ) from error
 
 
 def room(cpus: float, gpus: float) -> int:
-    """How many actors of that size all machines hold."""
+    """How many actors of that size fit on all machines."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     wanted = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
     return sum(min(floor(node.get(kind, 0) / each + 1e-9) for kind, each in wanted.items()) for node in nodes)
 
 
 def resources() -> str:
-    """What all machines hold, in words."""
+    """CPUs and GPUs of all machines, in words."""
     has, free = ray.cluster_resources(), ray.available_resources()
     each = {kind: (counted(has.get(kind, 0), kind), free.get(kind, 0)) for kind in ("CPU", "GPU")}
     return " and ".join(f"{held} ({left:g} free)" for held, left in each.values())
@@ -72,36 +65,46 @@ def counted(number: float, what: str) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Of the many that Ray says."""
+    """The first line of an error message of Ray, which may have many."""
     return one_line(str(error).strip().partition("\n")[0])
 
 
 def _reach(address: str) -> str:
-    """The address as host:port. Raises ConfigError where no Ray answers; Ray itself would try for minutes."""
+    """The address as host:port. Raises ConfigError where no Ray answers, for which Ray would wait for minutes."""
     found = _located(address)
     try:
-        host, _, port = found.rpartition(":")
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=WAIT) as connection:
-            if not os.environ.get("RAY_USE_TLS"):
-                _call(connection)
-    except OSError as error:
+        with _channel(found) as channel:
+            channel.unary_unary("/fedsim/Ask")(b"", timeout=WAIT)
+    except grpc.RpcError as error:  # a gRPC server answers at least that it has no such method
+        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+            reason = f"no answer in {WAIT:g} s"
+        elif error.code() is grpc.StatusCode.UNAVAILABLE:
+            reason = one_line(error.details().rpartition("last error: ")[2])
+        else:
+            return found
         by = "RAY_ADDRESS" if os.environ.get("RAY_ADDRESS") else "the last Ray of this machine"
         what = f"auto: {found}, {by}," if address == "auto" else address
-        raise ConfigError(f"runtime.address: {what} cannot be reached ({one_line(error)}); {START}") from error
+        raise ConfigError(f"runtime.address: {what} cannot be reached ({reason}); {START}") from error
     return found
 
 
-def _call(connection: socket.socket) -> None:
-    """Raise OSError where no gRPC server answers, as Ray's head would: that there is no such method."""
-    connection.sendall(CALL)
-    with connection.makefile("rb") as answer:
-        while len(head := answer.read(9)) == 9 and head[3] in (1, 4, 6, 8):  # headers, settings, ping, window
-            content = answer.read(int.from_bytes(head[:3], "big"))
-            if head[3] == 1:  # which begin with the status, 200, after sizes of tables
-                if content.lstrip(bytes(range(0x20, 0x40))).startswith(b"\x88"):
-                    return
-                break
-    raise ConnectionError("what listens there is no Ray")
+def _channel(address: str) -> grpc.Channel:
+    """With TLS where Ray's own environment variables say so; raises ConfigError."""
+    options = [("grpc.enable_http_proxy", 0)]  # nor does Ray use one
+    if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
+        return grpc.insecure_channel(address, options)
+    authority, key, certificate = map(_pem, ("RAY_TLS_CA_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_SERVER_CERT"))
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(authority, key, certificate), options)
+
+
+def _pem(variable: str) -> bytes:
+    path = os.environ.get(variable)
+    if not path:
+        raise ConfigError(f"RAY_USE_TLS needs {variable}, the path of a PEM file")
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{variable}: {path} cannot be read: {error.strerror}") from None
 
 
 def _located(address: str) -> str:
@@ -117,8 +120,8 @@ def _located(address: str) -> str:
 
 
 @contextmanager
-def _as_it_was() -> Iterator[None]:
-    """Keep what Ray takes when it starts: the handler of SIGTERM, and warnings about files that it left open."""
+def _restored() -> Iterator[None]:
+    """Restore the handler of SIGTERM that Ray replaces, and hide warnings about files that it leaves open."""
     handler = signal.getsignal(signal.SIGTERM)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=ResourceWarning)

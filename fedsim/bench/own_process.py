@@ -6,15 +6,15 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from fedsim.bench.parts import Side
+from fedsim.bench.turns import Side
 from fedsim.errors import ClientError, ConfigError, RoundError, located
 
-PATIENCE = 30  # seconds for a process to end by itself
+SECONDS_TO_END = 30  # by itself, for a process
 
 
 @contextmanager
-def apart(make: Callable[..., AbstractContextManager[Side]], *given: object) -> Iterator[Callable[[], int]]:
-    """The side that `make(*given)` gives, there; each pass returns the peak memory of its process, in bytes.
+def own_process(make: Callable[..., AbstractContextManager[Side]], *given: object) -> Iterator[Callable[[], int]]:
+    """The side of `make(*given)` in a process of its own; each pass returns that process's peak memory, in bytes.
 
     `make` is a function of a module. Raises ConfigError, ClientError or RoundError as the side does.
     """
@@ -33,7 +33,7 @@ def apart(make: Callable[..., AbstractContextManager[Side]], *given: object) -> 
         yield side
     finally:
         here.close()
-        process.join(PATIENCE)
+        process.join(SECONDS_TO_END)
         process.kill()
         process.join()
 

@@ -1,16 +1,11 @@
-"""What the sides are made of: fedsim's simulations with another runtime or recipe, and turns that are timed."""
+"""fedsim's simulations with another runtime or recipe, for sides to run."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from statistics import median
-from time import perf_counter
-from typing import NamedTuple
-
-from rich.console import Console
-from rich.progress import Progress
 
 from fedsim.base.catalogue import Spec, options_of
+from fedsim.bench.turns import Side
 from fedsim.errors import ConfigError
 from fedsim.experiment.build import build
 from fedsim.experiment.config import Config
@@ -21,11 +16,8 @@ from fedsim.runtimes import RUNTIMES
 from fedsim.training.objective import LocalObjective
 from fedsim.types import RoundInfo, State, Update
 
-Side = Callable[[], object]  # one pass over the round's client steps
-Seconds = dict[str, list[float]]  # of each side's passes, turn by turn
-
 FP32: Spec = {"precision": "fp32", "channels_last": False}
-PLAIN: Spec = {  # what the plain loops know, of the options that they have not
+PLAIN: Spec = {  # values of the options that a plain loop does not have
     "loss": {"name": "cross_entropy", "smoothing": 0.0, "spread": "all"},
     "augment": [],
     "accumulate": 1,
@@ -39,17 +31,9 @@ PLAIN: Spec = {  # what the plain loops know, of the options that they have not
 }
 
 
-class Spread(NamedTuple):
-    """Of one figure over the turns."""
-
-    median: float
-    low: float
-    high: float
-
-
 @dataclass(frozen=True, kw_only=True)
 class Idle(Strategy):
-    """Clients send what FedAvg's send but take no step: what it takes is the round's own cost."""
+    """FedAvg whose clients take no step, so that the time is the round's own cost."""
 
     def client_update(self, server: State, client: State, local: LocalObjective) -> Update:
         return Update({"delta": server["model"] - server["model"]}, weight=local.num_examples, client=client)
@@ -98,28 +82,3 @@ def rounds(config: Config, runtime: Spec | str, local: Spec | None = None, idle:
         simulation.round()
 
     yield side
-
-
-def in_turn(sides: Mapping[str, Side], repeats: int, console: Console) -> Seconds:
-    """Seconds a pass, after one that is not counted; the sides take turns, so that noise falls on all."""
-    seconds: Seconds = {name: [] for name in sides}
-    with Progress(console=console, transient=True) as progress:
-        bar = progress.add_task("passes", total=(repeats + 1) * len(sides))
-        for turn in range(repeats + 1):
-            for name, side in sides.items():
-                start = perf_counter()
-                side()
-                if turn:
-                    seconds[name].append(perf_counter() - start)
-                progress.advance(bar)
-    return seconds
-
-
-def times_as_fast(seconds: Seconds, name: str, base: str) -> Spread:
-    """How many times as fast as `base` a side is, turn by turn."""
-    return spread([b / s for b, s in zip(seconds[base], seconds[name], strict=True)])
-
-
-def spread(values: list[float]) -> Spread:
-    """Median, least and greatest."""
-    return Spread(median(values), min(values), max(values))
