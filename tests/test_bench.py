@@ -302,7 +302,7 @@ def test_a_peer_that_is_not_there_is_one_line(monkeypatch):
         match=r"\A--peers: pfl needs no_such_package 0\.6, and no_such_package is missing; pip install",
     ):
         check_peers(["pfl"])
-    monkeypatch.setitem(PEERS, "pfl", PEERS["pfl"]._replace(package="torch", version="0.6."))
+    monkeypatch.setitem(PEERS, "pfl", PEERS["pfl"]._replace(package="torch", versions=("0.6.",)))
     with pytest.raises(ConfigError, match=r"and torch is \d"):
         check_peers(["pfl"])
 

@@ -8,11 +8,12 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +31,12 @@ from flwr.supercore.constant import TASK_TOKEN_HEADER
 from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.inflatable import inflatable_object, inflatable_utils
 from flwr.supercore.run import Run
+from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid.http_grid import HttpGrid
 
 from fedsim.errors import ConfigError
-from fedsim.flower import internals
+from fedsim.flower import FLWR, internals, needs_flwr
 from fedsim.flower.certificates import make
 from fedsim.flower.internals import (
     Link,
@@ -51,6 +53,7 @@ from fedsim.flower.internals import link as driving
 from fedsim.flower.internals import objects as wire
 from fedsim.flower.internals.connection import TooLargeError, connect
 
+ROOT = Path(__file__).parent.parent
 ROOM = 2**20  # bytes that a message may have here
 APP = {
     "pyproject.toml": """
@@ -184,6 +187,7 @@ VALUES = [  # (module, name, value)
     ("flwr.common.constant", "SUPERLINK_NODE_ID", 1),
     ("flwr.common.constant", "HEARTBEAT_MIN_INTERVAL", 10),
     ("flwr.common.constant", "HEARTBEAT_PATIENCE", 2),
+    ("flwr.supercore.error", "ApiErrorCode.RUNTIME_VERSION_INCOMPATIBLE", 1001),
     ("flwr.supercore.constant", "TASK_TOKEN_HEADER", "flwr-task-token"),
     ("flwr.supercore.constant", "HEAD_BODY_DIVIDER", b"\0"),
 ]
@@ -202,8 +206,43 @@ def found(module, name):
     return thing
 
 
-def test_flwr_is_the_one_whose_inside_is_known():
-    assert version("flwr").startswith("1.41."), "fedsim.flower.internals was written for flwr 1.41"
+def test_the_installed_flwr_is_one_whose_internals_are_known():
+    needs_flwr("test")
+
+
+@pytest.mark.parametrize("installed", ["1.40.2", "1.43.0", "1.4.1", "2.41.0", None])
+def test_another_flwr_is_refused_in_one_line(monkeypatch, tmp_path, fedsim_, installed):
+    def faked(package):
+        if installed is None:
+            raise PackageNotFoundError(package)
+        return installed
+
+    monkeypatch.setattr("fedsim.flower.version", faked)
+    monkeypatch.delitem(sys.modules, "fedsim.flower.internals")
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text(
+        "{rounds: 1, data: {name: digits, clients: 2}, model: 2nn, strategy: fedavg, "
+        "runtime: {name: flower, insecure: true}}"
+    )
+    here = f"{installed} is installed" if installed else "it is not installed"
+    for command in (["run", "c.yaml"], ["serve", "c.yaml", "--insecure"], ["node", "c.yaml"], ["nodes", "--insecure"]):
+        done = fedsim_(*command)
+        assert (done.status, done.err.count("\n")) == (2, 1), done.err
+        assert f"needs flwr 1.41 or 1.42, and {here}; pip install 'flwr>=1.41,<1.43'" in done.err
+    with pytest.raises(ConfigError, match=r"flower: needs flwr 1\.41 or 1\.42"):
+        import_module("fedsim.flower.internals")
+
+
+@pytest.mark.parametrize("release", ["1.41.0", "1.41.7", "1.42.0", "1.42.1"])
+def test_releases_whose_internals_are_known_are_taken(monkeypatch, release):
+    monkeypatch.setattr("fedsim.flower.version", lambda package: release)
+    needs_flwr("test")
+
+
+def test_the_extras_allow_the_same_versions():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert FLWR in extras["flower"]
+    assert FLWR.replace("flwr", "flwr[simulation]") in extras["peers"]
 
 
 @pytest.mark.parametrize(("module", "name", "parameters"), CALLS, ids=lambda each: str(each)[:60])
@@ -241,28 +280,30 @@ def test_the_kinds_of_objects_are_those_it_had():
 
 
 @pytest.mark.parametrize("missing", ["flwr", "flwr.supernode.fleet_http_client"])
-def test_without_the_flwr_it_knows_it_says_what_to_install(missing):
+def test_a_flwr_that_lacks_something_is_told_with_what_to_install(missing):
     code = f"import sys; sys.modules[{missing!r}] = None; import fedsim.flower.internals"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert ended.stderr.splitlines()[-1].startswith(
-        "fedsim.errors.ConfigError: flower: needs flwr 1.41; pip install"
-    )
+    said = ended.stderr.splitlines()[-1]
+    assert said.startswith("fedsim.errors.ConfigError: flower: flwr cannot be imported: ")
+    assert said.endswith(f"; pip install --force-reinstall '{FLWR}'")
 
 
 def test_no_other_file_reaches_inside_flwr():
-    here = Path(internals.__file__).parent
-    public = {"flwr", "flwr.app", "flwr.serverapp", "flwr.clientapp"}
-    for file in [
-        *here.parent.glob("*.py"),
-        here.parents[1] / "runtimes" / "flower.py",
-        here.parents[1] / "cli.py",
-    ]:
-        if file.exists():
-            for node in ast.walk(ast.parse(file.read_text())):
-                names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
-                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-                inside = [name for name in names if name.split(".")[0] == "flwr" and name not in public]
-                assert not inside, f"{file.name}:{node.lineno} imports {inside[0]}"
+    """Of the whole program: also lazily, and one public module by way of another."""
+    public = {"flwr.app", "flwr.serverapp", "flwr.clientapp", "flwr.serverapp.strategy", "flwr.simulation"}
+    inside = Path(internals.__file__).parent
+    taken = dict[str, set[str]]()
+    for file in [each for folder in ("fedsim", "strategies", "launch") for each in (ROOT / folder).rglob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            taken.setdefault(str(file.relative_to(ROOT)), set()).update(
+                name for name in names if name.split(".")[0] == "flwr"
+            )
+    of_internals = {file for file in taken if (ROOT / file).parent == inside}
+    assert {name for file in of_internals for name in taken[file]} - public  # it finds what there is
+    assert taken["fedsim/flower/client_app.py"] == {"flwr.app", "flwr.clientapp"}
+    assert {file: names - public for file, names in taken.items() if file not in of_internals and names - public} == {}
 
 
 # --- objects -----------------------------------------------------------------------------------------------------
@@ -652,6 +693,18 @@ def test_no_connection_is_one_line_that_says_whether_to_try_again(federation, ap
                 attempt(superlink)
             assert "\n" not in str(caught.value)
             assert again is None or caught.value.again is again
+
+
+def test_only_who_drives_a_run_needs_the_superlinks_version(federation, app, monkeypatch):
+    local = RuntimeVersionMetadata.from_local_component
+    monkeypatch.setattr(
+        RuntimeVersionMetadata, "from_local_component", lambda name: local(name, package_version_value="1.43.0")
+    )
+    assert isinstance(listed(at(federation)), list)
+    Member.open(at(federation), key(federation, "a")).close()
+    with pytest.raises(LinkError, match=rf"and the SuperLink has {version('flwr')}; .*install") as caught:
+        Link.open(at(federation), app)
+    assert not caught.value.again
 
 
 def test_a_run_that_another_process_takes_is_told_with_the_way_out(federation, app, monkeypatch):

@@ -37,16 +37,21 @@ class Peer(NamedTuple):
     label: str
     program: str
     package: str
-    version: str
+    versions: tuple[str, ...]
     also: tuple[str, ...]
     install: str
 
 
 PEERS = {
     "flower": Peer(
-        "Flower simulation", "flower_app.py", "flwr", "1.41.", ("ray",), "pip install 'fedsim[peers]' brings it"
+        "Flower simulation",
+        "flower_app.py",
+        "flwr",
+        ("1.41.", "1.42."),
+        ("ray",),
+        "pip install 'flwr[simulation]>=1.41,<1.43' brings it",
     ),
-    "pfl": Peer("pfl simulation", "pfl_app.py", "pfl", "0.6.", (), "pip install 'pfl[pytorch]==0.6.*' brings it"),
+    "pfl": Peer("pfl simulation", "pfl_app.py", "pfl", ("0.6.",), (), "pip install 'pfl[pytorch]==0.6.*' brings it"),
 }
 
 
@@ -61,8 +66,9 @@ def check_peers(names: Sequence[str], at: str = "--peers") -> None:
         except PackageNotFoundError:
             found = "missing"
         lacking = [package for package in peer.also if find_spec(package) is None]
-        if lacking or not f"{found}.".startswith(peer.version):
-            needs = " and ".join([f"{peer.package} {peer.version.rstrip('.')}", *peer.also])
+        if lacking or not f"{found}.".startswith(peer.versions):
+            allowed = " or ".join(each.rstrip(".") for each in peer.versions)
+            needs = " and ".join([f"{peer.package} {allowed}", *peer.also])
             has = ", ".join([f"{peer.package} is {found}", *(f"{package} is missing" for package in lacking)])
             raise ConfigError(f"{at}: {name} needs {needs}, and {has}; {peer.install}")
 

@@ -1,11 +1,19 @@
 """Federations on real machines, over Flower: what servers and nodes say to each other, keep and allow."""
 
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 
 from fedsim.errors import ConfigError
 
+FLWR = "flwr>=1.41,<1.43"  # the versions whose internals are known; also an extra in pyproject.toml
+KNOWN = ("1.41", "1.42")
+
 
 def needs_flwr(at: str) -> None:
-    """Raise ConfigError where flwr is not installed."""
-    if find_spec("flwr") is None:
-        raise ConfigError(f"{at}: needs flwr; pip install 'fedsim[flower]'")
+    """Raise ConfigError where flwr is not installed, or not in a version that fedsim works with."""
+    try:
+        found = version("flwr")
+    except PackageNotFoundError:
+        found = None
+    if found is None or ".".join(found.split(".")[:2]) not in KNOWN:
+        here = "it is not installed" if found is None else f"{found} is installed"
+        raise ConfigError(f"{at}: needs flwr {' or '.join(KNOWN)}, and {here}; pip install '{FLWR}'")

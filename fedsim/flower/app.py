@@ -14,6 +14,7 @@ from fedsim.base.files import create
 from fedsim.base.reading import MOST_BYTES, parse
 from fedsim.errors import ConfigError, printable
 from fedsim.experiment.config import Config, load, overridden, parse_overrides
+from fedsim.flower import FLWR
 from fedsim.runtimes import RUNTIMES
 
 TEMPLATE = """\
@@ -22,7 +23,7 @@ name = "{name}"
 version = "1.0.0"
 description = "A federation of fedsim"
 license = "Apache-2.0"
-dependencies = ["flwr>=1.41,<1.42"]
+dependencies = ["{flwr}"]
 
 [tool.flwr.app]
 publisher = "fedsim"
@@ -50,7 +51,7 @@ def project(
     name: str, server: str = "fedsim.flower.server_app:app", client: str = "fedsim.flower.client_app:app"
 ) -> str:
     """The pyproject.toml of an app, up to the keys of its config."""
-    return TEMPLATE.format(name=name, server=server, client=client)
+    return TEMPLATE.format(name=name, flwr=FLWR, server=server, client=client)
 
 
 def write_app(folder: Path, name: str, experiment: Mapping[str, Any]) -> Path:

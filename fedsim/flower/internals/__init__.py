@@ -1,4 +1,4 @@
-"""All that fedsim takes from inside flwr 1.41, in one place: a contract test says what changed when flwr does.
+"""All that fedsim takes from inside flwr, in one place: a contract test says what changed when flwr does.
 
 `Link` drives a Flower run from this process, `Member` is a SuperNode that is this process; `listed`, `register`
 and `unregister` do what `flwr supernode` does. They speak with an ordinary SuperLink, on its wire and with its
@@ -7,6 +7,9 @@ its output. Objects are read without unpickling anything, and no more memory is 
 """
 
 from fedsim.errors import ConfigError
+from fedsim.flower import FLWR, needs_flwr
+
+needs_flwr("flower")
 
 try:
     from fedsim.flower.internals.connection import LinkError, Superlink
@@ -14,7 +17,7 @@ try:
     from fedsim.flower.internals.link import Kind, Link, Reply, build_fab
     from fedsim.flower.internals.member import Member
 except ImportError as error:
-    raise ConfigError(f"flower: needs flwr 1.41; pip install 'fedsim[flower]' brings it ({error})") from error
+    raise ConfigError(f"flower: flwr cannot be imported: {error}; pip install --force-reinstall '{FLWR}'") from error
 
 __all__ = [
     "Kind",

@@ -1,6 +1,7 @@
 """A connection to a SuperLink: where it is, how it is called, and how it hears that we live."""
 
 import logging
+import re
 import ssl
 import threading
 import time
@@ -10,10 +11,11 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import httpx
-from flwr.supercore.error import FlowerError
+from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.protobuf.client import ProtobufClient, ProtobufClientInterceptor
 from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
+from flwr.supercore.version import package_version
 
 from fedsim.errors import one_line
 
@@ -167,6 +169,12 @@ def _call(method: Callable[[Request], Response], request: Request) -> Response:
 
 def _refused(response: httpx.Response) -> LinkError:
     known = FlowerError.from_json(response.text)
+    if known and known.code == ApiErrorCode.RUNTIME_VERSION_INCOMPATIBLE:
+        theirs = re.search(r"SuperLink version (\S+)", known.public_details or "")
+        return RefusedError(
+            f"flwr {package_version} is installed here, and the SuperLink has {theirs[1] if theirs else 'another'}; "
+            "to start and drive runs, install the minor version that it has"
+        )
     words = f"{known.message} {known.public_details or ''}" if known else response.reason_phrase
     told = f"the SuperLink refuses: {words.strip()} (status {response.status_code})"
     if response.status_code == httpx.codes.FORBIDDEN:
