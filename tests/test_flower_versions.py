@@ -1,4 +1,4 @@
-"""Federations of two versions of flwr: nodes of either join, and whatever drives the rounds has the SuperLink's."""
+"""Federations of two versions of flwr: nodes of either join, what drives the rounds has the SuperLink's."""
 
 import subprocess
 import sys
@@ -29,7 +29,17 @@ OTHER = next(each for each in KNOWN if not HERE.startswith(f"{each}."))
 def other(tmp_path_factory):
     """A folder with the other flwr, from the package index; its requirements are those of the one that is here."""
     folder = tmp_path_factory.mktemp("flwr")
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), f"flwr=={OTHER}.*"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--target",
+        str(folder),
+        f"flwr=={OTHER}.*",
+    ]
     done = subprocess.run(pip, capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.skip(f"flwr {OTHER} cannot be installed: {done.stderr.strip()}")

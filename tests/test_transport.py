@@ -190,9 +190,9 @@ def test_wrong_wishes_are_refused():
         ValueError, match=r"\Atransport: 'bf61' is unknown; did you mean 'bf16'\? allowed: exact, "
     ):
         encode({}, "bf61")
-    with pytest.raises(ValueError, match=r"\Am: complex64 does not travel; allowed: bool, "):
+    with pytest.raises(ValueError, match=r"\Am: complex64 cannot be sent; allowed: bool, "):
         encode({"m": torch.zeros(2, dtype=torch.complex64)}, "exact")
-    with pytest.raises(ValueError, match=r"\Am: has shape \(1024,\), its residual \(2048,\)"):
+    with pytest.raises(ValueError, match=r"\Am: has shape \(1024,\), but its residual has \(2048,\)"):
         encode({"m": torch.zeros(BLOCK)}, "int8", {"m": torch.zeros(2 * BLOCK)})
 
 
@@ -211,7 +211,7 @@ def planes(*parts, lengths=None):
         (Coded("object", (1,), "exact", bytes(8)), "type 'object' is unknown"),
         (Coded("float32\n", (1,), "exact", bytes(4)), r"type 'float32\\n' is unknown"),
         (Coded("float32", (1,), "pickle", bytes(4)), "coding 'pickle' is unknown"),
-        (Coded("float32", (2,), "exact", bytes(4)), r"4 bytes are no float32 \(2,\) as exact"),
+        (Coded("float32", (2,), "exact", bytes(4)), r"4 bytes do not fit float32 \(2,\) as exact"),
         (Coded("float32", (2**40,), "exact", bytes(4)), "4 bytes are no"),
         (Coded("float32", (2**40,), "bf16", bytes(4)), "4 bytes are no"),
         (Coded("float32", (2**40,), "int8", bytes(4)), "4 bytes are no"),
@@ -222,8 +222,8 @@ def planes(*parts, lengths=None):
         (Coded("float32", (2.0,), "exact", bytes(8)), "is no shape"),
         (Coded("float32", (True,), "exact", bytes(4)), "is no shape"),
         (Coded("float32", (1,) * 65, "exact", bytes(4)), "is no shape"),
-        (Coded("float64", (1024,), "bf16", bytes(2048)), "float64 does not travel as bf16"),
-        (Coded("int8", (1024,), "int8", bytes(1028)), "int8 does not travel as int8"),
+        (Coded("float64", (1024,), "bf16", bytes(2048)), "float64 cannot be sent as bf16"),
+        (Coded("int8", (1024,), "int8", bytes(1028)), "int8 cannot be sent as int8"),
         (Coded("bool", (2,), "exact", b"\x01\x02"), "bool has other values"),
         (Coded("bool", (2,), "lossless", planes(b"\x01\x02")), "bool has other values"),
         (Coded("float32", (1,), "int8", np.float32(-1).tobytes() + b"\x01"), "a scale is negative or not finite"),
@@ -232,7 +232,7 @@ def planes(*parts, lengths=None):
         (Coded("uint8", (8,), "lossless", planes(bytes(9))), "the planes have other lengths"),
         (Coded("uint8", (8,), "lossless", planes(bytes(8), lengths=[2**64 - 1])), "the planes have other lengths"),
         (Coded("int16", (8,), "lossless", planes(b"", bytes(8), lengths=[2**64 - 1, 9])), "other lengths"),
-        (Coded("uint8", (99,), "lossless", planes(b"no zlib")), "a plane does not inflate: Error -3"),
+        (Coded("uint8", (99,), "lossless", planes(b"no zlib")), "a plane cannot be decompressed: Error -3"),
         (Coded("uint8", (99,), "lossless", planes(zlib.compress(bytes(98)))), "inflates to another length"),
         (Coded("uint8", (99,), "lossless", planes(zlib.compress(bytes(99))[:-1])), "inflates to another length"),
         (Coded("uint8", (99,), "lossless", planes(zlib.compress(bytes(99)) + b"x")), "inflates to another length"),

@@ -55,7 +55,7 @@ class Flower:
         device: str = "auto",
     ):
         needs_flwr("runtime.name: flower")
-        from fedsim.flower.federation import Federation, Timing, address_of
+        from fedsim.flower.run_connection import RunConnection, Timing, address_of
 
         if exact and transport in ROUNDED:
             raise ConfigError(f"runtime.transport: {transport} rounds updates; it wants runtime.exact=false, too")
@@ -64,7 +64,7 @@ class Flower:
         self.task, self.data, self.transport, self.exact = task, data, transport, transport not in ROUNDED
         self.local = Threads(task, data, device=device)  # for tests
         self.home, self.workers = self.local.home, 1
-        self.federation = Federation(
+        self.federation = RunConnection(
             None if link else address_of(superlink, ca, insecure),
             nodes,
             keys,
@@ -85,12 +85,12 @@ class Flower:
 
     def settled(self, rounds: list[int]) -> None:
         """Know after which rounds there are checkpoints."""
-        self.federation.settled = rounds
+        self.federation.checkpointed_rounds = rounds
 
     @property
     def choice(self) -> Spec | None:
         """What a checkpoint has to know, once it is known who takes part."""
-        return self.federation.choice(self.data.sizes.tolist())
+        return self.federation.checkpoint_entry(self.data.sizes.tolist())
 
     def take(self, choice: Spec, work: Train) -> None:
         """Go on with the nodes of a checkpoint; raises ConfigError."""
@@ -99,7 +99,7 @@ class Flower:
         sizes: Any = choice["sizes"]
         if len(sizes) != len(self.data.sizes):
             raise ConfigError(f"data.clients: {len(self.data.sizes)}, and the run has {len(sizes)} nodes")
-        self.federation.take(choice["run"], choice["nodes"])
+        self.federation.restore(choice["run"], choice["nodes"])
         self.data.sizes[:] = sizes
 
     def close(self) -> None:
