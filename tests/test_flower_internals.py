@@ -458,7 +458,7 @@ def test_what_breaks_off_takes_no_room():
         raise httpx.ReadError("cut")
 
     room = connection.ByteLimit(100)
-    with connection.within(room):
+    with connection.limited(room):
         for _ in range(3):
             with pytest.raises(LinkError, match="cut") as caught:
                 connection.call(cut, None)
