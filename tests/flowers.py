@@ -21,7 +21,7 @@ QUIET = {
     "COLUMNS": "200",
     "PYTHONUNBUFFERED": "1",
 }
-START_TIMEOUT = 60  # seconds that a process may take to start
+START_TIMEOUT = 180  # seconds that a process may take to start
 
 
 def until(there, what, seconds=START_TIMEOUT, process=None):

@@ -308,7 +308,7 @@ def test_orders_that_cannot_be_are_refused(shards):
         ({"version": 1}, "order.version"),
         ({"batch_size": 0}, "order.batch_size"),
         ({"transport": "pickle"}, "order.transport"),
-        ({"run": "../../elsewhere"}, "is not the id of a run"),
+        ({"run": "../../elsewhere"}, "run: '../../elsewhere' is "),
         ({"server": {}}, "order.server: is nothing"),
         ({"server": server | {"more": server["c"]}}, "more float32"),
         ({"server": server | {"model": server["model"][:-1]}}, "order.server"),
@@ -562,7 +562,7 @@ def test_a_hostile_plan_is_refused_in_a_line(node, path, value, new_key):
         (("local", "schedule"), None, "local.schedule"),
         (("local", "augment"), [{"name": "os:system"}], "local.augment[0].name"),
         (("local", "augment"), {"name": "flip"}, "local.augment: should be a list"),
-        (("local", "augment"), [{"name": "cutout", "holes": 10**9}], "local.augment[0].holes: is more"),
+        (("local", "augment"), [{"name": "cutout", "holes": 10**9}], "local.augment[0].holes: is 1,000,000,000; allowed on this node"),
         (("local", "distillation"), {"model": {"name": "os:system"}}, "local.distillation.model.name"),
         (("local", "distillation"), {"model": "os:system"}, "local.distillation.model"),
         (
@@ -572,8 +572,8 @@ def test_a_hostile_plan_is_refused_in_a_line(node, path, value, new_key):
         ),
         (("local", "epochs"), 6, "local.epochs: is 6; allowed on this node: up to 5"),
         (("local", "epochs"), 10**30, "local.epochs"),
-        (("local", "steps"), 10, "local.steps: is more"),
-        (("local", "batch_size"), 9, "local.batch_size: is more"),
+        (("local", "steps"), 10, "local.steps: is 10; allowed on this node"),
+        (("local", "batch_size"), 9, "local.batch_size: is 9; allowed on this node"),
         (("local", "lr"), -1, "local.lr: -1 should be a number > 0"),
         (("local", "class_weights"), [1.0], "local.class_weights: has 1 numbers"),
         (("local", "momentum"), "x" * 10**5, "local.momentum"),
@@ -616,7 +616,7 @@ def test_initial_tensors_have_to_fit(node):
     model = good["model"]
     for tensors, why in (
         ({}, "model was not sent"),
-        (good | {"model": model[:-1]}, "was sent, and the plan's network has model float32"),
+        (good | {"model": model[:-1]}, "was sent, but the plan's network has model float32"),
         (good | {"model": model.double()}, "initial: model float64"),
         (good | {"model": model.long()}, "initial: model int64"),
         (good | {"model": torch.full_like(model, torch.nan)}, "not finite"),
