@@ -620,7 +620,7 @@ def test_initial_tensors_have_to_fit(node):
         (good | {"model": model.double()}, "initial: model float64"),
         (good | {"model": model.long()}, "initial: model int64"),
         (good | {"model": torch.full_like(model, torch.nan)}, "not finite"),
-        (good | {"constant.x": model}, "constant.x was sent, which the plan's network has not"),
+        (good | {"constant.x": model}, "constant.x was sent, but the plan's network has no such tensor"),
         (good | {"more": torch.zeros(2**19)}, "bytes; allowed on this node"),
     ):
         refused(node, PLAN, why, tensors)
