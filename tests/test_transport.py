@@ -230,12 +230,27 @@ def planes(*parts, lengths=None):
         (Coded("float32", (1,), "int8", np.float32("nan").tobytes() + b"\x01"), "a scale is negative or not"),
         (Coded("uint8", (8,), "lossless", b"short"), "the lengths of the planes are missing"),
         (Coded("uint8", (8,), "lossless", planes(bytes(9))), "the lengths of the planes are wrong"),
-        (Coded("uint8", (8,), "lossless", planes(bytes(8), lengths=[2**64 - 1])), "the lengths of the planes are wrong"),
-        (Coded("int16", (8,), "lossless", planes(b"", bytes(8), lengths=[2**64 - 1, 9])), "lengths of the planes are wrong"),
+        (
+            Coded("uint8", (8,), "lossless", planes(bytes(8), lengths=[2**64 - 1])),
+            "the lengths of the planes are wrong",
+        ),
+        (
+            Coded("int16", (8,), "lossless", planes(b"", bytes(8), lengths=[2**64 - 1, 9])),
+            "lengths of the planes are wrong",
+        ),
         (Coded("uint8", (99,), "lossless", planes(b"no zlib")), "a plane cannot be decompressed: Error -3"),
-        (Coded("uint8", (99,), "lossless", planes(zlib.compress(bytes(98)))), "the wrong length after decompression"),
-        (Coded("uint8", (99,), "lossless", planes(zlib.compress(bytes(99))[:-1])), "the wrong length after decompression"),
-        (Coded("uint8", (99,), "lossless", planes(zlib.compress(bytes(99)) + b"x")), "the wrong length after decompression"),
+        (
+            Coded("uint8", (99,), "lossless", planes(zlib.compress(bytes(98)))),
+            "the wrong length after decompression",
+        ),
+        (
+            Coded("uint8", (99,), "lossless", planes(zlib.compress(bytes(99))[:-1])),
+            "the wrong length after decompression",
+        ),
+        (
+            Coded("uint8", (99,), "lossless", planes(zlib.compress(bytes(99)) + b"x")),
+            "the wrong length after decompression",
+        ),
         (Coded("uint8", (2000,), "lossless", planes(ZEROS)), "the wrong length after decompression"),
     ],
     ids=lambda value: f"{value.dtype} {value.coding}" if isinstance(value, Coded) else value[:20],

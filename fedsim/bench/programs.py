@@ -51,7 +51,9 @@ PEERS = {
         ("ray",),
         "pip install 'flwr[simulation]>=1.41,<1.43' brings it",
     ),
-    "pfl": Peer("pfl simulation", "pfl_app.py", "pfl", ("0.6.",), (), "pip install 'pfl[pytorch]==0.6.*' brings it"),
+    "pfl": Peer(
+        "pfl simulation", "pfl_app.py", "pfl", ("0.6.",), (), "pip install 'pfl[pytorch]==0.6.*' brings it"
+    ),
 }
 
 
