@@ -419,7 +419,8 @@ def test_a_wrong_option_is_one_line(fedsim_, tmp_path, monkeypatch, arguments, s
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_superlink_that_is_not_there_is_waited_for_and_then_an_error(fedsim_, tmp_path):
+def test_a_superlink_that_is_not_there_is_waited_for_and_then_an_error(fedsim_, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the run's folder is made
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(CONFIG))
     there, began = f"127.0.0.1:{free_port()}", time.monotonic()
     done = fedsim_("serve", tmp_path / "c.yaml", "--superlink", there, "--insecure", "runtime.wait=2")
