@@ -76,7 +76,7 @@ def served(federation, name, *settings):
     nodes = ",".join(client_name(k, 3) for k in range(3))
     to = ["--superlink", federation.address, "--ca", federation.ca, "--nodes", nodes, "--out", folder / name]
     process = federation.start(name, BIN / "fedsim", "serve", folder / "c.yaml", *settings, *to)
-    status = process.wait(120)
+    status = process.wait(600)
     summary = folder / name / "summary.json"
     found = yaml.safe_load(summary.read_text())["fingerprint"] if status == 0 else None
     return status, tail(process).splitlines()[-1], found
