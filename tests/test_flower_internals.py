@@ -564,7 +564,7 @@ def serving(superlink, key, answer):
         member.close()
 
 
-def collect(link, waiting, most_bytes=ROOM, seconds=20):
+def collect(link, waiting, most_bytes=ROOM, seconds=120):
     """All the replies, by node."""
     replies, deadline, waiting = {}, time.monotonic() + seconds, set(waiting)
     while waiting and time.monotonic() < deadline:
