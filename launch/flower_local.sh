@@ -4,8 +4,8 @@
 #   launch/flower_local.sh CONFIG [KEY=VALUE ...]
 #   launch/flower_local.sh resume RUN
 #
-# Its exit status is that of `fedsim serve`. What it starts it ends, also at Ctrl-C and SIGTERM; serve then leaves a
-# checkpoint, with which `resume` goes on if STATE was set. These may be set, and are explained in launch/README.md:
+# Its exit status is that of `fedsim serve`. It ends all that it starts, also at Ctrl-C and SIGTERM; serve then leaves a
+# checkpoint, which `resume` continues if STATE was set. These may be set, and are explained in launch/README.md:
 #   N PORT STATE OUT STOCK WAIT FEDSIM
 set -euo pipefail
 
@@ -21,22 +21,22 @@ usage="usage: flower_local.sh CONFIG [KEY=VALUE ...] | resume RUN"
 case ${1:-} in
 "" | -*) fail "$usage" 2 ;;
 resume)
-    [[ $# -eq 2 && -n ${STATE:-} && -z ${STOCK:-} ]] || fail "$usage; resume needs the STATE of before, without STOCK" 2
-    [[ -d ${STATE:-}/shards ]] || fail "STATE: ${STATE:-} has no shards; it should be that of the run" 2
+    [[ $# -eq 2 && -n ${STATE:-} && -z ${STOCK:-} ]] || fail "$usage; resume needs the STATE of the first run, and no STOCK" 2
+    [[ -d ${STATE:-}/shards ]] || fail "STATE: ${STATE:-} has no shards; it should be the STATE of the run" 2
     ;;
 *) [[ -f $1 ]] || fail "$1: no such file; $usage" 2 ;;
 esac
-[[ $number =~ ^[1-9][0-9]{0,2}$ ]] || fail "N: $number should be a number of nodes from 1 to 999" 2
-[[ $port =~ ^[1-9][0-9]{0,4}$ ]] || fail "PORT: $port should be a port" 2
+[[ $number =~ ^[1-9][0-9]{0,2}$ ]] || fail "N: $number should be a number from 1 to 999" 2
+[[ $port =~ ^[1-9][0-9]{0,4}$ ]] || fail "PORT: $port should be a number from 1 to 99999" 2
 for program in "$fedsim" flower-superlink flwr ${STOCK:+flower-supernode}; do
     command -v "$program" >/dev/null || fail "no command $program; pip install -e '.[flower]' in fedsim's folder installs Flower's" 2
 done
 
-# taken PORT: is anything there?
+# taken PORT: whether a process listens there.
 taken() {
     (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null
 }
-taken "$port" && fail "port $port is in use; PORT names another" 2
+taken "$port" && fail "port $port is in use; set PORT to another" 2
 
 if [[ -n ${STATE:-} ]]; then
     mkdir -p "$STATE"
@@ -46,7 +46,7 @@ else
 fi
 started=() names=() run='' stopped=''
 
-# family PID ...: these processes, and those that they started.
+# family PID ...: these processes and their descendants.
 family() {
     local all=" $* " before='' pid parent
     until [[ $all == "$before" ]]; do
@@ -61,7 +61,7 @@ family() {
 finish() {
     local status=$? pid all
     trap - EXIT
-    all=$(family ${started[@]+"${started[@]}"}) # Flower's start others, in sessions of their own
+    all=$(family ${started[@]+"${started[@]}"}) # Flower's programs start others, in sessions of their own
     for pid in $all; do kill -TERM "$pid" 2>/dev/null || true; done
     for pid in $all; do
         for _ in {1..100}; do
@@ -92,7 +92,7 @@ launch() {
     started+=($!)
 }
 
-# up NAME PORT: wait until the last that was started is there.
+# up NAME PORT: wait until the process that was started last listens.
 up() {
     local pid=${started[${#started[@]} - 1]} end=$((SECONDS + seconds))
     until taken "$2"; do
@@ -122,7 +122,7 @@ done
 ((number > 0)) || fail "$shards: has no shards"
 [[ -d $keys ]] || "$fedsim" certificates "$keys" --server 127.0.0.1 "${names[@]/#/--node=}" >/dev/null
 
-# What drives a fast run does itself what Flower's SuperExec does for a stock one.
+# In a fast run, fedsim serve takes the place of Flower's SuperExec.
 [[ -n ${STOCK:-} ]] && isolation=subprocess || isolation=process
 launch superlink flower-superlink --host 127.0.0.1 --port "$port" --isolation "$isolation" --enable-supernode-auth \
     --ssl-ca-certfile "$keys/ca.crt" --ssl-certfile "$keys/server.pem" --ssl-keyfile "$keys/server.key" \
@@ -151,7 +151,7 @@ else
     command=(stock)
 fi
 
-# stock: as `fedsim serve`, by Flower's own commands, whose exit status does not tell how a run ended.
+# stock: like `fedsim serve`, with Flower's own commands, whose exit status does not show how a run ended.
 stock() {
     local pid
     flwr run "$state/app" local --stream ${OUT:+-c "out=\"$OUT\""} &

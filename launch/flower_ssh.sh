@@ -24,7 +24,7 @@ fail() {
     exit "${2:-1}"
 }
 
-# on HOST COMMAND ...: there, in the home folder; "-" is this machine.
+# on HOST COMMAND ...: run it there, in the home folder; "-" is this machine.
 on() {
     local host=$1 command
     shift
@@ -32,16 +32,16 @@ on() {
     if [[ $host == - ]]; then bash -c "$command"; else "${ssh[@]}" "$host" "$command"; fi
 }
 
-# put HOST FILE ...: there, in a folder that is its owner's only.
+# put HOST FILE ...: copy files there, to a folder that only its owner can read.
 put() {
     local host=$1 file
     on "$host" bash -c "umask 077 && mkdir -p $there" </dev/null
     for file in "${@:2}"; do
-        on "$host" bash -c "umask 077 && cat >$there/${file##*/}" <"$file" || fail "$host: cannot put ${file##*/} there"
+        on "$host" bash -c "umask 077 && cat >$there/${file##*/}" <"$file" || fail "$host: cannot copy ${file##*/} there"
     done
 }
 
-# launch HOST NAME COMMAND ...: have it run there after this script, and write down its process.
+# launch HOST NAME COMMAND ...: start it there, to run on after this script, and record its process.
 launch() {
     local host=$1 name=$2 pid
     shift 2
@@ -49,26 +49,26 @@ launch() {
     pid=$(on "$host" bash -c 'log=$1; shift; nohup setsid "$@" </dev/null >"$log" 2>&1 & echo $!' - "$there/$name.log" \
         env FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 "PATH=${fedsim%/*}:/usr/local/bin:/usr/bin:/bin" \
         "$@" </dev/null) || fail "$host: cannot start $name there"
-    [[ $pid =~ ^[0-9]+$ ]] || fail "$host: should have told a process id, and told ${pid:-nothing}"
+    [[ $pid =~ ^[0-9]+$ ]] || fail "$host: should have printed a process id, but printed ${pid:-nothing}"
     echo "$host $pid $name" >>"$state/processes"
 }
 
-# alive HOST PROCESS: and not only waiting for its parent to hear that it ended.
+# alive HOST PROCESS: whether it runs, and is not a zombie.
 alive() {
     [[ $(on "$1" ps -o stat= -p "$2" </dev/null) == [!Z]* ]]
 }
 
 start() {
     (($# >= 2)) || fail "$usage" 2
-    [[ -x $fedsim ]] || fail "no fedsim command; FEDSIM names it, at its path on every host" 2
-    [[ ! -e $state/processes ]] || fail "a federation of port $port was started; stop ends it"
+    [[ -x $fedsim ]] || fail "no fedsim command; set FEDSIM to its path, which must be the same on every host" 2
+    [[ ! -e $state/processes ]] || fail "a federation with port $port is running already; \`flower_ssh.sh stop\` ends it"
     local server=$1 address=${ADDRESS:-${1##*@}} host name pid names=() hosts=("${@:2}") end
     [[ $server != - ]] || address=${ADDRESS:-$(hostname -I | cut -d' ' -f1)}
     mkdir -p "$state"
     for host in "${hosts[@]}"; do
         name=$(on "$host" sed -n 's/^name: *"\{0,1\}\([A-Za-z0-9._-]*\).*/\1/p' "$node" </dev/null) ||
             fail "$host: has no $node"
-        [[ -n $name ]] || fail "$host: $node has no name: NAME"
+        [[ -n $name ]] || fail "$host: $node has no line \`name: NAME\`"
         names+=("$name")
         [[ -e $state/keys/nodes/$name ]] || "$fedsim" certificates "$state/keys" --node "$name" >/dev/null
     done
@@ -89,10 +89,10 @@ start() {
     until (exec 3<>"/dev/tcp/$address/$port") 2>/dev/null; do
         read -r host pid name < <(head -n 1 "$state/processes")
         alive "$host" "$pid" || fail "the SuperLink has ended; see $there/superlink.log on $server, then stop"
-        ((SECONDS < end)) || fail "$address:$port is not reached in $seconds s; see $there/superlink.log there, then stop"
+        ((SECONDS < end)) || fail "$address:$port cannot be reached after $seconds s; see $there/superlink.log there, then stop"
         sleep 0.2
     done
-    # Only nodes with registered keys can join; it remembers those of the last time.
+    # Only nodes with registered keys can join; the SuperLink's database keeps them.
     export FLWR_HOME=$state/flwr
     mkdir -p "$FLWR_HOME"
     printf '[superlink.hosts]\naddress = "%s"\nroot-certificates = "%s"\n' "$address:$port" "$state/keys/ca.crt" \
@@ -108,19 +108,19 @@ start() {
     echo "nodes ${names[*]}: flower_ssh.sh serve CONFIG"
 }
 
-# told: the options by which the SuperLink is found.
-told() {
-    [[ -e $state/processes ]] || fail "no federation of port $port was started here"
+# find_superlink: set `superlink` to the options with its address and authority.
+find_superlink() {
+    [[ -e $state/processes ]] || fail "no federation of port $port was started on this machine"
     superlink=(--superlink "$(<"$state/address"):$port" --ca "$state/keys/ca.crt")
 }
 
 serve() {
-    told
+    find_superlink
     exec "$fedsim" serve "$@" "${superlink[@]}" --nodes "$(<"$state/names")" --keys "$state/keys/nodes"
 }
 
 status() {
-    told
+    find_superlink
     local host pid name
     while read -r host pid name <&3; do
         alive "$host" "$pid" || echo "$name on $host has ended; see $there/$name.log there"
@@ -129,9 +129,9 @@ status() {
 }
 
 stop() {
-    [[ -e $state/processes ]] || fail "no federation of port $port was started here"
+    [[ -e $state/processes ]] || fail "no federation of port $port was started on this machine"
     local host pid name
-    # Nodes first, which take leave of the SuperLink.
+    # Nodes first, so that they can leave the SuperLink.
     while read -r host pid name <&3; do
         on "$host" bash -c "kill -TERM $pid 2>/dev/null; for _ in {1..100}; do kill -0 $pid 2>/dev/null || exit 0; sleep 0.1; done; kill -KILL -- -$pid" </dev/null ||
             echo "flower_ssh: $host: $name, process $pid, could not be ended" >&2

@@ -22,7 +22,7 @@ fail() {
     exit 1
 }
 
-# on HOST COMMAND ...: there, in this folder and with this import path; "-" is this machine.
+# on HOST COMMAND ...: run it there, in this folder and with this import path; "-" is this machine.
 on() {
     local host=$1 command
     shift
@@ -30,7 +30,7 @@ on() {
     if [[ $host == - ]]; then bash -c "$command"; else "${ssh[@]}" "$host" "$command"; fi
 }
 
-# launch HOST OPTION ...: have a Ray there that outlives this script, and write down its process.
+# launch HOST OPTION ...: start a Ray there, to run on after this script, and record its process.
 launch() {
     local host=$1 pid
     shift
@@ -38,18 +38,18 @@ launch() {
     pid=$(on "$host" bash -c 'nohup setsid "$@" </dev/null >"/tmp/fedsim-ray-$$.log" 2>&1 & echo $!' - \
         env RAY_USAGE_STATS_ENABLED=0 "$ray" start --block "$@" ${options[@]+"${options[@]}"}) ||
         fail "$host: cannot start Ray there"
-    [[ $pid =~ ^[0-9]+$ ]] || fail "$host: should have told a process id, and told ${pid:-nothing}"
+    [[ $pid =~ ^[0-9]+$ ]] || fail "$host: should have printed a process id, but printed ${pid:-nothing}"
     echo "$host $pid" >>"$state/processes"
 }
 
-# How many machines the cluster has.
+# The number of machines in the cluster.
 machines() {
     "$ray" status --address="$head:$port" 2>/dev/null | grep -c '^ 1 node_' || true
 }
 
 start() {
-    [[ -x $ray ]] || fail "no ray command; pip install -e '.[ray]' in fedsim's folder installs it, and RAY names another"
-    [[ ! -e $state/processes ]] || fail "a cluster of port $port was started; stop ends it"
+    [[ -x $ray ]] || fail "no ray command; pip install -e '.[ray]' in fedsim's folder installs it, or set RAY to its path"
+    [[ ! -e $state/processes ]] || fail "a cluster of port $port is running already; \`ray_cluster.sh stop\` ends it"
     mkdir -p "$state"
     launch - --head --node-ip-address="$head" --port="$port" --include-dashboard=false
     local end=$((SECONDS + seconds)) host wanted=$(($# + 1))
@@ -64,9 +64,9 @@ start() {
 }
 
 stop() {
-    [[ -e $state/processes ]] || fail "no cluster of port $port was started here"
+    [[ -e $state/processes ]] || fail "no cluster of port $port was started on this machine"
     local host pid
-    # Workers first: a head that is gone would leave them to look for it.
+    # Workers first: without a head they would try to reach it.
     while read -r host pid <&3; do
         on "$host" bash -c "kill -TERM $pid 2>/dev/null; for _ in {1..100}; do kill -0 $pid 2>/dev/null || exit 0; sleep 0.1; done; kill -KILL -- -$pid" ||
             echo "ray_cluster: $host: process $pid could not be ended" >&2

@@ -21,10 +21,10 @@ QUIET = {
     "COLUMNS": "200",
     "PYTHONUNBUFFERED": "1",
 }
-PATIENCE = 60  # seconds that a process may take to be there
+START_TIMEOUT = 180  # seconds that a process may take to start
 
 
-def until(there, what, seconds=PATIENCE, process=None):
+def until(there, what, seconds=START_TIMEOUT, process=None):
     """Wait for a condition and give its value; AssertionError where it does not come, or the process ends."""
     deadline = time.monotonic() + seconds
     while not (found := there()):
@@ -154,9 +154,9 @@ class Federation:
         """
         key = key or (self.key(name) if self.auth else None)
         trust = {"ca": str(self.ca)} if self.ca else {"insecure": True}
-        told = {"name": name, "state": str(self.folder / f"{name}.state"), "superlink": self.address, **trust}
+        common = {"name": name, "state": str(self.folder / f"{name}.state"), "superlink": self.address, **trust}
         path = self.folder / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(told | ({"key": str(key)} if key else {}) | settings))
+        path.write_text(yaml.safe_dump(common | ({"key": str(key)} if key else {}) | settings))
         if not stock:
             return self.start(name, BIN / "fedsim", "node", path)
         return self.supernode(name, f'config="{path}"', key)

@@ -15,13 +15,13 @@ from flwr.app import ConfigRecord, RecordDict
 
 from fedsim.experiment.build import build, build_data, build_server_data
 from fedsim.experiment.config import load
-from fedsim.flower import dispatch, federation, roster, wire
+from fedsim.flower import dispatch, roster, run_connection, wire
 from fedsim.flower.internals import LinkError, Reply
 from fedsim.flower.messages import Answer, Joined, Order
 from fedsim.flower.node import Node, NodeSettings
+from fedsim.flower.node_process import respond
 from fedsim.flower.runtime import Flower
 from fedsim.flower.shards import write_shards
-from fedsim.flower.station import respond
 from fedsim.flower.transport import Coded, decode, encode
 
 CONFIG = {
@@ -57,7 +57,7 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.now = 1000.0
-        for module in (dispatch, federation, roster):
+        for module in (dispatch, run_connection, roster):
             monkeypatch.setattr(module, "monotonic", lambda: self.now)
             if hasattr(module, "sleep"):
                 monkeypatch.setattr(module, "sleep", self.sleep)
@@ -144,7 +144,7 @@ class Lab:
     def forgets(self, name):
         """Have a node lose the plan, in memory and on disk, but not its client's states."""
         self.nodes[name].role = None
-        for path in self.nodes[name].keeping.folder.glob("*/plan.json"):
+        for path in self.nodes[name].state_files.folder.glob("*/plan.json"):
             path.unlink()
 
     def spoil(self, name, content):
@@ -180,7 +180,7 @@ class Wire:
         self.lab.tick()
         self.ended |= self.lab.happens("end")
         if self.ended:
-            raise LinkError("the SuperLink has ended our run")
+            raise LinkError("the SuperLink has ended this run")
         if self.lab.happens("link"):
             raise LinkError("no connection to the SuperLink", again=True)
 

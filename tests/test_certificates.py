@@ -143,7 +143,7 @@ def test_keys_can_be_made_on_the_nodes_own_machine(tmp_path):
     assert {path.name for path in contents(tmp_path / "keys")} == {"a", "a.pub"}
 
 
-def test_a_renewed_certificate_has_the_same_key_and_names_or_those_told(tmp_path):
+def test_a_renewed_certificate_has_the_same_key_and_names_or_new_ones(tmp_path):
     lab = tmp_path / "lab"
     make(lab, ["old.example.org"], days=1)
     before = contents(lab)
@@ -185,16 +185,16 @@ def test_what_fails_leaves_nothing(tmp_path, monkeypatch, there):
         ([], "nothing to make"),
         (["--server", "https://lab.example.org"], "without a port"),
         (["--server", "lab.example.org:8000"], "without a port"),
-        (["--server", "10.0.0.256"], "no name or address"),
-        (["--server", "-x"], "no name or address"),
-        (["--server", ""], "no name or address"),
-        (["--server", "a" * 64], "no name or address"),
-        (["--server", "zürich.example"], "no name or address"),
+        (["--server", "10.0.0.256"], "machine's name or address"),
+        (["--server", "-x"], "machine's name or address"),
+        (["--server", ""], "machine's name or address"),
+        (["--server", "a" * 64], "machine's name or address"),
+        (["--server", "zürich.example"], "machine's name or address"),
         (["--node", "../a"], "should be letters"),
         (["--node", "a.pub"], "not ending in .pub"),
         (["--node", ""], "should be letters"),
         (["--node", "a\nb"], "should be letters"),
-        (["--node", "a", "--node", "a"], "named twice"),
+        (["--node", "a", "--node", "a"], "given twice"),
         (["--server", "x", "--days", "0"], "from 1 to 3650"),
         (["--server", "x", "--days", "4000"], "from 1 to 3650"),
         (["--renew"], "has no ca.crt"),
@@ -221,7 +221,7 @@ def test_renewal_needs_the_ca_that_made_it(tmp_path):
 
 def test_a_certificate_does_not_outlive_its_ca(tmp_path):
     make(tmp_path / "lab", ["x"])
-    with pytest.raises(ConfigError, match=r"longer than the CA holds"):
+    with pytest.raises(ConfigError, match=r"longer than the CA is valid"):
         make(tmp_path / "lab", days=3650, renew=True)
 
 

@@ -14,7 +14,7 @@ from flwr.app import RecordDict
 from lab import CONFIG, SPOILS, Lab, shown
 
 import fedsim
-from fedsim.errors import ConfigError, NodeError, RoundError
+from fedsim.errors import ClientError, ConfigError, NodeError, RoundError
 from fedsim.experiment.build import build, build_data
 from fedsim.experiment.checkpoint import versions
 from fedsim.experiment.config import load
@@ -204,7 +204,7 @@ def test_a_run_does_not_go_on_with_other_nodes(lab, tmp_path):
     with pytest.raises(RoundError, match="killed"):
         execute(Run.start(config, tmp_path / "run", make=make()), [Snapshot(7, copy)])
     before = (copy / "config.yaml").read_bytes()
-    with pytest.raises(ConfigError, match=r"runtime\.nodes: x, y, z, and the run has client-00"):
+    with pytest.raises(ConfigError, match=r"runtime\.nodes: is x, y, z, but the run has client-00"):
         Run.resume(copy, {}, make=make(nodes=["x", "y", "z"]))
     assert (copy / "config.yaml").read_bytes() == before
 
@@ -212,7 +212,7 @@ def test_a_run_does_not_go_on_with_other_nodes(lab, tmp_path):
 def test_a_broadcast_is_not_larger_in_memory_than_on_the_wire():
     small, _ = encode({"model": torch.zeros(2**20)}, "lossless")
     sent = wire.record(Invitation("0" * 32, "{}", {}), initial=wire.arrays(small))
-    with pytest.raises(ValueError, match="more than"):
+    with pytest.raises(ValueError, match="larger than"):
         wire.read(Invitation, sent)
 
 
@@ -269,10 +269,10 @@ def joined(roster, room):
 def test_a_name_is_one_node_and_a_node_one_name(caplog):
     roster, room = Roster(), Room(n1="a", n2="b", n3=None)
     assert joined(roster, room) == {"a": 1, "b": 2}
-    roster.settle(2)
+    roster.fix_names(2)
     room.names = {2: "b", 4: "a", 5: "c"}  # a is back under another number
     assert joined(roster, room) == {"a": 4, "b": 2}
-    assert "c: is none of this run's nodes" in roster.shown(2)
+    assert "c: is not one of this run's nodes" in roster.shown(2)
     assert "second time" not in caplog.text
     room.names[6] = "a"
     assert joined(roster, room) == {"a": 6, "b": 2}
@@ -282,6 +282,23 @@ def test_a_name_is_one_node_and_a_node_one_name(caplog):
     del room.names[6]
     room.names[2] = "a"  # who was b is a now
     assert joined(roster, room) == {"a": 2}
+
+
+def test_a_node_that_has_not_answered_is_not_said_to_be_absent(lab):
+    room, roster = Room(n1="a", n2="b"), Roster()
+    roster.names = ["a", "c"]
+    room.receive = lambda waiting, *, most_bytes: []
+    roster.look(room, Invitation("", "", {}))
+    assert roster.absence(0) == roster.absence(1) == "has not joined; 2 connected, but without an answer so far"
+    del room.receive
+    joined(roster, room)
+    assert roster.absence(1) == "is not connected; connected, but not part of this run: b"
+    room.names = {}
+    roster.look(room, Invitation("", "", {}))
+    assert roster.absence(0) == roster.absence(1) == "is not connected"
+    simulation = lab().simulation(load(CONFIG), wait=0.01, nodes=NAMES)
+    with pytest.raises(ClientError, match="has not joined; 3 connected, but without an answer so far"):
+        simulation.round()
 
 
 def test_a_name_belongs_to_its_key():
@@ -296,7 +313,7 @@ def test_a_name_belongs_to_its_key():
     with pytest.raises(LinkError):
         roster.look(room, Invitation("", "", {}))
     assert joined(roster, room) == {"b": 2}
-    assert "a node calls itself a, and has another key" in roster.shown(2)
+    assert "a node uses the name a without having the key" in roster.shown(2)
     room.names[3], keys[0] = "a", keys[0] | {3: b"a"}
     assert joined(roster, room) == {"a": 3, "b": 2}
 
@@ -355,7 +372,7 @@ def test_the_command_serves_and_shows_nodes(federation, fedsim_, tmp_path):
     expected = fedsim.run(SHORT).rounds
     assert lines(tmp_path / "run") == [*map(shown, expected)]
     asked = {client for record in expected for client in record["cohort"]}
-    sizes = [str(build_data(load(SHORT)).sizes[k].item()) if k in asked else "not told" for k in range(3)]
+    sizes = [str(build_data(load(SHORT)).sizes[k].item()) if k in asked else "unknown" for k in range(3)]
     table = fedsim_("nodes", tmp_path / "run", *to)
     rows = [line.split("│") for line in table.out.splitlines() if "client-" in line]
     cells = [tuple(cell.strip() for cell in row[1:4]) for row in rows]
@@ -370,14 +387,14 @@ def test_the_command_serves_and_shows_nodes(federation, fedsim_, tmp_path):
         (["--superlink", "nowhere:0", "--insecure"], "runtime.superlink: 'nowhere:0' should be HOST:PORT"),
         ([], "runtime.ca: .* neither is set"),
         (["--ca", "no.crt"], "runtime.ca: no.crt: No such file or directory"),
-        (["--ca", "c.yaml"], "runtime.ca: c.yaml: is no certificate in PEM"),
-        (["--ca", "no.crt", "--insecure"], "runtime.ca: .* one of the two"),
+        (["--ca", "c.yaml"], "runtime.ca: c.yaml: is not a certificate in PEM"),
+        (["--ca", "no.crt", "--insecure"], "runtime.ca: .* both are set"),
         (["--insecure", "--nodes", "a,b,a"], "--nodes: 'a,b,a' should be a number, or different names"),
         (["--insecure", "--nodes", "a,,b"], "--nodes: 'a,,b' should be a number, or different names"),
         (["--insecure", "--nodes", "0"], "data.clients: "),
         (
             ["--insecure", "--nodes", "a,b", "data.clients=3"],
-            "runtime.nodes: 2 different names, and data.clients is 3",
+            "runtime.nodes: has 2 different names, but data.clients is 3",
         ),
         (["--insecure", "--keys", "."], "runtime.keys: .: has no file NAME.pub"),
         (
@@ -402,7 +419,8 @@ def test_a_wrong_option_is_one_line(fedsim_, tmp_path, monkeypatch, arguments, s
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_superlink_that_is_not_there_is_waited_for_and_told(fedsim_, tmp_path):
+def test_a_superlink_that_is_not_there_is_waited_for_and_then_an_error(fedsim_, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the run's folder is made
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(CONFIG))
     there, began = f"127.0.0.1:{free_port()}", time.monotonic()
     done = fedsim_("serve", tmp_path / "c.yaml", "--superlink", there, "--insecure", "runtime.wait=2")
@@ -413,9 +431,15 @@ def test_a_superlink_that_is_not_there_is_waited_for_and_told(fedsim_, tmp_path)
     assert (shown.status, shown.err.count("\n")) == (2, 1)
 
 
-def test_who_has_not_come_is_told(federation, fedsim_, tmp_path):
+def test_a_node_that_is_not_there_is_named_and_no_other(federation, fedsim_, tmp_path):
+    """Those that are there may take longer than `wait` to answer where the machine is busy; it is then said so."""
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(SHORT))
-    to = ["--superlink", federation.address, "--ca", federation.ca, "--out", tmp_path / "run"]
-    done = fedsim_("serve", tmp_path / "c.yaml", *to, "--nodes", "client-00,client-01,elsewhere", "runtime.wait=2")
-    assert (done.status, done.err.count("\n")) == (1, 1)
-    assert "elsewhere: is not connected; connected, and none of this run's: client-02" in done.err
+    to = ["--superlink", federation.address, "--ca", federation.ca, "--nodes", "client-00,client-01,elsewhere"]
+    for wait in (2, 8, 32):
+        out = ["--out", tmp_path / f"run-{wait}"]
+        done = fedsim_("serve", tmp_path / "c.yaml", *to, *out, f"runtime.wait={wait}")
+        assert (done.status, done.err.count("\n")) == (1, 1)
+        assert not re.search(r"client-\d\d: is not connected", done.err)
+        if "without an answer so far" not in done.err:
+            break
+    assert "elsewhere: is not connected; connected, but not part of this run: client-02" in done.err

@@ -215,7 +215,7 @@ def test_a_node_that_is_killed_is_left_out_until_it_comes_back(world):
 
 
 def test_a_node_that_is_killed_is_waited_for(world):
-    """And restarted at once with the same key, which is refused until its heartbeat has lapsed."""
+    """And restarted at once with the same key, which is refused until its heartbeat has expired."""
     world.all_nodes().mark("hold", 1)
     driver = world.serve()
     world.trains(1, driver)
@@ -280,7 +280,7 @@ def test_of_two_nodes_with_one_name_the_last_counts(keyless):
     until(lambda: "joined a run" in tail(second).removeprefix(before), "the second")
     keyless.clear("hold", 1)
     said = keyless.ended(driver, status=1)
-    assert "client-00 has joined a second time, and its first connection no longer counts" in said
+    assert "client-00 has joined a second time; its first connection is no longer used" in said
     assert "client-00: state 1 of client 0 is not here" in said
     keyless.federation.stop(first, kill=False)
 
@@ -347,7 +347,7 @@ def test_a_registered_node_cannot_take_the_name_of_another(world):
     data = {"data": {"name": "npz", "path": str(world.shards / "0.npz"), "channels": "first", "classes": 3}}
     process = world.federation.node(world.names[2], data | {"allow": {"strategies": [NAME]}}, key=thief)
     said = world.ended(world.serve("--keys", keys, "runtime.wait=6"), status=1)
-    assert re.search(r"a node calls itself \S*client-02, and has another key", said)
+    assert re.search(r"a node uses the name \S*client-02 without having the key", said)
     world.federation.stop(process, kill=False)
     world.out = world.folder / "again"
     world.node(2, state=str(world.folder / "state"))

@@ -1,4 +1,4 @@
-"""What fedsim takes from inside flwr is as it was, and carries messages between a Link and Members."""
+"""What fedsim takes from inside flwr is as it was, and carries messages between a Link and NodeLinks."""
 
 import ast
 import hashlib
@@ -8,15 +8,17 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 pytest.importorskip("flwr")
 
@@ -30,16 +32,18 @@ from flwr.supercore.constant import TASK_TOKEN_HEADER
 from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.inflatable import inflatable_object, inflatable_utils
 from flwr.supercore.run import Run
+from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid.http_grid import HttpGrid
+from lab import CONFIG
 
 from fedsim.errors import ConfigError
-from fedsim.flower import internals
+from fedsim.flower import FLWR, internals, needs_flwr
 from fedsim.flower.certificates import make
 from fedsim.flower.internals import (
     Link,
     LinkError,
-    Member,
+    NodeLink,
     Superlink,
     connection,
     listed,
@@ -51,6 +55,7 @@ from fedsim.flower.internals import link as driving
 from fedsim.flower.internals import objects as wire
 from fedsim.flower.internals.connection import TooLargeError, connect
 
+ROOT = Path(__file__).parent.parent
 ROOM = 2**20  # bytes that a message may have here
 APP = {
     "pyproject.toml": """
@@ -184,6 +189,7 @@ VALUES = [  # (module, name, value)
     ("flwr.common.constant", "SUPERLINK_NODE_ID", 1),
     ("flwr.common.constant", "HEARTBEAT_MIN_INTERVAL", 10),
     ("flwr.common.constant", "HEARTBEAT_PATIENCE", 2),
+    ("flwr.supercore.error", "ApiErrorCode.RUNTIME_VERSION_INCOMPATIBLE", 1001),
     ("flwr.supercore.constant", "TASK_TOKEN_HEADER", "flwr-task-token"),
     ("flwr.supercore.constant", "HEAD_BODY_DIVIDER", b"\0"),
 ]
@@ -202,8 +208,45 @@ def found(module, name):
     return thing
 
 
-def test_flwr_is_the_one_whose_inside_is_known():
-    assert version("flwr").startswith("1.41."), "fedsim.flower.internals was written for flwr 1.41"
+def test_the_installed_flwr_is_one_whose_internals_are_known():
+    needs_flwr("test")
+
+
+@pytest.mark.parametrize("installed", ["1.40.2", "1.43.0", "1.4.1", "2.41.0", None])
+def test_another_flwr_is_refused_in_one_line(monkeypatch, tmp_path, fedsim_, installed):
+    def faked(package):
+        if installed is None:
+            raise PackageNotFoundError(package)
+        return installed
+
+    monkeypatch.setattr("fedsim.flower.version", faked)
+    monkeypatch.delitem(sys.modules, "fedsim.flower.internals")
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text(yaml.safe_dump(CONFIG | {"runtime": {"name": "flower", "insecure": True}}))
+    here = f"{installed} is installed" if installed else "it is not installed"
+    for command in (
+        ["run", "c.yaml"],
+        ["serve", "c.yaml", "--insecure"],
+        ["node", "c.yaml"],
+        ["nodes", "--insecure"],
+    ):
+        done = fedsim_(*command)
+        assert (done.status, done.err.count("\n")) == (2, 1), done.err
+        assert f"needs flwr 1.41 or 1.42, and {here}; pip install 'flwr>=1.41,<1.43'" in done.err
+    with pytest.raises(ConfigError, match=r"flower: needs flwr 1\.41 or 1\.42"):
+        import_module("fedsim.flower.internals")
+
+
+@pytest.mark.parametrize("release", ["1.41.0", "1.41.7", "1.42.0", "1.42.1"])
+def test_releases_whose_internals_are_known_are_taken(monkeypatch, release):
+    monkeypatch.setattr("fedsim.flower.version", lambda package: release)
+    needs_flwr("test")
+
+
+def test_the_extras_allow_the_same_versions():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert FLWR in extras["flower"]
+    assert FLWR.replace("flwr", "flwr[simulation]") in extras["peers"]
 
 
 @pytest.mark.parametrize(("module", "name", "parameters"), CALLS, ids=lambda each: str(each)[:60])
@@ -232,7 +275,7 @@ def test_each_of_flowers_errors_is_put_in_words():
         name: code for name, code in vars(found("flwr.common.constant", "ErrorCode")).items() if name.isupper()
     }
     assert {*CODES.split(), "UNKNOWN"} == set(codes)
-    assert {codes[name] for name in CODES.split()} == set(driving.FAULTS)
+    assert {codes[name] for name in CODES.split()} == set(driving.ERROR_TEXTS)
 
 
 def test_the_kinds_of_objects_are_those_it_had():
@@ -241,28 +284,32 @@ def test_the_kinds_of_objects_are_those_it_had():
 
 
 @pytest.mark.parametrize("missing", ["flwr", "flwr.supernode.fleet_http_client"])
-def test_without_the_flwr_it_knows_it_says_what_to_install(missing):
+def test_a_flwr_that_lacks_something_is_refused_with_what_to_install(missing):
     code = f"import sys; sys.modules[{missing!r}] = None; import fedsim.flower.internals"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert ended.stderr.splitlines()[-1].startswith(
-        "fedsim.errors.ConfigError: flower: needs flwr 1.41; pip install"
-    )
+    said = ended.stderr.splitlines()[-1]
+    assert said.startswith("fedsim.errors.ConfigError: flower: flwr is incomplete: ")
+    assert said.endswith(f"; pip install --force-reinstall '{FLWR}'")
 
 
 def test_no_other_file_reaches_inside_flwr():
-    here = Path(internals.__file__).parent
-    public = {"flwr", "flwr.app", "flwr.serverapp", "flwr.clientapp"}
-    for file in [
-        *here.parent.glob("*.py"),
-        here.parents[1] / "runtimes" / "flower.py",
-        here.parents[1] / "cli.py",
-    ]:
-        if file.exists():
-            for node in ast.walk(ast.parse(file.read_text())):
-                names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
-                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-                inside = [name for name in names if name.split(".")[0] == "flwr" and name not in public]
-                assert not inside, f"{file.name}:{node.lineno} imports {inside[0]}"
+    """Of the whole program: also lazily, and one public module by way of another."""
+    public = {"flwr.app", "flwr.serverapp", "flwr.clientapp", "flwr.serverapp.strategy", "flwr.simulation"}
+    inside = Path(internals.__file__).parent
+    taken = dict[str, set[str]]()
+    for file in [each for folder in ("fedsim", "strategies", "launch") for each in (ROOT / folder).rglob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            taken.setdefault(str(file.relative_to(ROOT)), set()).update(
+                name for name in names if name.split(".")[0] == "flwr"
+            )
+    of_internals = {file for file in taken if (ROOT / file).parent == inside}
+    assert {name for file in of_internals for name in taken[file]} - public  # it finds what there is
+    assert taken["fedsim/flower/client_app.py"] == {"flwr.app", "flwr.clientapp"}
+    assert {
+        file: names - public for file, names in taken.items() if file not in of_internals and names - public
+    } == {}
 
 
 # --- objects -----------------------------------------------------------------------------------------------------
@@ -301,7 +348,7 @@ def made_bytes(objects):
 
 @pytest.mark.parametrize("size", [0, 1, 1000])
 def test_packing_equals_flowers_own(pool, monkeypatch, size):
-    monkeypatch.setattr(wire, "CHUNK", 1500)
+    monkeypatch.setattr(wire, "CHUNK_BYTES", 1500)
     monkeypatch.setattr("flwr.app.message.array.FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", 1500)
     message = note(content(size))
     theirs = make_message(message.metadata, content(size))
@@ -316,7 +363,7 @@ def test_packing_equals_flowers_own(pool, monkeypatch, size):
 
 
 def arrived(tree, contents, most=ROOM, pool=None):
-    arrival = wire.Arrival(tree, most)
+    arrival = wire.IncomingMessage(tree, most)
     with ThreadPoolExecutor(1) as own:
         assert arrival.advance(contents.get, pool or own)
     return arrival.message()
@@ -347,11 +394,11 @@ def bomb(message, monkeypatch):
     """An array whose few bytes name its chunk again and again, under the ids that it then has."""
     array = message.content["arrays"]["x"]
     (name, _), *_ = array.slice_array()
-    told = {"dtype": "uint8", "shape": [8], "stype": "numpy.ndarray", "arraychunk_ids": [0] * 10_000}
+    head = {"dtype": "uint8", "shape": [8], "stype": "numpy.ndarray", "arraychunk_ids": [0] * 10_000}
     monkeypatch.setattr(
         type(array),
         "deflate",
-        lambda self: inflatable_object.add_header_to_object_body(json.dumps(told).encode(), self),
+        lambda self: inflatable_object.add_header_to_object_body(json.dumps(head).encode(), self),
     )
     return name
 
@@ -367,7 +414,7 @@ def test_an_array_that_unfolds_beyond_the_room_is_refused(pool, monkeypatch):
 
 
 def test_records_are_small_where_arrays_may_be_large(pool):
-    for size, fits in ((wire.RECORDS // 2, True), (wire.RECORDS, False)):
+    for size, fits in ((wire.MOST_RECORD_BYTES // 2, True), (wire.MOST_RECORD_BYTES, False)):
         (tree,), objects = wire.packed([note(RecordDict({"config": ConfigRecord({"blob": bytes(size)})}))], pool)
         if fits:
             assert len(arrived(tree, made_bytes(objects), 2**30).content["config"]["blob"]) == size
@@ -379,8 +426,8 @@ def test_records_are_small_where_arrays_may_be_large(pool):
 def test_a_tree_that_is_too_wide_or_deep_is_refused():
     wide = ObjectTree(object_id="0", children=[ObjectTree(object_id=str(n)) for n in range(wire.MOST_OBJECTS + 1)])
     with pytest.raises(TooLargeError):
-        wire.Arrival(wide, ROOM)
-    names = [f"{n:064x}" for n in range(wire.DEPTH + 1)]
+        wire.IncomingMessage(wide, ROOM)
+    names = [f"{n:064x}" for n in range(wire.MOST_DEPTH + 1)]
     contents = {
         name: f"RecordDict {below} 0\0".encode() for name, below in zip(names, [*names[1:], ""], strict=True)
     }
@@ -410,8 +457,8 @@ def test_what_breaks_off_takes_no_room():
         connection._check_size(httpx.Response(200, headers={"content-length": "80"}))
         raise httpx.ReadError("cut")
 
-    room = connection.Room(100)
-    with connection.within(room):
+    room = connection.ByteLimit(100)
+    with connection.limited(room):
         for _ in range(3):
             with pytest.raises(LinkError, match="cut") as caught:
                 connection.call(cut, None)
@@ -499,8 +546,8 @@ def link(federation, app):
 
 @contextmanager
 def serving(superlink, key, answer):
-    """A member, in a thread, that gives `answer(message)` to each message."""
-    member, stop = Member.open(superlink, key), threading.Event()
+    """A node, in a thread, that gives `answer(message)` to each message."""
+    member, stop = NodeLink.open(superlink, key), threading.Event()
 
     def serve():
         while not stop.wait(0.02):
@@ -517,7 +564,7 @@ def serving(superlink, key, answer):
         member.close()
 
 
-def collect(link, waiting, most_bytes=ROOM, seconds=20):
+def collect(link, waiting, most_bytes=ROOM, seconds=120):
     """All the replies, by node."""
     replies, deadline, waiting = {}, time.monotonic() + seconds, set(waiting)
     while waiting and time.monotonic() < deadline:
@@ -561,18 +608,18 @@ def test_tensors_go_there_and_back_and_are_uploaded_once(federation, link, monke
     assert link.receive([], most_bytes=ROOM) == []
 
 
-def test_an_error_is_told_in_a_line(federation, link):
+def test_an_error_is_one_line(federation, link):
     with serving(at(federation), key(federation, "a"), lambda message: "no\nmemory") as member:
         sent = link.send({member.node_id: content()}, "evaluate", group="", ttl=60)
         (reply,) = collect(link, sent).values()
-    assert reply == (next(iter(sent)), member.node_id, None, "the node's app raised: no memory", 0, False)
+    assert reply == (next(iter(sent)), member.node_id, None, "the node's app raised an error: no memory", 0, False)
 
 
 def test_what_is_too_large_is_not_read(federation, link):
     with serving(at(federation), key(federation, "a"), echo) as member:
         small, large = content(1000), content(ROOM)
         (reply,) = collect(link, link.send({member.node_id: large}, "train", group="", ttl=60)).values()
-        assert reply.error == f"the node's app raised: the message is too large: more than {ROOM} bytes"
+        assert reply.error == f"the node's app raised an error: the message is too large: more than {ROOM} bytes"
         (reply,) = collect(
             link, link.send({member.node_id: small}, "train", group="", ttl=60), most_bytes=500
         ).values()
@@ -587,13 +634,13 @@ def test_who_is_gone_or_late_is_an_error(federation, link):
     (reply,) = collect(link, link.send({member.node_id: content()}, "train", group="", ttl=60)).values()
     assert (reply.node, reply.gone) == (member.node_id, True)
     assert reply.error.startswith("the node is gone")
-    with closing(Member.open(at(federation), key(federation, "a"))) as silent:
+    with closing(NodeLink.open(at(federation), key(federation, "a"))) as silent:
         (reply,) = collect(link, link.send({silent.node_id: content()}, "train", group="", ttl=0.3)).values()
         assert "expired" in reply.error
 
 
 def test_a_reply_that_nobody_waits_for_is_dropped(federation, link):
-    with closing(Member.open(at(federation), key(federation, "a"))) as member:
+    with closing(NodeLink.open(at(federation), key(federation, "a"))) as member:
         (late,) = link.send({member.node_id: content()}, "train", group="", ttl=60)
         message = until(lambda: member.receive(most_bytes=ROOM), "message")
         link.abandon([late])
@@ -607,15 +654,15 @@ def test_a_reply_that_nobody_waits_for_is_dropped(federation, link):
 def test_only_registered_keys_join_and_one_at_a_time(federation, tmp_path):
     superlink = at(federation)
     with pytest.raises(LinkError, match="not registered") as caught:
-        Member.open(superlink, key(federation, "c"))
+        NodeLink.open(superlink, key(federation, "c"))
     assert not caught.value.again
     with pytest.raises(LinkError, match="must be registered"):
-        Member.open(superlink, None)
+        NodeLink.open(superlink, None)
     node = register(superlink, public(federation, "c"), "ward c")
     (known,) = [each for each in listed(superlink) if each.node == node]
     assert known[:2] == (node, "registered")
     assert (known.key, known.name) == (public_key_bytes(public(federation, "c")), "ward c")
-    with closing(Member.open(superlink, key(federation, "c"))) as member:
+    with closing(NodeLink.open(superlink, key(federation, "c"))) as member:
         assert member.node_id == node
         (known,) = [each for each in listed(superlink) if each.node == node]
         assert known.status == "online"
@@ -623,16 +670,16 @@ def test_only_registered_keys_join_and_one_at_a_time(federation, tmp_path):
             timedelta(0) < datetime.fromisoformat(known.online_until) - datetime.now(UTC) <= timedelta(seconds=20)
         )
         with pytest.raises(LinkError, match=r"still counts as connected.*up to \d+ s") as caught:
-            Member.open(superlink, key(federation, "c"))
+            NodeLink.open(superlink, key(federation, "c"))
         assert caught.value.again
         unregister(superlink, node)
         assert node not in {each.node for each in listed(superlink)}
-        with pytest.raises(LinkError, match="does not know us") as caught:
+        with pytest.raises(LinkError, match="does not know this caller") as caught:
             member.receive(most_bytes=ROOM)
         assert not caught.value.again
     (tmp_path / "key").write_text("secret")
     with pytest.raises(ConfigError, match="not a private key"):
-        Member.open(superlink, tmp_path / "key")
+        NodeLink.open(superlink, tmp_path / "key")
     with pytest.raises(ConfigError, match="not an OpenSSH public key"):
         register(superlink, tmp_path / "key")
 
@@ -647,15 +694,27 @@ def test_no_connection_is_one_line_that_says_whether_to_try_again(federation, ap
         (Superlink(address, None), "SuperLink", None),  # plain HTTP, where TLS is spoken
         (Superlink("127.0.0.1:9", at(federation).ca), "refused", True),
     ]:
-        for attempt in (lambda at: Link.open(at, app), lambda at: Member.open(at, key(federation, "a")), listed):
+        for attempt in (lambda at: Link.open(at, app), lambda at: NodeLink.open(at, key(federation, "a")), listed):
             with pytest.raises(LinkError, match=words) as caught:
                 attempt(superlink)
             assert "\n" not in str(caught.value)
             assert again is None or caught.value.again is again
 
 
-def test_a_run_that_another_process_takes_is_told_with_the_way_out(federation, app, monkeypatch):
-    with pytest.raises(LinkError, match="no FAB"):
+def test_only_who_drives_a_run_needs_the_superlinks_version(federation, app, monkeypatch):
+    local = RuntimeVersionMetadata.from_local_component
+    monkeypatch.setattr(
+        RuntimeVersionMetadata, "from_local_component", lambda name: local(name, package_version_value="1.43.0")
+    )
+    assert isinstance(listed(at(federation)), list)
+    NodeLink.open(at(federation), key(federation, "a")).close()
+    with pytest.raises(LinkError, match=rf"and the SuperLink has {version('flwr')}; .*install") as caught:
+        Link.open(at(federation), app)
+    assert not caught.value.again
+
+
+def test_a_run_that_another_process_takes_is_an_error_with_the_way_out(federation, app, monkeypatch):
+    with pytest.raises(LinkError, match="not a FAB"):
         Link.open(at(federation), b"zip")
     acquire = driving.RuntimeHttpClient.AcquireTask
 
@@ -668,8 +727,8 @@ def test_a_run_that_another_process_takes_is_told_with_the_way_out(federation, a
         Link.open(at(federation), app)
 
 
-def test_a_run_that_has_ended_is_told_to_both(federation, app):
-    with closing(Member.open(at(federation), key(federation, "a"))) as member:
+def test_a_run_that_has_ended_is_an_error_for_both(federation, app):
+    with closing(NodeLink.open(at(federation), key(federation, "a"))) as member:
         with closing(Link.open(at(federation), app)) as link:
             link.send({member.node_id: content()}, "train", group="", ttl=60)
             message = until(lambda: member.receive(most_bytes=ROOM), "message")
@@ -677,7 +736,7 @@ def test_a_run_that_has_ended_is_told_to_both(federation, app):
                 control.StopRun(driving.StopRunRequest(run_id=link.run_id))
             assert not member.answer(message, content())
             for attempt in (link.nodes, link._beat):
-                with pytest.raises(LinkError, match="ended our run") as caught:
+                with pytest.raises(LinkError, match="ended this run") as caught:
                     attempt()
                 assert not caught.value.again
         link.close("again")  # says nothing new
@@ -707,9 +766,9 @@ def test_the_grid_of_a_server_app_is_a_link_too(federation, link, monkeypatch):
 MEMBER = """
 import sys
 from pathlib import Path
-from fedsim.flower.internals import Member, Superlink
+from fedsim.flower.internals import NodeLink, Superlink
 address, ca, key = sys.argv[1:]
-member = Member.open(Superlink(address, Path(ca).read_bytes()), Path(key))
+member = NodeLink.open(Superlink(address, Path(ca).read_bytes()), Path(key))
 while True:
     member.receive(most_bytes=0)
 """
@@ -725,7 +784,7 @@ def test_a_dead_node_is_noticed_and_its_key_may_come_back(federation, link):
     federation.stop(process)
     died = time.monotonic()
     with pytest.raises(LinkError, match="still counts") as caught:
-        Member.open(at(federation), key(federation, "b"))
+        NodeLink.open(at(federation), key(federation, "b"))
     assert caught.value.again
     (reply,) = collect(link, sent, seconds=30).values()
     assert reply.gone or "too large" in reply.error
@@ -733,7 +792,7 @@ def test_a_dead_node_is_noticed_and_its_key_may_come_back(federation, link):
 
     def back():
         with suppress(LinkError):
-            return Member.open(at(federation), key(federation, "b"))
+            return NodeLink.open(at(federation), key(federation, "b"))
 
     with closing(until(back, "return", seconds=25)) as member:
         assert member.node_id == node
@@ -749,7 +808,10 @@ def test_a_superlink_that_restarts_is_waited_for(tmp_path, app, auth):
             make(federation.keys, nodes=["a"])
             register(at(federation), public(federation, "a"))
             mine = key(federation, "a")
-        with closing(Member.open(at(federation), mine)) as member, closing(Link.open(at(federation), app)) as link:
+        with (
+            closing(NodeLink.open(at(federation), mine)) as member,
+            closing(Link.open(at(federation), app)) as link,
+        ):
             assert link.nodes() == {member.node_id}
             federation.stop(federation.superlink)
             for attempt in (lambda: member.receive(most_bytes=ROOM), link.nodes):
@@ -767,7 +829,7 @@ def test_a_superlink_that_restarts_is_waited_for(tmp_path, app, auth):
             (federation.folder / "superlink.db").unlink()
             federation.restart_superlink()
             for attempt in (lambda: member.receive(most_bytes=ROOM), link.nodes):
-                with pytest.raises(LinkError, match=r"no longer|ended our run") as caught:
+                with pytest.raises(LinkError, match=r"no longer|ended this run") as caught:
                     attempt()
                 assert not caught.value.again
 

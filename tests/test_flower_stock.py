@@ -260,7 +260,7 @@ def test_the_command_writes_an_app_whose_clients_are_nodes(fedsim_, tmp_path):
         ({"experiment": "rounds: 1", "settings": "rounds"}, "KEY=VALUE"),
         ({"experiment": "rounds: 1", "settings": "rounds='1"}, "settings"),
         ({"experiment": yaml.safe_dump(CONFIG)}, "runtime.name"),
-        ({"out": "a", "resume": "b"}, "one of the two"),
+        ({"out": "a", "resume": "b"}, "set only one of them"),
         ({"resume": "/nowhere"}, "no folder of a run"),
     ],
 )
@@ -347,7 +347,7 @@ def test_a_wrong_setting_fails_the_run_with_one_clear_line(federation, app_folde
 
 
 @pytest.mark.slow
-def test_what_a_node_refuses_flowers_strategies_are_told(federation, tmp_path):
+def test_what_a_node_refuses_is_a_failure_in_flowers_strategies(federation, tmp_path):
     wrong = f'rounds=1 classes=3 out="{tmp_path / "model"}" experiment="model: 2nn"'
     said, _ = flwr_run(federation, EXAMPLE, wrong)
     assert "Received 0 results and 2 failures" in said

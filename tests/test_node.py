@@ -28,11 +28,11 @@ from fedsim.experiment.config import load, parse_overrides
 from fedsim.federated.client import EvaluateClient, Train
 from fedsim.federated.fold import Fold, failure
 from fedsim.federated.runtime import Runtime
-from fedsim.flower.keeping import Keeping, Kept, needed
 from fedsim.flower.messages import Invitation, Order
 from fedsim.flower.node import Node, NodeSettings
 from fedsim.flower.plan import Allow, Plan, digest, initial_of, plan_of
 from fedsim.flower.shards import client_name, write_shards
+from fedsim.flower.state_files import StateFiles, StoredState, needed
 from fedsim.flower.transport import decode
 from fedsim.runtimes.serial import Serial
 from fedsim.strategies import CATALOGUE
@@ -278,7 +278,7 @@ def test_a_state_that_is_not_what_it_was_is_refused(shards):
     (path,) = (shards / "state" / client_name(1, 3)).glob("*/state-*")
     whole = path.read_bytes()
     for content, why in (
-        (whole[:-4] + b"abcd", "is broken: is not what it was"),
+        (whole[:-4] + b"abcd", "is broken: its checksum is wrong"),
         (whole[:-1], "is broken"),
         (b"", "is broken"),
         (whole.replace(b'"client":"1"', b'"client":"2"'), "is broken"),
@@ -308,7 +308,7 @@ def test_orders_that_cannot_be_are_refused(shards):
         ({"version": 1}, "order.version"),
         ({"batch_size": 0}, "order.batch_size"),
         ({"transport": "pickle"}, "order.transport"),
-        ({"run": "../../elsewhere"}, "no run's id"),
+        ({"run": "../../elsewhere"}, "run: '../../elsewhere' is "),
         ({"server": {}}, "order.server: is nothing"),
         ({"server": server | {"more": server["c"]}}, "more float32"),
         ({"server": server | {"model": server["model"][:-1]}}, "order.server"),
@@ -363,7 +363,7 @@ class Interrupts(FedAvg):
         ("Interrupts", None),
     ],
 )
-def test_what_goes_wrong_in_a_strategy_is_told_in_a_line(shards, monkeypatch, strategy, why):
+def test_what_goes_wrong_in_a_strategy_is_one_line(shards, monkeypatch, strategy, why):
     (shards / "mine_that_fails.py").write_text(MINE)
     monkeypatch.syspath_prepend(shards)
     name = f"mine_that_fails:{strategy}"
@@ -381,33 +381,33 @@ def test_what_goes_wrong_in_a_strategy_is_told_in_a_line(shards, monkeypatch, st
 
 def test_one_process_at_a_time_has_a_node(shards):
     values = NodeSettings.read(shards / "0.yaml", {"state": str(shards / "state")})
-    with Node(values), pytest.raises(ConfigError, match="another process has it"):
+    with Node(values), pytest.raises(ConfigError, match="another process uses it"):
         Node(values)
     Node(values).close()
 
 
 def test_runs_that_nobody_asks_for_go(tmp_path):
     old, new = uuid4().hex, uuid4().hex
-    keeping = Keeping(tmp_path, 1.0)
+    keeping = StateFiles(tmp_path, 1.0)
     for run in (old, new):
         keeping.join(run, "{}", {"model": torch.ones(3)})
-        keeping.store(run, 0, 1, Kept({"c": torch.ones(2)}))
+        keeping.store(run, 0, 1, StoredState({"c": torch.ones(2)}))
     keeping.close()
     os.utime(tmp_path / old, (0, 0))
     (tmp_path / "mine").mkdir()
-    keeping = Keeping(tmp_path, 1.0)
+    keeping = StateFiles(tmp_path, 1.0)
     assert {path.name for path in tmp_path.iterdir()} == {".lock", "mine", new}
     assert keeping.joined(old) is None
     plan, initial = keeping.joined(new)
     assert (plan, initial["model"].tolist()) == ("{}", [1, 1, 1])
     keeping.close()
-    with pytest.raises(ValueError, match="no run's id"):
+    with pytest.raises(ValueError, match="is not the id of a run"):
         keeping.joined("../" + new)
 
 
 def test_a_process_that_never_ends_forgets_runs_too(tmp_path):
     old, new = uuid4().hex, uuid4().hex
-    keeping = Keeping(tmp_path, 1.0)
+    keeping = StateFiles(tmp_path, 1.0)
     keeping.join(old, "{}", {})
     os.utime(tmp_path / old, (0, 0))
     keeping.join(new, "{}", {})
@@ -555,21 +555,29 @@ def test_a_hostile_plan_is_refused_in_a_line(node, path, value, new_key):
         (("model", "name"), "resnt18", "did you mean 'resnet18'"),
         (("model", "weights"), "/etc/passwd", "model.weights: should be left out"),
         (("model", "pretrained"), "ResNet18_Weights.DEFAULT", "model.pretrained: should be left out"),
-        (("model", "widths"), [10**6, 10**6], "more than this node allows; allowed: up to 10,000"),
+        (("model", "widths"), [10**6, 10**6], "allowed on this node: up to 10,000"),
         (("model", "widths"), [10**15, 10**15], "model"),
         (("local", "loss"), {"name": "os:system"}, "local.loss.name"),
         (("local", "schedule"), {"name": "os:system"}, "local.schedule.name"),
         (("local", "schedule"), None, "local.schedule"),
         (("local", "augment"), [{"name": "os:system"}], "local.augment[0].name"),
         (("local", "augment"), {"name": "flip"}, "local.augment: should be a list"),
-        (("local", "augment"), [{"name": "cutout", "holes": 10**9}], "local.augment[0].holes: is more"),
+        (
+            ("local", "augment"),
+            [{"name": "cutout", "holes": 10**9}],
+            "local.augment[0].holes: is 1,000,000,000; allowed",
+        ),
         (("local", "distillation"), {"model": {"name": "os:system"}}, "local.distillation.model.name"),
         (("local", "distillation"), {"model": "os:system"}, "local.distillation.model"),
-        (("local", "distillation"), {"teacher": "/etc/passwd", "model": {"name": "2nn"}}, "a plan opens no file"),
-        (("local", "epochs"), 6, "local.epochs: is more than this node allows; allowed: up to 5"),
+        (
+            ("local", "distillation"),
+            {"teacher": "/etc/passwd", "model": {"name": "2nn"}},
+            "a plan may not open files",
+        ),
+        (("local", "epochs"), 6, "local.epochs: is 6; allowed on this node: up to 5"),
         (("local", "epochs"), 10**30, "local.epochs"),
-        (("local", "steps"), 10, "local.steps: is more"),
-        (("local", "batch_size"), 9, "local.batch_size: is more"),
+        (("local", "steps"), 10, "local.steps: is 10; allowed on this node"),
+        (("local", "batch_size"), 9, "local.batch_size: is 9; allowed on this node"),
         (("local", "lr"), -1, "local.lr: -1 should be a number > 0"),
         (("local", "class_weights"), [1.0], "local.class_weights: has 1 numbers"),
         (("local", "momentum"), "x" * 10**5, "local.momentum"),
@@ -612,12 +620,12 @@ def test_initial_tensors_have_to_fit(node):
     model = good["model"]
     for tensors, why in (
         ({}, "model was not sent"),
-        (good | {"model": model[:-1]}, "was sent, and the plan's network has model float32"),
+        (good | {"model": model[:-1]}, "was sent, but the plan's network has model float32"),
         (good | {"model": model.double()}, "initial: model float64"),
         (good | {"model": model.long()}, "initial: model int64"),
         (good | {"model": torch.full_like(model, torch.nan)}, "not finite"),
-        (good | {"constant.x": model}, "constant.x was sent, which the plan's network has not"),
-        (good | {"more": torch.zeros(2**19)}, "bytes are more than this node allows"),
+        (good | {"constant.x": model}, "constant.x was sent, but the plan's network has no such tensor"),
+        (good | {"more": torch.zeros(2**19)}, "bytes; allowed on this node"),
     ):
         refused(node, PLAN, why, tensors)
 
@@ -642,7 +650,9 @@ def test_only_what_is_listed_is_imported(node, tmp_path, monkeypatch):
     with (tmp_path / "mine_of_the_node.py").open("a") as file:
         file.write("# changed\n")
     refused(
-        listing, json.loads(sent.json_text()), "strategy.name: mine_of_the_node is another file here than on the"
+        listing,
+        json.loads(sent.json_text()),
+        "strategy.name: the file of mine_of_the_node differs from the server's",
     )
     listing.close()
     unknown = Allow(strategies=["not_there_at_all:Mine"])
@@ -697,7 +707,7 @@ def test_shards_are_what_clients_hold(shards):
 
 
 @pytest.mark.parametrize("mapped", [False, True])
-def test_shards_of_larger_images_are_whole_and_cut_as_told(tmp_path, mapped):
+def test_shards_of_larger_images_are_whole_and_cut_as_set(tmp_path, mapped):
     rng = np.random.default_rng(0)
     arrays = {
         "x_train": rng.integers(0, 256, (30, 3, 7, 9), dtype=np.uint8),

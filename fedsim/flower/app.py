@@ -1,4 +1,4 @@
-"""What Flower calls an app: here a pyproject.toml that points into the installed package, and nothing else."""
+"""Flower apps: an app here is only a pyproject.toml that points into the installed package."""
 
 import re
 import shlex
@@ -14,6 +14,7 @@ from fedsim.base.files import create
 from fedsim.base.reading import MAX_YAML_BYTES, parse
 from fedsim.errors import ConfigError, printable
 from fedsim.experiment.config import Config, load, overridden, parse_overrides
+from fedsim.flower import FLWR
 from fedsim.runtimes import RUNTIMES
 
 TEMPLATE = """\
@@ -22,7 +23,7 @@ name = "{name}"
 version = "1.0.0"
 description = "A federation of fedsim"
 license = "Apache-2.0"
-dependencies = ["flwr>=1.41,<1.42"]
+dependencies = ["{flwr}"]
 
 [tool.flwr.app]
 publisher = "fedsim"
@@ -34,34 +35,34 @@ clientapp = "{client}"
 [tool.flwr.app.config]
 """
 
-# Of `flwr run DIR -c 'KEY="VALUE"'`, whose keys have to stand in the file.
+# `flwr run DIR -c 'KEY="VALUE"'` accepts only keys that are in this file.
 CONFIG = """\
-settings = "" # more of the same, such as "local.lr=0.1 rounds=5"
-name = {name} # of the run's folder: runs/NAME-1 and so on, where the SuperLink was started
-out = "" # a new folder on the SuperLink's machine instead
-resume = "" # a run's folder there, to go on with; it has the experiment, and only settings count
+settings = "" # overrides of the experiment, such as "local.lr=0.1 rounds=5"
+name = {name} # of the run's folder: runs/NAME-1 and so on, in the folder where the SuperLink was started
+out = "" # or a new folder for the run, on the SuperLink's machine
+resume = "" # or the folder of a run to resume there; its experiment is used, with these settings
 experiment = {experiment}
 """
 
-LONGEST = 32  # characters of an app's name
+MOST_NAME_CHARACTERS = 32  # of an app, a rule of Flower's
 
 
 def project(
     name: str, server: str = "fedsim.flower.server_app:app", client: str = "fedsim.flower.client_app:app"
 ) -> str:
     """The pyproject.toml of an app, up to the keys of its config."""
-    return TEMPLATE.format(name=name, server=server, client=client)
+    return TEMPLATE.format(name=name, flwr=FLWR, server=server, client=client)
 
 
 def write_app(folder: Path, name: str, experiment: Mapping[str, Any]) -> Path:
-    """Have an app in a new folder that runs an experiment, given as a config's values; raises ConfigError."""
+    """Write an app that runs an experiment, given as a config's values, to a new folder; raises ConfigError."""
     path = folder / "pyproject.toml"
     text = _toml(yaml.safe_dump(dict(experiment), sort_keys=False))
     content = project(_app_name(name)) + CONFIG.format(name=_toml(name), experiment=text)
     try:
         create(folder, {path.name: content.encode()})
     except OSError as error:
-        raise ConfigError(f"--out: {printable(folder)}: cannot be made: {error.strerror}") from None
+        raise ConfigError(f"--out: {printable(folder)}: cannot be created: {error.strerror}") from None
     return path
 
 
@@ -69,15 +70,15 @@ def checked(values: Mapping[str, Any]) -> Config:
     """The config of an app's experiment; raises ConfigError."""
     config = load(values)
     if (name := RUNTIMES.resolve(config.runtime)["name"]) != "flower":
-        raise ConfigError(f"runtime.name: {name}; in a Flower app it should be flower")
+        raise ConfigError(f"runtime.name: is {name}, but should be flower in a Flower app")
     return config
 
 
 def values_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The `experiment` of an app's config, with its `settings` in the place of some; raises ConfigError."""
+    """The `experiment` of an app's config, with its `settings` applied; raises ConfigError."""
     text = str(config.get("experiment", ""))
     if len(text) > MAX_YAML_BYTES:
-        raise ConfigError(f"experiment: is longer than a config may be, {MAX_YAML_BYTES} characters")
+        raise ConfigError(f"experiment: has {len(text)} characters; allowed: up to {MAX_YAML_BYTES}")
     values = parse(text, "experiment")
     if not isinstance(values, dict):
         raise ConfigError("experiment: should hold a mapping of settings, as `fedsim app` writes it")
@@ -91,13 +92,13 @@ def overrides_of(config: Mapping[str, Any]) -> dict[str, Any]:
         return parse_overrides(shlex.split(text))
     except ConfigError:
         raise
-    except ValueError as error:  # of quotes
+    except ValueError as error:  # of unmatched quotes
         raise ConfigError(f"settings: {printable(text)!r}: {error}") from None
 
 
 @cache
 def flower_app() -> bytes:
-    """The FAB of an app that is driven from outside, for nodes that run what Flower gives them."""
+    """A FAB (Flower's archive of an app) of fedsim's app, for runs that another process drives."""
     from fedsim.flower.internals import build_fab
 
     with tempfile.TemporaryDirectory() as folder:
@@ -106,7 +107,7 @@ def flower_app() -> bytes:
 
 
 def _toml(text: str) -> str:
-    """A text as TOML has it; that of more than a line is kept in lines, for people to read and change."""
+    """A text in TOML; several lines stay lines, so that people can read and change them."""
     escaped = "".join(_character(c) for c in text)
     return f'"""\n{escaped}"""' if "\n" in text else f'"{escaped}"'
 
@@ -118,6 +119,6 @@ def _character(c: str) -> str:
 
 
 def _app_name(name: str) -> str:
-    """As Flower allows it: letters, digits and hyphens, a letter first."""
+    """A name that Flower allows: letters, digits and hyphens, a letter first."""
     words = re.sub(r"[^a-zA-Z0-9]+", "-", name).strip("-")
-    return (words if words[:1].isalpha() else f"fedsim-{words}")[:LONGEST].strip("-")
+    return (words if words[:1].isalpha() else f"fedsim-{words}")[:MOST_NAME_CHARACTERS].strip("-")

@@ -1,8 +1,7 @@
-"""A federation's certificates and keys: a CA, the server's certificate, and a pair of keys for each node.
+"""A federation's certificates and keys: a CA, the server's certificate, and a key pair for each node.
 
-Nodes know the server by a certificate of a CA that they were given (TLS 1.3, RFC 8446; X.509, RFC 5280), the
-server knows a node by the public half of its key (P-384, as Flower's SuperNodes sign with). Files that hold
-private keys are for their owner only.
+Nodes verify the server by the CA's certificate (TLS 1.3, RFC 8446; X.509, RFC 5280); the server verifies a node by
+its public key (P-384, with which Flower's SuperNodes sign). Only their owner can read files with private keys.
 """
 
 import os
@@ -34,19 +33,19 @@ try:
 except ImportError as error:
     raise missing_extra("fedsim certificates", "cryptography", "flower") from error
 
-DAYS = 825  # of a server's certificate: the most that Apple's systems take of a private CA
+DAYS = 825  # of a server's certificate: the most that Apple's systems accept from a private CA
 CA_DAYS = 3650
-EARLIER = timedelta(hours=1)  # that a certificate holds already, for clocks that are behind
+BACKDATED = timedelta(hours=1)  # a certificate's start lies in the past, for clocks that are slow
 LABEL = r"(?!-)[a-z0-9-]{1,63}(?<!-)"
 HOST = re.compile(rf"(\*\.)?{LABEL}(\.{LABEL})*")
 NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-LOCAL = ("localhost", "127.0.0.1")  # where whoever drives the rounds may be
+LOCAL = ("localhost", "127.0.0.1")  # names of the server for processes on its machine
 
 CA, CA_KEY, SERVER, SERVER_KEY, NODES = "ca.crt", "ca.key", "server.pem", "server.key", "nodes"
 
 
 class Made(NamedTuple):
-    """A file that was written, and to which machine it belongs."""
+    """A file that was written, and the machine where it belongs."""
 
     path: Path
     place: str
@@ -55,23 +54,23 @@ class Made(NamedTuple):
 def make(
     folder: Path, servers: Sequence[str] = (), nodes: Sequence[str] = (), days: int = DAYS, renew: bool = False
 ) -> list[Made]:
-    """Write what `servers` (names and addresses of one server) and `nodes` (names) need; overwrite nothing.
+    """Write certificates and keys for `servers` (names and addresses of one server) and `nodes` (names).
 
     With `servers`: a CA, and the server's key and certificate for `days`. With `nodes`: a key pair each. With
-    `renew`: the server's certificate anew, for the same key and names or for `servers`, by the CA that is there.
-    Raises ConfigError where that cannot be, and OSError; then nothing is written.
+    `renew`: a new certificate of the server by the existing CA, for the same key, and the same names or `servers`.
+    Nothing else is overwritten. Raises ConfigError or OSError, and then nothing is written.
     """
     hosts, names = _hosts(servers), _names(nodes)
     if not 1 <= days <= CA_DAYS:
         raise ConfigError(f"--days: {days} should be from 1 to {CA_DAYS}")
     if not (hosts or names or renew):
-        raise ConfigError("certificates: nothing to make; name a --server, a --node, or --renew")
+        raise ConfigError("certificates: nothing to make; give --server, --node or --renew")
     if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder}: should be a folder, new or not")
+        raise ConfigError(f"{folder}: should be a folder")
     if renew and not (folder / CA).exists():
-        raise ConfigError(f"--renew: {folder} has no {CA}; --server makes one there")
+        raise ConfigError(f"--renew: {folder} has no {CA}; --server without --renew makes it")
     if hosts and not renew and (folder / CA).exists():
-        raise ConfigError(f"--server: {folder} has a CA and a server; --renew makes that certificate anew")
+        raise ConfigError(f"--server: {folder} already has certificates; --renew replaces the server's")
     keys = {f"{NODES}/{name}{ending}": content for name in names for ending, content in _key_pair(name).items()}
     made = keys if renew else keys | (_authority(hosts, days) if hosts else {})
     certificate = _renewed(folder, hosts, days) if renew else None
@@ -93,7 +92,7 @@ def _hosts(servers: Sequence[str]) -> list[x509.GeneralName]:
         name = server.lower()
         if not HOST.fullmatch(name) or len(name) > 253 or name.rpartition(".")[2].isdecimal():
             raise ConfigError(
-                f"--server: {one_line(server)!r} is no name or address of a machine, "
+                f"--server: {one_line(server)!r} should be a machine's name or address, "
                 "such as lab.example.org or 10.0.0.5, without a port"
             )
         found[x509.DNSName(name)] = None
@@ -107,7 +106,7 @@ def _names(nodes: Sequence[str]) -> Sequence[str]:
                 f"--node: {one_line(name)!r} should be letters, digits, '.', '_' and '-', not ending in .pub"
             )
         if nodes.count(name) > 1:
-            raise ConfigError(f"--node: {name} is named twice")
+            raise ConfigError(f"--node: {name} is given twice")
     return nodes
 
 
@@ -121,9 +120,9 @@ def _key_pair(name: str) -> dict[str, bytes]:
 
 
 def _authority(hosts: list[x509.GeneralName], days: int) -> dict[str, bytes]:
-    """A CA of its own, and a server that it vouches for."""
+    """A new CA, and a server's key with a certificate by it."""
     ca_key, server_key = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP384R1())
-    name = _name(f"fedsim CA {uuid4().hex[:8]}")  # two federations' CAs can be told apart
+    name = _name(f"fedsim CA {uuid4().hex[:8]}")  # so that the CAs of two federations differ in name
     public = ca_key.public_key()
     ca = (
         _begun(name, name, public, public, datetime.now(UTC) + timedelta(days=CA_DAYS))
@@ -134,39 +133,41 @@ def _authority(hosts: list[x509.GeneralName], days: int) -> dict[str, bytes]:
     return {
         CA: ca.public_bytes(Encoding.PEM),
         CA_KEY: _pem(ca_key),
-        SERVER: _vouched(ca, ca_key, server_key.public_key(), hosts, days),
+        SERVER: _server_certificate(ca, ca_key, server_key.public_key(), hosts, days),
         SERVER_KEY: _pem(server_key),
     }
 
 
 def _renewed(folder: Path, hosts: list[x509.GeneralName], days: int) -> bytes:
-    """Another certificate for the key that the server has."""
+    """A new certificate for the server's existing key."""
     try:
         ca = x509.load_pem_x509_certificate((folder / CA).read_bytes())
         old = x509.load_pem_x509_certificate((folder / SERVER).read_bytes())
         key = load_pem_private_key((folder / CA_KEY).read_bytes(), None)
         names = old.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except (ValueError, TypeError, x509.ExtensionNotFound) as error:
-        raise ConfigError(f"--renew: {folder}: cannot be read: {one_line(error)}") from None
+        raise ConfigError(f"--renew: the certificates in {folder} cannot be read: {one_line(error)}") from None
     public = old.public_key()
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(public, ec.EllipticCurvePublicKey):
-        raise ConfigError(f"--renew: {folder}: has other keys than fedsim certificates makes")
+        raise ConfigError(f"--renew: the keys in {folder} were not made by `fedsim certificates`")
     if key.public_key() != ca.public_key():
         raise ConfigError(f"--renew: {folder / CA_KEY} is not the key of {folder / CA}")
-    return _vouched(ca, key, public, hosts or list(names), days)
+    return _server_certificate(ca, key, public, hosts or list(names), days)
 
 
-def _vouched(
+def _server_certificate(
     ca: x509.Certificate,
     ca_key: ec.EllipticCurvePrivateKey,
     public: ec.EllipticCurvePublicKey,
     hosts: list[x509.GeneralName],
     days: int,
 ) -> bytes:
-    """A server's certificate."""
+    """A certificate of a server, signed by the CA."""
     end = datetime.now(UTC) + timedelta(days=days)
     if end > ca.not_valid_after_utc:
-        raise ConfigError(f"--days: {days} is longer than the CA holds, until {ca.not_valid_after_utc:%Y-%m-%d}")
+        raise ConfigError(
+            f"--days: {days} is longer than the CA is valid, until {ca.not_valid_after_utc:%Y-%m-%d}"
+        )
     built = (
         _begun(_name("fedsim server"), ca.subject, public, ca_key.public_key(), end)
         .add_extension(x509.SubjectAlternativeName(hosts), critical=False)
@@ -191,7 +192,7 @@ def _begun(
         .issuer_name(issuer)
         .public_key(public)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(datetime.now(UTC) - EARLIER)
+        .not_valid_before(datetime.now(UTC) - BACKDATED)
         .not_valid_after(end)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuers), critical=False)
@@ -225,7 +226,7 @@ def _public(name: str) -> bool:
 
 
 def _place(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """All of them or none, and none in the place of another."""
+    """Write all files or none, and overwrite nothing."""
     if not contents:
         return
     new, hidden = not folder.exists(), f".{folder.name}.{uuid4().hex[:8]}{DRAFT}"
@@ -239,7 +240,7 @@ def _place(folder: Path, contents: Mapping[str, bytes]) -> None:
             draft.rename(folder)
         for name in () if new else contents:
             (folder / name).parent.mkdir(exist_ok=True, mode=0o700)
-            (folder / name).hardlink_to(draft / name)  # which, unlike a renaming, replaces nothing
+            (folder / name).hardlink_to(draft / name)  # unlike renaming, this replaces no file
             done.append(folder / name)
         for changed in {folder.parent, folder, *((folder / name).parent for name in contents)}:
             sync_folder(changed)
@@ -255,7 +256,7 @@ def _place(folder: Path, contents: Mapping[str, bytes]) -> None:
 
 def _write(path: Path, content: bytes, mode: int) -> None:
     path.parent.mkdir(exist_ok=True, mode=0o700)
-    path.touch(mode)  # before there is anything to read
+    path.touch(mode)  # before it has content that others could read
     with path.open("wb") as file:
         file.write(content)
         file.flush()
@@ -263,14 +264,14 @@ def _write(path: Path, content: bytes, mode: int) -> None:
 
 
 def _where(folder: Path, name: str) -> str:
-    """To which machine a file belongs."""
+    """The machine where a file belongs."""
     if name == CA_KEY:
-        return "stays here, best put away: who has it can pass for the server"
+        return "stays here, best offline: whoever has it can pretend to be the server"
     if name == CA:
-        return "to every machine: by it they know the server"
+        return "to every machine: it verifies the server"
     if name in (SERVER, SERVER_KEY):
         return "to the server" + (" and no other machine" if name == SERVER_KEY else "")
     node = Path(name).name
     if _public(name):
-        return f"to the server, where `flwr supernode register` lets {node[:-4]} join by it"
-    return f"for the machine of {node}, and no other machine keeps it"
+        return f"to the server, where `flwr supernode register` lets {node[:-4]} join"
+    return f"to the machine of {node} and no other machine"

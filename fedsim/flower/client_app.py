@@ -1,6 +1,6 @@
-"""A node of Flower's own SuperNode, which starts a process for every message: Flower's ClientApp.
+"""Flower's ClientApp: a node under Flower's own SuperNode, which starts a process for every message.
 
-What a process has to know of those before it is on the node's disk.
+What must outlast a process is stored on the node's disk.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,53 +13,53 @@ from flwr.clientapp import ClientApp
 from fedsim.errors import ConfigError, one_line
 from fedsim.experiment.checkpoint import versions
 from fedsim.experiment.config import overridden
-from fedsim.flower import foreign, wire
+from fedsim.flower import flower_strategies, wire
 from fedsim.flower.messages import Hello, Invitation, Joined, failure
 from fedsim.flower.node import Node, NodeSettings
-from fedsim.flower.station import respond
+from fedsim.flower.node_process import respond
 
 app = ClientApp()
 
-PATIENCE = 0.9  # of a message's time to live, for the process of another run's to end
-RAISED = 2  # Flower's code for a ClientApp that raises
-FLOWERS = ("partition-id", "num-partitions")  # keys of a node's config that examples of Flower's have
+LOCK_SHARE = 0.9  # of a message's time to live, to wait until another run's process has ended
+CLIENT_APP_RAISED = 2  # an error code of Flower's
+FLOWER_KEYS = ("partition-id", "num-partitions")  # that Flower's own examples have in a node's config
 
 
 @app.query()
 def join(message: Message, context: Context) -> Message:
-    """Accept an invitation, or say why not."""
+    """Accept an invitation, or refuse it with a reason."""
     return answer(message, context, lambda node: respond(node, message.content))
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Work by an order, or for a strategy of Flower's own."""
-    if foreign.is_foreign(message.content):
-        return answer(message, context, lambda node: foreign.train(node, message, context))
+    """Carry out an order of fedsim's, or train for a strategy of Flower's own."""
+    if flower_strategies.is_from_flower(message.content):
+        return answer(message, context, lambda node: flower_strategies.train(node, message, context))
     return answer(message, context, lambda node: respond(node, message.content))
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Evaluate for a strategy of Flower's own; fedsim's evaluations are orders."""
-    return answer(message, context, lambda node: foreign.evaluate(node, message, context))
+    """Evaluate for a strategy of Flower's own; fedsim sends its evaluations as orders."""
+    return answer(message, context, lambda node: flower_strategies.evaluate(node, message, context))
 
 
 def answer(message: Message, context: Context, work: Callable[[Node], RecordDict]) -> Message:
-    """What the node of this context makes of a message; it raises nothing."""
+    """The answer to a message of the node in this context; raises nothing."""
     try:
-        with Node(settings_of(context.node_config), PATIENCE * message.metadata.ttl) as node:
+        with Node(settings_of(context.node_config), LOCK_SHARE * message.metadata.ttl) as node:
             return Message(work(node), reply_to=message)
     except (ValueError, OSError) as error:
         return refusal(message, context, one_line(error))
 
 
 def settings_of(config: Mapping[str, Any]) -> NodeSettings:
-    """A node's settings, by its --node-config: `config` is a NODE.yaml, others stand in the place of its.
+    """A node's settings from its --node-config; raises ConfigError.
 
-    Their keys are dotted, such as data.name; without a file they are all. Raises ConfigError.
+    `config` is the path of a NODE.yaml. Other keys, such as data.name, replace its settings, or are all.
     """
-    own = {key: value for key, value in config.items() if key not in ("config", *FLOWERS)}
+    own = {key: value for key, value in config.items() if key not in ("config", *FLOWER_KEYS)}
     if "config" in config:
         return NodeSettings.read(Path(str(config["config"])).expanduser(), own)
     if not own:
@@ -68,11 +68,11 @@ def settings_of(config: Mapping[str, Any]) -> NodeSettings:
 
 
 def refusal(message: Message, context: Context, why: str) -> Message:
-    """The answer of a node that could not begin."""
+    """The answer of a node that could not start."""
     try:
         kind = wire.kind(message.content)
-    except ValueError:  # of Flower's own
-        return Message(Error(RAISED, why), reply_to=message)
+    except ValueError:  # a message of Flower's own
+        return Message(Error(CLIENT_APP_RAISED, why), reply_to=message)
     if kind not in (Hello.__name__, Invitation.__name__):
         return Message(wire.record(failure(why)), reply_to=message)
     name = str(context.node_config.get("name", f"node {context.node_id}"))

@@ -17,9 +17,9 @@ from fedsim.federated.client import EvaluateClient, Train
 from fedsim.federated.fold import Fold
 from fedsim.federated.runtime import Results
 from fedsim.flower import wire
-from fedsim.flower.federation import Federation
 from fedsim.flower.internals import LinkError, Reply
 from fedsim.flower.messages import Answer, Order
+from fedsim.flower.run_connection import RunConnection
 from fedsim.flower.transport import Transport, decode, encode
 from fedsim.types import Job, Report, State, Update
 
@@ -72,7 +72,7 @@ class Dispatch:
 
     def __init__(
         self,
-        federation: Federation,
+        federation: RunConnection,
         work: Train | EvaluateClient,
         server: State,
         data: FederatedData,
@@ -164,7 +164,7 @@ class Dispatch:
     def _order(self, job: Job) -> Order:
         federation, work = self.federation, self.work
         version, mark = job.client["version"].tolist() if job.client else (0, 0)
-        checkpoints = [job.round] if federation.settled is None else federation.settled
+        checkpoints = [job.round] if federation.checkpointed_rounds is None else federation.checkpointed_rounds
         training = isinstance(work, Train)
         return Order(
             run=federation.run,
@@ -252,7 +252,7 @@ class Dispatch:
             refusal = roster.refusal(each.job.client_id)
             if late or refusal or now > (each.least if others else each.most):
                 self.todo.remove(each)
-                why = refusal or each.why or roster.absence()
+                why = refusal or each.why or roster.absence(each.job.client_id)
                 yield self._failed(Flight(each.job, 0, perf_counter()), why)
 
     def _failed(self, flight: Flight, why: str) -> Answered:

@@ -1,19 +1,19 @@
-"""What a server and a node say to each other: names and numbers, and tensors."""
+"""The messages between a server and a node: names, numbers and tensors."""
 
 from typing import Literal, NamedTuple
 
 from fedsim.flower.transport import Encoded, Transport
 from fedsim.types import State
 
-FORMAT = 1  # of all of these; both sides have to have the same
+FORMAT = 1  # of all these messages; server and node must have the same
 
 
 class Hello(NamedTuple):
-    """Who are you?"""
+    """Asks a node for its name."""
 
 
 class Invitation(NamedTuple):
-    """To join a run: what of an experiment a node has to know before it can work."""
+    """Asks a node to join a run: what it must know of an experiment before it can work."""
 
     run: str  # the fedsim run's id, which outlives the Flower runs that carry it
     plan: str  # JSON of a Plan
@@ -21,11 +21,11 @@ class Invitation(NamedTuple):
 
 
 class Joined(NamedTuple):
-    """Who a node is; and whether it takes part in what it was invited to, or why not."""
+    """A node's name, and the reason if it does not take part in the run that it was invited to."""
 
     name: str
-    versions: dict[str, str]  # of fedsim, torch, numpy and python there
-    error: str | None = None  # why the node does not take part
+    versions: dict[str, str]  # of fedsim, torch, numpy and Python on the node
+    error: str | None = None  # None if the node takes part
 
 
 class Order(NamedTuple):
@@ -37,30 +37,28 @@ class Order(NamedTuple):
     round: int  # from 0
     client: int
     version: int  # of the client's state: 0 for the initial one, r + 1 for the one after round r
-    mark: int  # of that state, by which it is recognised; 0 for the initial one
-    checkpoints: tuple[
-        int, ...
-    ]  # rounds that a run may go back to; each needs the last state that counted by then
+    mark: int  # identifies the content of that state; 0 for the initial one
+    checkpoints: tuple[int, ...]  # rounds that a run may go back to; each needs the last valid state before it
     transport: Transport  # of the answer
     batch_size: int  # of an evaluation
-    train_mode: bool  # the same
-    server: State  # what the strategy broadcasts, and the buffers
+    train_mode: bool  # whether an evaluation has the network in training mode
+    server: State  # what the strategy broadcasts, and buffers (Q,)
 
 
 class Answer(NamedTuple):
-    """What a node computed, or why it did not."""
+    """A node's result, or the reason why it has none."""
 
-    message: Encoded  # by the order's transport; what rounding left of it stays with the client's state
+    message: Encoded  # encoded by the order's transport; rounding errors stay with the client's state
     weight: float
     metrics: dict[str, float]
     examples: int  # n_k, of a training
-    version: int  # of the state that it keeps now; 0 where the strategy keeps none
-    mark: int  # the same
-    seconds: float
+    version: int  # of the state that the node keeps now; 0 if the strategy keeps none
+    mark: int  # of that state; 0 if there is none
+    seconds: float  # that the node took
     error: str | None = None
-    lost: bool = False  # the node does not know the plan, and has to be invited first
+    lost: bool = False  # the node does not have the plan and must be invited first
 
 
 def failure(error: str, *, lost: bool = False, seconds: float = 0.0) -> Answer:
-    """The answer of a node that could not do it."""
+    """The answer of a node that could not carry out an order."""
     return Answer({}, 0.0, {}, 0, 0, 0, seconds, error, lost)

@@ -31,9 +31,9 @@ from fedsim.federated.client import (
     initial_server_state,
 )
 from fedsim.federated.fold import cause, compact
-from fedsim.flower.keeping import RUN, Keeping, Kept, needed
 from fedsim.flower.messages import Answer, Invitation, Joined, Order, failure
 from fedsim.flower.plan import Allow, Parts, Plan, digest, parts_of
+from fedsim.flower.state_files import RUN, StateFiles, StoredState, needed
 from fedsim.flower.transport import ROUNDED, TRANSPORTS, encode
 from fedsim.runtimes.worker import Worker
 from fedsim.training.precision import check_precision
@@ -111,7 +111,7 @@ class Role:
     initial_client: State
     sent: Form
     client: int | None = None  # its id, from the first order on
-    last: tuple[int, Kept] | None = None  # version, and what is on disk
+    last: tuple[int, StoredState] | None = None  # version, and what is on disk
     done: tuple[Order, Answer] | None = None  # the last training
 
 
@@ -127,12 +127,12 @@ class Node:
         settings.allow.check_importable()
         self.dataset = DATASETS.make(settings.data, Dataset)
         self.dataset.check_parts("train")
-        self.keeping = Keeping(settings.home, settings.forget_after, patience)
+        self.state_files = StateFiles(settings.home, settings.forget_after, patience)
         self.role: Role | None = None  # of the run that it worked for last
 
     def close(self) -> None:
         """Let another process be this node."""
-        self.keeping.close()
+        self.state_files.close()
 
     def __enter__(self) -> Self:
         return self
@@ -149,7 +149,7 @@ class Node:
                 raise ConfigError(f"run: {run[:40]!r} is no run's id")
             with one_thread():
                 role = self._role(run, plan, initial)
-            self.keeping.join(run, plan, initial)
+            self.state_files.join(run, plan, initial)
         except Exception as error:
             return Joined(self.settings.name, versions(), _told(error))
         self.role = role
@@ -172,7 +172,7 @@ class Node:
         if role.done and _same(order, role.done[0]):  # of which the answer was lost on its way
             return role.done[1]
         role.done = None
-        self.keeping.touch(order.run)
+        self.state_files.touch(order.run)
         kept = self._kept(order, role)
         training = order.task == "train"
         evaluate = EvaluateClient(role.parts.strategy, order.batch_size, order.train_mode)
@@ -202,7 +202,7 @@ class Node:
         if not RUN.fullmatch(order.run):
             raise ConfigError(f"run: {order.run[:40]!r} is no run's id")
         if self.role is None or (self.role.run, self.role.plan) != (order.run, order.plan):
-            joined = self.keeping.joined(order.run)
+            joined = self.state_files.joined(order.run)
             if joined is None or digest(joined[0]) != order.plan:
                 return None
             self.role = None
@@ -261,24 +261,24 @@ class Node:
             raise ValueError(f"order.server: is {described(found)}, and should be {described(role.sent)}")
         role.client = order.client
 
-    def _kept(self, order: Order, role: Role) -> Kept:
+    def _kept(self, order: Order, role: Role) -> StoredState:
         """What the client keeps that counts; raises ValueError where that is not here as it was."""
         if order.version == 0:
-            return Kept(_above("client", role.initial_client))
+            return StoredState(_above("client", role.initial_client))
         if role.last is None or (role.last[0], role.last[1].mark) != (order.version, order.mark):
             role.last = None
-            kept = self.keeping.load(order.run, order.client, order.version, order.mark)
+            kept = self.state_files.load(order.run, order.client, order.version, order.mark)
             found, wanted = form_of(_below("client", kept.state)), form_of(role.initial_client)
             if found != wanted:
                 raise ValueError(f"state {order.version} is {described(found)}, and should be {described(wanted)}")
             role.last = order.version, kept
         return role.last[1]
 
-    def _keep(self, order: Order, role: Role, before: Kept, state: State) -> Kept:
+    def _keep(self, order: Order, role: Role, before: StoredState, state: State) -> StoredState:
         """Have the new state on disk, and of the others those that the run may go back to."""
-        kept = Kept(state, needed(order.version, before.earlier, order.checkpoints))
-        kept = self.keeping.store(order.run, order.client, order.round + 1, kept)
-        self.keeping.prune(order.run, order.version, kept.earlier)
+        kept = StoredState(state, needed(order.version, before.earlier, order.checkpoints))
+        kept = self.state_files.store(order.run, order.client, order.round + 1, kept)
+        self.state_files.prune(order.run, order.version, kept.earlier)
         role.last = order.round + 1, kept
         return kept
 

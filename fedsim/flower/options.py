@@ -1,4 +1,4 @@
-"""What the commands `serve`, `node` and `nodes` are given, and what they do with it."""
+"""The options of the commands `serve`, `node` and `nodes`, and what they do."""
 
 import logging
 import sys
@@ -22,7 +22,7 @@ def on_nodes(
     nodes: str | None,
     keys: Path | None,
 ) -> dict[str, Any]:
-    """The overrides by which a config's clients are nodes."""
+    """The overrides that make a config run on nodes; raises ConfigError."""
     runtime = read_yaml(config).get("runtime")
     name = runtime.get("name") if isinstance(runtime, dict) else runtime
     given = {
@@ -44,11 +44,11 @@ def on_nodes(
 
 
 def work(path: Path, **given: Any) -> NoReturn:
-    """Be a node until interrupted."""
+    """Run a node until it is interrupted."""
     needs_flwr("fedsim node")
-    from fedsim.flower.federation import address_of
     from fedsim.flower.node import Node, NodeSettings
-    from fedsim.flower.station import serve
+    from fedsim.flower.node_process import serve
+    from fedsim.flower.run_connection import address_of
 
     overrides = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
     settings = NodeSettings.read(path, {name: value for name, value in overrides.items() if value is not None})
@@ -66,26 +66,26 @@ def work(path: Path, **given: Any) -> NoReturn:
 
 
 def table(folder: Path | None, address: str, ca: Path | None, insecure: bool) -> Table:
-    """Who is connected to a SuperLink; of a run's nodes also what they have told in it. Raises ConfigError."""
+    """The nodes that a SuperLink knows; with a run's folder, their numbers of examples. Raises ConfigError."""
     needs_flwr("fedsim nodes")
-    from fedsim.flower.census import census
-    from fedsim.flower.federation import address_of
+    from fedsim.flower.node_list import node_rows
+    from fedsim.flower.run_connection import address_of
 
-    told = {} if folder is None else sizes_told(folder)
+    sizes = {} if folder is None else known_sizes(folder)
     shown = Table("node", "last seen", "examples", "versions")
     shown.add_column("Flower's number", no_wrap=True)
-    for row in census(address_of(address, ca, insecure, "--"), told):
-        shown.add_row(*map(Text, row))  # no markup: nodes say what they are called
+    for row in node_rows(address_of(address, ca, insecure, "--"), sizes):
+        shown.add_row(*map(Text, row))  # not as markup: nodes choose their names
     return shown
 
 
-def sizes_told(folder: Path) -> dict[str, int]:
-    """How many examples each node of a run has, as far as its last checkpoint knows; raises ConfigError."""
+def known_sizes(folder: Path) -> dict[str, int]:
+    """The number of examples of each node of a run, by its last checkpoint; raises ConfigError."""
     from fedsim.experiment.checkpoint import Checkpoints
     from fedsim.experiment.folder import CHECKPOINTS
 
     saved, _ = Checkpoints(folder / CHECKPOINTS).latest(folder)
     choice = (saved[0].runtime if saved else None) or {}
     if choice.get("name") != "flower":
-        raise ConfigError(f"{folder}: has no checkpoint of a run with nodes")
+        raise ConfigError(f"{folder}: has no checkpoint of a run on nodes")
     return dict(zip(choice["nodes"], choice["sizes"], strict=True))

@@ -1,7 +1,7 @@
-"""What of an experiment a node has to know, what a node allows, and the parts it makes of it.
+"""The plan of an experiment that nodes receive, what a node allows, and the objects that it builds from a plan.
 
-A plan is names and numbers: everything in it is checked against what the node allows before any of its names is
-looked up, so that no plan makes a node import, open or fetch anything that its owner did not list.
+A plan is names and numbers: all of it is checked against what the node allows before any of its names is looked
+up, so that no plan makes a node import, open or fetch anything that its owner did not list.
 """
 
 import hashlib
@@ -34,14 +34,18 @@ from fedsim.training.schedules import SCHEDULES
 from fedsim.training.task import Task
 from fedsim.types import Count, Positive, Seed, State, described, form_of
 
-FILES = ("weights", "pretrained", "new_head")  # of a model: where it starts is sent
-SENT = "sent"  # in the place of a teacher's file
+FILES = (
+    "weights",
+    "pretrained",
+    "new_head",
+)  # options of a model that are left out of a plan: the initial weights are sent
+SENT = "sent"  # replaces the file of a teacher, whose weights are sent
 
 
 class Examples(Options):
-    """The form of an example before a batch makes it x * scale - shift: none of these, one, or one a channel."""
+    """The form of examples. Batches are x * scale - shift, with no, one, or one value per channel of each."""
 
-    shape: tuple[Count, ...]  # that the network takes
+    shape: tuple[Count, ...]  # of the network's input
     dtype: Literal["uint8", "float32"]
     classes: Count
     scale: tuple[float, ...] = ()
@@ -50,7 +54,7 @@ class Examples(Options):
 
 
 class Plan(Options):
-    """An experiment as nodes are told it: the parts of a resolved config that clients depend on."""
+    """The parts of a resolved config that clients depend on, as nodes receive them."""
 
     format: Literal[1] = 1
     seed: Seed
@@ -62,14 +66,14 @@ class Plan(Options):
     own: dict[str, str] = {}  # SHA-256 of the files of modules that are not fedsim's
 
     def json_text(self) -> str:
-        """The same text for the same plan."""
+        """JSON; equal plans have equal texts."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
     @classmethod
     def read(cls, text: str) -> Self:
-        """The plan of a text from elsewhere; raises ConfigError."""
+        """A plan from an untrusted text; raises ConfigError."""
         if len(text) > MAX_YAML_BYTES:
-            raise ConfigError(f"plan: is longer than a plan may be, {MAX_YAML_BYTES} characters")
+            raise ConfigError(f"plan: has {len(text)} characters; allowed: up to {MAX_YAML_BYTES}")
         try:
             values = from_json(text, allow_inf_nan=False)
         except ValueError as error:
@@ -80,9 +84,9 @@ class Plan(Options):
 
 
 def plan_of(config: Mapping[str, Any], data: FederatedData) -> Plan:
-    """The plan of a resolved config's `seed`, `model`, `strategy`, `local` and `failures`, for such examples.
+    """The plan of a resolved config's `seed`, `model`, `strategy`, `local` and `failures`, for these examples.
 
-    Files are taken out of it: what they hold is sent.
+    It names no files: their contents are sent.
     """
     distillation = config["local"]["distillation"]
     if distillation and distillation["teacher"] != "global":
@@ -100,24 +104,24 @@ def plan_of(config: Mapping[str, Any], data: FederatedData) -> Plan:
 
 
 def source(module: str) -> str:
-    """SHA-256 of a module's file, by which two machines know that they have the same; empty without one."""
+    """SHA-256 of a module's file, to compare it between two machines; empty if there is no such module."""
     found = find_spec(module)
     return hashlib.sha256(Path(found.origin).read_bytes()).hexdigest() if found and found.origin else ""
 
 
 def digest(text: str) -> str:
-    """SHA-256 of a plan's text, by which orders name it."""
+    """SHA-256 of a plan's text, which identifies it in orders."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def initial_of(task: Task) -> State:
-    """What a node needs besides a plan: `model` (P,), `buffers` (Q,), and `constant.NAME`s."""
+    """The tensors that a node needs besides a plan: `model` (P,), `buffers` (Q,), and each `constant.NAME`."""
     fixed = {f"constant.{name}": value.detach() for name, value in task.constants().items()}
     return {"model": task.initial_model, "buffers": task.initial_buffers} | fixed
 
 
 class Parts(NamedTuple):
-    """What a plan names."""
+    """The objects that a plan names."""
 
     task: Task
     strategy: Strategy
@@ -125,7 +129,7 @@ class Parts(NamedTuple):
 
 
 def parts_of(plan: Plan, initial: State) -> Parts:
-    """The parts of a plan that was allowed, with the tensors that came with it; raises ConfigError."""
+    """The objects of a plan that is allowed, with the tensors that were sent with it; raises ConfigError."""
     try:
         recipe = build_recipe(plan.local)
         shape, classes = plan.examples.shape, plan.examples.classes
@@ -136,24 +140,24 @@ def parts_of(plan: Plan, initial: State) -> Parts:
         strategy.check(recipe, task.layout)
     except ConfigError:
         raise
-    except Exception as error:  # of whatever a plan's numbers drive a network or a strategy to
+    except Exception as error:  # whatever a network or strategy raises for a plan's numbers
         raise ConfigError(f"plan: cannot be built here: {located(error)}") from error
     return Parts(task, strategy, recipe)
 
 
 def _receive(task: Task, initial: State) -> None:
-    """Have the task start where the server's does; raises ConfigError unless all tensors fit."""
+    """Give the task the server's initial tensors; raises ConfigError unless all fit."""
     own = initial_of(task)
     for name, value in own.items():
         if name not in initial:
             raise ConfigError(f"initial: {name} was not sent")
         there, here = (described(form_of({name: tensor})) for tensor in (initial[name], value))
         if there != here:
-            raise ConfigError(f"initial: {there} was sent, and the plan's network has {here}")
+            raise ConfigError(f"initial: {there} was sent, but the plan's network has {here}")
         if value.is_floating_point() and not initial[name].isfinite().all():
             raise ConfigError(f"initial: {name} has values that are not finite")
     if strange := sorted(initial.keys() - own.keys()):
-        raise ConfigError(f"initial: {strange[0]} was sent, which the plan's network has not")
+        raise ConfigError(f"initial: {strange[0]} was sent, but the plan's network has no such tensor")
     task.initial_model, task.initial_buffers = initial["model"].clone(), initial["buffers"].clone()
     with torch.no_grad():
         for name, value in task.constants().items():  # the networks' own
@@ -173,10 +177,10 @@ def _known(catalogue: Catalogue) -> AfterValidator:
 
 
 class Allow(Options):
-    """What a node does for others. Null is every entry that fedsim brings; what else it imports is listed.
+    """What a node allows. Null allows every entry that comes with fedsim; modules of others must be listed.
 
-    `max_parameters` counts a network's parameters and buffers, and a teacher's as many again, `max_bytes` is of a
-    message, `max_augmentation` whole numbers of augmentations; the others bound what stands in `local`.
+    `max_parameters` bounds a network's parameters and buffers, and separately a teacher's; `max_bytes` a message;
+    `max_augmentation` each whole number in an augmentation; the others bound options of `local`.
     """
 
     strategies: Annotated[list[str], _known(STRATEGIES)] | None = None
@@ -198,16 +202,20 @@ class Allow(Options):
             _check_name(at, spec, catalogue, lists[catalogue])
         for at, spec in _networks(plan):
             if opened := [key for key in FILES if spec.get(key) not in (None, False)]:
-                raise ConfigError(f"{at}.{opened[0]}: should be left out; weights are sent, a plan opens no file")
+                raise ConfigError(
+                    f"{at}.{opened[0]}: should be left out: a plan may not open files, weights are sent"
+                )
         distillation = plan.local.get("distillation")
         if distillation and distillation.get("teacher") not in ("global", SENT):
-            raise ConfigError(f"local.distillation.teacher: allowed: global, {SENT}; a plan opens no file")
+            raise ConfigError(f"local.distillation.teacher: allowed: global, {SENT}; a plan may not open files")
         for at, module in _modules(plan):
             if plan.own.get(module) not in (None, source(module)):
-                raise ConfigError(f"{at}: {module} is another file here than on the server; bring the same")
+                raise ConfigError(
+                    f"{at}: the file of {module} differs from the server's; copy the same file to both machines"
+                )
 
     def check_importable(self) -> None:
-        """Raise ConfigError where a module that is listed is not here, or has no such entry."""
+        """Raise ConfigError if a listed module cannot be imported, or has no such entry."""
         for name, catalogue in self._lists():
             for entry in getattr(self, name) or ():
                 catalogue.load(entry, f"allow.{name}")
@@ -223,45 +231,46 @@ class Allow(Options):
         ]
 
     def check_numbers(self, plan: Plan) -> None:
-        """Raise ConfigError where a plan, whose names are allowed, asks for more."""
+        """Raise ConfigError if a plan, whose names are allowed, has numbers that are not."""
         options: Any = recipe_options(plan.local)
         for name in ("epochs", "steps", "batch_size"):
             value, most = getattr(options, name), getattr(self, f"max_{name}")
             if isinstance(value, int) and value > most:
-                raise ConfigError(f"local.{name}: is more than this node allows; allowed: up to {most:,}")
+                raise ConfigError(f"local.{name}: is {value:,}; allowed on this node: up to {most:,}")
         for i, spec in enumerate(plan.local["augment"]):
             for name, value in spec.items():
                 if isinstance(value, int) and value > self.max_augmentation:
-                    most = f"allowed: up to {self.max_augmentation:,}"
-                    raise ConfigError(f"local.augment[{i}].{name}: is more than this node allows; {most}")
+                    most = f"allowed on this node: up to {self.max_augmentation:,}"
+                    raise ConfigError(f"local.augment[{i}].{name}: is {value:,}; {most}")
         for at, spec in _networks(plan):
             self._check_size(at, spec, plan.examples)
 
     def check_bytes(self, state: State) -> None:
-        """Raise ConfigError where a message has too many."""
+        """Raise ConfigError if a message is too large."""
         if (size := sum(value.nbytes for value in state.values())) > self.max_bytes:
-            most = f"allowed: up to {self.max_bytes:,}"
-            raise ConfigError(f"message: {size:,} bytes are more than this node allows; {most}")
+            raise ConfigError(f"message: has {size:,} bytes; allowed on this node: up to {self.max_bytes:,}")
 
     def _check_size(self, at: str, spec: Spec, examples: Examples) -> None:
-        """Raise ConfigError where a network is too large, before there is memory for it."""
+        """Raise ConfigError if a network is too large, before memory is allocated for it."""
         try:
             with torch.device("meta"):
                 network = models.make(spec, examples.shape, examples.classes, at)
         except ConfigError:
             raise
         except Exception as error:
-            if ":" in spec["name"]:  # the owner's, who listed it, and it needs numbers to be made
+            if (
+                ":" in spec["name"]
+            ):  # a listed model of the owner's, which may compute with its weights when it is built
                 return
             raise ConfigError(f"{at}: cannot be built here: {located(error)}") from error
         tensors: Iterator[Tensor] = chain(network.parameters(), network.buffers())
         if (size := sum(tensor.numel() for tensor in tensors)) > self.max_parameters:
-            most = f"allowed: up to {self.max_parameters:,}"
-            raise ConfigError(f"{at}: {size:,} parameters are more than this node allows; {most}")
+            most = f"allowed on this node: up to {self.max_parameters:,}"
+            raise ConfigError(f"{at}: has {size:,} parameters; {most}")
 
 
 def _named(plan: Plan) -> Iterator[tuple[str, Any, Catalogue]]:
-    """Where the plan names what a catalogue would import."""
+    """Each place in a plan that names an entry of a catalogue, with the entry and the catalogue."""
     local = plan.local
     yield "strategy", plan.strategy, STRATEGIES
     for at, spec in _networks(plan):
@@ -276,7 +285,7 @@ def _named(plan: Plan) -> Iterator[tuple[str, Any, Catalogue]]:
 
 
 def _modules(plan: Plan) -> Iterator[tuple[str, str]]:
-    """The modules that a plan, whose names are allowed, imports besides fedsim's, and where it names them."""
+    """The modules besides fedsim's that a plan, whose names are allowed, imports, and where it names them."""
     for at, spec, _ in _named(plan):
         while spec:
             module, colon, _ = spec["name"].partition(":")
@@ -286,7 +295,7 @@ def _modules(plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def _networks(plan: Plan) -> Iterator[tuple[str, Any]]:
-    """The models that a plan has networks of."""
+    """Each place in a plan that has a model, with the model."""
     yield "model", plan.model
     distillation = plan.local.get("distillation")
     if distillation is not None and not isinstance(distillation, dict):

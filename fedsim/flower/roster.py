@@ -1,4 +1,4 @@
-"""Who is there: nodes say their names when they join, and clients are known by them, not by Flower's numbers."""
+"""Which nodes have joined a run. Clients are identified by the names that nodes give, not by Flower's node ids."""
 
 import logging
 from collections.abc import Callable, Iterable
@@ -15,34 +15,33 @@ if TYPE_CHECKING:
     from fedsim.flower.internals import Link, Reply
 
 log = logging.getLogger(__name__)
-PATIENCE = 60.0  # seconds after which a node that has not answered, or refused, is asked again
-MOST_BYTES = 2**20  # of an answer
-MATTER = "fedsim", "torch"  # of which another version may give other bits
+ASK_AGAIN_AFTER = 60.0  # seconds; a node that has not answered, or has refused, is then asked again
+MOST_ANSWER_BYTES = 2**20
+COMPARED = "fedsim", "torch"  # packages; with another version of one, results may differ in the last bits
 WAITING = "has not answered yet"
 
 
 class Seen(NamedTuple):
     """What is known of a node that is online."""
 
-    since: float
-    name: str = ""  # as it says
-    why: str = WAITING  # it does not take part; empty where it does
+    since: float  # when it was last asked or answered, by monotonic
+    name: str = ""  # that the node gives itself; empty before it has answered
+    why: str = WAITING  # the reason why it does not take part; empty if it does
 
 
 class Asked(NamedTuple):
-    """A question that is under way."""
+    """A question that a node has not answered yet."""
 
     node: int
-    since: float
-    invited: bool  # and not only asked for its name
+    invited: bool  # whether it was invited, or else only asked for its name
 
 
 class Roster:
-    """The nodes of a run, by name; they are found and invited over the link that is in use.
+    """The nodes of a run, by name; it finds and invites them over the link that is in use.
 
-    `names` has the clients' in their order, by which client k is the k-th, once they are settled; then nobody else
-    is told what the run is. `keys` has the public keys by name, where only their owners may bear these names;
-    `key_of` tells a node's.
+    `names` is empty until it is known which nodes take part. Client k is then the k-th name, and no other node
+    receives the plan. `keys` maps names to public keys: a node may use one of these names only if it has that key,
+    and no other name at all. `key_of` returns the keys of the connected nodes, by node id.
     """
 
     def __init__(
@@ -57,21 +56,21 @@ class Roster:
         self._link: Link | None = None
 
     def look(self, link: "Link", invitation: Invitation) -> None:
-        """Ask who is new, invite who is wanted, and hear who accepted; never waits."""
-        if link is not self._link:  # node ids may have changed their meaning
+        """Ask new nodes for their names, invite those that should take part, read their answers; does not wait."""
+        if link is not self._link:  # in another Flower run node ids may mean other nodes
             self._link, self.joined, self._asked, self._seen = link, {}, {}, {}
         self.online, now = link.nodes(), monotonic()
         self._seen = {
             node: seen
             for node, seen in self._seen.items()
-            if node in self.online and not (seen.why and now - seen.since > PATIENCE)
+            if node in self.online and not (seen.why and now - seen.since > ASK_AGAIN_AFTER)
         }
         self._asked = {message: asked for message, asked in self._asked.items() if asked.node in self._seen}
         self.joined = {name: node for name, node in self.joined.items() if node in self.online}
         self._ask(link, self.online - self._seen.keys(), None if self.named else invitation)
-        keys = self._key_of() if self.keys is not None and self._asked else {}  # which may raise: before replies
+        keys = self._key_of() if self.keys is not None and self._asked else {}  # may raise: before replies
         wanted = set[int]()
-        for reply in link.receive(self._asked, most_bytes=MOST_BYTES) if self._asked else []:
+        for reply in link.receive(self._asked, most_bytes=MOST_ANSWER_BYTES) if self._asked else []:
             asked = self._asked.pop(reply.to)
             if reply.gone:
                 self._seen.pop(asked.node, None)
@@ -86,7 +85,7 @@ class Roster:
 
     @property
     def named(self) -> bool:
-        """Whether it is known who takes part."""
+        """Whether it is known which nodes take part."""
         return bool(self.names)
 
     @property
@@ -94,66 +93,72 @@ class Roster:
         """Whether all of the run's nodes have joined."""
         return self.joined.keys() >= {*self.names}
 
-    def hopeless(self, clients: int) -> bool:
-        """Whether all have answered who could, and too few accept."""
+    def too_few_accept(self, clients: int) -> bool:
+        """Whether every connected node has answered and fewer than needed accept, so that waiting cannot help."""
         if self.named:
             return not self.complete and all(self.refusal(k) for k in self._missing())
         answered = [seen for seen in self._seen.values() if seen.why != WAITING]
         return len(answered) == len(self._seen) >= clients > len(self.joined)
 
-    def settle(self, clients: int) -> None:
-        """Have those that joined be the run's nodes; raises RoundError where they are not so many."""
+    def fix_names(self, clients: int) -> None:
+        """Make the nodes that have joined the run's nodes; raises RoundError unless they are exactly `clients`."""
         if len(self.joined) < clients:
-            raise RoundError(f"nodes: there are {self.shown(clients)}")
+            raise RoundError(f"nodes: too few have joined: {self.shown(clients)}")
         if len(self.joined) > clients:
             there = ", ".join(sorted(self.joined))
-            raise RoundError(f"nodes: {there} are more than {clients}; name those that take part in runtime.nodes")
+            raise RoundError(
+                f"nodes: more than {clients} have joined: {there}; runtime.nodes should list those that take part"
+            )
         self.names = sorted(self.joined)
-        log.info("nodes: %s", ", ".join(self.names))
+        log.info("nodes: %s take part", ", ".join(self.names))
 
     def shown(self, clients: int) -> str:
-        """In words, who is there, of whom, and why others are not."""
+        """In words, which nodes have joined, which are expected, and why others have not joined."""
         there = ", ".join(sorted(self.joined)) or "none"
         reasons = sorted({f"{seen.name}: {seen.why}" for seen in self._seen.values() if seen.name and seen.why})
         reasons += sorted({seen.why for seen in self._seen.values() if not seen.name and seen.why != WAITING})
         if waiting := sum(seen.why == WAITING for seen in self._seen.values()):
-            reasons.append(f"{waiting} more to answer")
+            reasons.append(f"{waiting} connected, but without an answer so far")
         return f"{there} of {', '.join(self.names) or clients}" + "".join(f"; {one_line(why)}" for why in reasons)
 
     def node(self, client: int) -> int | None:
-        """The node that a client is now, if it is there."""
+        """The id of a client's node, if it has joined."""
         return self.joined.get(self.names[client])
 
     def forget(self, node: int) -> None:
-        """Have a node invited again, which has lost what it was told."""
+        """Have a node invited again, because it no longer has the plan."""
         self._seen.pop(node, None)
         self.joined = {name: other for name, other in self.joined.items() if other != node}
 
     def refusal(self, client: int) -> str | None:
-        """Why the node of a client does not take part, if it has said so."""
+        """The reason that a client's node gave for not taking part, if it gave one."""
         found = (seen.why for seen in self._seen.values() if seen.name == self.names[client])
         return next((why for why in found if why not in ("", WAITING)), None)
 
-    def absence(self) -> str:
-        """In words, that a node is not there, and who is that might be meant."""
+    def absence(self, client: int) -> str:
+        """In words, why a client's node could not be sent its order; with the names of nodes that may be meant."""
+        if self.node(client) is not None:
+            return "has joined, but too late to be sent its order"
         others = sorted(seen.name for seen in self._seen.values() if seen.name and seen.name not in self.names)
-        more = f"; connected, and none of this run's: {', '.join(others)}" if others else ""
+        more = f"; connected, but not part of this run: {', '.join(others)}" if others else ""
+        if silent := sum(seen.why == WAITING for seen in self._seen.values()):
+            return f"has not joined; {silent} connected, but without an answer so far{more}"
         return f"is not connected{more}"
 
     def _missing(self) -> list[int]:
         return [k for k, name in enumerate(self.names) if name not in self.joined]
 
     def _ask(self, link: "Link", nodes: Iterable[int], invitation: Invitation | None) -> None:
-        """Send nodes an invitation, or ask who they are."""
+        """Send nodes an invitation, or ask for their names."""
         if not (new := [*nodes]):
             return
         content, now = wire.record(invitation or Hello()), monotonic()
-        sent = link.send(dict.fromkeys(new, content), "query", group="join", ttl=PATIENCE)
-        self._asked |= {message: Asked(node, now, invitation is not None) for message, node in sent.items()}
+        sent = link.send(dict.fromkeys(new, content), "query", group="join", ttl=ASK_AGAIN_AFTER)
+        self._asked |= {message: Asked(node, invitation is not None) for message, node in sent.items()}
         self._seen |= {node: Seen(now, self._seen[node].name if node in self._seen else "") for node in new}
 
     def _heard(self, node: int, reply: "Reply", keys: dict[int, bytes]) -> tuple[str, str]:
-        """What a node calls itself, and why it cannot take part."""
+        """A node's name, and the reason why it cannot take part, which is empty if it can."""
         if reply.error is not None or reply.content is None:
             return "", f"node {node}: {reply.error}"
         try:
@@ -162,29 +167,29 @@ class Roster:
             return "", f"node {node}: {wrong}"
         name = one_line(joined.name)
         if self.keys is not None and (name not in self.keys or keys.get(node) != self.keys[name]):
-            return "", f"a node calls itself {name}, and has another key than the one that is kept for this name"
+            return "", f"a node uses the name {name} without having the key that belongs to this name"
         if self.named and name not in self.names:
-            return name, "is none of this run's nodes"
+            return name, "is not one of this run's nodes"
         if joined.error is not None:
             return name, one_line(joined.error)
         self._compare(name, joined.versions)
         return name, ""
 
     def _compare(self, name: str, theirs: dict[str, str]) -> None:
-        """Tell of versions that may give other bits."""
-        for package in MATTER if name not in self.joined else ():
+        """Warn of versions with which results may differ in the last bits."""
+        for package in COMPARED if name not in self.joined else ():
             if (there := theirs.get(package)) != (here := versions()[package]):
-                text = "nodes: %s has %s %s, and the server %s; results agree as floating point does"
+                text = "nodes: %s has %s %s, the server has %s; results may differ by rounding errors"
                 log.warning(text, name, package, one_line(there), here)
 
     def _join(self, name: str, node: int) -> None:
         if self.joined.get(name, node) != node:
-            log.warning("nodes: %s has joined a second time, and its first connection no longer counts", name)
+            log.warning("nodes: %s has joined a second time; its first connection is no longer used", name)
         self.joined = {other: there for other, there in self.joined.items() if there != node} | {name: node}
 
 
 def read_keys(folder: Path) -> dict[str, bytes]:
-    """The public keys in NAME.pub files; raises ConfigError."""
+    """The public keys of a folder's NAME.pub files, by name; raises ConfigError."""
     from fedsim.flower.internals import public_key_bytes
 
     found = {path.stem: public_key_bytes(path) for path in sorted(folder.glob("*.pub"))}

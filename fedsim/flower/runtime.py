@@ -58,7 +58,7 @@ class Flower(Runtime):
         device: str = "auto",
     ):
         needs_flwr("runtime.name: flower")
-        from fedsim.flower.federation import Federation, Timing, address_of
+        from fedsim.flower.run_connection import RunConnection, Timing, address_of
 
         if exact and transport in ROUNDED:
             raise ConfigError(f"runtime.transport: {transport} rounds updates; it wants runtime.exact=false, too")
@@ -67,7 +67,7 @@ class Flower(Runtime):
         self.task, self.data, self.transport, self.exact = task, data, transport, transport not in ROUNDED
         self.local = Threads(task, data, device=device)  # for tests
         self.home = self.local.home
-        self.federation = Federation(
+        self.federation = RunConnection(
             None if link else address_of(superlink, ca, insecure),
             nodes,
             keys,
@@ -87,12 +87,12 @@ class Flower(Runtime):
         return {"version": torch.zeros(2, dtype=torch.int64)} if initial or not self.exact else {}
 
     def checkpointed_rounds(self, rounds: list[int]) -> None:
-        self.federation.settled = rounds
+        self.federation.checkpointed_rounds = rounds
 
     @property
     def choice(self) -> Spec | None:
         """The nodes that take part, once they are known."""
-        return self.federation.choice(self.data.sizes.tolist())
+        return self.federation.checkpoint_entry(self.data.sizes.tolist())
 
     def restore_choice(self, choice: Spec, work: Train) -> bool:
         """Go on with the nodes of a checkpoint; raises ConfigError."""
@@ -101,7 +101,7 @@ class Flower(Runtime):
         sizes: Any = choice["sizes"]
         if len(sizes) != len(self.data.sizes):
             raise ConfigError(f"data.clients: {len(self.data.sizes)}, and the run has {len(sizes)} nodes")
-        self.federation.take(choice["run"], choice["nodes"])
+        self.federation.restore(choice["run"], choice["nodes"])
         self.data.sizes[:] = sizes
         return True
 

@@ -1,4 +1,4 @@
-"""The server of a federation that `flwr run` starts: Flower's ServerApp, in which fedsim's rounds run."""
+"""Flower's ServerApp: the process that `flwr run` starts on the server, in which fedsim's rounds run."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +23,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run or resume the experiment of the app's config; what ends it early is raised, and fails the Flower run."""
+    """Run or resume the experiment of the app's config; an error fails the Flower run."""
     console = Console(soft_wrap=True)
     try:
         run = begin(context.run_config, on(grid))
@@ -32,12 +32,12 @@ def main(grid: Grid, context: Context) -> None:
         for note in run.notes:
             console.out(printable(note), highlight=False)
         execute(run, [Plain(console)])
-    except ConfigError as error:  # its line is all that there is to know
+    except ConfigError as error:  # its text is enough
         raise ConfigError(printable(error)) from None
 
 
 def on(grid: Grid) -> Make:
-    """How a simulation is made whose clients are the nodes of this grid."""
+    """A function that builds a simulation whose clients are the nodes of this grid."""
 
     def make(config: Config) -> Simulation:
         return build(
@@ -48,10 +48,10 @@ def on(grid: Grid) -> Make:
 
 
 def begin(settings: Mapping[str, Any], make: Make) -> Run:
-    """The run that an app's config asks for: a new one, or an old one that goes on; raises ConfigError."""
+    """The run that an app's config asks for, new or resumed; raises ConfigError."""
     out, resume, name = (str(settings.get(key, "")) for key in ("out", "resume", "name"))
     if out and resume:
-        raise ConfigError("out, resume: one of the two; a run that goes on has its folder")
+        raise ConfigError("out, resume: set only one of them; a resumed run stays in its folder")
     if resume:
         return Run.resume(Path(resume).expanduser(), overrides_of(settings), make=make)
     config = checked(values_of(settings))

@@ -1,4 +1,4 @@
-"""Who holds what, on disk: a file a client, for machines that hold only their own."""
+"""A federated dataset as files, one for each client, so that each machine gets only its own."""
 
 import tempfile
 from collections.abc import Iterator
@@ -17,11 +17,11 @@ Arrays = dict[str, Any]
 
 
 def write_shards(data: FederatedData, folder: Path) -> list[Path]:
-    """Have k.npz and k.yaml there for each client k, and server.npz; returns their paths. Raises ConfigError.
+    """Write k.npz and k.yaml for each client k, and server.npz; returns their paths. Raises ConfigError.
 
-    A client's file has the examples that it trains on, with the labels in use, and those it holds out as x_test;
-    the server's has the test set, and where it has public examples, those as x_train. A k.yaml is a NODE.yaml.
-    The folder is new, or empty, and is whole or not there.
+    A client's file has its training examples, with the labels in use, and those it holds out as x_test; the
+    server's has the test set, and public examples, if there are any, as x_train. A k.yaml is a NODE.yaml. The
+    folder must be new or empty, and is complete or absent afterwards.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"--shards: {printable(folder)} exists, and nothing is overwritten; name another folder")
@@ -42,7 +42,7 @@ def write_shards(data: FederatedData, folder: Path) -> list[Path]:
 
 
 def server_data(data: FederatedData, dataset: Dataset, folder: Path) -> str:
-    """What `data` is in the config of who serves the clients of `folder`, as YAML in a line."""
+    """The `data` of a config for the server of the clients in `folder`, as YAML in one line."""
     spec: dict[str, Any] = {"name": "npz", "path": str(folder / "server.npz"), "channels": "first"}
     spec |= {"classes": data.num_classes, "clients": data.num_clients}
     spec |= {"mean": list(dataset.mean), "std": list(dataset.std)} if dataset.mean else {}
@@ -52,12 +52,12 @@ def server_data(data: FederatedData, dataset: Dataset, folder: Path) -> str:
 
 
 def client_name(client: int, clients: int) -> str:
-    """Such that the names, sorted, are in the order of the clients: client-00 to client-99."""
+    """client-00 to client-99, with so many digits that sorted names are in the order of the clients."""
     return f"client-{client:0{max(2, len(str(clients - 1)))}}"
 
 
 def _shards(data: FederatedData) -> Iterator[tuple[str, Arrays]]:
-    """One at a time, since all together may be larger than memory."""
+    """One at a time, because all together may be larger than memory."""
     for client in range(data.num_clients):
         arrays = _pair(data, "train", data.rows(client))
         held = data.held_out(client)

@@ -1,10 +1,10 @@
-"""How the tensors of an answer travel: as they are, in fewer bytes with the same bits, or rounded.
+"""Encodings of an answer's tensors: unchanged, compressed without loss, or rounded.
 
-Rounding is with error feedback (Seide et al., 1-Bit Stochastic Gradient Descent, Interspeech 2014; Karimireddy et
+Rounding uses error feedback (Seide et al., 1-Bit Stochastic Gradient Descent, Interspeech 2014; Karimireddy et
 al., Error Feedback Fixes SignSGD, ICML 2019): a client sends q(m + e) and keeps e' = m + e - q(m + e) for its next
-message, so that what its messages sum to is never further from the truth than one rounding.
+message, so that the sum of its messages differs from the exact sum by one rounding error at most.
 
-Rounding is to the nearest: with error feedback it ends where stochastic rounding does, without random numbers.
+Rounding is to the nearest: with error feedback it converges as stochastic rounding does, without random numbers.
 """
 
 import zlib
@@ -25,14 +25,14 @@ from fedsim.types import State
 
 Transport = Literal["exact", "lossless", "bf16", "int8"]
 TRANSPORTS: tuple[Transport, ...] = get_args(Transport)
-ROUNDED: tuple[Transport, ...] = ("bf16", "int8")  # the others keep every bit
+ROUNDED: tuple[Transport, ...] = ("bf16", "int8")  # the others are exact
 
-BLOCK = 1024  # entries that share a scale in int8; tensors with fewer go as they are
-BUFFERS = "buffers"  # batch-norm statistics go as they are: a variance must not become negative
-SAMPLE = 2**15  # bytes of a plane that tell whether it deflates
-WORTH = 0.97  # of its bytes
-DEFLATES = 1032  # times: the most that zlib can
-DIMENSIONS = 64  # the most that torch computes with
+BLOCK = 1024  # entries that share a scale in int8; smaller tensors are not rounded
+BUFFERS = "buffers"  # batch-norm statistics are not rounded: a variance must not become negative
+SAMPLE_BYTES = 2**15  # of a plane, compressed first to see whether compression is worth it
+WORTH = 0.97  # the largest compressed size of the sample, relative to its bytes, that is worth it
+MOST_COMPRESSION = 1032  # bytes from one byte: the most that zlib can reach
+MOST_DIMENSIONS = 64  # that torch supports
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -46,9 +46,9 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class Coded(NamedTuple):
-    """One tensor as it travels: its type, its shape, and its bytes in a coding, which is a transport's name.
+    """An encoded tensor: its dtype, its shape, and its bytes in a coding, which is the name of a transport.
 
-    A `coding` other than the message's transport is no error: each tensor goes by what suits it. Numbers are
+    `coding` may differ from the message's transport: some tensors are not compressed or rounded. Numbers are
     little-endian.
     """
 
@@ -62,11 +62,11 @@ Encoded = dict[str, Coded]
 
 
 def encode(state: State, transport: str, residual: State | None = None) -> tuple[Encoded, State]:
-    """A message as it travels, and what rounding left of it: the `residual` of the client's next message.
+    """An encoded message and its rounding errors, which are the `residual` of the client's next message.
 
     Only float32 tensors of at least 1,024 entries are rounded, and no batch-norm statistics. Raises ValueError for
-    an unknown transport, a type that cannot travel, or a residual of another shape, and ArithmeticError where what
-    should be rounded is not finite, or too large to be.
+    an unknown transport, a dtype that cannot be sent, or a residual of another shape, and ArithmeticError if
+    values to be rounded are not finite, or too large for it.
     """
     if transport not in TRANSPORTS:
         raise ValueError(f"transport: {unknown(transport, TRANSPORTS)}")
@@ -75,7 +75,7 @@ def encode(state: State, transport: str, residual: State | None = None) -> tuple
         value = tensor.detach().cpu()
         dtype = str(value.dtype).removeprefix("torch.")
         if dtype not in DTYPES:
-            raise ValueError(f"{one_line(name)}: {dtype} does not travel; allowed: {', '.join(DTYPES)}")
+            raise ValueError(f"{one_line(name)}: {dtype} cannot be sent; allowed: {', '.join(DTYPES)}")
         coding, data = "exact", b""
         if transport in ROUNDED and dtype == "float32" and name != BUFFERS and value.numel() >= BLOCK:
             coding = transport
@@ -89,17 +89,17 @@ def encode(state: State, transport: str, residual: State | None = None) -> tuple
 
 
 def decode(encoded: Encoded, most: int | None = None) -> State:
-    """The message again; raises ValueError, in one line, where its bytes are not what they say they are.
+    """The decoded message; raises ValueError, in one line, if its bytes do not fit its dtypes and shapes.
 
-    Nothing is believed before it is checked: memory that is taken is what the bytes there are can fill, and with
-    `most` no more than so many bytes for the whole message.
+    Everything is checked before it is used: the memory taken is at most what the received bytes can fill, and at
+    most `most` bytes for the whole message.
     """
     state, total = State(), 0
     for name, coded in encoded.items():
         try:
             total += _checked_size(coded)
             if most is not None and total > most:
-                raise ValueError(f"the message has more than {most} bytes")
+                raise ValueError(f"the message is larger than {most} bytes")
             state[name] = DECODERS[coded.coding](coded).reshape(coded.shape)
         except ValueError as error:
             raise ValueError(f"{one_line(name)}: {error}") from None
@@ -107,69 +107,70 @@ def decode(encoded: Encoded, most: int | None = None) -> State:
 
 
 def _checked_size(coded: Coded) -> int:
-    """Bytes of the tensor, once they agree with those that came."""
+    """The size of the decoded tensor in bytes; raises ValueError unless the received bytes fit it."""
     dtype, shape, coding, data = coded
     if dtype not in DTYPES:
-        raise ValueError(f"type {one_line(repr(dtype))} is unknown; allowed: {', '.join(DTYPES)}")
+        raise ValueError(f"dtype {one_line(repr(dtype))} is unknown; allowed: {', '.join(DTYPES)}")
     if coding not in DECODERS:
         raise ValueError(f"coding {one_line(repr(coding))} is unknown; allowed: {', '.join(DECODERS)}")
     whole = all(type(length) is int and length >= 0 for length in shape)
-    if not whole or len(shape) > DIMENSIONS or prod(max(length, 1) for length in shape) >= 2**60:
-        raise ValueError(f"{one_line(repr(shape))} is no shape of a tensor")
+    if not whole or len(shape) > MOST_DIMENSIONS or prod(max(length, 1) for length in shape) >= 2**60:
+        raise ValueError(f"{one_line(repr(shape))} is not a shape of a tensor")
     if coding in ROUNDED and dtype != "float32":
-        raise ValueError(f"{dtype} does not travel as {coding}")
+        raise ValueError(f"{dtype} cannot be sent as {coding}")
     entries, size = prod(shape), prod(shape) * DTYPES[dtype].itemsize
     if coding == "lossless":
-        fits = size <= DEFLATES * len(data)
+        fits = size <= MOST_COMPRESSION * len(data)
     else:
         fits = len(data) == {"exact": size, "bf16": 2 * entries, "int8": entries + 4 * _blocks(entries)}[coding]
     if not fits:
-        raise ValueError(f"{len(data)} bytes are no {dtype} {tuple(shape)} as {coding}")
+        raise ValueError(f"{len(data)} bytes do not fit {dtype} {tuple(shape)} as {coding}")
     return size
 
 
-# As they are
+# Exact
 
 
 def _bytes(value: Tensor) -> Bytes:
-    """Of a tensor, entry by entry; they share its memory where they can."""
+    """A tensor's bytes, entry by entry; they share its memory if possible."""
     return value.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _tensor(data: Bytes, dtype: torch.dtype) -> Tensor:
-    """The reverse, in the memory of `data`."""
+    """The reverse of `_bytes`; it shares the memory of `data`."""
     if dtype == torch.bool and (data > 1).any():
-        raise ValueError("bool has other values than 0 and 1")
-    return (
-        torch.from_numpy(data).view(dtype) if data.size else torch.empty(0, dtype=dtype)
-    )  # torch views no nothing
+        raise ValueError("bool has values other than 0 and 1")
+    if not data.size:  # which torch cannot view as another dtype
+        return torch.empty(0, dtype=dtype)
+    return torch.from_numpy(data).view(dtype)
 
 
 def _exact(coded: Coded) -> Tensor:
     return _tensor(np.frombuffer(coded.data, np.uint8).copy(), DTYPES[coded.dtype])
 
 
-# Byte planes: the signs and exponents of all entries lie together, and deflate; so do the zeros that end y - x
+# Lossless, by byte planes: the first bytes of all entries, with sign and exponent, are stored together and
+# compress well; so do the last ones, which in y - x are often zero
 
 
 def _planes(value: Tensor) -> bytes:
-    """The lengths of the planes, first bytes first, as uint64, and the planes, deflated where that saves bytes."""
+    """The lengths of the planes as uint64, then the planes, compressed where that saves bytes."""
     data = _bytes(value).reshape(-1, value.itemsize).T
     planes = [_deflated(np.ascontiguousarray(plane)) for plane in data]
     return np.array([len(plane) for plane in planes], "<u8").tobytes() + b"".join(planes)
 
 
 def _deflated(plane: Bytes) -> bytes:
-    """As short as it gets; a plane of noise is not tried as a whole."""
-    middle = max(0, (len(plane) - SAMPLE) // 2)
-    sample = plane[middle : middle + SAMPLE]
+    """A plane, compressed if that saves bytes; a plane of noise is recognised by a sample."""
+    middle = max(0, (len(plane) - SAMPLE_BYTES) // 2)
+    sample = plane[middle : middle + SAMPLE_BYTES]
     if len(_deflate(sample)) > WORTH * len(sample):
         return plane.tobytes()
     return min(_deflate(plane), plane.tobytes(), key=len)
 
 
 def _deflate(data: Bytes) -> bytes:
-    # Noise with a skewed histogram has no repetitions but runs of zeros: looking for others only takes time.
+    # Skewed noise has no repetitions except runs of zeros; searching for others only takes time.
     stream = zlib.compressobj(strategy=zlib.Z_RLE)
     return stream.compress(data.data) + stream.flush()
 
@@ -178,10 +179,10 @@ def _lossless(coded: Coded) -> Tensor:
     dtype = DTYPES[coded.dtype]
     entries, head = prod(coded.shape), 8 * dtype.itemsize
     if len(coded.data) < head:
-        raise ValueError("the planes have no lengths")
+        raise ValueError("the lengths of the planes are missing")
     lengths = [int(length) for length in np.frombuffer(coded.data, "<u8", dtype.itemsize)]
     if sum(lengths) + head != len(coded.data) or max(lengths) > entries:
-        raise ValueError("the planes have other lengths")
+        raise ValueError("the lengths of the planes are wrong")
     whole, rest = np.empty((entries, dtype.itemsize), np.uint8), memoryview(coded.data)
     for i, (first, length) in enumerate(zip(accumulate(lengths, initial=head), lengths, strict=False)):
         plane = rest[first : first + length]
@@ -194,9 +195,9 @@ def _inflated(plane: memoryview, entries: int) -> bytes:
     try:
         data = stream.decompress(plane, entries + 1)
     except zlib.error as error:
-        raise ValueError(f"a plane does not inflate: {error}") from None
+        raise ValueError(f"a plane cannot be decompressed: {error}") from None
     if len(data) != entries or not stream.eof or stream.unused_data:
-        raise ValueError("a plane inflates to another length")
+        raise ValueError("a plane has the wrong length after decompression")
     return data
 
 
@@ -204,9 +205,11 @@ def _inflated(plane: memoryview, entries: int) -> bytes:
 
 
 def _rounded(name: str, value: Tensor, coding: str, residual: Tensor | None) -> tuple[bytes, Tensor]:
-    """q(m + e) in bytes, and what it leaves."""
+    """q(m + e) in bytes, and the rounding error m + e - q(m + e)."""
     if residual is not None and residual.shape != value.shape:
-        raise ValueError(f"{one_line(name)}: has shape {tuple(value.shape)}, its residual {tuple(residual.shape)}")
+        raise ValueError(
+            f"{one_line(name)}: has shape {tuple(value.shape)}, but its residual has {tuple(residual.shape)}"
+        )
     wanted = value if residual is None else value + residual.to(value)
     if not isfinite(largest(wanted)):
         raise ArithmeticError(f"{one_line(name)} is not finite")
@@ -227,7 +230,7 @@ def _bf16(coded: Coded) -> Tensor:
 
 
 def _to_int8(vector: Tensor) -> bytes:
-    """A scale for each block, its largest magnitude / 127, as float32; then how many of it each entry is."""
+    """Each block's scale, its largest magnitude / 127, as float32; then each entry / scale, rounded, as int8."""
     blocks = torch.nn.functional.pad(vector, (0, -len(vector) % BLOCK)).reshape(-1, BLOCK)
     scales = blocks.abs().amax(1, keepdim=True) / 127
     levels = (blocks / scales.where(scales > 0, 1)).round_().clamp_(-127, 127).to(torch.int8)

@@ -1,6 +1,6 @@
-"""Messages as Flower carries them: a JSON text of names and numbers, and tensors as plain bytes.
+"""The wire format: a message as a Flower record, with names and numbers as JSON and tensors as plain bytes.
 
-Nothing is unpickled. What comes in is checked before it is used: the JSON against the fields of the message, the
+Nothing is unpickled. What arrives is checked before it is used: the JSON against the fields of the message, the
 bytes of a tensor against its shape and type.
 """
 
@@ -17,13 +17,13 @@ from fedsim.types import State
 
 Message = TypeVar("Message", Hello, Invitation, Joined, Order, Answer)
 
-KEY = f"fedsim.{FORMAT}"  # of the record with the JSON
-STYPE = "fedsim."  # begins the name of how a tensor's bytes are to be read: its coding
+KEY = f"fedsim.{FORMAT}"  # name of the record that has the JSON
+STYPE = "fedsim."  # then the coding of a tensor: the `stype` of a Flower array
 MOST_ARRAYS = 10_000
 
 
 def _schema(kind: Any) -> type[BaseModel]:
-    """Of the fields that hold no tensors."""
+    """A pydantic model of a message's fields without tensors."""
     fields: dict[str, Any] = {n: (h, ...) for n, h in get_type_hints(kind).items() if n not in TENSORS[kind]}
     config = ConfigDict(extra="forbid", strict=True, ser_json_inf_nan="constants")
     return create_model(kind.__name__, __config__=config, **fields)
@@ -34,12 +34,12 @@ TENSORS = {kind: {n: h for n, h in get_type_hints(kind).items() if h in (State, 
 SCHEMAS = {kind: _schema(kind) for kind in KINDS}
 
 
-def record(message: Hello | Invitation | Joined | Order | Answer, **made: ArrayRecord) -> RecordDict:
-    """One of `fedsim.flower.messages`; the states that `made` has records of already are not made again."""
+def record(message: Hello | Invitation | Joined | Order | Answer, **records: ArrayRecord) -> RecordDict:
+    """A message as a Flower record. `records` has fields that are encoded already, and are not encoded again."""
     numbers, states = {}, dict[str, ArrayRecord]()
     for name, value in message._asdict().items():
         if name in TENSORS[type(message)]:
-            states[name] = made[name] if name in made else arrays(_encoded(type(message), name, value))
+            states[name] = records[name] if name in records else arrays(_encoded(type(message), name, value))
         else:
             numbers[name] = value
     text = SCHEMAS[type(message)](**numbers).model_dump_json()
@@ -47,16 +47,16 @@ def record(message: Hello | Invitation | Joined | Order | Answer, **made: ArrayR
 
 
 def read(kind: type[Message], content: RecordDict) -> Message:
-    """The message of that kind; raises ValueError, in one line, where it is none."""
+    """A Flower record as a message of that kind; raises ValueError, in one line, if it is not one."""
     try:
         about = content.config_records[KEY]
         if about["kind"] != kind.__name__:
-            raise ValueError(f"is {about['kind']!r:.40}, and should be {kind.__name__}")
+            raise ValueError(f"is {about['kind']!r:.40} and should be {kind.__name__}")
         numbers = SCHEMAS[kind].model_validate_json(str(about["json"]))
         found: dict[str, Any] = dict(numbers)
         found |= {name: _decoded(kind, name, content.array_records[name]) for name in TENSORS[kind]}
     except KeyError as error:
-        raise ValueError(f"has no {error.args[0]!r:.40}; it is of another fedsim, or of none") from None
+        raise ValueError(f"has no {error.args[0]!r:.40}; it is not from fedsim, or from another version") from None
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(one_line(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")) from None
@@ -64,19 +64,19 @@ def read(kind: type[Message], content: RecordDict) -> Message:
 
 
 def kind(content: RecordDict) -> str:
-    """The name of the message that it says it holds; raises ValueError where that is none of fedsim's."""
+    """The name of the kind of message in a record; raises ValueError if the record is not from fedsim."""
     if KEY not in content.config_records:
-        raise ValueError(f"has no {KEY!r}: it is of another fedsim, or of none")
+        raise ValueError(f"has no {KEY!r}; it is not from fedsim, or from another version")
     return str(content.config_records[KEY].get("kind", ""))
 
 
 def arrays(values: Encoded) -> ArrayRecord:
-    """Named tensors as they travel."""
+    """Encoded tensors as a Flower record."""
     return ArrayRecord(OrderedDict((name, _array(value)) for name, value in sorted(values.items())))
 
 
 def encoded(values: ArrayRecord) -> Encoded:
-    """The reverse; raises ValueError where there are too many."""
+    """The reverse of `arrays`; raises ValueError if there are too many."""
     if len(values) > MOST_ARRAYS:
         raise ValueError(f"has {len(values)} tensors; allowed: {MOST_ARRAYS}")
     return {
@@ -96,4 +96,4 @@ def _decoded(kind: type, name: str, values: ArrayRecord) -> State | Encoded:
     found = encoded(values)
     if TENSORS[kind][name] == Encoded:
         return found
-    return decode(found, sum(len(each.data) for each in found.values()))  # as they are: none grows
+    return decode(found, sum(len(each.data) for each in found.values()))  # decoding does not enlarge them

@@ -1,4 +1,4 @@
-"""What `flwr supernode` does: which nodes a SuperLink knows, and which keys may join."""
+"""What `flwr supernode` does: list the nodes that a SuperLink knows, register and unregister their keys."""
 
 from collections.abc import Callable
 from contextlib import closing
@@ -22,9 +22,9 @@ class Listed(NamedTuple):
 
     node: int
     status: str  # registered | online | offline
-    since: str  # when it got that status, ISO 8601
-    online_until: str | None  # when it counts as gone unless it is heard of, ISO 8601
-    key: bytes  # its public key, PEM
+    since: str  # when it got this status, in ISO 8601
+    online_until: str | None  # when it counts as offline without another heartbeat, in ISO 8601
+    key: bytes  # its public key in PEM format
     name: str
 
 
@@ -36,7 +36,7 @@ def _ask(
 
 
 def listed(superlink: Superlink) -> list[Listed]:
-    """The nodes that a SuperLink knows and that were not unregistered; raises LinkError."""
+    """The nodes that are registered at a SuperLink; raises LinkError."""
     found = _ask(superlink, ControlHttpClient.ListNodes, ListNodesRequest()).nodes_info
     return [
         Listed(
@@ -58,24 +58,24 @@ def _iso(seconds: float) -> str:
 
 
 def register(superlink: Superlink, public_key: Path, name: str = "") -> int:
-    """Let the node with this key join, and give its id; raises ConfigError, LinkError."""
+    """Let the node with this public key join, and return its id; raises ConfigError, LinkError."""
     request = RegisterNodeRequest(public_key=public_key_bytes(public_key), name=name or None)
     return _ask(superlink, ControlHttpClient.RegisterNode, request).node_id
 
 
 def unregister(superlink: Superlink, node: int) -> None:
-    """Let a node no longer join; raises LinkError."""
+    """No longer let a node join; raises LinkError."""
     _ask(superlink, ControlHttpClient.UnregisterNode, UnregisterNodeRequest(node_id=node))
 
 
 def public_key_bytes(path: Path) -> bytes:
-    """An OpenSSH public key as a SuperLink has it, in PEM; raises ConfigError."""
+    """An OpenSSH public key in PEM format, as a SuperLink stores it; raises ConfigError."""
     try:
         key = load_ssh_public_key(path.expanduser().read_bytes())
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise ConfigError(f"{path}: not an OpenSSH public key: {error}") from None
+        raise ConfigError(f"{path}: is not an OpenSSH public key: {error}") from None
     if not isinstance(key, ec.EllipticCurvePublicKey) or not uses_nist_ec_curve(key):
-        raise ConfigError(f"{path}: not on a NIST curve; `ssh-keygen -t ecdsa -b 384` makes one that is")
+        raise ConfigError(f"{path}: is not a key on a NIST curve; `ssh-keygen -t ecdsa -b 384` makes one")
     return public_key_to_bytes(key)

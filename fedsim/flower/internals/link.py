@@ -40,10 +40,10 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedsim.errors import one_line
 from fedsim.flower.internals.connection import (
-    BRIEF,
-    LONG,
+    RETRY_BRIEFLY,
+    RETRY_LONG,
+    Heartbeat,
     LinkError,
-    Pulse,
     Request,
     Response,
     RunEndedError,
@@ -54,23 +54,23 @@ from fedsim.flower.internals.connection import (
     connect,
     guard,
 )
-from fedsim.flower.internals.objects import WORKERS, Arrival, GoneError, packed, push
+from fedsim.flower.internals.objects import PARALLEL_OBJECTS, GoneError, IncomingMessage, packed, push
 
 Kind = Literal["train", "query", "evaluate"]
 
-HEARTBEAT = 10.0  # seconds; the SuperLink fails a run that it has not heard of for 60
-RACES = 5  # runs that are begun before we say that others take them
-ENDED = "the SuperLink has ended our run: it was stopped, or the SuperLink was restarted"
-NODE = Node(node_id=SUPERLINK_NODE_ID)  # as which the driver of a run speaks
+HEARTBEAT_INTERVAL = 10.0  # seconds; the SuperLink fails a run after 60 without a heartbeat
+START_ATTEMPTS = 5  # runs to start before an error says that another process takes them
+ENDED = "the SuperLink has ended this run: it was stopped, or the SuperLink was restarted"
+NODE = Node(node_id=SUPERLINK_NODE_ID)  # the sender of the messages of a run's driver
 
-FAULTS = {
+ERROR_TEXTS = {
     ErrorCode.LOAD_CLIENT_APP_EXCEPTION: "the node could not load its app",
-    ErrorCode.CLIENT_APP_RAISED_EXCEPTION: "the node's app raised",
+    ErrorCode.CLIENT_APP_RAISED_EXCEPTION: "the node's app raised an error",
     ErrorCode.MESSAGE_UNAVAILABLE: "the message expired, or the SuperLink lost it",
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "the reply expired, or the SuperLink lost it",
     ErrorCode.NODE_UNAVAILABLE: "the node is gone",
-    ErrorCode.MOD_FAILED_PRECONDITION: "the node's mods refuse the message",
-    ErrorCode.INVALID_FAB: "the node refuses the app",
+    ErrorCode.MOD_FAILED_PRECONDITION: "the node's mods refused the message",
+    ErrorCode.INVALID_FAB: "the node refused the app",
     ErrorCode.CLIENT_APP_CRASHED: "the node's app died",
 }
 
@@ -78,37 +78,37 @@ GONE = {ErrorCode.NODE_UNAVAILABLE, ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REP
 
 
 class Reply(NamedTuple):
-    """What came of one message."""
+    """The result of one message."""
 
     to: str  # the id of the message that it answers
     node: int
     content: RecordDict | None
     error: str | None  # one line
-    bytes: int  # of the content, as it was on the wire
-    gone: bool = False  # the node went away: it has not refused, and may be asked again
+    bytes: int  # of the content, as it was transferred
+    gone: bool = False  # the node was lost: it has not refused, and may be asked again
 
 
 class Link:
-    """A Flower run of ours: sends messages to nodes and takes their replies. Not for two threads at once."""
+    """A Flower run that this process drives: it sends messages to nodes and takes replies. Not thread-safe."""
 
     def __init__(self, runtime: RuntimeHttpClient, run_id: int, task_id: int, *, ours: bool):
         self.run_id = run_id
         self._runtime, self._task, self._ours = runtime, task_id, ours
-        self._pool = ThreadPoolExecutor(WORKERS, "link")
-        self._nodes = dict[str, int]()  # whom each message went to
-        self._arriving = dict[str, Arrival]()  # by the id of the message that it answers
+        self._pool = ThreadPoolExecutor(PARALLEL_OBJECTS, "link")
+        self._nodes = dict[str, int]()  # the node that each message went to
+        self._arriving = dict[str, IncomingMessage]()  # by the id of the message that it answers
         self._abandoned = set[str]()
-        self._pulse = Pulse(self._beat, HEARTBEAT) if ours else None
+        self._heartbeat = Heartbeat(self._beat, HEARTBEAT_INTERVAL) if ours else None
         self._closed = False
 
     @classmethod
     def open(cls, superlink: Superlink, app: Path | bytes) -> Self:
-        """Begin a run of `app` (its folder or its FAB), and be its ServerApp; raises LinkError."""
+        """Start a run of `app` (its folder or its FAB) with this process as its ServerApp; raises LinkError."""
         fab = build_fab(app) if isinstance(app, Path) else app
         control = connect(ControlHttpClient, superlink, "flwr CLI")
         runtime = connect(RuntimeHttpClient, superlink, "flwr-serverapp")
         try:
-            for _ in range(RACES):
+            for _ in range(START_ATTEMPTS):
                 if begun := _begin(control, runtime, fab):
                     return cls(runtime, *begun, ours=True)
         except BaseException:
@@ -118,7 +118,7 @@ class Link:
             control.close()
         runtime.close()
         raise LinkError(
-            f"another process takes the runs of {superlink.address} before we can drive them: "
+            f"another process takes the runs of {superlink.address} before this one can drive them: "
             "start flower-superlink with --isolation process, and no flower-superexec"
         )
 
@@ -133,14 +133,15 @@ class Link:
     def nodes(self) -> set[int]:
         """The ids of the nodes that are online."""
         return {
-            node.node_id for node in self._call(self._runtime.GetNodes, GetNodesRequest(), patience=BRIEF).nodes
+            node.node_id
+            for node in self._call(self._runtime.GetNodes, GetNodesRequest(), retry_for=RETRY_BRIEFLY).nodes
         }
 
     def send(self, contents: Mapping[int, RecordDict], kind: Kind, *, group: str, ttl: float) -> dict[str, int]:
-        """Send each node its content, and give the messages' ids with their nodes; raises LinkError.
+        """Send each node its content, and return the nodes by the messages' ids; raises LinkError.
 
-        Arrays are hashed and uploaded once if several contents hold the same ArrayRecord. A message whose reply
-        has not come within `ttl` seconds is answered with an error.
+        Arrays of an ArrayRecord that several contents share are hashed and uploaded once. If there is no reply
+        within `ttl` seconds, the reply is an error.
         """
         if not contents:
             return {}
@@ -170,7 +171,7 @@ class Link:
         taken = self._call(self._runtime.PushMessages, request)
         sent = dict(zip(taken.message_ids, contents, strict=True))
         if "" in sent:
-            raise LinkError("the SuperLink takes no message of this run")
+            raise LinkError("the SuperLink accepts no messages of this run")
         push(
             objects,
             taken.objects_to_push,
@@ -184,13 +185,13 @@ class Link:
         request = PushObjectRequest(
             node=NODE, run_id=self.run_id, object_id=name, object_content=content, session_id=session
         )
-        self._call(self._runtime.PushObject, request, patience=LONG)
+        self._call(self._runtime.PushObject, request, retry_for=RETRY_LONG)
 
     def receive(self, waiting: Collection[str], *, most_bytes: int) -> list[Reply]:
-        """The replies that are here by now, to some of the messages `waiting`; raises LinkError.
+        """The replies to messages of `waiting` that have arrived; raises LinkError.
 
-        It waits for nothing: call it again soon, and less often while nothing comes, for each question costs the
-        SuperLink 2 ms. A reply with more than `most_bytes` is not read, and comes as an error.
+        It does not wait. Call it often, and less often while nothing arrives: each call costs the SuperLink 2 ms.
+        A reply of more than `most_bytes` is not read, and is returned as an error.
         """
         if not (asked := {*waiting, *self._abandoned} - self._arriving.keys()) and not self._arriving:
             return []
@@ -207,14 +208,14 @@ class Link:
                         replies.append(self._failed(to, name, message_from_proto(proto).error))
                     else:
                         try:
-                            self._arriving[to] = Arrival(tree, most_bytes)
+                            self._arriving[to] = IncomingMessage(tree, most_bytes)
                         except TooLargeError as error:
                             replies.append(self._reply(to, name, error=f"its reply is too large: {error}"))
         for to in [to for to in self._arriving if to in waiting]:
             try:
                 reply = self._arrived(to)
             except LinkError:
-                if replies:  # which would be lost: the SuperLink forgets them. The error comes again
+                if replies:  # the SuperLink does not keep them; the error will come again
                     break
                 raise
             if reply:
@@ -247,22 +248,24 @@ class Link:
         return Reply(to, self._nodes.pop(to, 0), content, None if error is None else one_line(error), size)
 
     def _failed(self, to: str, name: str, error: Error) -> Reply:
-        return self._reply(to, name, error=_fault(error))._replace(gone=error.code in GONE)
+        return self._reply(to, name, error=_error_text(error))._replace(gone=error.code in GONE)
 
     def _done(self, name: str) -> None:
-        """Let the SuperLink forget a reply; nobody waits for that."""
+        """Have the SuperLink delete a reply, without waiting for it."""
         request = ConfirmMessageReceivedRequest(node=NODE, run_id=self.run_id, message_object_id=name)
-        self._pool.submit(lambda: self._call(self._runtime.ConfirmMessageReceived, request, patience=BRIEF))
+        self._pool.submit(
+            lambda: self._call(self._runtime.ConfirmMessageReceived, request, retry_for=RETRY_BRIEFLY)
+        )
 
     def _get(self, name: str) -> bytes | None:
         request = PullObjectRequest(node=NODE, run_id=self.run_id, object_id=name)
-        found = self._call(self._runtime.PullObject, request, patience=BRIEF)
+        found = self._call(self._runtime.PullObject, request, retry_for=RETRY_BRIEFLY)
         if not found.object_found:
             raise GoneError
         return found.object_content if found.object_available else None
 
     def abandon(self, messages: Collection[str]) -> None:
-        """Wait no more for the replies to these: one that comes late is dropped, unread, by the next `receive`."""
+        """No longer wait for the replies to these; `receive` drops, unread, those that arrive late."""
         self._abandoned.update(messages)
         for to in messages:
             self._nodes.pop(to, None)
@@ -271,16 +274,16 @@ class Link:
                 self._done(arrival.name)
 
     def close(self, error: str | None = None) -> None:
-        """Complete the run, or fail it for a reason; it may be called twice."""
+        """Complete the run, or fail it with an error; it may be called twice."""
         if self._closed:
             return
         self._closed = True
-        if self._pulse:
-            self._pulse.stop()
+        if self._heartbeat:
+            self._heartbeat.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)
         if self._ours:
             status = "completed" if error is None else "failed"
-            with suppress(LinkError):  # it has heard already, or cannot hear
+            with suppress(LinkError):  # it knows already, or cannot be reached
                 call(
                     self._runtime.PushTaskOutput,
                     PushTaskOutputRequest(sub_status=status, details=one_line(error or "")),
@@ -295,28 +298,28 @@ class Link:
         if not known:
             raise RunEndedError(ENDED)
 
-    def _call(self, method: Callable[[Request], Response], request: Request, *, patience: float = 0) -> Response:
+    def _call(self, method: Callable[[Request], Response], request: Request, *, retry_for: float = 0) -> Response:
         if self._closed:
             raise LinkError("the run is closed")
-        if self._pulse:
-            self._pulse.check()
+        if self._heartbeat:
+            self._heartbeat.check()
         try:
-            return call(method, request, patience=patience)
+            return call(method, request, retry_for=retry_for)
         except UnknownError:
             raise RunEndedError(ENDED) from None
 
 
 def build_fab(folder: Path) -> bytes:
-    """The FAB of the app in a folder: what Flower sends of it."""
-    with warnings.catch_warnings(category=DeprecationWarning, action="ignore"):  # of a library that flwr uses
+    """The FAB (Flower's archive) of the app in a folder."""
+    with warnings.catch_warnings(category=DeprecationWarning, action="ignore"):  # from a library that flwr uses
         return build_fab_from_disk(folder)
 
 
 def _begin(control: ControlHttpClient, runtime: RuntimeHttpClient, fab: bytes) -> tuple[int, int] | None:
-    """A run of our own and its task, by their ids; None where another process took the task.
+    """The ids of a new run and its task; None if another process took the task.
 
-    An ordinary SuperLink starts ServerApps itself, through a SuperExec that asks for tasks once a second: we ask
-    at once, and only for what runs our very app. Whoever has the task's token is the run's ServerApp.
+    An ordinary SuperLink starts ServerApps itself, through a SuperExec that asks for tasks once a second. This
+    process asks at once, and only for tasks of its own app. Whoever has the task's token is the ServerApp.
     """
     fab = _unique(fab)
     name = hashlib.sha256(fab).hexdigest()
@@ -342,20 +345,20 @@ def _acquire(runtime: RuntimeHttpClient, name: str) -> AcquireTaskResponse:
         return call(runtime.AcquireTask, AcquireTaskRequest(agentapp_fab_hashes=[name]))
     except UnknownError:
         raise LinkError(
-            "the SuperLink gives runs to those who know its secret: start it without --superexec-auth-secret-file"
+            "the SuperLink requires a secret to drive runs: start it without --superexec-auth-secret-file"
         ) from None
 
 
 def _unique(fab: bytes) -> bytes:
-    """The same app under a hash of its own, by which its task is told from all others."""
+    """The same app with a hash of its own, which distinguishes its task from all others."""
     file = BytesIO(fab)
     if not is_zipfile(file):
-        raise LinkError("the app is no FAB")
+        raise LinkError("the app is not a FAB")
     with ZipFile(file, "a") as opened:
         opened.comment = secrets.token_hex(16).encode()
     return file.getvalue()
 
 
-def _fault(error: Error) -> str:
-    words = FAULTS.get(error.code, f"Flower's error {error.code}")
+def _error_text(error: Error) -> str:
+    words = ERROR_TEXTS.get(error.code, f"Flower's error {error.code}")
     return f"{words}: {error.reason}" if error.reason else words

@@ -1,7 +1,7 @@
-"""Messages as Flower's wire has them: trees of objects, each named by the SHA-256 of its bytes.
+"""Messages as Flower transfers them: trees of objects, each named by the SHA-256 of its bytes.
 
-Flower's own functions hash and copy each byte several times over, and wait a second for what is not there yet;
-these hash and copy once, and move several objects side by side. The wire is the same.
+Flower's own functions hash and copy each byte several times, and wait a second for an object that is not there
+yet; these hash and copy once, and transfer several objects in parallel. The wire format is the same.
 """
 
 import json
@@ -21,26 +21,26 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.inflatable.inflatable_utils import inflatable_class_registry
 
-from fedsim.flower.internals.connection import Room, TooLargeError, within
+from fedsim.flower.internals.connection import ByteLimit, TooLargeError, limited
 
-CHUNK = 8 * 2**20  # bytes of an array in one object, and so in one request
-WORKERS = 4  # objects that move side by side
-DEPTH = 5  # message, record dict, array record, array, chunk
+CHUNK_BYTES = 8 * 2**20  # of an array in one object, and so in one request
+PARALLEL_OBJECTS = 4  # that are transferred at the same time
+MOST_DEPTH = 5  # of a tree: message, record dict, array record, array, chunk
 MOST_OBJECTS = 100_000  # of one message
-WRAPPING = 2**20  # bytes that a message may have besides its content, at most
-RECORDS = 2**23  # bytes that it may have besides its arrays' data; in memory they take some ten times as many
+MOST_HEADER_BYTES = 2**20  # that the objects of a message may have besides their content
+MOST_RECORD_BYTES = 2**23  # of a message besides its arrays' data; in memory they take about ten times as much
 
-Objects = dict[str, bytes | InflatableObject]  # by id; as bytes where they are made already
+Objects = dict[str, bytes | InflatableObject]  # by id; as bytes if they are serialised already
 
 
 class GoneError(Exception):
-    """The SuperLink no longer has an object that belongs to a message."""
+    """The SuperLink no longer has an object of a message."""
 
 
 def packed(messages: Iterable[Message], pool: Executor) -> tuple[list[ObjectTree], Objects]:
-    """Each message's tree of objects, and all the objects by their ids; sets the messages' ids.
+    """Each message's tree of objects, and all objects by id; sets the messages' ids.
 
-    What several messages hold is there once.
+    An object that several messages share is in it once.
     """
     objects = Objects()
     messages = list(messages)
@@ -62,11 +62,11 @@ def _arrays(content: RecordDict) -> list[Array]:
 
 
 def _split(array: Array, objects: Objects, pool: Executor) -> None:
-    """Cut an array into chunks of our size, in the place where Flower keeps its own."""
+    """Cut an array into chunks of CHUNK_BYTES, stored in the attribute where Flower has its own."""
     if "_chunks" in array.__dict__:  # it was sent before
         return
     data = memoryview(array.data)
-    chunks = [ArrayChunk(data[start : start + CHUNK]) for start in range(0, len(data), CHUNK)]
+    chunks = [ArrayChunk(data[start : start + CHUNK_BYTES]) for start in range(0, len(data), CHUNK_BYTES)]
     contents = list(pool.map(_deflated, chunks))
     array.__dict__["_chunks"] = [(name, chunk) for (name, _), chunk in zip(contents, chunks, strict=True)]
     objects.update(contents)
@@ -89,7 +89,7 @@ def push(
     send: Callable[[str, bytes], None],
     pool: Executor,
 ) -> None:
-    """Send the objects that the SuperLink wants, side by side; raises LinkError."""
+    """Send the objects that the SuperLink asks for, in parallel; raises LinkError."""
 
     def one(name: str) -> None:
         thing = objects[name]
@@ -99,33 +99,33 @@ def push(
     list(pool.map(one, [name for name in objects if name in wants]))
 
 
-class Arrival:
-    """A message whose objects are on their way to us."""
+class IncomingMessage:
+    """A message whose objects are being received."""
 
     def __init__(self, tree: ObjectTree, most_bytes: int):
         names = list(dict.fromkeys(each.object_id for each in iterate_object_tree(tree)))
         if len(names) > MOST_OBJECTS:
-            raise TooLargeError(f"{len(names)} objects; {MOST_OBJECTS} are allowed")
-        self.bytes = 0  # of the objects that are here
+            raise TooLargeError(f"{len(names)} objects; allowed: up to {MOST_OBJECTS}")
+        self.bytes = 0  # of the objects that have arrived
         self.name, self._missing = tree.object_id, names
         self._contents = dict[str, bytes]()
-        self._most, self._room = most_bytes, Room(most_bytes, min(1024 * len(names), WRAPPING))
+        self._most, self._limit = most_bytes, ByteLimit(most_bytes, min(1024 * len(names), MOST_HEADER_BYTES))
 
     def advance(self, fetch: Callable[[str], bytes | None], pool: Executor) -> bool:
-        """Take the objects that are there, and say whether all are.
+        """Fetch the objects that are available, and return whether the message is complete.
 
-        `fetch` gives None for what its sender has yet to send. Raises LinkError; GoneError; and TooLargeError,
-        with what is too large unread.
+        `fetch` returns None for an object that has not been sent yet. Raises LinkError, GoneError, and
+        TooLargeError, without reading what is too large.
         """
 
         def one(name: str) -> bytes | None:
-            with within(self._room):
+            with limited(self._limit):
                 return fetch(name)
 
-        side_by_side = 1  # at first: asking in vain is not for free
+        parallel = 1  # at first, because asking for an object that is not there costs time
         while self._missing:  # in the order in which they are sent
-            window = self._missing[:side_by_side]
-            side_by_side = WORKERS
+            window = self._missing[:parallel]
+            parallel = PARALLEL_OBJECTS
             got = dict(zip(window, pool.map(one, window), strict=True))
             here = {name: content for name, content in got.items() if content is not None}
             self._contents |= here
@@ -136,51 +136,51 @@ class Arrival:
         return True
 
     def message(self) -> Message:
-        """The message; raises ValueError where its objects do not make one."""
+        """The message; raises ValueError if its objects are not one."""
         chunk = ArrayChunk.__qualname__.encode()
         records = sum(len(content) for content in self._contents.values() if not content.startswith(chunk))
-        if records > RECORDS:
-            raise TooLargeError(f"{records} bytes besides arrays; {RECORDS} are allowed")
+        if records > MOST_RECORD_BYTES:
+            raise TooLargeError(f"{records} bytes besides arrays; allowed: up to {MOST_RECORD_BYTES}")
         try:
-            made = _inflated(self.name, self._contents, Room(self._most), DEPTH, {})
+            made = _inflated(self.name, self._contents, ByteLimit(self._most), MOST_DEPTH, {})
         except ValueError:
             raise
-        except Exception as error:  # whatever Flower's parts make of bytes that anyone may have sent
+        except Exception as error:  # whatever Flower's code raises for bytes from an untrusted sender
             raise ValueError(f"{type(error).__name__}: {error}") from None
         if not isinstance(made, Message):
-            raise ValueError(f"it is a {type(made).__name__}")
+            raise ValueError(f"it is a {type(made).__name__}, not a Message")
         made.metadata.__dict__["_message_id"] = self.name
         return made
 
 
 def _inflated(
-    name: str, contents: Mapping[str, bytes], room: Room, depth: int, made: dict[str, InflatableObject]
+    name: str, contents: Mapping[str, bytes], limit: ByteLimit, depth: int, made: dict[str, InflatableObject]
 ) -> InflatableObject:
-    """An object, which is in `made` from then on: a few kilobytes could name one a billion times."""
+    """An object, made once and stored in `made`: a few kilobytes could refer to one object a billion times."""
     if name in made:
         return made[name]
     if not depth:
-        raise ValueError(f"objects lie more than {DEPTH} deep")
+        raise ValueError(f"objects are nested more than {MOST_DEPTH} deep")
     content = contents[name]
     kind, children, _ = get_object_head_values_from_object_content(content)
     if kind == Array.__qualname__:
-        made[name] = _array(content, children, contents, room)
+        made[name] = _array(content, children, contents, limit)
     else:
-        inner = {child: _inflated(child, contents, room, depth - 1, made) for child in children}
+        inner = {child: _inflated(child, contents, limit, depth - 1, made) for child in children}
         made[name] = inflatable_class_registry[kind].inflate(content, children=inner)
     return made[name]
 
 
-def _array(content: bytes, children: list[str], contents: Mapping[str, bytes], room: Room) -> Array:
-    """Flower's own takes each byte three times, and lets a few bytes name a chunk a million times."""
-    told = json.loads(bytes(_body(content)))
+def _array(content: bytes, children: list[str], contents: Mapping[str, bytes], limit: ByteLimit) -> Array:
+    """An array; Flower's own code copies it three times, and lets a few bytes repeat a chunk a million times."""
+    head = json.loads(bytes(_body(content)))
     chunks = {child: _body(contents[child]) for child in children}
     for child in children:
         if get_object_head_values_from_object_content(contents[child])[0] != ArrayChunk.__qualname__:
-            raise ValueError("an array of what are no chunks")
-    parts = [chunks[children[place]] for place in told["arraychunk_ids"]]
-    room.take(sum(map(len, parts)))
-    return Array(dtype=told["dtype"], shape=tuple(told["shape"]), stype=told["stype"], data=b"".join(parts))
+            raise ValueError("an array whose parts are not chunks")
+    parts = [chunks[children[place]] for place in head["arraychunk_ids"]]
+    limit.take(sum(map(len, parts)))
+    return Array(dtype=head["dtype"], shape=tuple(head["shape"]), stype=head["stype"], data=b"".join(parts))
 
 
 def _body(content: bytes) -> memoryview:

@@ -1,4 +1,4 @@
-"""Flower's own FedAdam, with fedsim's nodes as its clients: what they do stands in pyproject.toml."""
+"""Flower's own FedAdam, with fedsim's nodes as its clients; pyproject.toml says what they do."""
 
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
@@ -13,7 +13,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Train the experiment's model, and leave it in a file."""
+    """Train the experiment's model, and write it to a file."""
     config = context.run_config
     shape = tuple(int(side) for side in config["shape"].split(","))
     network = models.make(values_of(config)["model"], shape, config["classes"])

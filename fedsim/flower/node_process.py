@@ -1,4 +1,4 @@
-"""`fedsim node`: one long-lived process that keeps network, data and device between messages."""
+"""`fedsim node`: one long-lived process that keeps network, data and device in memory between messages."""
 
 import logging
 import re
@@ -12,20 +12,20 @@ from flwr.app import Message, RecordDict
 from fedsim.errors import ConfigError
 from fedsim.experiment.checkpoint import versions
 from fedsim.flower import wire
-from fedsim.flower.internals import LinkError, Member, Superlink
+from fedsim.flower.internals import LinkError, NodeLink, Superlink
 from fedsim.flower.messages import Answer, Hello, Invitation, Joined, Order, failure
 from fedsim.flower.node import Node
 
 log = logging.getLogger(__name__)
 POLL = 0.03, 0.5  # seconds between two looks for messages, at least and at most
 SHARE = 0.01  # of the time since the last message, to wait for the next look
-PLAN = 2**23  # bytes of a message besides its tensors
-RETRY = 1.0  # seconds between two attempts to connect
-AWAY = 1.0  # seconds for which a process shows that the last one with its key is gone
+MOST_TEXT_BYTES = 2**23  # of a message besides its tensors
+RETRY_PAUSE = 1.0  # seconds between two attempts to connect
+LEAVE_PAUSE = 1.0  # seconds between leaving and joining again, long enough for the server to notice
 
 
 def respond(node: Node, content: RecordDict) -> RecordDict:
-    """The node's answer to a message; raises ValueError, in one line, for one that is none of fedsim's."""
+    """The node's answer to a message; raises ValueError, in one line, if the message is not one of fedsim's."""
     kind = wire.kind(content)
     if kind == Hello.__name__:
         return wire.record(Joined(node.settings.name, versions()))
@@ -43,41 +43,41 @@ def respond(node: Node, content: RecordDict) -> RecordDict:
 
 
 def described(order: Order, answer: Answer) -> str:
-    """What a node did, in a line."""
-    done = answer.error or ("does not know the run" if answer.lost else f"{answer.examples} examples")
+    """What a node did for an order, in a line."""
+    done = answer.error or ("does not have the plan" if answer.lost else f"{answer.examples} examples")
     return f"round {order.round + 1}: {order.task}: {done}, {answer.seconds:.2f} s"
 
 
 def serve(node: Node, superlink: Superlink, key: Path | None) -> NoReturn:
-    """Answer messages until interrupted, whatever becomes of the SuperLink.
+    """Answer messages until interrupted; connects again whenever the connection to the SuperLink is lost.
 
-    Raises ConfigError where it refuses the node at the start, and for good.
+    Raises ConfigError if the SuperLink refuses the node at the start, and trying again cannot help.
     """
-    said, known = "", False
+    logged, known = "", False
     while True:
         try:
-            if key and not known:  # else nobody may notice that what the last process was at is lost
-                Member.open(superlink, key).close()
-                sleep(AWAY)
-            with closing(Member.open(superlink, key)) as member:
+            if key and not known:  # shows the server that an earlier process, and what it worked at, is gone
+                NodeLink.open(superlink, key).close()
+                sleep(LEAVE_PAUSE)
+            with closing(NodeLink.open(superlink, key)) as link:
                 log.info("connected to %s", superlink.address)
-                said, known = "", True
-                _answer(node, member)
+                logged, known = "", True
+                _answer(node, link)
         except LinkError as error:
             if not error.again and not known:
                 raise ConfigError(f"superlink {superlink.address}: {error}") from error
-            if (now := re.sub(r"\d+", "", str(error))) != said:  # seconds count down in it
-                log.warning("%s: %s; tries again until it succeeds", superlink.address, error)
-                said = now
-            sleep(RETRY)
+            if (now := re.sub(r"\d+", "", str(error))) != logged:  # without digits: the seconds in it count down
+                log.warning("%s: %s; trying again", superlink.address, error)
+                logged = now
+            sleep(RETRY_PAUSE)
 
 
-def _answer(node: Node, member: Member) -> NoReturn:
-    """Answer messages until the SuperLink does not know the node any more; raises LinkError."""
+def _answer(node: Node, link: NodeLink) -> NoReturn:
+    """Answer messages until the SuperLink no longer knows the node; then raises LinkError."""
     last = monotonic()
     while True:
         try:
-            message = member.receive(most_bytes=node.settings.allow.max_bytes + PLAN)
+            message = link.receive(most_bytes=node.settings.allow.max_bytes + MOST_TEXT_BYTES)
             if message is None:
                 sleep(min(max(SHARE * (monotonic() - last), POLL[0]), POLL[1]))
                 continue
@@ -85,21 +85,21 @@ def _answer(node: Node, member: Member) -> NoReturn:
                 content: RecordDict | str = respond(node, message.content)
             except ValueError as error:
                 content = str(error)
-            _deliver(member, message, content)
+            _deliver(link, message, content)
             last = monotonic()
         except LinkError as error:
             if not error.again:
                 raise
-            sleep(RETRY)
+            sleep(RETRY_PAUSE)
 
 
-def _deliver(member: Member, message: Message, content: RecordDict | str) -> None:
-    """Answer, however long the SuperLink is out of reach; raises LinkError where it does not want to hear it."""
+def _deliver(link: NodeLink, message: Message, content: RecordDict | str) -> None:
+    """Send an answer, trying again while the SuperLink cannot be reached; raises LinkError if it is refused."""
     while True:
         try:
-            member.answer(message, content)
+            link.answer(message, content)
             return
         except LinkError as error:
             if not error.again:
                 raise
-            sleep(RETRY)
+            sleep(RETRY_PAUSE)

@@ -1,4 +1,4 @@
-"""Who is connected to a SuperLink, by name: every node is asked."""
+"""The nodes that a SuperLink knows, for `fedsim nodes`; those that are online are asked for their names."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import closing, suppress
@@ -9,14 +9,17 @@ from fedsim.flower import wire
 from fedsim.flower.app import flower_app
 from fedsim.flower.internals import Link, LinkError, Listed, Superlink, listed
 from fedsim.flower.messages import Hello, Joined
-from fedsim.flower.roster import MATTER
+from fedsim.flower.roster import COMPARED
 
-PATIENCE = 12.0  # seconds that nodes have to answer: Flower's own take six, and more while they are at work
-TICK = 0.05
+ANSWER_TIME = 12.0  # seconds that nodes have to answer: Flower's SuperNodes take six, or more while they work
+POLL = 0.05  # seconds between two looks for answers
 
 
-def census(superlink: Superlink, told: Mapping[str, int]) -> Iterator[tuple[str, ...]]:
-    """A row for each node: name, last seen, examples, versions, number; raises ConfigError."""
+def node_rows(superlink: Superlink, sizes: Mapping[str, int]) -> Iterator[tuple[str, ...]]:
+    """A row for each node: name, when last seen, number of examples, versions, node id; raises ConfigError.
+
+    `sizes` has the numbers of examples that are known, by name.
+    """
     try:
         known = {node.node: node for node in listed(superlink)}
         answers = _asked(superlink)
@@ -25,8 +28,8 @@ def census(superlink: Superlink, told: Mapping[str, int]) -> Iterator[tuple[str,
     for number, node in sorted(known.items(), key=lambda pair: (_name(answers, pair[1]), pair[0])):
         joined = answers.get(number)
         name, versions = _name(answers, node), joined.versions if joined else {}
-        shown = ", ".join(f"{each} {one_line(versions.get(each, '?'))}" for each in MATTER) if joined else ""
-        examples = f"{told[name]:,}" if told.get(name) else "not told"
+        shown = ", ".join(f"{each} {one_line(versions.get(each, '?'))}" for each in COMPARED) if joined else ""
+        examples = f"{sizes[name]:,}" if sizes.get(name) else "unknown"
         yield name or "unknown", _seen(node, joined), examples, shown, str(number)
 
 
@@ -37,22 +40,22 @@ def _name(answers: Mapping[int, Joined], node: Listed) -> str:
 
 def _seen(node: Listed, joined: Joined | None) -> str:
     if node.status == "online":
-        return "now" if joined else "at work, or not fedsim's"
+        return "now" if joined else "working, or not a fedsim node"
     return f"{node.status}, {node.online_until or node.since}"
 
 
 def _asked(superlink: Superlink) -> dict[int, Joined]:
-    """What the nodes say that are online."""
+    """The answers of the nodes that are online, by node id."""
     answers = dict[int, Joined]()
     with closing(Link.open(superlink, flower_app())) as link:
         content = wire.record(Hello())
-        waiting = link.send(dict.fromkeys(link.nodes(), content), "query", group="census", ttl=PATIENCE)
-        deadline = monotonic() + PATIENCE
+        waiting = link.send(dict.fromkeys(link.nodes(), content), "query", group="census", ttl=ANSWER_TIME)
+        deadline = monotonic() + ANSWER_TIME
         while waiting and monotonic() < deadline:
             for reply in link.receive(waiting, most_bytes=2**20):
                 node = waiting.pop(reply.to)
-                with suppress(ValueError):  # not fedsim's
+                with suppress(ValueError):  # not a fedsim node
                     if reply.content is not None:
                         answers[node] = wire.read(Joined, reply.content)
-            sleep(TICK)
+            sleep(POLL)
     return answers

@@ -1,4 +1,4 @@
-"""A run's connection to its nodes: made when it is needed, and made anew where the SuperLink went away."""
+"""A run's connection to its nodes: opened when it is needed, and opened again after the SuperLink was lost."""
 
 import logging
 import ssl
@@ -20,29 +20,29 @@ from fedsim.flower.roster import Roster, read_keys
 from fedsim.types import State
 
 log = logging.getLogger(__name__)
-TICK = 0.1  # seconds between two looks for nodes, while nothing else is done
-RETRY = 1.0  # seconds between two attempts to connect
-QUIET = 2.0  # seconds for which waiting needs no word
-LOOK = 0.5  # seconds between two looks for nodes, while clients train
+LOOK_PAUSE = 0.1  # seconds between two looks for nodes, while nothing else is done
+RETRY_PAUSE = 1.0  # seconds between two attempts to connect
+SILENT_WAIT = 2.0  # seconds; a longer wait is logged
+LOOK_PAUSE_TRAINING = 0.5  # the same while clients train
 
 
 @dataclass(frozen=True)
 class Timing:
-    """In seconds: how long nodes have to come, and clients to answer."""
+    """Limits in seconds: for nodes to join, and for clients to answer in a round."""
 
     wait: float
     round_timeout: float
 
 
 def address_of(superlink: str, ca: Path | None, insecure: bool, at: str = "runtime.") -> Superlink:
-    """Where a SuperLink is; raises ConfigError where that is not said clearly."""
+    """A SuperLink's address and authority, as set; raises ConfigError if they are wrong or incomplete."""
     host, _, port = superlink.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise ConfigError(f"{at}superlink: {superlink!r} should be HOST:PORT, such as lab.example.org:8000")
     if insecure == (ca is not None):
         raise ConfigError(
-            f"{at}ca: the certificate of the SuperLink's authority; or {at}insecure, plain HTTP without one; "
-            f"{'one of the two' if insecure else 'neither is set'}"
+            f"{at}ca: either {at}ca (the certificate of the SuperLink's authority) or {at}insecure (plain HTTP); "
+            f"{'both are set' if insecure else 'neither is set'}"
         )
     if ca is None:
         return Superlink(superlink, None)
@@ -50,17 +50,17 @@ def address_of(superlink: str, ca: Path | None, insecure: bool, at: str = "runti
         content = ca.expanduser().read_bytes()
         ssl.create_default_context(cadata=content.decode("ascii"))
     except (ssl.SSLError, ValueError):  # the first is an OSError, too
-        raise ConfigError(f"{at}ca: {ca}: is no certificate in PEM") from None
+        raise ConfigError(f"{at}ca: {ca}: is not a certificate in PEM format") from None
     except OSError as error:
         raise ConfigError(f"{at}ca: {ca}: {error.strerror}") from None
     return Superlink(superlink, content)
 
 
-class Federation:
+class RunConnection:
     """The nodes of a run, and the link to them.
 
-    `run` is the run's id, under which nodes keep their clients' states; `settled` has the rounds after which there
-    are checkpoints, or None where the run keeps none.
+    `run` is the run's id, under which nodes keep their clients' states. `checkpointed_rounds` are the numbers of
+    rounds after which there are checkpoints; None if the run writes none.
     """
 
     def __init__(
@@ -76,48 +76,50 @@ class Federation:
         self._given = link
         self.roster = Roster(None if keys is None else read_keys(keys), self._keys)
         if nodes is not None and (len(nodes) != clients or len({*nodes}) != clients):
-            raise ConfigError(f"runtime.nodes: {len({*nodes})} different names, and data.clients is {clients}")
+            raise ConfigError(f"runtime.nodes: has {len({*nodes})} different names, but data.clients is {clients}")
         self.roster.names = sorted(nodes or [])
         if unknown := [name for name in self.roster.names if keys and name not in (self.roster.keys or {})]:
             raise ConfigError(f"runtime.keys: {keys} has no {unknown[0]}.pub")
         self.run = uuid4().hex
-        self.settled: list[int] | None = None
-        self.plan, self.initial = "", State()  # what nodes are told of the experiment
+        self.checkpointed_rounds: list[int] | None = None
+        self.plan, self.initial = "", State()  # what nodes receive of the experiment
         self._link: Link | None = None
         self._looked, self._gathered = 0.0, False
 
     def link(self) -> Link:
-        """The link in use; raises LinkError where there is none to be had."""
+        """The open link, opened if necessary; raises LinkError if that fails."""
         if self._link is None:
             if self._given:
                 self._link = self._given()
             elif self.superlink:
                 self._link = Link.open(self.superlink, flower_app())
             else:
-                raise LinkError("there is no SuperLink")
+                raise LinkError("no SuperLink is set")
         return self._link
 
     def _keys(self) -> dict[int, bytes]:
         """The nodes' public keys."""
         return {node.node: node.key for node in listed(self.superlink)} if self.superlink else {}
 
-    def look(self, every: float = LOOK) -> None:
-        """Look for nodes, if the last look is so long ago; raises LinkError."""
+    def look(self, every: float = LOOK_PAUSE_TRAINING) -> None:
+        """Look for nodes, if the last look was at least `every` seconds ago; raises LinkError."""
         if monotonic() - self._looked >= every:
             self._looked = monotonic()
             self.roster.look(self.link(), Invitation(self.run, self.plan, self.initial))
 
     def gather(self) -> None:
-        """Wait for the run's nodes, when it begins or goes on; raises RoundError where they are not enough."""
-        self._looked = 0.0  # who was there in the last round may have gone since
+        """Wait for the run's nodes when it begins or goes on; raises RoundError if there are too few."""
+        self._looked = 0.0  # nodes may have left since the last round
         if self._gathered:
             return
         roster = self.roster
-        self._await(lambda: roster.hopeless(self.clients) or (roster.complete if roster.named else self._enough))
+        self._await(
+            lambda: roster.too_few_accept(self.clients) or (roster.complete if roster.named else self._enough)
+        )
         if not roster.named:
-            roster.settle(self.clients)
+            roster.fix_names(self.clients)
         elif not roster.complete:
-            log.warning("nodes: goes on with %s", roster.shown(self.clients))
+            log.warning("nodes: not all have joined; the run goes on with %s", roster.shown(self.clients))
         self._gathered = True
 
     @property
@@ -125,24 +127,28 @@ class Federation:
         return len(self.roster.joined) >= self.clients
 
     def reconnect(self, error: LinkError, seconds: float) -> None:
-        """Have another link, and the nodes that were there; raises RoundError where none is to be had.
+        """Open another link and wait for the nodes that had joined; raises RoundError if no link can be opened.
 
-        For so many seconds at most, and as long as nodes may take to come.
+        It waits at most `seconds`, and at most `timing.wait`.
         """
-        log.warning("superlink: %s; connects anew", error)
-        there = self.roster.joined.keys()
+        log.warning("superlink: %s; connecting again", error)
+        before = self.roster.joined.keys()
         self._drop(str(error))
-        self._await(lambda: there <= self.roster.joined.keys(), seconds)
+        self._await(lambda: before <= self.roster.joined.keys(), seconds)
 
-    def _await(self, there: Callable[[], bool], seconds: float = inf) -> None:
-        """Look for nodes until who should be there is, or time is up; raises RoundError without a link."""
-        began, said, address = monotonic(), "", self.superlink.address if self.superlink else "that started this"
+    def _await(self, reached: Callable[[], bool], seconds: float = inf) -> None:
+        """Look for nodes until `reached` is true or time is up; raises RoundError if there is no link."""
+        began, logged, address = (
+            monotonic(),
+            "",
+            self.superlink.address if self.superlink else "of this ServerApp",
+        )
         seconds = min(seconds, self.timing.wait)
         while True:
             now = f"nodes: {self.roster.shown(self.clients)}"
             try:
-                self.look(TICK)
-                if there() or monotonic() - began > seconds:
+                self.look(LOOK_PAUSE)
+                if reached() or monotonic() - began > seconds:
                     return
             except LinkError as error:
                 fresh = self._link is None  # then it was not an old one that broke
@@ -150,14 +156,14 @@ class Federation:
                 now = f"superlink {address}: {error}"
                 if (fresh and not error.again) or monotonic() - began > seconds:
                     raise RoundError(now) from error
-                sleep(RETRY)
-            if now != said and monotonic() - began > QUIET:
-                log.info("%s; waits up to %g s", now, seconds)
-                said = now
-            sleep(TICK)
+                sleep(RETRY_PAUSE)
+            if now != logged and monotonic() - began > SILENT_WAIT:
+                log.info("%s; waiting up to %g s", now, seconds)
+                logged = now
+            sleep(LOOK_PAUSE)
 
     def abandon(self, messages: Iterable[str]) -> None:
-        """Let late answers to these be dropped."""
+        """Drop answers to these messages that arrive late."""
         if self._link is not None:
             self._link.abandon([*messages])
 
@@ -178,13 +184,15 @@ class Federation:
         """SHA-256 of the plan."""
         return digest(self.plan)
 
-    def choice(self, sizes: list[int]) -> Spec | None:
-        """What a checkpoint has to know, once it is known who takes part."""
+    def checkpoint_entry(self, sizes: list[int]) -> Spec | None:
+        """What a checkpoint stores of the nodes; None while it is not known which nodes take part."""
         names = self.roster.names
         return {"name": "flower", "run": self.run, "nodes": names, "sizes": sizes} if names else None
 
-    def take(self, run: str, names: list[str]) -> None:
-        """Go on with a run and its nodes; raises ConfigError where others are wanted."""
+    def restore(self, run: str, names: list[str]) -> None:
+        """Go on with a run and its nodes; raises ConfigError if other nodes are set."""
         if self.roster.names not in ([], names):
-            raise ConfigError(f"runtime.nodes: {', '.join(self.roster.names)}, and the run has {', '.join(names)}")
+            raise ConfigError(
+                f"runtime.nodes: is {', '.join(self.roster.names)}, but the run has {', '.join(names)}"
+            )
         self.run, self.roster.names = run, names

@@ -1,9 +1,9 @@
-"""Strategies of Flower's own, such as its FedAdam, over fedsim's nodes.
+"""Strategies of Flower's own, such as its FedAdam, on fedsim's nodes.
 
-They send a network's state_dict as "arrays" and numbers as "config", and want a state_dict and metrics back. What
-a node is to do stands in the app's config: `experiment` has `model`, `local`, `seed` and `strategy` as any config
-has, and may have `examples`: `classes`, `scale`, `shift` and `crop`, where a node's own data would have others.
-All of it is held against what the node allows.
+They send a network's state_dict as "arrays" and numbers as "config", and expect a state_dict and metrics back.
+The app's config says what a node does: `experiment` has `model`, `local`, `seed` and `strategy` as any config, and
+may have `examples` with `classes`, `scale`, `shift` and `crop`, which replace those of the node's own data. All of
+it is checked against what the node allows.
 """
 
 import hashlib
@@ -28,14 +28,14 @@ from fedsim.flower.transport import decode
 from fedsim.training.task import Task
 from fedsim.types import Count
 
-ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"  # records, as Flower's strategies name them
+ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"  # names of records in Flower's strategies
 EXAMPLES = "num-examples"
 ROUND = "server-round"  # from 1
 BATCH_SIZE = 500  # of an evaluation
 
 
-class Told(Options):
-    """What an experiment may say of examples: a network takes x * scale - shift, of images their centre."""
+class ExampleOptions(Options):
+    """The `examples` of an experiment: networks take x * scale - shift, of images the central (crop, crop)."""
 
     classes: Count | None = None
     scale: tuple[float, ...] | None = None
@@ -43,17 +43,17 @@ class Told(Options):
     crop: Count | None = None
 
 
-def is_foreign(content: RecordDict) -> bool:
-    """Whether a message is of a strategy of Flower's own."""
+def is_from_flower(content: RecordDict) -> bool:
+    """Whether a message is from a strategy of Flower's own."""
     return wire.KEY not in content.config_records and ARRAYS in content.array_records
 
 
 def train(node: Node, message: Message, context: Context) -> RecordDict:
-    """The state_dict after local training, and n_k; raises ValueError."""
+    """Train: the state_dict after local training, and n_k; raises ValueError."""
     sent, task, answer = _work(node, message, context, "train")
     update = decode(answer.message)
     if update.keys() - {"buffers"} != {"delta"}:
-        raise ConfigError(f"strategy: sends {', '.join(sorted(update))}; Flower's add up models, and nothing else")
+        raise ConfigError(f"strategy: sends {', '.join(sorted(update))}; Flower's strategies take only models")
     found = task.layout.split(task.initial_model + update["delta"])
     found |= task.buffer_layout.split(update.get("buffers", task.initial_buffers))
     trained = ArrayRecord({name: found.get(name, value) for name, value in sent.items()})
@@ -62,7 +62,7 @@ def train(node: Node, message: Message, context: Context) -> RecordDict:
 
 
 def evaluate(node: Node, message: Message, context: Context) -> RecordDict:
-    """Loss and accuracy on the node's test examples, or where it has none, on those for training."""
+    """Evaluate: loss and accuracy on the node's test examples, or on its training examples if it has no others."""
     *_, answer = _work(node, message, context, "evaluate")
     found = answer.metrics
     n = found["examples"]
@@ -71,7 +71,7 @@ def evaluate(node: Node, message: Message, context: Context) -> RecordDict:
 
 
 def _work(node: Node, message: Message, context: Context, what: Any) -> tuple[dict[str, Tensor], Task, Answer]:
-    """What was sent, the task that starts there, and what the node answers to the order that it amounts to."""
+    """The state_dict that was sent, a task with these weights, and the node's answer to an equivalent order."""
     plan = _plan(node, values_of(context.run_config))
     sent = _tensors(message.content, node.settings.allow.max_bytes)
     task = _task(plan, sent)
@@ -81,7 +81,7 @@ def _work(node: Node, message: Message, context: Context, what: Any) -> tuple[di
         raise ConfigError(error)
     if node.role and node.role.initial_client:
         raise ConfigError(
-            f"strategy: in {plan.strategy['name']} clients keep states, which Flower's know nothing of"
+            f"strategy: in {plan.strategy['name']} clients keep states, which Flower's strategies do not support"
         )
     answer = node.work(
         Order(
@@ -105,10 +105,10 @@ def _work(node: Node, message: Message, context: Context, what: Any) -> tuple[di
 
 
 def _plan(node: Node, values: Mapping[str, Any]) -> Plan:
-    """What an experiment amounts to on this node; only what the node allows is looked up. Raises ConfigError."""
+    """The plan of an experiment on this node; looks up only names that the node allows. Raises ConfigError."""
     local = values.get("local", {})
     if not isinstance(local, dict) or "model" not in values:
-        raise ConfigError("experiment: should have a model, and local as a mapping")
+        raise ConfigError("experiment: should have `model`, and `local` should be a mapping")
     augment = local.get("augment", [])
     components = {
         "schedule": _named(local.get("schedule", "constant")),
@@ -131,14 +131,14 @@ def _plan(node: Node, values: Mapping[str, Any]) -> Plan:
     return plan
 
 
-def _examples(dataset: Dataset, said: Any) -> dict[str, Any]:
-    """The form of this node's examples, with what the experiment says of them; raises ConfigError."""
-    if not isinstance(said, dict):
+def _examples(dataset: Dataset, given: Any) -> dict[str, Any]:
+    """The form of this node's examples, with the experiment's `examples` applied; raises ConfigError."""
+    if not isinstance(given, dict):
         raise ConfigError("experiment.examples: should be a mapping")
-    told = validated(Told, said, "experiment.examples").model_dump(mode="json", exclude_none=True)
+    options = validated(ExampleOptions, given, "experiment.examples").model_dump(mode="json", exclude_none=True)
     owners = np.zeros(len(dataset.y_train), dtype=np.int64)
-    own = FederatedData(dataset, owners, clients=1, crop=told.get("crop"))
-    return {**own.form, "classes": dataset.classes, "crop": None, **told}
+    own = FederatedData(dataset, owners, clients=1, crop=options.get("crop"))
+    return {**own.form, "classes": dataset.classes, "crop": None, **options}
 
 
 def _named(spec: Any) -> Any:
@@ -148,10 +148,10 @@ def _named(spec: Any) -> Any:
 def _tensors(content: RecordDict, most: int) -> dict[str, Tensor]:
     """A state_dict as it was sent; raises ValueError."""
     if ARRAYS not in content.array_records:
-        raise ValueError(f"has no {ARRAYS!r}: it is neither of fedsim nor of a strategy of Flower's")
+        raise ValueError(f"has no {ARRAYS!r}: it is neither from fedsim nor from a strategy of Flower's")
     record = content.array_records[ARRAYS]
     if (size := sum(len(array.data) for array in record.values())) > most:
-        raise ValueError(f"arrays: {size:,} bytes are more than this node allows; allowed: up to {most:,}")
+        raise ValueError(f"arrays: have {size:,} bytes; allowed on this node: up to {most:,}")
     try:
         return {name: torch.from_numpy(array.numpy()) for name, array in record.items()}
     except (TypeError, ValueError, MemoryError, EOFError, SyntaxError) as error:
@@ -159,19 +159,20 @@ def _tensors(content: RecordDict, most: int) -> dict[str, Tensor]:
 
 
 def _task(plan: Plan, sent: Mapping[str, Tensor]) -> Task:
-    """The plan's network, with the weights that were sent; raises ConfigError where they are not its."""
+    """The plan's network with the weights that were sent; raises ConfigError if they do not fit."""
     task = build_task(
         plan.model, build_recipe(plan.local), plan.seed, plan.examples.shape, plan.examples.classes, sent=True
     )
     own = task.network.state_dict()
     if own.keys() != sent.keys():
-        odd = sorted(own.keys() ^ sent.keys())[0]
-        raise ConfigError(f"arrays: {odd} is in one of what was sent and the experiment's model, and not in both")
+        if missing := sorted(own.keys() - sent.keys()):
+            raise ConfigError(f"arrays: {missing[0]} of the experiment's model was not sent")
+        raise ConfigError(f"arrays: {min(sent.keys() - own.keys())} is not in the experiment's model")
     for name, value in own.items():
         if value.shape != sent[name].shape:
-            raise ConfigError(f"arrays: {name} is {tuple(sent[name].shape)}, and should be {tuple(value.shape)}")
+            raise ConfigError(f"arrays: {name} is {tuple(sent[name].shape)} and should be {tuple(value.shape)}")
     task.network.load_state_dict(sent)
-    loaded = task.network.state_dict()  # in the network's types: Flower's strategies may answer in others
+    loaded = task.network.state_dict()  # in the network's dtypes: Flower's strategies may send others
     task.initial_model = task.layout.flatten(loaded)
     task.initial_buffers = task.buffer_layout.flatten(loaded).to(task.initial_model.dtype)
     return task
@@ -180,7 +181,7 @@ def _task(plan: Plan, sent: Mapping[str, Tensor]) -> Task:
 def _round(config: ConfigRecord) -> int:
     if strange := sorted(config.keys() - {ROUND}):
         raise ValueError(
-            f"config.{strange[0]}: is nothing to fedsim's clients; the experiment says how they train"
+            f"config.{strange[0]}: is not supported by fedsim's nodes; set how they train in the app's experiment"
         )
     number = config.get(ROUND, 1)
     if not isinstance(number, int) or number < 1:
@@ -189,7 +190,7 @@ def _round(config: ConfigRecord) -> int:
 
 
 def _client(node: Node, config: Mapping[str, Any]) -> int:
-    """What its mini-batches are drawn by: partition-id, if the node has one, or a number made of its name."""
+    """The client number, a key of its random numbers: partition-id, if set, or a number derived from its name."""
     if isinstance(number := config.get("partition-id"), int):
         return number
     return int.from_bytes(hashlib.sha256(node.settings.name.encode()).digest()[:3])

@@ -1,4 +1,4 @@
-"""A SuperNode that is this process: it takes messages and answers them."""
+"""A node's connection to a SuperLink, as a SuperNode has it: this process takes messages and answers them."""
 
 import time
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key, l
 from flwr.app import Message, RecordDict
 from flwr.app.error import Error
 from flwr.app.message.message import remove_content_from_message
-from flwr.common.constant import HEARTBEAT_MIN_INTERVAL, HEARTBEAT_PATIENCE, ErrorCode
+from flwr.common.constant import HEARTBEAT_MIN_INTERVAL, ErrorCode
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
@@ -33,10 +33,10 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedsim.errors import ConfigError, one_line
 from fedsim.flower.internals.connection import (
-    BRIEF,
-    LONG,
+    RETRY_BRIEFLY,
+    RETRY_LONG,
+    Heartbeat,
     LinkError,
-    Pulse,
     RefusedError,
     Request,
     Response,
@@ -47,35 +47,34 @@ from fedsim.flower.internals.connection import (
     connect,
 )
 from fedsim.flower.internals.control import listed
-from fedsim.flower.internals.objects import WORKERS, Arrival, GoneError, packed, push
+from fedsim.flower.internals.objects import PARALLEL_OBJECTS, GoneError, IncomingMessage, packed, push
 
-INTERVAL = HEARTBEAT_MIN_INTERVAL  # seconds; the shortest that a SuperLink takes
-LAPSE = HEARTBEAT_PATIENCE * INTERVAL  # seconds after which it counts a silent node as gone
-LEAVE = 3.0  # seconds that leaving may take
+HEARTBEAT_INTERVAL = HEARTBEAT_MIN_INTERVAL  # seconds; the shortest that a SuperLink accepts
+LEAVE_TIMEOUT = 3.0  # seconds that leaving may take
 
 
-class Member:
-    """A node of a federation, with one message at a time. Not for two threads at once.
+class NodeLink:
+    """A node's connection, with one message at a time. Not thread-safe.
 
-    It outlives a SuperLink that cannot be reached for a while: `receive` and `answer` raise LinkError with
-    `again`, and may be called again. Without `again` the node is known no more: close it and open another.
+    If the SuperLink cannot be reached for a while, `receive` and `answer` raise LinkError with `again` and may be
+    called again. Without `again` the SuperLink no longer knows the node: close the connection and open another.
     """
 
     def __init__(self, client: FleetHttpClient, node_id: int, *, registered: bool):
         self.node_id = node_id
         self._client, self._node, self._registered = client, Node(node_id=node_id), registered
-        self._pool = ThreadPoolExecutor(WORKERS, "member")
-        self._arriving: tuple[Message, Arrival] | None = None
+        self._pool = ThreadPoolExecutor(PARALLEL_OBJECTS, "node")
+        self._arriving: tuple[Message, IncomingMessage] | None = None
         self._began = time.perf_counter()
-        self._pulse = Pulse(self._beat, 0.6 * INTERVAL)
+        self._heartbeat = Heartbeat(self._beat, 0.6 * HEARTBEAT_INTERVAL)
         self._closed = False
 
     @classmethod
     def open(cls, superlink: Superlink, key: Path | None) -> Self:
-        """Join the federation; raises LinkError, and ConfigError for a `key` that is none.
+        """Join the federation; raises LinkError, and ConfigError if `key` is not a key.
 
-        `key` is a private EC key's file, in OpenSSH's format or PEM; without one the node registers itself, which
-        a SuperLink with --enable-supernode-auth refuses.
+        `key` is the file of a private EC key in OpenSSH or PEM format. Without a key the node registers itself,
+        which a SuperLink with --enable-supernode-auth refuses.
         """
         private, public = _key_pair(key)
         pem = public_key_to_bytes(public)
@@ -83,7 +82,7 @@ class Member:
         try:
             if key is None:
                 call(client.RegisterNode, RegisterNodeFleetRequest(public_key=pem))
-            request = ActivateNodeRequest(public_key=pem, heartbeat_interval=INTERVAL)
+            request = ActivateNodeRequest(public_key=pem, heartbeat_interval=HEARTBEAT_INTERVAL)
             try:
                 node_id = call(client.ActivateNode, request).node_id
             except LinkError as error:
@@ -94,10 +93,10 @@ class Member:
         return cls(client, node_id, registered=key is None)
 
     def receive(self, *, most_bytes: int) -> Message | None:
-        """A message, where there is one and all of it is here by now; raises LinkError.
+        """A message, if there is one that has arrived completely; raises LinkError.
 
-        It waits for nothing: call it again soon, and less often while nothing comes, for each question costs the
-        SuperLink 2 ms. A message with more than `most_bytes` is not read, but answered with an error.
+        It does not wait. Call it often, and less often while nothing arrives: each call costs the SuperLink 2 ms.
+        A message of more than `most_bytes` is not read, and is answered with an error.
         """
         if self._arriving is None:
             pulled = self._call(self._client.PullMessages, PullMessagesRequest(node=self._node))
@@ -106,7 +105,7 @@ class Member:
             self._began = time.perf_counter()
             head, tree = message_from_proto(pulled.messages_list[0]), pulled.message_object_trees[0]
             try:
-                self._arriving = head, Arrival(tree, most_bytes)
+                self._arriving = head, IncomingMessage(tree, most_bytes)
             except TooLargeError as error:
                 self._refuse(head, f"the message is too large: {error}")
                 return None
@@ -139,23 +138,25 @@ class Member:
 
     def _get(self, head: Message, name: str) -> bytes | None:
         request = PullObjectRequest(node=self._node, run_id=head.metadata.run_id, object_id=name)
-        found = self._call(self._client.PullObject, request, patience=BRIEF)
+        found = self._call(self._client.PullObject, request, retry_for=RETRY_BRIEFLY)
         if not found.object_found:
             raise GoneError
         return found.object_content if found.object_available else None
 
     def _done(self, head: Message) -> None:
-        """Let the SuperLink forget a message; nobody waits for that."""
+        """Have the SuperLink delete a message, without waiting for it."""
         request = ConfirmMessageReceivedRequest(
             node=self._node, run_id=head.metadata.run_id, message_object_id=head.metadata.message_id
         )
-        self._pool.submit(lambda: self._call(self._client.ConfirmMessageReceived, request, patience=BRIEF))
+        self._pool.submit(
+            lambda: self._call(self._client.ConfirmMessageReceived, request, retry_for=RETRY_BRIEFLY)
+        )
 
     def answer(self, message: Message, content: RecordDict | str) -> bool:
-        """Answer a message with content, or with an error's reason; raises LinkError.
+        """Answer a message with content, or with the text of an error; raises LinkError.
 
-        It waits up to a minute for a SuperLink that cannot be reached. False says that the message's run has
-        ended, so that nobody wants the answer.
+        It tries for up to a minute if the SuperLink cannot be reached. False means that the message's run has
+        ended, and the answer is not needed.
         """
         if isinstance(content, str):
             error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, one_line(content))
@@ -171,7 +172,7 @@ class Member:
             clientapp_runtime_list=[time.perf_counter() - self._began],
         )
         try:
-            taken = self._call(self._client.PushMessages, request, patience=LONG)
+            taken = self._call(self._client.PushMessages, request, retry_for=RETRY_LONG)
             push(
                 objects,
                 taken.objects_to_push,
@@ -186,26 +187,26 @@ class Member:
         request = PushObjectRequest(
             node=self._node, run_id=run, object_id=name, object_content=content, session_id=session
         )
-        self._call(self._client.PushObject, request, patience=LONG)
+        self._call(self._client.PushObject, request, retry_for=RETRY_LONG)
 
     def _beat(self) -> None:
-        request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=INTERVAL)
+        request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_INTERVAL)
         if not call(self._client.SendNodeHeartbeat, request).success:
-            raise LinkError("the SuperLink does not know this node any more")
+            raise LinkError("the SuperLink no longer knows this node")
 
-    def _call(self, method: Callable[[Request], Response], request: Request, *, patience: float = 0) -> Response:
-        self._pulse.check()
-        return call(method, request, patience=patience)
+    def _call(self, method: Callable[[Request], Response], request: Request, *, retry_for: float = 0) -> Response:
+        self._heartbeat.check()
+        return call(method, request, retry_for=retry_for)
 
     def close(self) -> None:
         """Leave the federation; it may be called twice."""
         if self._closed:
             return
         self._closed = True
-        self._pulse.stop()
+        self._heartbeat.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)
-        self._client._client.timeout = LEAVE
-        with suppress(LinkError):  # then the heartbeat lapses
+        self._client._client.timeout = LEAVE_TIMEOUT
+        with suppress(LinkError):  # the SuperLink will miss the heartbeats
             call(self._client.DeactivateNode, DeactivateNodeRequest(node_id=self.node_id))
             if self._registered:
                 call(self._client.UnregisterNode, UnregisterNodeFleetRequest(node_id=self.node_id))
@@ -222,26 +223,26 @@ def _key_pair(key: Path | None) -> tuple[ec.EllipticCurvePrivateKey, ec.Elliptic
     except OSError as error:
         raise ConfigError(f"{key}: {error.strerror}") from None
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:  # TypeError: it has a password
-        raise ConfigError(f"{key}: not a private key without password: {error}") from None
+        raise ConfigError(f"{key}: is not a private key without password: {error}") from None
     if not isinstance(private, ec.EllipticCurvePrivateKey):
-        raise ConfigError(f"{key}: not an EC key; `ssh-keygen -t ecdsa -b 384` makes one")
+        raise ConfigError(f"{key}: is not an EC key; `ssh-keygen -t ecdsa -b 384` makes one")
     return private, private.public_key()
 
 
 def _inactive(superlink: Superlink, pem: bytes, error: LinkError) -> LinkError:
-    """Why a node may not join; the SuperLink tells one reason for several."""
+    """The reason why a node may not join; the SuperLink gives the same error for several."""
     if error.again or not isinstance(error, RefusedError):
         return error
     try:
         known = next((each for each in listed(superlink) if each.key == pem), None)
-    except LinkError:  # a gate, say, that lets nodes through and nothing else: nobody tells which it is
-        why = "its key is not registered, or counts as connected until its heartbeat lapses"
+    except LinkError:  # for example behind a gate that lets only nodes through: then it cannot be found out
+        why = "its key is not registered, or a node with this key counts as connected until its heartbeat expires"
         return LinkError(f"{error}; {why}", again=True)
     if known is None:
-        return LinkError("this node's key is not registered: `flwr supernode register` it")
+        return LinkError("this node's key is not registered; `flwr supernode register` does that")
     until = datetime.fromisoformat(known.online_until) if known.online_until else datetime.now(UTC)
-    rest = max((until - datetime.now(UTC)).total_seconds(), 0)  # it may have lapsed since we were refused
+    rest = max((until - datetime.now(UTC)).total_seconds(), 0)  # negative if it has expired since the refusal
     return LinkError(
-        f"a node with this key still counts as connected: its heartbeat has to lapse, up to {rest:.0f} s",
+        f"a node with this key still counts as connected: its last heartbeat expires in up to {rest:.0f} s",
         again=True,
     )

@@ -1,7 +1,7 @@
-"""What a node keeps on its disk: of each run the plan, the initial tensors and its client's states, by version.
+"""A node's files: for each run the plan, the initial tensors, and its client's states by version.
 
-A state is a safetensors file that is whole or not there, and names the earlier ones that the run may go back to.
-Nothing in it is executed, and one that is not what was written is refused.
+A state is a safetensors file that is complete or absent, and lists the earlier versions that the run may go back
+to. Nothing in it is executed, and a file whose checksum is wrong is refused.
 """
 
 import hashlib
@@ -28,13 +28,14 @@ RUN = re.compile(r"[0-9a-f]{32}")
 PLAN, INITIAL = "plan.json", "initial.safetensors"
 VERSION = re.compile(r"state-(\d{9})\.safetensors")
 DAY = 24 * 3600.0  # seconds
-MARK = 15  # hexadecimal digits
+MARK_DIGITS = 15  # hexadecimal
 
 
-class Kept(NamedTuple):
-    """A client's state, the earlier versions that counted and are still there, ascending, and its mark.
+class StoredState(NamedTuple):
+    """A client's state; the earlier valid versions that are still stored, ascending; and the state's mark.
 
-    By the mark, 60 bits of a digest, who names a version also says which: a round may have been repeated.
+    The mark, 60 bits of a digest, identifies the content: a repeated round may store another state under the same
+    version.
     """
 
     state: State
@@ -42,44 +43,46 @@ class Kept(NamedTuple):
     mark: int = 0
 
 
-class Keeping:
-    """A node's folder, which one process at a time has.
+class StateFiles:
+    """A node's folder, used by one process at a time.
 
-    Raises ConfigError where another one has it, after so many seconds of `patience`. Runs that nobody has asked
-    for in `forget_after` days go, at the start and when another begins.
+    Raises ConfigError if another process still uses it after `lock_timeout` seconds. Runs that have had no message
+    for `forget_after` days are deleted, at the start and when another run begins.
     """
 
-    def __init__(self, folder: Path, forget_after: float, patience: float = 0.0):
+    def __init__(self, folder: Path, forget_after: float, lock_timeout: float = 0.0):
         self.folder = folder
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = FileLock(folder / ".lock")
-            self._lock.acquire(timeout=patience)
+            self._lock.acquire(timeout=lock_timeout)
         except Timeout:
-            raise ConfigError(f"state: {folder}: another process has it; one node of a name at a time") from None
+            raise ConfigError(
+                f"state: {folder}: another process uses it; only one node of a name may run"
+            ) from None
         except OSError as error:
             raise ConfigError(f"state: {folder}: {error.strerror}") from None
         self.forget_after = forget_after
         self._forget()
 
     def close(self) -> None:
-        """Let another process have it."""
+        """Release the folder for another process."""
         self._lock.release()
 
     def join(self, run: str, plan: str, initial: State) -> None:
-        """Keep what a run is; raises OSError."""
+        """Store a run's plan and initial tensors; raises OSError."""
         home = self._home(run)
         home.mkdir(exist_ok=True)
-        for draft in home.glob(f"*{DRAFT}"):  # of a process that was killed
+        for draft in home.glob(f"*{DRAFT}"):  # left by a process that was killed
             draft.unlink()
-        for name in (PLAN, INITIAL):  # of another plan: never beside this one
+        for name in (PLAN, INITIAL):  # so that a plan and the tensors of another one are never together
             (home / name).unlink(missing_ok=True)
         _write(home / INITIAL, initial, {})
         write(home / PLAN, plan.encode())
         self._forget()
 
     def joined(self, run: str) -> tuple[str, State] | None:
-        """A run's plan and initial tensors, if they are there and whole."""
+        """A run's plan and initial tensors; None if they are absent or damaged."""
         home = self._home(run)
         try:
             with open_regular(home / PLAN) as file:
@@ -89,30 +92,30 @@ class Keeping:
             return None
 
     def touch(self, run: str) -> None:
-        """Have the run asked for just now."""
+        """Record that the run has had a message now."""
         utime(self._home(run))
 
-    def load(self, run: str, client: int, version: int, mark: int) -> Kept:
-        """A client's state; raises ValueError, saying what is wrong, where it is not the one that is meant."""
+    def load(self, run: str, client: int, version: int, mark: int) -> StoredState:
+        """The client's state of this version and mark; raises ValueError, with the reason, if it cannot be had."""
         try:
             state, about, found = _read(self._path(run, version))
             if about["client"] != str(client):
                 raise ValueError(f"belongs to client {about['client']}")
             if found != mark:
-                raise ValueError("is of a round that was repeated since")
-            return Kept(state, tuple(int(each) for each in about["earlier"].split()), found)
+                raise ValueError("was replaced when its round was repeated")
+            return StoredState(state, tuple(int(each) for each in about["earlier"].split()), found)
         except FileNotFoundError:
             raise ValueError(f"state {version} of client {client} is not here; was its folder deleted?") from None
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"state {version} of client {client} is broken: {one_line(error)}") from None
 
-    def store(self, run: str, client: int, version: int, kept: Kept) -> Kept:
-        """Keep a client's state, which has a mark then; raises OSError, and ValueError for a strange type."""
+    def store(self, run: str, client: int, version: int, kept: StoredState) -> StoredState:
+        """Store a client's state, and return it with its mark; raises OSError, and ValueError for some dtypes."""
         about = {"client": str(client), "earlier": " ".join(map(str, kept.earlier))}
         return kept._replace(mark=_write(self._path(run, version), kept.state, about))
 
     def prune(self, run: str, version: int, needed: Sequence[int]) -> None:
-        """Delete the states before `version` that are not `needed`."""
+        """Delete the states older than `version` that are not in `needed`."""
         for path in self._home(run).iterdir():
             found = VERSION.fullmatch(path.name)
             if found and int(found[1]) < version and int(found[1]) not in needed:
@@ -129,17 +132,17 @@ class Keeping:
 
     def _home(self, run: str) -> Path:
         if not RUN.fullmatch(run):
-            raise ValueError(f"run: {run[:40]!r} is no run's id")
+            raise ValueError(f"run: {run[:40]!r} is not the id of a run")
         return self.folder / run
 
 
 def needed(version: int, earlier: Sequence[int], checkpoints: Sequence[int]) -> tuple[int, ...]:
-    """Of a state and the earlier ones that counted, those that a run needs that may go back to `checkpoints`.
+    """The versions to keep, of `version` and the `earlier` valid ones, so that a run can go back to a checkpoint.
 
-    Each is a number of rounds, and needs the newest version up to it; `version` itself is needed for now.
+    A checkpoint is a number of rounds, and needs the newest version up to it; `version` itself is needed for now.
     """
-    counted = sorted({version, *earlier} - {0})
-    newest = (max((each for each in counted if each <= rounds), default=version) for rounds in checkpoints)
+    valid = sorted({version, *earlier} - {0})
+    newest = (max((each for each in valid if each <= rounds), default=version) for rounds in checkpoints)
     return tuple(sorted({version, *newest} - {0}))
 
 
@@ -148,29 +151,29 @@ def _write(path: Path, state: State, about: dict[str, str]) -> int:
     own = untied_copies(state)
     digest = _digest(own)
     try:
-        content = save(own, about | {"sha256": _sealed(about, digest)})
+        content = save(own, about | {"sha256": _checksum(about, digest)})
     except KeyError as error:
-        raise ValueError(f"{error} cannot be written to disk, and so no client can keep it") from error
+        raise ValueError(f"{error} cannot be written to disk, so it cannot be part of a client's state") from error
     write(path, content)
-    return int(digest[:MARK], 16)
+    return int(digest[:MARK_DIGITS], 16)
 
 
 def _read(path: Path) -> tuple[State, dict[str, str], int]:
-    """Tensors, what is told of them, and their mark; raises OSError, and ValueError for other contents."""
+    """Tensors, their metadata, and their mark; raises OSError, and ValueError for a file that is not a state."""
     open_regular(path).close()
     try:
         with safe_open(path, "pt") as file:
             about = dict(file.metadata() or {})
-            state = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
+            state = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - it is not a mapping
     except SafetensorError as error:
         raise ValueError(one_line(error)) from None
     digest = _digest(state)
-    if about.pop("sha256", "") != _sealed(about, digest):
-        raise ValueError("is not what it was when it was written")
-    return state, about, int(digest[:MARK], 16)
+    if about.pop("sha256", "") != _checksum(about, digest):
+        raise ValueError("its checksum is wrong")
+    return state, about, int(digest[:MARK_DIGITS], 16)
 
 
-def _sealed(about: dict[str, str], digest: str) -> str:
+def _checksum(about: dict[str, str], digest: str) -> str:
     return hashlib.sha256(f"{sorted(about.items())} {digest}".encode()).hexdigest()
 
 
