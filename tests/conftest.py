@@ -27,7 +27,7 @@ from fedsim.training.replica import Replica
 from fedsim.types import Job
 
 # Examples are bounded by their number: how long one takes says how busy the machine is.
-settings.register_profile("fedsim", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("fedsim", max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("fedsim")
 
 SIZES = (3, 8, 5, 13, 2, 6)  # examples a client

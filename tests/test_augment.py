@@ -17,7 +17,7 @@ from fedsim.types import Batch
 
 GEOMETRY = ["random_crop", "flip", "rotation", "cutout", "random_resized_crop"]
 PIXELS = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (64, 3, 12, 9), dtype=np.uint8))
-quick = settings(max_examples=25, deadline=None)
+quick = settings(max_examples=25)
 
 
 def images(n=64, channels=3, height=12, width=9, dtype=torch.float64):

@@ -309,7 +309,7 @@ def test_without_jitter_nobody_is_faster_by_chance():
     assert set(clocks) <= {0.0, 1.0, 2.0, 4.0}
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(availabilities, st.integers(0, 99))
 def test_the_clock_adds_up_and_never_goes_back(availability, seed):
     simulation = make({}, seed=seed, cohort=SAMPLE, batch_size=4)

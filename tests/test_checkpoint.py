@@ -171,7 +171,7 @@ def test_from_the_one_before_it_is_the_same_run(run, longer, name, length):
 
 
 @given(data=st.data())
-@settings(NEVER, max_examples=300)
+@settings(NEVER, max_examples=100)
 def test_a_flipped_bit_is_noticed_or_harmless(done, data, tmp_path_factory):
     """Of any file of the newest checkpoint, and of rounds.jsonl."""
     run = shutil.copytree(done, tmp_path_factory.mktemp("flip") / "run")
@@ -565,7 +565,7 @@ def log(folder):
 
 
 @given(data=st.data(), server=states(), kept=states(), ids=st.sets(st.integers(0, 10**9 - 1), max_size=6))
-@settings(NEVER, max_examples=150)
+@settings(NEVER, max_examples=60)
 def test_what_is_saved_is_what_is_loaded_bit_for_bit(data, server, kept, ids, tmp_path_factory):
     """Of any names, types, shapes and layouts."""
     folder = tmp_path_factory.mktemp("saved")
@@ -598,7 +598,7 @@ TREES = st.dictionaries(KEYS, LEAVES | BRANCHES, max_size=5)
 
 
 @given(a=TREES, b=TREES)
-@settings(NEVER, max_examples=300)
+@settings(NEVER, max_examples=100)
 def test_changes_are_none_to_itself_and_the_same_the_other_way_round(a, b):
     assert changes(a, copy.deepcopy(a)) == ([], [])
     there, back = changes(a, b), changes(b, a)

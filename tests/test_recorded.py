@@ -4,7 +4,8 @@ import pytest
 import recorded
 
 RUNS, BEFORE = recorded.runs(), recorded.recorded()
-SLOW = {"activation checkpointing", "digits/personal.yaml"}  # seconds each
+# Seconds each; but for the first, a recipe has the strategy too.
+SLOW = {"activation checkpointing"} | {f"digits/{name}.yaml" for name in recorded.VARIANTS}
 
 pytestmark = pytest.mark.skipif(not BEFORE, reason=f"no fingerprints of {recorded.place()}: tests/recorded.py")
 

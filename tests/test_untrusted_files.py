@@ -48,7 +48,7 @@ local:
   betas: [0.9, 0.99]
 evaluate: {every: 1}
 """
-fuzz = settings(max_examples=100, deadline=None)
+fuzz = settings(max_examples=50)
 
 
 @pytest.fixture(autouse=True)
@@ -622,7 +622,7 @@ def test_a_disk_that_is_full_is_told_before(images, tmp_path, monkeypatch):
     refused_cheaply("data.root: ", read_images, "x" * 300, test_share=0.5)
 
 
-@settings(fuzz, max_examples=200)
+@settings(fuzz, max_examples=100)
 @given(st.data())
 def test_a_damaged_image_is_read_or_refused(tmp_path_factory, data):
     ending = data.draw(st.sampled_from(["png", "jpeg", "bmp", "ppm", "tiff", "webp", "gif"]))
