@@ -656,7 +656,7 @@ def test_only_what_is_listed_is_imported(node, tmp_path, monkeypatch):
     )
     listing.close()
     unknown = Allow(strategies=["not_there_at_all:Mine"])
-    with pytest.raises(ConfigError, match=r"allow\.strategies: no module 'not_there_at_all'"):
+    with pytest.raises(ConfigError, match=r"allow\.strategies: there is no module 'not_there_at_all'"):
         Node(node.settings.model_copy(update={"allow": unknown, "name": "third"}))
 
 

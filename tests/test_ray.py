@@ -64,8 +64,10 @@ def _local():
     """One Ray for all tests, which the first of them starts; with two cores, wherever it is."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fedsim.runtimes.ray.cluster.cores", lambda: 2)
-        patch.setattr("fedsim.runtimes.ray.pool.NOTICE", 300.0)  # actors are slow to start where much else runs
-        patch.setattr("fedsim.runtimes.ray.pool.PATIENCE", 300.0)
+        patch.setattr(
+            "fedsim.runtimes.ray.pool.WARN_AFTER_SECONDS", 300.0
+        )  # actors are slow to start where much else runs
+        patch.setattr("fedsim.runtimes.ray.pool.MAX_WAIT_SECONDS", 300.0)
         yield
     actors.cache_clear()
     crowded.cache_clear()
@@ -326,7 +328,7 @@ def test_an_actor_that_dies_with_its_sum_is_made_up_for():
 
 
 def test_a_client_that_kills_every_actor_is_the_failure(tmp_path, monkeypatch):
-    monkeypatch.setattr("fedsim.runtimes.ray.dispatch.DEATHS", 2)
+    monkeypatch.setattr("fedsim.runtimes.ray.dispatch.MAX_DEATHS", 2)
     strategy = Deadly(inner=make_strategy("scaffold"), bad={3}, folder=tmp_path, times=2)
     simulation = simulate(strategy, failures=DROP)
     with pytest.warns(RuntimeWarning, match="died, and"):
@@ -338,7 +340,7 @@ def test_a_client_that_kills_every_actor_is_the_failure(tmp_path, monkeypatch):
     for file in tmp_path.iterdir():
         file.unlink()
     simulation = simulate(strategy)
-    monkeypatch.setattr("fedsim.runtimes.ray.dispatch.DEATHS", 1)
+    monkeypatch.setattr("fedsim.runtimes.ray.dispatch.MAX_DEATHS", 1)
     with pytest.raises(ClientError, match=r"^round 1, client 3: its Ray actor died 1"):
         simulation.round()
     assert simulation.number == 0
@@ -555,11 +557,11 @@ def test_it_goes_on_with_the_actors_that_have_a_place(monkeypatch):
     actors.cache_clear()
     crowded.cache_clear()
     actors(2)
-    monkeypatch.setattr("fedsim.runtimes.ray.pool.NOTICE", 3.0)
+    monkeypatch.setattr("fedsim.runtimes.ray.pool.WARN_AFTER_SECONDS", 3.0)
     with pytest.warns(RuntimeWarning, match=r"goes on with \d of 4 Ray actors; the cluster, 2 CPUs \("):
         runtime = Ray(TASK, DATA, actors=4, cpus=0.5)
     assert trace(make_simulation("fedavg", task=TASK, data=DATA, runtime=runtime)) == serial("fedavg")
-    monkeypatch.setattr("fedsim.runtimes.ray.pool.PATIENCE", 1.0)
+    monkeypatch.setattr("fedsim.runtimes.ray.pool.MAX_WAIT_SECONDS", 1.0)
     with pytest.raises(
         ConfigError, match=r"^runtime\.actors: no Ray actor is left, and the cluster, .*has no place"
     ):
@@ -594,7 +596,7 @@ def test_experiments_one_after_the_other_each_have_the_whole_cluster():
         runs.append(Run.start(config))
         assert execute(runs[-1]).summary["rounds"] == rounds
         assert runs[-1].simulation.runtime.workers == 2
-        assert not runs[-1].simulation.runtime.pool.seats
+        assert not runs[-1].simulation.runtime.pool.slots
     assert runs[0].simulation.round().fingerprint == runs[1].records[1]["fingerprint"]
     runs[0].simulation.runtime.close()
 
