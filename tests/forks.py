@@ -192,9 +192,9 @@ def interrupt_in_picture():
 
 def count_lines(path):
     """Write to a file how many lines of fedsim's `fedsim` has executed, at the end."""
-    import fedsim.cli
+    from fedsim.cli import commands
 
-    lines, main = _Lines(lambda count: None), fedsim.cli.app
+    lines, main = _Lines(lambda count: None), commands.app
 
     def counted():
         try:
@@ -203,15 +203,14 @@ def count_lines(path):
             sys.settrace(None)
             Path(path).write_text(str(lines.count))
 
-    fedsim.cli.app = counted
+    commands.app = counted
     sys.settrace(lines)
 
 
 class _Lines:
     """A tracer of the files in which a run is kept whole."""
 
-    FILES = frozenset({"experiment.py", "folder.py", "checkpoint.py", "store.py", "files.py", "simulation.py"})
-    FOLDERS = ("fedsim/hooks/", "fedsim/runtimes/")
+    PLACES = ("experiment/", "runtimes/", "federated/simulation.py", "federated/store.py", "base/files.py")
 
     def __init__(self, tell):
         self.tell, self.count, self.known = tell, 0, {}
@@ -219,9 +218,7 @@ class _Lines:
     def __call__(self, frame, event, arg):
         name = frame.f_code.co_filename
         if name not in self.known:
-            path = Path(name)
-            own = path.parent.name == "fedsim" and path.name in self.FILES
-            self.known[name] = own or any(folder in name for folder in self.FOLDERS)
+            self.known[name] = any(f"/fedsim/{place}" in name for place in self.PLACES)
         return self.local if self.known[name] else None
 
     def local(self, frame, event, arg):
@@ -385,11 +382,11 @@ def _serve(path):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import fedsim.cli
-        import fedsim.experiment.run
+        import fedsim
+        import fedsim.cli.commands
 
         with tempfile.TemporaryDirectory() as folder:
-            fedsim.experiment.run(WARM, out=f"{folder}/run")
+            fedsim.run(WARM, out=f"{folder}/run")
     gc.collect()
     gc.freeze()  # so that children need not copy what they do not change
     server = socket.socket(socket.AF_UNIX)

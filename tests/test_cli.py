@@ -14,8 +14,8 @@ import yaml
 from rich.cells import cell_len
 from rich.console import Console
 
-import fedsim.cli
 from fedsim.base.catalogue import options_of
+from fedsim.cli import runs
 from fedsim.experiment.progress import Bar
 from fedsim.listing import KINDS
 
@@ -153,7 +153,7 @@ def test_runs_are_numbered(fedsim_):
 def test_a_run_on_a_terminal_has_a_bar(fedsim_, monkeypatch):
     terminal = io.StringIO()
     console = Console(file=terminal, force_terminal=True, width=80, soft_wrap=True, _environ={})
-    monkeypatch.setattr(fedsim.cli, "console", console)
+    monkeypatch.setattr(runs, "console", console)
     assert fedsim_("run", "c.yaml").status == 0
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue()).replace("\r", "\n")
     assert re.search(r"rounds  ━+ 3/3 .* loss \d\.\d{4} \d+\.\d\d%", narrow(shown))

@@ -14,7 +14,8 @@ from fedsim.base.catalogue import Catalogue, allowed, options_of
 from fedsim.errors import ConfigError
 from fedsim.experiment.build import build
 from fedsim.experiment.config import load, parse_overrides, read_yaml, resolve
-from fedsim.experiment.run import Run, execute
+from fedsim.experiment.execute import execute
+from fedsim.experiment.run import Run
 from fedsim.listing import KINDS
 
 ROOT = Path(__file__).parent.parent

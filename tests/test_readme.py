@@ -10,7 +10,7 @@ import ray
 import yaml
 from typer.testing import CliRunner
 
-from fedsim.cli import app
+from fedsim.cli.commands import app
 from fedsim.experiment.config import resolve
 from fedsim.flower.node import NodeSettings
 from fedsim.listing import KINDS

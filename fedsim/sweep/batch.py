@@ -1,9 +1,9 @@
 """Several runs as rows of one vectorized batch, in lock-step.
 
-Each run goes through its rounds as ever, in a thread of its own, with a `Member` for a runtime. Only one thread
-goes on at a time, as coroutines do: a member hands over what is to be computed and waits, and when all have, the
-main thread trains all their cohorts in one call. So hooks, files and torch see no concurrency, and Ctrl-C reaches
-the main thread, which has every run end with a checkpoint.
+Each run goes through its rounds as usual, in a thread of its own, with a `RowRuntime` as its runtime. Only one
+thread runs at a time, as coroutines do: a `RowRuntime` hands over what is to be computed and waits, and when all
+have done so, the main thread trains all their cohorts in one call. So hooks, files and torch see no concurrency.
+Ctrl-C reaches the main thread, which ends every run with a checkpoint.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from fedsim.data import FederatedData
 from fedsim.errors import ClientError
 from fedsim.experiment.build import build
 from fedsim.experiment.config import Config
-from fedsim.experiment.run import Result
+from fedsim.experiment.execute import Result
 from fedsim.federated.aggregate import Aggregator, Partial
 from fedsim.federated.client import Train, Work
 from fedsim.federated.simulation import Simulation
@@ -30,14 +30,14 @@ from fedsim.training.task import Task
 from fedsim.types import Job, Report, State, hash_into
 
 Results = list[tuple[Partial, list[Report]]]
-OUTSIDE = (  # of the settings, those that Simulation and experiment see to, whatever trains the clients
+SERVER_SETTINGS = (  # that Simulation and experiment handle, whatever trains the clients
     *("seed", "rounds", "cohort", "availability", "evaluate", "checkpoint", "client_store"),
     *("recalibrate", "ema", "hooks"),
 )
 
 
-class Wanted(NamedTuple):
-    """What a member wants computed: the arguments of `Runtime.run`."""
+class Request(NamedTuple):
+    """What a run wants computed: the arguments of `Runtime.run`."""
 
     work: Work
     server: State
@@ -53,14 +53,15 @@ class Shared(Runtime, Protocol):
         """Of each call what `run` yields; calls that differ only in seed, server and recipe.lr make one batch."""
 
 
-class Member:
-    """The runtime of one of several runs that share another; the run's thread, too."""
+class RowRuntime:
+    """The runtime of one of the runs that share another one, and the thread in which that run goes on."""
 
     exact = False
 
     def __init__(self, shared: Shared, choice: Spec | None):
-        self.shared, self.home, self.choice = shared, shared.home, choice  # that a checkpoint records
-        self.wanted: Wanted | None = None
+        self.shared, self.home = shared, shared.home
+        self.choice = choice  # for the checkpoint
+        self.request: Request | None = None
         self.result: Result | None = None
         self.error: BaseException | None = None
         self._answer: Results | BaseException | None = None
@@ -83,16 +84,16 @@ class Member:
         *,
         tolerant: bool = False,
     ) -> Iterator[tuple[Partial, list[Report]]]:
-        wanted = Wanted(work, server, list(jobs), aggregator, tolerant)
-        for partial, reports in self._ask(wanted):
+        request = Request(work, server, list(jobs), aggregator, tolerant)
+        for partial, reports in self._ask(request):
             for report in reports if isinstance(work, Train) and not tolerant else ():
                 if report.error is not None:
-                    number = wanted.jobs[0].round + 1
+                    number = request.jobs[0].round + 1
                     raise ClientError(f"round {number}, client {report.client_id}: {report.error}")
             yield partial, reports
 
     def start(self, execute: Callable[[], Result]) -> None:
-        """Let the run go until it wants something computed, or has ended."""
+        """Let the run go on until it requests something, or has ended."""
 
         def lead() -> None:
             self._go.acquire()
@@ -101,21 +102,21 @@ class Member:
             except BaseException as error:
                 self.error = error
             finally:
-                self.wanted = None
+                self.request = None
                 self._back.release()
 
         Thread(target=lead, daemon=True).start()
         self.answer(None)
 
     def answer(self, answer: Results | BaseException | None) -> None:
-        """Give the run what it waits for, or raise that in it, and let it go on until it wants the next."""
+        """Return the answer in the waiting run, or raise it there, and let the run go on to its next request."""
         self._answer = answer
         with uninterrupted():
             self._go.release()
             self._back.acquire()
 
-    def _ask(self, wanted: Wanted) -> Results:
-        self.wanted = wanted
+    def _ask(self, request: Request) -> Results:
+        self.request = request
         self._back.release()
         self._go.acquire()
         answer, self._answer = self._answer, None
@@ -125,60 +126,62 @@ class Member:
 
 
 def train_together(
-    members: Sequence[Member], executions: Sequence[Callable[[], Result]], ended: Callable[[Member], None]
+    rows: Sequence[RowRuntime], executions: Sequence[Callable[[], Result]], ended: Callable[[RowRuntime], None]
 ) -> bool:
-    """Run all to their ends, telling of each that has; False where an interrupt ended them before."""
+    """Run all to their ends, calling `ended` for each; False where an interrupt ended them before."""
 
-    def answer(member: Member, found: Results | BaseException) -> None:
-        member.answer(found)
-        if not member.wanted:
-            ended(member)
+    def answer(row: RowRuntime, found: Results | BaseException) -> None:
+        row.answer(found)
+        if not row.request:
+            ended(row)
 
     try:
-        for member, execute in zip(members, executions, strict=True):
-            member.start(execute)
-            if not member.wanted:
-                ended(member)
-        while waiting := [(member, member.wanted) for member in members if member.wanted]:
-            tests = [(member, wanted) for member, wanted in waiting if not isinstance(wanted.work, Train)]
-            for member, wanted in tests:
-                answer(member, _test(member.shared, wanted))
+        for row, execute in zip(rows, executions, strict=True):
+            row.start(execute)
+            if not row.request:
+                ended(row)
+        while waiting := [(row, row.request) for row in rows if row.request]:
+            tests = [(row, request) for row, request in waiting if not isinstance(request.work, Train)]
+            for row, request in tests:
+                answer(row, _test(row.shared, request))
             if not tests:
-                found = _train(members[0].shared, [wanted for _, wanted in waiting])
-                for (member, _), each in zip(waiting, found, strict=True):
-                    answer(member, each)
+                found = _train(rows[0].shared, [request for _, request in waiting])
+                for (row, _), each in zip(waiting, found, strict=True):
+                    answer(row, each)
     except KeyboardInterrupt:
         with suppress(KeyboardInterrupt), uninterrupted():
-            for member in members:
-                while member.wanted:
-                    member.answer(KeyboardInterrupt())
+            for row in rows:
+                while row.request:
+                    row.answer(KeyboardInterrupt())
         return False
     return True
 
 
-def _test(shared: Shared, wanted: Wanted) -> Results | Exception:
+def _test(shared: Shared, request: Request) -> Results | Exception:
     try:
-        return list(shared.run(*wanted[:-1], tolerant=wanted.tolerant))
+        return list(shared.run(*request[:-1], tolerant=request.tolerant))
     except Exception as error:
         return error
 
 
-def _train(shared: Shared, all_wanted: Sequence[Wanted]) -> Sequence[Results | Exception]:
-    """One answer a member; a client that fails does so in its report, and fails its own run alone."""
+def _train(shared: Shared, all_requests: Sequence[Request]) -> Sequence[Results | Exception]:
+    """An answer for each request; a client's failure is in its report, and so fails its own run only."""
     calls = [
-        Call(wanted.work, *wanted[1:-1], tolerant=True) for wanted in all_wanted if isinstance(wanted.work, Train)
+        Call(request.work, *request[1:-1], tolerant=True)
+        for request in all_requests
+        if isinstance(request.work, Train)
     ]
     try:
         with one_thread():
             return shared.run_many(calls)
     except Exception as error:
-        return [error] * len(all_wanted)
+        return [error] * len(all_requests)
 
 
-def program(config: Config) -> str:
-    """What two configs have in common whose clients can be rows of one batch."""
-    values: dict[str, Any] = {k: v for k, v in config.model_dump(mode="json").items() if k not in OUTSIDE}
-    seed = config.data["partition_seed"]  # of the partition, which a batch has one of
+def batch_key(config: Config) -> str:
+    """The settings in which configs must agree for their clients to be rows of one batch."""
+    values: dict[str, Any] = {k: v for k, v in config.model_dump(mode="json").items() if k not in SERVER_SETTINGS}
+    seed = config.data["partition_seed"]  # a batch has one partition
     values["data"] = config.data | {"partition_seed": config.seed if seed is None else seed}
     values["local"] = {key: value for key, value in config.local.items() if key != "lr"}
     return json.dumps(values, sort_keys=True)
@@ -195,12 +198,12 @@ class Batch:
         self.shared = dict[str, Shared]()  # by the constants of its networks
 
     def make(self, config: Config) -> Simulation:
-        """The simulation of a point, with a `Member` for a runtime; raises ConfigError."""
-        return build(config, self.data, self._member)
+        """The simulation of a point, with a `RowRuntime` for a runtime; raises ConfigError."""
+        return build(config, self.data, self._row_runtime)
 
-    def _member(self, task: Task, data: FederatedData) -> Member:
+    def _row_runtime(self, task: Task, data: FederatedData) -> RowRuntime:
         hash_into(constants := hashlib.sha256(), task.constants())
         key = constants.hexdigest()
         if key not in self.shared:
             self.shared[key] = RUNTIMES.bind(self.runtime)(task, data)
-        return Member(self.shared[key], RUNTIMES.resolve(self.runtime) if self.chosen else None)
+        return RowRuntime(self.shared[key], RUNTIMES.resolve(self.runtime) if self.chosen else None)
