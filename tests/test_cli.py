@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +124,50 @@ def test_wrong_input_in_a_process_of_its_own(place, setting):
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"fedsim: \S+: [^\n]+\n", done.stderr)
     assert [path.name for path in place.iterdir()] == ["c.yaml"]
+
+
+# Interrupts: status 130, one line
+
+INTERRUPTED_IMPORT = """
+import signal, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "{module}":
+            signal.raise_signal(signal.{number})
+
+sys.meta_path.insert(0, Finder())
+from fedsim.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "number"),
+    [
+        ("typer", "SIGINT"),
+        ("fedsim.errors", "SIGTERM"),
+        ("pydantic", "SIGINT"),
+        ("numpy._core.multiarray", "SIGINT"),
+        ("torch._C", "SIGTERM"),
+        ("fedsim.experiment.start", "SIGINT"),
+    ],
+)
+def test_an_interrupt_while_modules_are_imported(place, module, number):
+    """As the command starts, from its first import on."""
+    script = INTERRUPTED_IMPORT.format(module=module, number=number)
+    done = subprocess.run([sys.executable, "-c", script, "run", "c.yaml"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "fedsim: interrupted\n")
+    assert [path.name for path in place.iterdir()] == ["c.yaml"]
+
+
+def test_an_interrupt_of_a_command_that_works(fedsim_, monkeypatch):
+    def interrupted(*_):
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("fedsim.data.picture.draw", interrupted)
+    done = fedsim_("partition", "c.yaml")
+    assert (done.status, done.err) == (130, "fedsim: interrupted\n")
 
 
 # A run
