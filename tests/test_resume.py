@@ -303,7 +303,7 @@ def test_an_interrupt_while_schemas_are_built_ends_in_a_line_and_changes_nothing
         "sweep": ["sweep", "c.yaml", "seed=0,1", "rounds=1", "--jobs=1", "--out=new"],
     }[command]
     copy = Path(shutil.copytree(folder, folder / "copy"))
-    done = forks.run(*arguments, cwd=copy, prepare=["count_schema_lines", folder / "lines"])
+    done = forks.run(*arguments, cwd=copy, prepare=["count_schema_lines", f"{folder}/lines"])
     assert done.status == 0, str(done)
     most, before = int((folder / "lines").read_text()), contents(folder / "done")
     assert most > 1000
