@@ -177,6 +177,11 @@ def interrupt_in_schemas(line, number=signal.SIGINT):
     interrupt_at(line, number, SCHEMAS)
 
 
+def own_modules():
+    """Let configs name modules of the working directory."""
+    sys.path.insert(0, os.getcwd())
+
+
 def count_schema_lines(path):
     """How many lines that are, written to a file at the end."""
     from fedsim.base.catalogue import options_of

@@ -87,7 +87,9 @@ class Config(Options):
 def load(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Config:
     """Read, override by dotted keys, validate and resolve; raises ConfigError."""
     values = dict(source) if isinstance(source, Mapping) else read_yaml(Path(source))
-    with uninterrupted():  # pydantic replaces a KeyboardInterrupt in the middle of a schema by an error of its own
+    with (
+        uninterrupted()
+    ):  # in an import or a schema that is being built, a KeyboardInterrupt may become another error
         return resolve(overridden(values, overrides or {}))
 
 
