@@ -87,9 +87,7 @@ class Config(Options):
 def load(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Config:
     """Read, override by dotted keys, validate and resolve; raises ConfigError."""
     values = dict(source) if isinstance(source, Mapping) else read_yaml(Path(source))
-    with (
-        uninterrupted()
-    ):  # in an import or a schema that is being built, a KeyboardInterrupt may become another error
+    with uninterrupted():  # while modules are imported, a KeyboardInterrupt may become another error
         return resolve(overridden(values, overrides or {}))
 
 
