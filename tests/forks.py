@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 WARM = {  # a run that imports what any other here needs
     "rounds": 1,
     "data": {"name": "synthetic", "examples": 20, "test_examples": 5, "classes": 2, "clients": 2},
@@ -440,10 +441,12 @@ def _watch(connection):
     """Fork a command, send it signals, tell how it ended."""
     lines = connection.makefile()
     request = json.loads(lines.readline())
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # in the command, until it handles them
     pid = os.fork()
     if pid == 0:
         connection.close()
         _command(request)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     start = monotonic()
     with ExitStack() as stack:
         ended = os.pidfd_open(pid)
@@ -487,6 +490,8 @@ def _command(request):
         sys.argv = ["fedsim", *request["argv"]]
         import fedsim.cli
 
+        fedsim.cli.exit_on_interrupt()  # as main does first of all
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         if request["prepare"]:
             name, *args = request["prepare"]
             globals()[name](*args)
