@@ -160,35 +160,18 @@ RUN = (  # the files in which a run is kept whole
     *("/fedsim/experiment/", "/fedsim/runtimes/", "/fedsim/federated/simulation.py", "/fedsim/federated/store.py"),
     "/fedsim/base/files.py",
 )
-SCHEMAS = ("/pydantic/",)
 
 
-def interrupt_at(line, number=signal.SIGINT, files=RUN):
-    """A signal as the interpreter comes to the so-many-th line of these files that it executes."""
-    lines = _Lines(lambda count: count == line and signal.raise_signal(number), files)
+def interrupt_at(line, number=signal.SIGINT):
+    """A signal as the interpreter comes to the so-many-th line of RUN's files that it executes."""
+    lines = _Lines(lambda count: count == line and signal.raise_signal(number))
     sys.settrace(lines)
     threading.settrace(None)
-
-
-def interrupt_in_schemas(line, number=signal.SIGINT):
-    """The same in pydantic's files, and no schema of options has been built before."""
-    from fedsim.base.catalogue import options_of
-
-    options_of.cache_clear()
-    interrupt_at(line, number, SCHEMAS)
 
 
 def own_modules():
     """Let configs name modules of the working directory."""
     sys.path.insert(0, os.getcwd())
-
-
-def count_schema_lines(path):
-    """How many lines that are, written to a file at the end."""
-    from fedsim.base.catalogue import options_of
-
-    options_of.cache_clear()
-    count_lines(path, SCHEMAS)
 
 
 def interrupt_in_test(number):
@@ -219,11 +202,11 @@ def interrupt_in_picture():
     fedsim.report.plot.curves = interrupted
 
 
-def count_lines(path, files=RUN):
-    """Write to a file how many lines of these files `fedsim` has executed, at the end."""
+def count_lines(path):
+    """Write to a file how many lines of RUN's files `fedsim` has executed, at the end."""
     from fedsim.cli import commands
 
-    lines, main = _Lines(lambda count: None, files), commands.app
+    lines, main = _Lines(lambda count: None), commands.app
 
     def counted():
         try:
@@ -237,15 +220,15 @@ def count_lines(path, files=RUN):
 
 
 class _Lines:
-    """A tracer of files whose paths contain one of these texts."""
+    """A tracer of RUN's files."""
 
-    def __init__(self, tell, files):
-        self.tell, self.files, self.count, self.known = tell, files, 0, {}
+    def __init__(self, tell):
+        self.tell, self.count, self.known = tell, files, 0, {}
 
     def __call__(self, frame, event, arg):
         name = frame.f_code.co_filename
         if name not in self.known:
-            self.known[name] = any(text in name for text in self.files)
+            self.known[name] = any(text in name for text in RUN)
         return self.local if self.known[name] else None
 
     def local(self, frame, event, arg):

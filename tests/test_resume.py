@@ -293,28 +293,6 @@ def test_an_interrupt_at_random_leaves_a_checkpoint_of_all_that_was_done(forks, 
     assert left(folder / "run") == expected
 
 
-@pytest.mark.parametrize("command", ["run", "resume", "sweep"])
-def test_an_interrupt_while_schemas_are_built_ends_in_a_line_and_changes_nothing(forks, folder, command):
-    """Wherever in pydantic it arrives."""
-    whole(forks, folder, name="done")
-    arguments = {
-        "run": ["run", "c.yaml", "--out=new"],
-        "resume": ["resume", "done"],
-        "sweep": ["sweep", "c.yaml", "seed=0,1", "rounds=1", "--jobs=1", "--out=new"],
-    }[command]
-    copy = Path(shutil.copytree(folder, folder / "copy"))
-    done = forks.run(*arguments, cwd=copy, prepare=["count_schema_lines", f"{folder}/lines"])
-    assert done.status == 0, str(done)
-    most, before = int((folder / "lines").read_text()), contents(folder / "done")
-    assert most > 1000
-    for share in (0.0, 0.2, 0.5, 0.7):  # later ones may be of the run, after load
-        line, number = 1 + int(share * most), [signal.SIGINT, signal.SIGTERM][int(share * 10) % 2]
-        done = forks.run(*arguments, cwd=folder, prepare=["interrupt_in_schemas", line, number])
-        assert (done.status, done.err) == (130, EARLY), (line, str(done))
-        assert not (folder / "new").exists()
-        assert contents(folder / "done") == before
-
-
 MINE = """
 import os, signal
 from fedsim import Hook
