@@ -223,7 +223,7 @@ class _Lines:
     """A tracer of RUN's files."""
 
     def __init__(self, tell):
-        self.tell, self.count, self.known = tell, files, 0, {}
+        self.tell, self.count, self.known = tell, 0, {}
 
     def __call__(self, frame, event, arg):
         name = frame.f_code.co_filename
