@@ -95,7 +95,7 @@ def test_others_are_selected_as_if_from_a_list_of_them():
 
 FIRST_ROUND = """
 import sys
-import fedsim, fedsim.cli
+import fedsim, fedsim.cli.commands
 def absent(*names):
     assert not (there := [name for name in names if name in sys.modules]), there
 absent("torch", "numpy", "pydantic")

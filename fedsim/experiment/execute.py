@@ -41,8 +41,8 @@ def run(
     that failed.
     """
     hooks = check_hooks(hooks)
-    begun, named = new_run(load(config, overrides), None if out is None else Path(out))
-    return execute(begun, [*named, *hooks])
+    started, named = new_run(load(config, overrides), None if out is None else Path(out))
+    return execute(started, [*named, *hooks])
 
 
 def resume(
@@ -58,15 +58,15 @@ def resume(
     ConfigError where the folder holds no run or another process is running it.
     """
     hooks = check_hooks(hooks)
-    begun, named = resumed_run(Path(folder), overrides or {}, force)
+    started, named = resumed_run(Path(folder), overrides or {}, force)
     try:
-        for note in begun.notes:
+        for note in started.notes:
             warnings.warn(note, stacklevel=2)
     except Warning:  # where the caller has warnings raised as errors
-        if begun.folder:
-            begun.folder.close()
+        if started.folder:
+            started.folder.close()
         raise
-    return execute(begun, [*named, *hooks])
+    return execute(started, [*named, *hooks])
 
 
 def execute(run: Run, hooks: Iterable[Hook] = ()) -> Result:
