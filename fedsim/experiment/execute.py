@@ -85,7 +85,7 @@ def execute(run: Run, hooks: Iterable[Hook] = ()) -> Result:
             call_hook(hook, "before_run", run)
             endings.append(partial(call_hook, hook, "after_run", run))
         endings.append(partial(_save_results, run))
-        if run.notes:  # by the checkpoint that follows, these changes are the run's settings
+        if run.notes:  # with the changed settings, so that the next resume need not be forced again
             checkpoint.save()
         endings.append(checkpoint.save)
         for hook in late:
