@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from fedsim.errors import ClientError as ClientError
     from fedsim.errors import ConfigError as ConfigError
     from fedsim.errors import RoundError as RoundError
-    from fedsim.experiment.hooks import Hook as Hook
-    from fedsim.experiment.run import Result as Result
-    from fedsim.experiment.run import resume as resume
-    from fedsim.experiment.run import run as run
+    from fedsim.experiment.execute import Result as Result
+    from fedsim.experiment.execute import resume as resume
+    from fedsim.experiment.execute import run as run
+    from fedsim.experiment.hook import Hook as Hook
     from fedsim.federated.simulation import Simulation as Simulation
     from fedsim.federated.strategy import Buffers as Buffers
     from fedsim.federated.strategy import Strategy as Strategy
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 HOMES = {  # imported when first asked for, since torch takes seconds and `fedsim --help` needs none of it
     "base.catalogue": ("Catalogue", "matching"),
     "errors": ("ClientError", "ConfigError", "RoundError"),
-    "experiment.run": ("Result", "resume", "run"),
-    "experiment.hooks": ("Hook",),
+    "experiment.execute": ("Result", "resume", "run"),
+    "experiment.hook": ("Hook",),
     "federated.simulation": ("Simulation",),
     "federated.strategy": ("Buffers", "Strategy", "Wrapper"),
     "training.layout": ("Layout",),

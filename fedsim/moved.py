@@ -19,7 +19,7 @@ MOVED = {  # where the names of each are now
     "cohort": ("federated.cohort",),
     "config": ("experiment.config", "experiment.build"),
     "files": ("base.files",),
-    "hooks": ("experiment.hooks",),
+    "hooks": ("experiment.hooks", "experiment.hook"),
     "local": ("training.objective", "training.local", "training.precision"),
     "losses": ("training.losses",),
     "optim": ("training.optim",),

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 WARM = {  # a run that imports what any other here needs
     "rounds": 1,
     "data": {"name": "synthetic", "examples": 20, "test_examples": 5, "classes": 2, "clients": 2},
@@ -155,11 +156,22 @@ def old_draft(name):
     (Path(f".{name}.{os.getpid()}.draft")).mkdir()
 
 
+RUN = (  # the files in which a run is kept whole
+    *("/fedsim/experiment/", "/fedsim/runtimes/", "/fedsim/federated/simulation.py", "/fedsim/federated/store.py"),
+    "/fedsim/base/files.py",
+)
+
+
 def interrupt_at(line, number=signal.SIGINT):
-    """A signal as the interpreter comes to the so-many-th line of fedsim's that it executes."""
+    """A signal as the interpreter comes to the so-many-th line of RUN's files that it executes."""
     lines = _Lines(lambda count: count == line and signal.raise_signal(number))
     sys.settrace(lines)
     threading.settrace(None)
+
+
+def own_modules():
+    """Let configs name modules of the working directory."""
+    sys.path.insert(0, os.getcwd())
 
 
 def interrupt_in_test(number):
@@ -191,10 +203,10 @@ def interrupt_in_picture():
 
 
 def count_lines(path):
-    """Write to a file how many lines of fedsim's `fedsim` has executed, at the end."""
-    import fedsim.cli
+    """Write to a file how many lines of RUN's files `fedsim` has executed, at the end."""
+    from fedsim.cli import commands
 
-    lines, main = _Lines(lambda count: None), fedsim.cli.app
+    lines, main = _Lines(lambda count: None), commands.app
 
     def counted():
         try:
@@ -203,15 +215,12 @@ def count_lines(path):
             sys.settrace(None)
             Path(path).write_text(str(lines.count))
 
-    fedsim.cli.app = counted
+    commands.app = counted
     sys.settrace(lines)
 
 
 class _Lines:
-    """A tracer of the files in which a run is kept whole."""
-
-    FILES = frozenset({"experiment.py", "folder.py", "checkpoint.py", "store.py", "files.py", "simulation.py"})
-    FOLDERS = ("fedsim/hooks/", "fedsim/runtimes/")
+    """A tracer of RUN's files."""
 
     def __init__(self, tell):
         self.tell, self.count, self.known = tell, 0, {}
@@ -219,9 +228,7 @@ class _Lines:
     def __call__(self, frame, event, arg):
         name = frame.f_code.co_filename
         if name not in self.known:
-            path = Path(name)
-            own = path.parent.name == "fedsim" and path.name in self.FILES
-            self.known[name] = own or any(folder in name for folder in self.FOLDERS)
+            self.known[name] = any(text in name for text in RUN)
         return self.local if self.known[name] else None
 
     def local(self, frame, event, arg):
@@ -385,7 +392,8 @@ def _serve(path):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import fedsim.cli
+        import fedsim
+        import fedsim.cli.commands
 
         with tempfile.TemporaryDirectory() as folder:
             fedsim.run(WARM, out=f"{folder}/run")
@@ -416,10 +424,12 @@ def _watch(connection):
     """Fork a command, send it signals, tell how it ended."""
     lines = connection.makefile()
     request = json.loads(lines.readline())
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # in the command, until it handles them
     pid = os.fork()
     if pid == 0:
         connection.close()
         _command(request)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     start = monotonic()
     with ExitStack() as stack:
         ended = os.pidfd_open(pid)
@@ -463,6 +473,8 @@ def _command(request):
         sys.argv = ["fedsim", *request["argv"]]
         import fedsim.cli
 
+        fedsim.cli.exit_on_interrupt()  # as main does first of all
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         if request["prepare"]:
             name, *args = request["prepare"]
             globals()[name](*args)

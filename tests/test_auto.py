@@ -18,7 +18,7 @@ from fedsim.base.catalogue import Catalogue
 from fedsim.errors import ClientError, ConfigError
 from fedsim.experiment.build import build
 from fedsim.experiment.config import load
-from fedsim.experiment.hooks import Hook
+from fedsim.experiment.hook import Hook
 from fedsim.federated.availability import Availability
 from fedsim.federated.simulation import Failures
 from fedsim.runtimes import RUNTIMES, auto

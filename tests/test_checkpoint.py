@@ -24,9 +24,9 @@ import fedsim
 from fedsim.base import files
 from fedsim.base.files import File
 from fedsim.errors import ClientError, ConfigError, RoundError
-from fedsim.experiment.checkpoint import FREE, Checkpoints, changes
+from fedsim.experiment.checkpoint import HARMLESS_SETTINGS, Checkpoints, changes
 from fedsim.experiment.config import load as load_config
-from fedsim.experiment.run import Run
+from fedsim.experiment.start import resumed_run
 from fedsim.federated.store import ClientStore
 
 NEVER = settings(deadline=None, suppress_health_check=list(HealthCheck))
@@ -102,7 +102,7 @@ def refused(run, *words):
     """In one line, with nothing changed."""
     before = contents(run)
     with pytest.raises(ConfigError) as caught:
-        Run.resume(run, {}).folder.close()
+        resumed_run(run, {})[0].folder.close()
     said = str(caught.value)
     assert "\n" not in said
     assert len(said) < 1000
@@ -202,7 +202,7 @@ def test_with_all_broken_nothing_is_guessed(run):
 def test_a_file_that_is_gone_is_named(run, left_over):
     (run / left_over).unlink()
     with pytest.raises(ConfigError, match=left_over.replace(".", r"\.")) as caught:
-        Run.resume(run, {})
+        resumed_run(run, {})
     assert "\n" not in str(caught.value)
 
 
@@ -385,7 +385,7 @@ def test_what_is_no_file_is_not_waited_for(run, name, kind):
     else:
         path.symlink_to(path)
     with pytest.raises((ConfigError, OSError), match=name):
-        Run.resume(run, {})
+        resumed_run(run, {})
 
 
 def test_a_file_larger_than_memory_is_not_read(run):
@@ -393,10 +393,10 @@ def test_a_file_larger_than_memory_is_not_read(run):
     os.truncate(run / "checkpoints/server-000004.safetensors", 2**40)
     put("server", "bytes", to=2**40)(run)
     with pytest.raises(ConfigError, match="server-000004"):
-        Run.resume(run, {})
+        resumed_run(run, {})
     os.truncate(newest(run), 2**40)
     with pytest.raises(ConfigError, match="is larger than"):
-        Run.resume(run, {})
+        resumed_run(run, {})
 
 
 def rewritten(name, change):
@@ -607,7 +607,7 @@ def test_changes_are_none_to_itself_and_the_same_the_other_way_round(a, b):
     keys = [line.partition(":")[0] for line in (*there[0], *there[1])]
     assert len(set(keys)) == len(keys)
     for line in there[1]:
-        assert line.startswith(FREE)
+        assert line.startswith(HARMLESS_SETTINGS)
     for line in (*there[0], *there[1]):
         assert "\n" not in line
 

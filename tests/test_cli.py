@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,8 @@ import yaml
 from rich.cells import cell_len
 from rich.console import Console
 
-import fedsim.cli
 from fedsim.base.catalogue import options_of
+from fedsim.cli import runs
 from fedsim.experiment.progress import Bar
 from fedsim.listing import KINDS
 
@@ -124,6 +125,50 @@ def test_wrong_input_in_a_process_of_its_own(place):
     assert [path.name for path in place.iterdir()] == ["c.yaml"]
 
 
+# Interrupts: status 130, one line
+
+INTERRUPTED_IMPORT = """
+import signal, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "{module}":
+            signal.raise_signal(signal.{number})
+
+sys.meta_path.insert(0, Finder())
+from fedsim.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "number"),
+    [
+        ("typer", "SIGINT"),
+        ("fedsim.errors", "SIGTERM"),
+        ("pydantic", "SIGINT"),
+        ("numpy._core.multiarray", "SIGINT"),
+        ("torch._C", "SIGTERM"),
+        ("fedsim.experiment.start", "SIGINT"),
+    ],
+)
+def test_an_interrupt_while_modules_are_imported(place, module, number):
+    """As the command starts, from its first import on."""
+    script = INTERRUPTED_IMPORT.format(module=module, number=number)
+    done = subprocess.run([sys.executable, "-c", script, "run", "c.yaml"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "fedsim: interrupted\n")
+    assert [path.name for path in place.iterdir()] == ["c.yaml"]
+
+
+def test_an_interrupt_of_a_command_that_works(fedsim_, monkeypatch):
+    def interrupted(*_):
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("fedsim.data.picture.draw", interrupted)
+    done = fedsim_("partition", "c.yaml")
+    assert (done.status, done.err) == (130, "fedsim: interrupted\n")
+
+
 # A run
 
 
@@ -152,7 +197,7 @@ def test_runs_are_numbered(fedsim_):
 def test_a_run_on_a_terminal_has_a_bar(fedsim_, monkeypatch):
     terminal = io.StringIO()
     console = Console(file=terminal, force_terminal=True, width=80, soft_wrap=True, _environ={})
-    monkeypatch.setattr(fedsim.cli, "console", console)
+    monkeypatch.setattr(runs, "console", console)
     assert fedsim_("run", "c.yaml").status == 0
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue()).replace("\r", "\n")
     assert re.search(r"rounds  ━+ 3/3 .* loss \d\.\d{4} \d+\.\d\d%", narrow(shown))

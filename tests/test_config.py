@@ -1,6 +1,7 @@
 """Bad settings are one line that names the key, the value and what is allowed; good ones mean one thing."""
 
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from fedsim.base.catalogue import Catalogue, allowed, options_of
 from fedsim.errors import ConfigError
 from fedsim.experiment.build import build
 from fedsim.experiment.config import load, parse_overrides, read_yaml, resolve
-from fedsim.experiment.run import Run, execute
+from fedsim.experiment.execute import execute
+from fedsim.experiment.run import Run
 from fedsim.listing import KINDS
 
 ROOT = Path(__file__).parent.parent
@@ -489,3 +491,24 @@ def test_catalogues_name_what_is_there():
         assert isinstance(catalogue, Catalogue)
         for name in catalogue:
             assert callable(catalogue.load(name)), (kind, name)
+
+
+def test_an_interrupt_while_a_schema_is_built_stays_an_interrupt():
+    """Whenever a clock finds pydantic at work: its core would make a SchemaError of it."""
+
+    def tick(number, frame):
+        if "/pydantic/" in frame.f_code.co_filename:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGALRM, tick)
+    try:
+        for turn in range(60):
+            options_of.cache_clear()
+            signal.setitimer(signal.ITIMER_REAL, 5e-4 * (turn + 1), 1e-4)
+            with pytest.raises(KeyboardInterrupt):
+                resolve(TINY)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert resolve(TINY) == load(TINY)

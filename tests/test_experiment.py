@@ -23,10 +23,10 @@ from fedsim.data.partition import content_hash
 from fedsim.errors import ClientError, ConfigError, RoundError
 from fedsim.experiment.build import build
 from fedsim.experiment.config import load
+from fedsim.experiment.figures import spread
 from fedsim.experiment.folder import RunFolder
-from fedsim.experiment.hooks import Hook
+from fedsim.experiment.hook import Hook
 from fedsim.experiment.hooks.tensorboard import SCALARS
-from fedsim.experiment.run import spread
 from fedsim.models import options as models
 from fedsim.report.runs import read_run
 

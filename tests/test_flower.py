@@ -18,8 +18,9 @@ from fedsim.errors import ClientError, ConfigError, NodeError, RoundError
 from fedsim.experiment.build import build, build_data
 from fedsim.experiment.checkpoint import versions
 from fedsim.experiment.config import load
-from fedsim.experiment.hooks import Hook
-from fedsim.experiment.run import Run, execute
+from fedsim.experiment.execute import execute
+from fedsim.experiment.hook import Hook
+from fedsim.experiment.start import new_run, resumed_run
 from fedsim.federated.client import Train
 from fedsim.flower import wire
 from fedsim.flower.internals import LinkError, Reply
@@ -184,13 +185,13 @@ def test_a_driver_that_was_killed_goes_on_as_if_it_had_not_been(lab, tmp_path, s
     def make(here):
         return lambda config: here.simulation(config, wait=1e5, round_timeout=1e6, **options)
 
-    execute(Run.start(config, tmp_path / "whole", make=make(lab())))
+    execute(*new_run(config, tmp_path / "whole", make=make(lab())))
     for moment in moments:
         here, stopped, copy = lab(moment, double=0.3), tmp_path / f"s{moment}", tmp_path / f"c{moment}"
+        run, hooks = new_run(config, stopped, make=make(here))
         with pytest.raises(RoundError, match="killed"):
-            execute(Run.start(config, stopped, make=make(here)), [Snapshot(moment, copy)])
-        run = Run.resume(copy, {}, make=make(here))
-        result = execute(run)
+            execute(run, [*hooks, Snapshot(moment, copy)])
+        result = execute(*resumed_run(copy, {}, make=make(here)))
         assert lines(copy) == lines(tmp_path / "whole")
         assert result.summary["fingerprint"] == lines(copy)[-1]["fingerprint"]
 
@@ -201,11 +202,12 @@ def test_a_run_does_not_go_on_with_other_nodes(lab, tmp_path):
     def make(**options):
         return lambda config: here.simulation(config, wait=1e5, round_timeout=1e6, **options)
 
+    run, hooks = new_run(config, tmp_path / "run", make=make())
     with pytest.raises(RoundError, match="killed"):
-        execute(Run.start(config, tmp_path / "run", make=make()), [Snapshot(7, copy)])
+        execute(run, [*hooks, Snapshot(7, copy)])
     before = (copy / "config.yaml").read_bytes()
     with pytest.raises(ConfigError, match=r"runtime\.nodes: is x, y, z, but the run has client-00"):
-        Run.resume(copy, {}, make=make(nodes=["x", "y", "z"]))
+        resumed_run(copy, {}, make=make(nodes=["x", "y", "z"]))
     assert (copy / "config.yaml").read_bytes() == before
 
 

@@ -21,7 +21,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedsim.errors import ConfigError
 from fedsim.experiment.build import build
 from fedsim.experiment.config import load
-from fedsim.experiment.run import run
+from fedsim.experiment.execute import run
 from fedsim.flower import wire
 from fedsim.flower.app import checked, values_of, write_app
 from fedsim.flower.client_app import app

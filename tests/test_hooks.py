@@ -1,4 +1,4 @@
-"""Laws of hooks: all are told of everything in its order, none changes what is learned, each may end a run."""
+"""Laws of hooks: each is called for every event in order, none changes what is learned, each may end a run."""
 
 import io
 import json
@@ -8,17 +8,16 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import inf, nan
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
-from conftest import make_strategy
 from rich.console import Console
 
 import fedsim
-import fedsim.cli
 from fedsim import ClientError, ConfigError, Hook, RoundError, Wrapper
 from fedsim.base.catalogue import Catalogue
 from fedsim.experiment.hooks import HOOKS
@@ -188,28 +187,30 @@ def test_hooks_change_nothing_that_is_learned(tmp_path):
 # The end
 
 
+FAULT = SimpleNamespace(error=None, after=0)  # what Breaks raises, and how many clients train before
+
+
 @dataclass(frozen=True, kw_only=True)
 class Breaks(Wrapper):
-    """Raises an error, if any, once so many clients have trained."""
-
-    error: BaseException | None
-    after: int
-    trained: list[int] = field(default_factory=list)
+    """Raises the error of FAULT, if there is one, once so many clients have trained."""
 
     def client_update(self, server, client, local):
-        self.trained.append(local.client_id)
-        if self.error and len(self.trained) > self.after:
-            raise self.error
+        if FAULT.error and FAULT.after == 0:
+            raise FAULT.error
+        FAULT.after -= 1
         return super().client_update(server, client, local)
+
+
+BREAKS = {"name": "test_hooks:Breaks", "inner": "fedavg"}
 
 
 @pytest.fixture
 def breaks(monkeypatch):
-    """Runs that begin from now on break with an error after so many clients."""
+    """Clients of the strategy BREAKS raise an error from now on, after so many that do not."""
 
     def breaks(error, after=0):
-        strategy = Breaks(inner=make_strategy("fedavg"), error=error, after=after)
-        monkeypatch.setattr("fedsim.experiment.config.STRATEGIES.make", lambda *_: strategy)
+        monkeypatch.setattr(FAULT, "error", error)
+        monkeypatch.setattr(FAULT, "after", after)
 
     return breaks
 
@@ -229,9 +230,9 @@ def test_the_end_is_told_however_a_run_ends(error, raised, rounds, breaks, tmp_p
     tellers, looks = [Teller(), Teller(priority=90)], Looks()
     if raised:
         with pytest.raises(raised):
-            run(*tellers, looks, out=tmp_path / "run", rounds=2)
+            run(*tellers, looks, out=tmp_path / "run", rounds=2, strategy=BREAKS)
     else:
-        result = run(*tellers, looks, out=tmp_path / "run", rounds=2)
+        result = run(*tellers, looks, out=tmp_path / "run", rounds=2, strategy=BREAKS)
         assert result.interrupted == (rounds < 2)
         assert len(result.rounds) == rounds
     for teller in tellers:
@@ -337,6 +338,7 @@ MINE = '''
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 from fedsim import Hook
 
@@ -575,20 +577,24 @@ STOPS = {  # metric, options, measured values, how many tests until it stops
 stops = pytest.mark.parametrize(("metric", "options", "values", "tests"), STOPS.values(), ids=STOPS)
 
 
-def planned(values, metric):
-    """A test that finds what was planned."""
-    figures = {"test_loss": 1.0, "test_accuracy": 0.5, "client_accuracy_mean": 0.5}
-    return lambda config, simulation: figures | {metric: values[simulation.number // config.evaluate.every - 1]}
+@dataclass(kw_only=True)
+class Measured(Hook):
+    """Has the tests of a run measure these values of a metric, one after the other."""
+
+    metric: str = "test_loss"
+    values: list[float | str]  # a text where YAML has no number: nan, inf
+
+    def after_evaluation(self, run, record):
+        record[self.metric] = float(self.values[run.simulation.number // run.config.evaluate.every - 1])
 
 
 @stops
 @pytest.mark.parametrize("every", [1, 2])
-def test_early_stopping_by_hand(metric, options, values, tests, every, monkeypatch):
+def test_early_stopping_by_hand(metric, options, values, tests, every):
     """Only tests count, whatever rounds lie between them."""
-    monkeypatch.setattr("fedsim.experiment.run._tests", planned(values, metric))
-    stopping = EarlyStopping(metric=metric, **options)
+    stopping, measured = EarlyStopping(metric=metric, **options), Measured(metric=metric, values=values)
     evaluate = {"every": every, "clients": metric == "client_accuracy_mean"}
-    result = run(stopping, rounds=len(values) * every, evaluate=evaluate)
+    result = run(measured, stopping, rounds=len(values) * every, evaluate=evaluate)
     assert result.summary["rounds"] == (tests or len(values)) * every
     if tests is None:
         assert result.summary["stopped"] is None
@@ -598,11 +604,11 @@ def test_early_stopping_by_hand(metric, options, values, tests, every, monkeypat
 
 
 @stops
-def test_early_stopping_goes_on_where_it_stood(metric, options, values, tests, monkeypatch, tmp_path):
+def test_early_stopping_goes_on_where_it_stood(metric, options, values, tests, tmp_path):
     """A run that is interrupted at the last moment ends in the same round."""
-    monkeypatch.setattr("fedsim.experiment.run._tests", planned(values, metric))
+    measured = {"name": "test_hooks:Measured", "metric": metric, "values": [str(value) for value in values]}
     last = (tests or len(values)) - 1
-    hooks = [{"name": "early_stopping", "metric": metric, **options}]
+    hooks = [measured, {"name": "early_stopping", "metric": metric, **options}]
     late = Teller(
         at="after_round", do=lambda run: fails(KeyboardInterrupt())() if len(run.records) == last else None
     )
@@ -614,13 +620,15 @@ def test_early_stopping_goes_on_where_it_stood(metric, options, values, tests, m
     assert (result.summary["stopped"] is None) == (tests is None)
 
 
-def test_a_run_that_stopped_early_is_done(fedsim_, monkeypatch):
+def test_a_run_that_stopped_early_is_done(fedsim_):
     """Status 0, and said; a resume has nothing to do, but with more patience goes on."""
-    monkeypatch.setattr(
-        "fedsim.experiment.run._tests", planned([3.0, 2.0, 2.5, 2.5, 2.5, 1.0, 0.5, 0.4], "test_loss")
-    )
+
+    def hooks(patience):
+        measured = {"name": "test_hooks:Measured", "values": [3.0, 2.0, 2.5, 2.5, 2.5, 1.0, 0.5, 0.4]}
+        return f"hooks={json.dumps([measured, {'name': 'early_stopping', 'patience': patience}])}"
+
     settings = ["rounds=8", "evaluate.every=1"]
-    done = fedsim_("run", "c.yaml", *settings, "hooks=[{name: early_stopping, patience: 2}]", "--out", "run")
+    done = fedsim_("run", "c.yaml", *settings, hooks(2), "--out", "run")
     assert (done.status, done.err) == (0, "")
     assert "stopped: test_loss has not improved on 2 in 2 tests\n" in done.out
     summary = json.loads(Path("run/summary.json").read_text())
@@ -629,7 +637,7 @@ def test_a_run_that_stopped_early_is_done(fedsim_, monkeypatch):
     assert (done.status, done.err) == (0, "")
     assert "stopped: test_loss has not improved on 2 in 2 tests\n" in done.out
     assert json.loads(Path("run/summary.json").read_text())["fingerprint"] == summary["fingerprint"]
-    done = fedsim_("resume", "run", "hooks=[{name: early_stopping, patience: 4}]")
+    done = fedsim_("resume", "run", hooks(4))
     assert done.status == 0
     assert "stopped" not in done.out
     summary = json.loads(Path("run/summary.json").read_text())
@@ -766,6 +774,41 @@ def test_who_is_dropped_is_shown(hook, breaks):
     breaks(KeyError("x"))
     terminal = console()
     with pytest.raises(RoundError, match="0 clients answered"):
-        run(hook(terminal), failures={"policy": "drop"})
+        run(hook(terminal), failures={"policy": "drop"}, strategy=BREAKS)
     for client in (0, 2):
         assert f"client {client} dropped: KeyError: 'x' (test_hooks.py:" in shown(terminal)
+
+
+# Hooks and the checkpoint
+
+
+class Sees(Hook):
+    """Which checkpoints and results there are at an event."""
+
+    def __init__(self, priority):
+        super().__init__(priority=priority)
+        self.rounds, self.end = [], None
+
+    def after_round(self, run, record):
+        self.rounds.append(checkpoints(run.folder.path))
+
+    def after_run(self, run):
+        names = {path.name for path in run.folder.path.iterdir()}
+        self.end = checkpoints(run.folder.path), {"model.safetensors", "summary.json"} <= names
+
+
+def test_the_checkpoint_lies_between_hooks_below_priority_100_and_those_above(tmp_path):
+    """A hook from 100 on is called after the checkpoint of a round, and before that of the end."""
+    below, above = Sees(99), Sees(100)
+    run(above, below, out=tmp_path / "run", checkpoint={"every": 2})
+    assert below.rounds == [[], [], [2]]
+    assert above.rounds == [[], [2], [2]]
+    assert below.end == ([2, 3], True)
+    assert above.end == ([2], False)
+
+
+def test_what_is_no_hook_is_refused_before_there_is_a_folder(tmp_path):
+    for wrong in (Sees, object()):
+        with pytest.raises(ConfigError, match=r"^hooks: "):
+            run(wrong, out=tmp_path / "run")
+        assert not (tmp_path / "run").exists()

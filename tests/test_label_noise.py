@@ -11,7 +11,7 @@ from conftest import make_data
 from torch import nn
 from torch.nn import functional as F
 
-from fedsim.cli import app
+from fedsim.cli.commands import app
 from fedsim.data import DATASETS, Dataset, FederatedData
 from fedsim.data.noise import LabelNoise
 from fedsim.errors import ConfigError

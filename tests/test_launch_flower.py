@@ -21,7 +21,7 @@ from small_run import CONFIG
 from typer.main import get_command
 
 from fedsim.bench.federation import free_port, listens
-from fedsim.cli import app
+from fedsim.cli.commands import app
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 SCRIPTS = [LAUNCH / name for name in ("flower_local.sh", "flower_ssh.sh", "flower_slurm.sbatch")]

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import distributed, nn
 
 import fedsim
-import fedsim.cli
+from fedsim.cli import measurement
 from fedsim.errors import ConfigError
 from fedsim.export.cost import activation_bytes, cost, flops, short
 from fedsim.export.timing import DTYPES, latency, measure, numbers, profiles
@@ -30,7 +30,7 @@ TINY = ["cnn_bn", "widths=[2,3]", "--shape", "1,8,8", "--classes", "3", "--repea
 def fedsim_(tmp_path, monkeypatch, fedsim_):
     """Calls the command in a folder of its own; what it says fits 80 columns."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(fedsim.cli, "console", Console(soft_wrap=True, width=80))
+    monkeypatch.setattr(measurement, "console", Console(soft_wrap=True, width=80))
 
     def call(*arguments):
         done = fedsim_(*arguments)

@@ -39,7 +39,9 @@ from fedsim import ClientError, ConfigError, RoundError, Wrapper
 from fedsim.data import FederatedData
 from fedsim.data.npz import npz
 from fedsim.experiment.config import load
-from fedsim.experiment.run import Run, execute
+from fedsim.experiment.execute import execute
+from fedsim.experiment.run import Run
+from fedsim.experiment.start import new_run
 from fedsim.federated.aggregate import TOGETHER, WeightedMean
 from fedsim.federated.client import Train
 from fedsim.federated.recalibration import Recalibrate
@@ -593,7 +595,7 @@ def test_experiments_one_after_the_other_each_have_the_whole_cluster():
     runs = list[Run]()
     for rounds in (1, 2):
         config = load(CONFIG, {"rounds": rounds, "hooks": [], "runtime": {"name": "ray"}})
-        runs.append(Run.start(config))
+        runs.append(new_run(config)[0])
         assert execute(runs[-1]).summary["rounds"] == rounds
         assert runs[-1].simulation.runtime.workers == 2
         assert not runs[-1].simulation.runtime.pool.slots
@@ -603,7 +605,7 @@ def test_experiments_one_after_the_other_each_have_the_whole_cluster():
 
 def test_actors_of_a_run_that_failed_end_though_its_exception_is_kept():
     config = load(CONFIG, {"hooks": [], "runtime": {"name": "ray", "cpus": SMALL, "actors": 1}})
-    run = Run.start(config)
+    run, _ = new_run(config)
     (process,) = processes(run.simulation.runtime)
     object.__setattr__(run.simulation, "strategy", None)
     with pytest.raises(AttributeError) as kept:

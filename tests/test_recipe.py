@@ -375,7 +375,7 @@ def test_a_teacher_like_the_network_starts_and_trains_like_none(tmp_path):
 )
 def test_what_is_nothing_to_a_teacher_is_refused(key, value):
     distillation = {"teacher": "teacher.safetensors", "model": {"name": "resnet18", key: value}}
-    with pytest.raises(ConfigError, match=rf"^local.distillation.model.{key}: is nothing to a teacher"):
+    with pytest.raises(ConfigError, match=rf"^local.distillation.model.{key}: has no effect on a teacher"):
         load(TINY | {"local": {"distillation": distillation}})
     for model in ("", {}):
         with pytest.raises(ConfigError, match=r"^local.distillation.model.name: "):

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from fedsim.errors import ConfigError
 from fedsim.report.plot import curves
-from fedsim.report.runs import Run, compare, differences, labels, read_run, rounds_to
+from fedsim.report.runs import RunRecord, compare, differences, labels, read_run, rounds_to
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -23,9 +23,9 @@ def row(number: int, accuracy: float | None = None) -> dict[str, Any]:
     return {"round": number, "cohort": [0, 1], "train_loss": 1 / number, "failed": 0, **costs, **measured}
 
 
-def run(folder: str, accuracies: list[float | None], **config: Any) -> Run:
+def run(folder: str, accuracies: list[float | None], **config: Any) -> RunRecord:
     rounds = [row(number, accuracy) for number, accuracy in enumerate(accuracies, 1)]
-    return Run(Path("/runs") / folder, {"rounds": len(rounds), **config}, rounds, {"rounds": len(rounds)})
+    return RunRecord(Path("/runs") / folder, {"rounds": len(rounds), **config}, rounds, {"rounds": len(rounds)})
 
 
 def write(folder: Path, rounds: str, config: str = "{rounds: 3}", summary: str | None = None) -> Path:
@@ -37,14 +37,14 @@ def write(folder: Path, rounds: str, config: str = "{rounds: 3}", summary: str |
     return folder
 
 
-def cells(runs: list[Run], target: float | None = None) -> list[list[str]]:
+def cells(runs: list[RunRecord], target: float | None = None) -> list[list[str]]:
     """The table's rows, the bold ones in asterisks."""
     columns = [column.cells for column in compare(runs, target).columns]
     texts = [[Text(cell) if isinstance(cell, str) else cell for cell in column] for column in columns]
     return [[f"*{t.plain}*" if t.style == "bold" else t.plain for t in row] for row in zip(*texts, strict=True)]
 
 
-def printed(runs: list[Run], target: float | None = None, columns: int = 200) -> str:
+def printed(runs: list[RunRecord], target: float | None = None, columns: int = 200) -> str:
     console = Console(width=columns, color_system=None, legacy_windows=False)
     with console.capture() as capture:
         console.print(compare(runs, target))
@@ -190,7 +190,7 @@ def test_a_table_holds_what_each_run_took_and_marks_the_best() -> None:
 
 
 def test_a_run_without_evaluations_or_rounds_has_its_row() -> None:
-    blank = Run(Path("/runs/blank"), {"rounds": 9}, [], None)
+    blank = RunRecord(Path("/runs/blank"), {"rounds": 9}, [], None)
     assert cells([run("dark", [None, None]), blank], 0.5) == [
         ["dark", "2", "-", "-", "-", "-", "4"],
         ["blank", "0 of 9", "-", "-", "-", "-", "*0*"],
@@ -230,7 +230,9 @@ def test_a_table_says_where_the_configs_differ() -> None:
     ],
     ids=["none", "empty", "one", "dark", "long", "names", "many"],
 )
-def test_a_picture_is_written_whatever_was_run(runs: list[Run], target: float | None, tmp_path: Path) -> None:
+def test_a_picture_is_written_whatever_was_run(
+    runs: list[RunRecord], target: float | None, tmp_path: Path
+) -> None:
     curves(runs, tmp_path / "curves.png", target)
     picture = (tmp_path / "curves.png").read_bytes()
     assert picture.startswith(PNG)

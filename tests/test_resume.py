@@ -289,6 +289,7 @@ def test_a_clock_that_jumps_changes_nothing(forks, folder):
 
 # Interrupts
 
+EARLY = "fedsim: interrupted\n"  # before the run began
 SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
 
 
@@ -302,11 +303,37 @@ def test_an_interrupt_at_random_leaves_a_checkpoint_of_all_that_was_done(forks, 
         assert done.status == 130, str(done)
         interrupts, patience, logged = interrupts + 1, 1.05 * patience, rounds_logged(folder / "run")
         assert rounds_done(folder / "run") in (logged, logged + 1)
-        if done.err:  # unless it was too early
+        if done.err != EARLY:
             assert done.err.endswith(f"after round {logged} of 40; fedsim resume run goes on\n")
         how = ["resume", "run"] if (folder / "run").exists() else how
     assert interrupts > 1
     assert left(folder / "run") == expected
+
+
+MINE = """
+import os, signal
+from fedsim import Hook
+
+class Descriptor:
+    def __set_name__(self, owner, name):  # Python 3.11 raises RuntimeError where this raises anything
+        if os.path.exists("interrupt"):
+            signal.raise_signal(signal.SIGINT)
+
+class Mine(Hook):
+    descriptor = Descriptor()
+"""
+
+
+@pytest.mark.parametrize("command", ["run c.yaml", "resume done", "sweep c.yaml seed=0,1 --jobs=1"])
+def test_an_interrupt_while_a_module_of_the_config_is_imported_ends_in_a_line(forks, folder, command):
+    (folder / "mine.py").write_text(MINE)
+    write(folder, rounds=1, hooks=["mine:Mine"])
+    done = forks.run("run", "c.yaml", "--out=done", cwd=folder, prepare=["own_modules"])
+    assert (done.status, done.err) == (0, ""), str(done)
+    (folder / "interrupt").touch()
+    done = forks.run(*command.split(), cwd=folder, prepare=["own_modules"])
+    assert (done.status, done.err) == (130, EARLY), str(done)
+    assert not (folder / "runs").exists()
 
 
 def interrupted_at_lines(forks, folder, lines):

@@ -10,7 +10,7 @@ from conftest import make_data, make_simulation, make_task
 from torch import nn
 
 import fedsim
-from fedsim.experiment.folder import LISTED, _json, describe
+from fedsim.experiment.folder import MAX_LISTED_CLIENTS, _json, describe
 from fedsim.federated.availability import Availability, _uniform
 from fedsim.types import Stream, random
 
@@ -62,7 +62,7 @@ def test_clients_are_kept_that_took_part(million):
 
 
 def test_what_a_run_says_of_its_partition_does_not_grow_with_the_population(million):
-    few = make_data([1] * (LISTED + 1))
+    few = make_data([1] * (MAX_LISTED_CLIENTS + 1))
     told = describe(million.data)
     assert len(_json(told)) < 1.1 * len(_json(describe(few)))
     assert told["clients"] == sum(told["labels"]) == MILLION
@@ -95,14 +95,14 @@ def test_others_are_selected_as_if_from_a_list_of_them():
 
 FIRST_ROUND = """
 import sys
-import fedsim, fedsim.cli
+import fedsim, fedsim.cli.commands
 def absent(*names):
     assert not (there := [name for name in names if name in sys.modules]), there
 absent("torch", "numpy", "pydantic")
 from fedsim.experiment.config import load
-from fedsim.experiment.run import Run
+from fedsim.experiment.start import new_run
 import fedsim.experiment.progress
-runs = Run.start(load({
+runs, _ = new_run(load({
     "rounds": 1, "data": {"name": "mnist", "root": sys.argv[1], "clients": 2}, "model": "cnn",
     "strategy": "fedavg", "cohort": "all", "local": {}, "runtime": {"name": "threads", "device": "cpu"},
 }))

@@ -9,7 +9,7 @@ import pytest
 from small_run import IN_MEMORY
 
 import fedsim
-from fedsim.experiment.hooks import Hook
+from fedsim.experiment.hook import Hook
 
 ROUNDS = 3000
 CONFIG = {

@@ -120,8 +120,8 @@ def test_ranges_lists_and_quotes():
     [
         (["seed"], "'seed' should be KEY=VALUE or KEY=V1,V2,..., such as local.lr=0.05,0.1"),
         (["seed=1"], "sweep: no key has several values, such as local.lr=0.05,0.1; fedsim run does one run"),
-        (["seed=0,1,1"], "seed: 1 stands twice"),
-        (["seed=0,1", "seed=2,3"], "seed: stands twice; give all its values at once, as seed=V1,V2"),
+        (["seed=0,1,1"], "seed: 1 is given twice"),
+        (["seed=0,1", "seed=2,3"], "seed: is given twice; give all its values at once, as seed=V1,V2"),
         (["seed=0,,1"], "seed: a value is missing between commas"),
         (["seed=3..1"], "seed: 3..1 should go up, and hold at most 10,000 numbers"),
         (["seed=0..200", "local.lr=1..100"], "sweep: 20,100 points; at most 10,000 are allowed"),
@@ -262,10 +262,10 @@ def test_a_folder_of_something_else_is_refused(place, fedsim_):
     before = contents(place)
     for arguments, message in [
         (["sweep", "c.yaml", "seed=0,2", "rounds=1", "--out=s"],
-         "s: is another sweep, grid.seed: [0, 2], and was [0, 1]; name another folder"),
+         "s: holds another sweep, grid.seed: [0, 2], and was [0, 1]; name another folder"),
         (["sweep", "c.yaml", "seed=0,1", "rounds=2", "--out=s"],
-         "s: is another sweep, settings.rounds: 2, and was 1; name another folder"),
-        (["sweep", "c.yaml", "seed=0,1", "--out=other"], "other: exists, and is no sweep's; name another folder"),
+         "s: holds another sweep, settings.rounds: 2, and was 1; name another folder"),
+        (["sweep", "c.yaml", "seed=0,1", "--out=other"], "other: exists, and holds no sweep; name another folder"),
         (["resume", "s", "rounds=2"],
          "s: is a sweep, whose settings are in its sweep.yaml; resume it without others"),
     ]:  # fmt: skip

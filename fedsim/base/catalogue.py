@@ -23,6 +23,7 @@ import numpy as np
 from pydantic import BaseModel, ByteSize, ConfigDict, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
+from fedsim.base.files import uninterrupted
 from fedsim.errors import ConfigError
 
 Spec = dict[str, Any]  # {"name": ..., **options}
@@ -90,7 +91,7 @@ class Catalogue:
             options["inner"] = self.resolve(options["inner"], f"{at}.inner")
         schema = options_of(self.load(spec["name"], f"{at}.name"))
         if also:
-            schema = create_model("Options", __base__=(schema, also))
+            schema = _schema((schema, also))
         return {"name": spec["name"]} | validated(schema, options, at).model_dump(mode="json")
 
     def bind(self, spec: object, at: str = "") -> Callable[..., Any]:
@@ -144,7 +145,16 @@ def options_of(target: Callable[..., Any]) -> type[Options]:
         if parameter.kind is parameter.KEYWORD_ONLY:
             default = ... if parameter.default is parameter.empty else parameter.default
             fields[name] = (Spec | str if name == "inner" else hints.get(name, Any), default)
-    return create_model("Options", __base__=Options, **fields)
+    return _schema((Options,), **fields)
+
+
+def _schema(bases: tuple[type[Options], ...], **fields: Any) -> type[Options]:
+    """A schema with these fields besides those of its bases.
+
+    Signals wait until it is built: pydantic's core would make a SchemaError of a KeyboardInterrupt.
+    """
+    with uninterrupted():
+        return create_model("Options", __base__=bases, **fields)
 
 
 def validated(schema: type[Schema], values: Mapping[str, Any], at: str = "") -> Schema:

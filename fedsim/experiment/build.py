@@ -1,4 +1,4 @@
-"""From a resolved config to objects: data, task, recipe, hooks, simulation; what is wrong is one line."""
+"""From a resolved config to objects: data, task, recipe, hooks, simulation; an error is one line."""
 
 from collections.abc import Callable
 
@@ -11,10 +11,9 @@ from fedsim.data import AUGMENTATIONS, DATASETS, PARTITIONS, Dataset, FederatedD
 from fedsim.data.federated import public_mask, without_rows
 from fedsim.data.noise import LabelNoise
 from fedsim.errors import ConfigError
-from fedsim.experiment.config import Config, Federation, recipe_options
-from fedsim.experiment.hooks import HOOKS, Hook
-from fedsim.experiment.hooks.checkpointing import Checkpointing
-from fedsim.experiment.hooks.results import Results
+from fedsim.experiment.config import Config, DataOptions, recipe_options
+from fedsim.experiment.hook import Hook
+from fedsim.experiment.hooks import HOOKS
 from fedsim.federated.availability import Availability
 from fedsim.federated.cohort import COHORTS
 from fedsim.federated.recalibration import Recalibrate
@@ -24,7 +23,7 @@ from fedsim.federated.store import ClientStore
 from fedsim.federated.strategy import Strategy
 from fedsim.models import options as models
 from fedsim.models.weights import load_weights
-from fedsim.runtimes import RUNTIMES
+from fedsim.runtimes import RUNTIMES, runtime_class
 from fedsim.strategies import CATALOGUE as STRATEGIES
 from fedsim.training.losses import LOSSES
 from fedsim.training.recipe import Distillation, Recipe
@@ -35,18 +34,18 @@ from fedsim.types import Stream, random
 
 def build_dataset(config: Config) -> Dataset:
     """The dataset of a resolved config; raises ConfigError."""
-    return DATASETS.make({k: v for k, v in config.data.items() if k not in Federation.model_fields}, Dataset)
+    return DATASETS.make({k: v for k, v in config.data.items() if k not in DataOptions.model_fields}, Dataset)
 
 
 def build_data(config: Config, dataset: Dataset | None = None) -> FederatedData:
     """The dataset of a resolved config, unless it is given, and who holds what; raises ConfigError."""
-    shared = {key: config.data[key] for key in Federation.model_fields}
+    shared = {key: config.data[key] for key in DataOptions.model_fields}
     dataset = build_dataset(config) if dataset is None else dataset
     dataset.check_parts("train", "test")
     seed = config.seed if shared["partition_seed"] is None else shared["partition_seed"]
     stream = random(seed, Stream.PARTITION)
     if shared["public"] == "all":
-        raise ConfigError("data.public: all leaves nothing to clients that are simulated; a share of them does")
+        raise ConfigError("data.public: all leaves simulated clients without examples; give a share such as 0.1")
     public = public_mask(dataset, shared["public"], seed)
     rest = without_rows(dataset, public)
     owners = PARTITIONS.make(shared["partition"], np.ndarray, rest, shared["clients"], stream)
@@ -64,7 +63,7 @@ def build_data(config: Config, dataset: Dataset | None = None) -> FederatedData:
 
 
 def build_server_data(config: Config) -> FederatedData:
-    """The same where clients hold theirs themselves: for tests, and of `data.public` the server's own."""
+    """The server's data where clients have data of their own: test examples, and those of `data.public`."""
     shared, dataset = {key: config.data[key] for key in ("clients", "crop", "public")}, build_dataset(config)
     dataset.check_parts("test")
     seed = config.seed if config.data["partition_seed"] is None else config.data["partition_seed"]
@@ -79,7 +78,7 @@ def build(
 ) -> Simulation:
     """The simulation of a resolved config, with its data and runtime unless they are given; raises ConfigError."""
     if data is None:
-        elsewhere = getattr(RUNTIMES.load(RUNTIMES.resolve(config.runtime)["name"]), "elsewhere", False)
+        elsewhere = runtime_class(config.runtime).elsewhere
         data = build_server_data(config) if elsewhere else build_data(config)
     data.check_augment(config.local["augment"])
     recipe = build_recipe(config.local)
@@ -114,9 +113,9 @@ def build_recipe(local: Spec) -> Recipe:
 def build_task(
     model: Spec | str, recipe: Recipe, seed: int, shape: tuple[int, ...], classes: int, *, sent: bool = False
 ) -> Task:
-    """What is learned of examples of `shape`; raises ConfigError.
+    """The network and what it learns from, for examples of `shape`; raises ConfigError.
 
-    Where the weights are `sent` afterwards, a teacher is left as its initialisation has it, and no file is read.
+    Where a teacher's weights are `sent` later, it keeps its initial ones, and its file is not read.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(random(seed, Stream.MODEL).integers(2**63)))
@@ -133,15 +132,14 @@ def build_task(
 
 
 def build_hooks(config: Config) -> list[Hook]:
-    """The hooks that a resolved config names, and those that write checkpoints and results; raises ConfigError."""
-    named = (HOOKS.make(hook, Hook, at=f"hooks[{i}]") for i, hook in enumerate(config.hooks))
-    return [Checkpointing(**config.checkpoint), Results(), *named]
+    """The hooks that a resolved config names; raises ConfigError."""
+    return [HOOKS.make(hook, Hook, at=f"hooks[{i}]") for i, hook in enumerate(config.hooks)]
 
 
 def _teacher(
     model: Spec | str, distillation: Distillation | None, shape: tuple[int, ...], classes: int, sent: bool
 ) -> nn.Module | None:
-    """The network that clients distil from, where it is not the global model."""
+    """The network that clients distil from; None where it is the global model, or where there is none."""
     if distillation is None or isinstance(distillation.teacher, str):
         if distillation and distillation.model is not None:
             raise ConfigError("local.distillation.model: needs a file in local.distillation.teacher")

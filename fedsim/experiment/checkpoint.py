@@ -1,8 +1,8 @@
 """Checkpoints: all that a run needs to go on as if it had never stopped.
 
-Round N's is N.json, which names the other files with their lengths and SHA-256: the server's state, the segments
-of the client store, and how much of rounds.jsonl there was. It is written last, so a checkpoint is whole or is not
-there. Nothing in it is executed. Randomness has a key, so no generator is saved.
+The checkpoint of round N is N.json. It names the other files with their lengths and SHA-256: the server's state,
+the segments of the client store, and the part of rounds.jsonl that existed. It is written last, so a checkpoint is
+whole or does not exist. Nothing in it is executed. Randomness has a key, so no generator is saved.
 """
 
 import hashlib
@@ -28,38 +28,37 @@ from fedsim.federated.simulation import Round, Simulation
 from fedsim.federated.store import NAME as SEGMENT
 from fedsim.types import Form, State, described, form_of
 
-LARGEST = 2**25  # bytes of N.json
+MAX_BYTES = 2**25  # of N.json
 NAME = re.compile(r"\d{6,}\.json")
 SERVER = re.compile(r"server-\d{6,}\.safetensors")
-FREE = (  # settings that do not change what is learned, or only from now on
+HARMLESS_SETTINGS = (  # that do not change what is learned, or only from now on
     *("rounds", "evaluate", "runtime", "failures", "checkpoint", "client_store", "hooks"),
     *("data.root", "data.path", "data.cache", "data.download"),
 )
 
-
-PLAIN = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 FIELDS: dict[str, Any] = {name: (kind, ...) for name, kind in Round.__annotations__.items()}
-Line: Any = create_model("Line", __config__=PLAIN, **FIELDS)
+Line: Any = create_model("Line", __config__=STRICT, **FIELDS)
 
 
 class Checkpoint(BaseModel):
     """What N.json holds."""
 
-    model_config = PLAIN
+    model_config = STRICT
 
     format: Literal[1] = 1
-    round: Annotated[int, Ge(0)]  # that are done
+    round: Annotated[int, Ge(0)]  # how many are done
     clock: float
-    seconds: float  # that the run had taken
-    last: Line | None  # the last round's result, where its line is not in rounds.jsonl yet
+    seconds: float  # that the run has taken
+    last: Line | None  # the last round's result, if rounds.jsonl has no line of it yet
     stopped: str | None  # why, where a hook has ended the run
     config: dict[str, Any]
     versions: dict[str, str]
-    data: str  # hash of labels and owners, and of what of the networks is fixed
+    data: str  # hash of labels and owners, and of the constants of the networks
     log: File  # rounds.jsonl, as far as it went
     server: File
-    clients: list[File]  # the older first
-    runtime: dict[str, Any] | None = None  # what `auto` chose, or who `flower` runs with
+    clients: list[File]  # the oldest first
+    runtime: dict[str, Any] | None = None  # what `auto` chose, or the nodes of `flower`
 
 
 class Checkpoints:
@@ -67,12 +66,13 @@ class Checkpoints:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._segments: dict[str, set[str]] = {}  # that each checkpoint needs
+        self._segments: dict[str, set[str]] = {}  # the segments that each checkpoint needs
 
     def save(self, simulation: Simulation, log: File, keep: int, **about: Any) -> None:
-        """Write what changed, and keep the newest so many; raises OSError, and leaves the others good.
+        """Write a checkpoint, and keep the newest `keep` ones; raises OSError, and leaves the others whole.
 
-        `about` has what else a Checkpoint holds: config, data, last, stopped, seconds.
+        Of the client store only what changed is written. `about` holds the other fields of Checkpoint: config,
+        data, last, stopped, seconds.
         """
         self.folder.mkdir(exist_ok=True)
         clients = simulation.clients.flush()
@@ -94,19 +94,20 @@ class Checkpoints:
 
     @property
     def newest(self) -> int:
-        """The rounds that the newest has, whole or not; 0 where there is none."""
+        """The round of the newest checkpoint, whole or not; 0 where there is none."""
         return max((int(path.stem) for path in self._found()), default=0)
 
     def latest(
-        self, log_folder: Path, most: int | None = None
+        self, log_folder: Path, max_round: int | None = None
     ) -> tuple[tuple[Checkpoint, State] | None, list[str]]:
-        """The newest that is whole, of `most` rounds if given, with the server's state; what is wrong with others.
+        """The newest whole checkpoint with the server's state, and what is wrong with newer ones, in words.
 
-        None where there are no such checkpoints; raises ConfigError where all are broken.
+        With `max_round` the newest one of at most that round. None where there are no such checkpoints; raises
+        ConfigError where all are broken.
         """
         broken = list[str]()
         for path in self._found():
-            if most is not None and int(path.stem) > most:
+            if max_round is not None and int(path.stem) > max_round:
                 continue
             try:
                 checkpoint = _read(path)
@@ -119,20 +120,20 @@ class Checkpoints:
                 return (checkpoint, server), [f"{line}; goes on after round {checkpoint.round}" for line in broken]
             except ConfigError:
                 raise
-            except (ValueError, KeyError, SafetensorError) as error:  # KeyError: of a type that torch has not
+            except (ValueError, KeyError, SafetensorError) as error:  # KeyError: a type that torch does not have
                 broken.append(f"{path}: broken checkpoint: {one_line(error)}")
         if broken:
             raise ConfigError(f"{broken[0]}; no other is whole; delete {self.folder} to start over")
         return None, []
 
     def restore(self, simulation: Simulation, checkpoint: Checkpoint, server: State) -> None:
-        """Put a new simulation where the checkpoint was made; raises ConfigError where it was of another kind."""
+        """Give a new simulation the state of a checkpoint; raises ConfigError where that has another form."""
         _check_form(self.folder, "the server's state is", form_of(server), form_of(simulation.server))
         for path in self._found():
             if int(path.stem) > checkpoint.round:  # broken
                 path.unlink()
         for path in self._found():
-            with suppress(ValueError):  # broken too, and never read again
+            with suppress(ValueError):  # this one is broken too, and will not be read again
                 self._segments[path.name] = {file.name for file in _read(path).clients}
         self._restore_clients(simulation, checkpoint.clients)
         simulation.server = {name: server[name].to(simulation.runtime.home) for name in simulation.server}
@@ -141,7 +142,7 @@ class Checkpoints:
         self._settle(simulation)
 
     def start(self, simulation: Simulation) -> None:
-        """Let a run begin with its first round; what one that was killed has left goes."""
+        """Prepare a run that begins with its first round: delete what an earlier, killed one left."""
         self.folder.mkdir(exist_ok=True)
         for path in self._found():
             path.unlink()
@@ -158,7 +159,7 @@ class Checkpoints:
             raise ConfigError(f"{self.folder}: {error}") from None
         for client in clients:
             if not 0 <= client < simulation.data.num_clients:
-                raise ConfigError(f"{self.folder}: has what client {client} keeps, and there is no such client")
+                raise ConfigError(f"{self.folder}: has a state of client {client}, and there is no such client")
         for client in list(clients)[:1]:
             _check_form(
                 self.folder, "a client keeps", form_of(clients[client]), form_of(simulation.initial_client)
@@ -168,7 +169,7 @@ class Checkpoints:
         simulation.runtime.checkpointed_rounds([int(path.stem) for path in self._found()])
 
     def _found(self) -> list[Path]:
-        """The newest first."""
+        """The files N.json, the newest first."""
         paths = [path for path in self.folder.glob("*.json") if NAME.fullmatch(path.name)]
         return sorted(paths, key=lambda path: int(path.stem), reverse=True)
 
@@ -194,13 +195,13 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str
     for key in dict.fromkeys([*a, *b]):
         if a.get(key) != b.get(key):
             was, new = (json.dumps(values[key]) if key in values else "not set" for values in (a, b))
-            harmless = any(key == name or key.startswith(f"{name}.") for name in FREE)
+            harmless = any(key == name or key.startswith(f"{name}.") for name in HARMLESS_SETTINGS)
             (free if harmless else result).append(f"{key}: {new}, and was {was}")
     return result, free
 
 
 def versions() -> dict[str, str]:
-    """Of what the result depends on."""
+    """The versions of the packages on which results depend."""
     packages = {name: version(name) for name in ("torch", "numpy")}
     return {"fedsim": VERSION} | packages | {"python": platform.python_version()}
 
@@ -228,17 +229,19 @@ def _sha256(values: Any) -> str:
 
 
 def _read(path: Path) -> Checkpoint:
-    """Raises ValueError where it is not whole."""
+    """Read N.json; raises ValueError where it is not whole."""
     try:
         with open_regular(path) as opened:
-            content = opened.read(LARGEST + 1)
-        if len(content) > LARGEST:
-            raise ValueError(f"is larger than {LARGEST} bytes")
+            content = opened.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ValueError(f"is larger than {MAX_BYTES} bytes")
         signed = json.loads(content)
         if signed["sha256"] != _sha256(signed["checkpoint"]):
             raise ValueError("is not what it was when it was written")
         if signed["checkpoint"]["format"] != Checkpoint.model_fields["format"].default:
-            raise ConfigError(f"{path}: is of another fedsim, with format {signed['checkpoint']['format']}")
+            raise ConfigError(
+                f"{path}: was written by another version of fedsim, in format {signed['checkpoint']['format']}"
+            )
         checkpoint = Checkpoint.model_validate_json(json.dumps(signed["checkpoint"]))
     except ConfigError:
         raise
@@ -251,6 +254,6 @@ def _read(path: Path) -> Checkpoint:
         raise ValueError(f"is of round {checkpoint.round}")
     files = [checkpoint.log, checkpoint.server, *checkpoint.clients]
     for file, name in zip(files, [re.compile("rounds.jsonl"), SERVER, *[SEGMENT] * len(files[2:])], strict=True):
-        if not name.fullmatch(file.name):  # nor does it lead out of the folder
+        if not name.fullmatch(file.name):  # which also keeps it inside the folder
             raise ValueError(f"{file.name!r} is no name of such a file")
     return checkpoint

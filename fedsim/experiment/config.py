@@ -1,4 +1,4 @@
-"""An experiment: YAML to validated settings to objects; what is wrong is one line, before anything runs."""
+"""The config of an experiment: from YAML to validated settings; an error is one line, before anything runs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -7,13 +7,13 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Lt
 
 from fedsim.base.catalogue import Options, Spec, options_of, validated
+from fedsim.base.files import uninterrupted
 from fedsim.base.reading import parse, read_yaml
 from fedsim.data import AUGMENTATIONS, DATASETS, PARTITIONS
 from fedsim.data.augment import MIXERS
 from fedsim.data.noise import LabelNoise
 from fedsim.errors import ConfigError
 from fedsim.experiment.hooks import HOOKS
-from fedsim.experiment.hooks.checkpointing import Checkpointing
 from fedsim.federated.availability import Availability
 from fedsim.federated.cohort import COHORTS
 from fedsim.federated.recalibration import Recalibrate
@@ -40,17 +40,27 @@ class Evaluate(Options):
     mode: Literal["eval", "train"] = "eval"
 
 
-class Federation(Options):
-    """The part of `data` that is not the dataset's."""
+class Checkpointing(Options):
+    """Saves a checkpoint every so many rounds (null: only at the end), and whenever a run ends or is stopped.
+
+    The newest `keep` checkpoints stay in `checkpoints/` of the run's folder.
+    """
+
+    every: Count | None = 1
+    keep: Count = 3
+
+
+class DataOptions(Options):
+    """The options of `data` that every dataset has: how its examples are divided among clients and server."""
 
     clients: Count
     partition: Spec | str = "iid"
     holdout: Annotated[float, Ge(0), Lt(1)] = 0.0
-    crop: Count | None = None  # pixels a side, about the centre, where no augmentation has made them that size
-    # Of the training examples, the server's own; all where clients are elsewhere.
+    crop: Count | None = None  # pixels a side, around the centre, where no augmentation changed the size
+    # The share of the training examples that is the server's own; "all" where clients have data of their own.
     public: Annotated[float, Ge(0), Lt(1)] | Literal["all"] = 0.0
     label_noise: Spec | None = None
-    partition_seed: Seed | None = None  # of the division: owners, holdout, public, label_noise; the run's if null
+    partition_seed: Seed | None = None  # draws owners, holdout, public and label_noise; null: the run's seed
 
 
 class Config(Options):
@@ -67,7 +77,7 @@ class Config(Options):
     runtime: Spec | str = "auto"
     failures: Spec = {}
     availability: Spec | None = None
-    checkpoint: Spec = {}
+    checkpoint: Checkpointing = Checkpointing()
     client_store: Spec = {}
     recalibrate: Spec | None = None
     ema: Decay | None = None
@@ -77,13 +87,14 @@ class Config(Options):
 def load(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Config:
     """Read, override by dotted keys, validate and resolve; raises ConfigError."""
     values = dict(source) if isinstance(source, Mapping) else read_yaml(Path(source))
-    return resolve(overridden(values, overrides or {}))
+    with uninterrupted():  # while modules are imported, a KeyboardInterrupt may become another error
+        return resolve(overridden(values, overrides or {}))
 
 
 def resolve(values: Mapping[str, Any]) -> Config:
     """The config with all defaults filled in."""
     config = validated(Config, values)
-    data = DATASETS.resolve(config.data, also=Federation)
+    data = DATASETS.resolve(config.data, also=DataOptions)
     return config.model_copy(
         update={
             "data": data
@@ -99,7 +110,6 @@ def resolve(values: Mapping[str, Any]) -> Config:
             "failures": _options(Failures, config.failures, "failures"),
             "availability": _options(Availability, config.availability, "availability"),
             "recalibrate": _options(Recalibrate, config.recalibrate, "recalibrate"),
-            "checkpoint": _options(Checkpointing, config.checkpoint, "checkpoint"),
             "client_store": _options(ClientStore, config.client_store, "client_store"),
             "hooks": [HOOKS.resolve(hook, f"hooks[{i}]") for i, hook in enumerate(config.hooks)],
         }
@@ -118,7 +128,7 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def overridden(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """With others in the place of some values, by dotted keys; raises ConfigError."""
+    """The values with some replaced, by dotted keys; raises ConfigError."""
     for key, value in sorted(overrides.items(), key=lambda pair: pair[0].count(".")):
         values = _override(values, key.split("."), value, key)
     return values
@@ -136,19 +146,19 @@ def _override(values: Mapping[str, Any], path: list[str], value: Any, key: str) 
 
 
 def _options(target: Callable[..., Any], values: Spec | None, at: str) -> Spec | None:
-    """With the defaults filled in; a part that is not wanted stays null."""
+    """The values with the defaults filled in; null, for a part that is not wanted, stays null."""
     return None if values is None else validated(options_of(target), values, at).model_dump(mode="json")
 
 
 def recipe_options(local: Spec) -> Options:
-    """What `local` says besides its components."""
+    """The options of `local` without its components: schedule, loss and augment."""
     own = {key: value for key, value in local.items() if key not in ("schedule", "loss", "augment")}
     return validated(options_of(Recipe), own, "local")
 
 
 def _resolve_local(config: Config) -> Spec:
     recipe = recipe_options(config.local).model_dump(mode="json")
-    schedule = _run_long(config.local.get("schedule", "constant"), config.rounds - recipe["warmup"])
+    schedule = _with_length(config.local.get("schedule", "constant"), config.rounds - recipe["warmup"])
     augment = config.local.get("augment", [])
     if not isinstance(augment, list):
         raise ConfigError(f"local.augment: {augment!r} should be a list, such as [flip, random_crop]")
@@ -168,12 +178,12 @@ def _resolve_teacher(model: Spec | str) -> Spec:
     at = "local.distillation.model"
     spec = models.resolve(model, at)
     if idle := models.training_options(spec):
-        raise ConfigError(f"{at}.{next(iter(idle))}: is nothing to a teacher, which is all in its file")
+        raise ConfigError(f"{at}.{next(iter(idle))}: has no effect on a teacher; its weights are in its file")
     return spec
 
 
-def _run_long(schedule: Any, rounds: int) -> Any:
-    """A schedule that has a length and is not told one lasts as long as the run."""
+def _with_length(schedule: Any, rounds: int) -> Any:
+    """The schedule; one that has an option `rounds` lasts as long as the run unless that is set."""
     spec = {"name": schedule} if isinstance(schedule, str) else schedule
     if isinstance(spec, Mapping) and isinstance(spec.get("name"), str):
         timed = "rounds" in options_of(SCHEDULES.load(spec["name"], "local.schedule.name")).model_fields

@@ -1,4 +1,4 @@
-"""The folder of a run: what it is, what it did round by round, and what came out."""
+"""The folder of a run: its config, its rounds, its checkpoints and its results."""
 
 import hashlib
 import json
@@ -24,14 +24,14 @@ from fedsim.experiment.config import Config
 
 Line: Any = create_model("Line", __config__=ConfigDict(extra="allow", strict=True), **FIELDS)  # of rounds.jsonl
 CHECKPOINTS = "checkpoints"  # in a run's folder
-LISTED = 1000  # clients up to which partition.json counts each one's labels
+MAX_LISTED_CLIENTS = 1000  # up to this number partition.json counts the labels of each client
 
 
 class RunFolder:
-    """One process at a time has it; raises ConfigError where another one does.
+    """The folder of a run, locked by this process; raises ConfigError where another process has locked it.
 
-    From the start it holds config.yaml and partition.json; rounds.jsonl gains a line a round, and the rest comes
-    at the end.
+    From the start it holds config.yaml and partition.json; rounds.jsonl gains a line in each round, and the other
+    files are written at the end.
     """
 
     def __init__(self, path: Path):
@@ -46,7 +46,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, config: Config, data: FederatedData) -> Self:
-        """A new folder; raises ConfigError where there is one, for a run is never overwritten."""
+        """A new folder; raises ConfigError where it exists, for a run is never overwritten."""
         if path.exists():
             raise ConfigError(f"{path}: exists, and a run is never overwritten; name another folder")
         try:
@@ -57,7 +57,7 @@ class RunFolder:
 
     @classmethod
     def number(cls, stem: str, config: Config, data: FederatedData) -> Self:
-        """A new folder runs/STEM-N, N above those of all that are there, whoever else is making one."""
+        """A new folder runs/STEM-N, with N above all that exist, also where others make one at the same time."""
         while True:
             names = [path.name.removeprefix(f"{stem}-") for path in Path("runs").glob(f"{escape(stem)}-*")]
             number = max((int(name) for name in names if name.isdecimal()), default=0) + 1
@@ -67,15 +67,15 @@ class RunFolder:
             except ConfigError:
                 if not path.exists():
                     raise
-                # another run was first
+                # another run has made it first
 
     @property
     def begun(self) -> bool:
-        """Whether there is a round in it."""
+        """Whether rounds.jsonl has a round."""
         return (self.path / "rounds.jsonl").stat().st_size > 0
 
     def go_on(self, config: Config, data: FederatedData, log: File | None) -> list[dict[str, Any]]:
-        """Have a config, and of rounds.jsonl what a checkpoint knows of; returns that. Raises ConfigError."""
+        """Write a resumed run's config, cut rounds.jsonl to `log`, and return its records; raises ConfigError."""
         content = read(self.path, log) if log else b""
         try:
             records = [Line.model_validate_json(line).model_dump() for line in content.splitlines()]
@@ -93,10 +93,10 @@ class RunFolder:
         """Add a line to rounds.jsonl."""
         try:
             line = rest = json.dumps(record, allow_nan=False).encode() + b"\n"
-        except (TypeError, ValueError) as error:  # of what a hook added
+        except (TypeError, ValueError) as error:  # because of what a hook added
             raise RoundError(f"round {record['round']}: rounds.jsonl cannot hold it: {error}") from None
         try:
-            while rest:  # a disk that fills takes a part, and says so only when asked again
+            while rest:  # a full disk takes a part of it, and fails at the next write only
                 rest = rest[self._rounds.write(rest) :]
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path / "rounds.jsonl")) from None
@@ -104,7 +104,7 @@ class RunFolder:
         self._digest.update(line)
 
     def log(self) -> File:
-        """All of rounds.jsonl so far, on disk."""
+        """The length and hash of rounds.jsonl so far, which is on disk then."""
         os.fsync(self._rounds.fileno())
         return File("rounds.jsonl", self._bytes, self._digest.hexdigest())
 
@@ -119,22 +119,22 @@ class RunFolder:
             write(self.path / "summary.json", _json(summary))
 
     def close(self) -> None:
-        """Let another process have it."""
+        """Unlock it for other processes."""
         self._rounds.close()
         self._lock.release()
 
 
 def finite(record: dict[str, Any]) -> dict[str, Any]:
-    """A record that JSON can hold: plain numbers for those of numpy and torch, null where one is not finite."""
+    """The record as JSON can hold it: numbers of numpy and torch become plain ones, and not finite ones null."""
     plain = {k: v.item() if isinstance(v, np.generic | Tensor) else v for k, v in record.items()}
     return {k: None if isinstance(v, float) and not isfinite(v) else v for k, v in plain.items()}
 
 
 def describe(data: FederatedData) -> dict[str, Any]:
-    """Who holds how much: a content hash, quantiles of sizes, labels, and by client where there are few of them.
+    """How the data is divided: a hash of it, quantiles of sizes, counts of labels, for few clients those of each.
 
-    Of `examples`, all for training, `public` are the server's; `example` is the form of each. Of clients elsewhere
-    there is only their number.
+    `examples` counts all training examples, of which `public` are the server's; `example` is the form of each one.
+    Where clients have data of their own, only their number is known.
     """
     shared = {
         "clients": data.num_clients,
@@ -145,7 +145,7 @@ def describe(data: FederatedData) -> dict[str, Any]:
     if data.clients_are_remote:
         return shared | {"examples": None}
     sizes, labels = data.sizes, data.labels.cpu().numpy()
-    few = data.num_clients <= LISTED
+    few = data.num_clients <= MAX_LISTED_CLIENTS
     counts = label_counts(labels, data.owners, data.num_clients, data.num_classes) if few else None
     return {
         **shared,

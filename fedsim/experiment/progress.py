@@ -1,62 +1,59 @@
 """What a run shows while it goes: a bar on a terminal, a plain line a round elsewhere."""
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fedsim.experiment.hooks import Hook
+from fedsim.experiment.hook import Hook
+from fedsim.experiment.run import Run
 from fedsim.types import Report
-
-if TYPE_CHECKING:
-    from fedsim.experiment.run import Run
 
 
 class Notes(logging.Handler):
-    """Prints what fedsim has to say, such as which runtime it chose."""
+    """Prints what fedsim logs, such as which runtime it chose, an informative line once only."""
 
     def __init__(self, console: Console):
         super().__init__()
         self.console, self.log = console, logging.getLogger("fedsim")
-        self.said = set[str]()
+        self.shown = set[str]()
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = (
-            record.getMessage()
-        )  # of the points of a sweep, all may say the same; what goes wrong may do so again
-        if line not in self.said or record.levelno > logging.INFO:
-            self.said.add(line)
+        line = record.getMessage()
+        # All points of a sweep may log the same line; a warning is shown each time.
+        if line not in self.shown or record.levelno > logging.INFO:
+            self.shown.add(line)
             self.console.out(line, highlight=False)
 
     def begin(self) -> None:
-        """Listen."""
-        self.before = self.log.level
+        """Print from now on."""
+        self.level_before = self.log.level
         self.log.addHandler(self)
         self.log.setLevel(logging.INFO)
 
     def end(self) -> None:
-        """Leave all as it was."""
-        self.log.setLevel(self.before)
+        """Stop printing, and set the level of the log back."""
+        self.log.setLevel(self.level_before)
         self.log.removeHandler(self)
 
 
 class Plain(Hook):
-    """One line a round, and nothing that a log file would not keep."""
+    """Prints a line for each round, in plain text that fits a log file."""
 
     def __init__(self, console: Console):
         super().__init__()
         self.console, self.dropped = console, set[int]()
         self.notes = Notes(console)
 
-    def before_run(self, run: "Run") -> None:
+    def before_run(self, run: Run) -> None:
         self.notes.begin()
 
-    def after_client(self, run: "Run", report: Report) -> None:
+    def after_client(self, run: Run, report: Report) -> None:
         if report.error:
             self.drop(report.client_id, report.error)
 
-    def after_round(self, run: "Run", record: dict[str, Any]) -> None:
+    def after_round(self, run: Run, record: dict[str, Any]) -> None:
         self.drop_others(record)
         total = run.config.rounds
         self.console.out(
@@ -65,25 +62,25 @@ class Plain(Hook):
         )
 
     def drop(self, client: int, cause: str) -> None:
-        """Say that a client was dropped."""
+        """Print that a client was dropped."""
         self.console.out(f"client {client} dropped: {cause}", highlight=False)
         self.dropped.add(client)
 
     def drop_others(self, record: dict[str, Any]) -> None:
-        """The same of those whose message did not fit the others', which shows when all are there."""
+        """The same for clients whose message did not match the others', which is known at the end of the round."""
         for client, cause in record["failed"].items():
             if int(client) not in self.dropped:
                 self.drop(int(client), cause)
         self.dropped.clear()
 
-    def after_run(self, run: "Run") -> None:
+    def after_run(self, run: Run) -> None:
         self.notes.end()
 
 
 class Bar(Plain):
-    """A bar of rounds with the time left, and one of the clients in this round."""
+    """Shows a bar of rounds with the time left, and a bar of the clients in this round."""
 
-    def before_run(self, run: "Run") -> None:
+    def before_run(self, run: Run) -> None:
         super().before_run(run)
         self.bars = Progress(
             TextColumn("{task.description}"),
@@ -98,24 +95,24 @@ class Bar(Plain):
         self.by_client = self.bars.add_task("clients", total=cohort, figures="")
         self.bars.start()
 
-    def before_round(self, run: "Run") -> None:
+    def before_round(self, run: Run) -> None:
         self.bars.reset(self.by_client, total=len(run.simulation.sample()))
 
-    def after_client(self, run: "Run", report: Report) -> None:
+    def after_client(self, run: Run, report: Report) -> None:
         super().after_client(run, report)
         self.bars.advance(self.by_client)
 
-    def after_round(self, run: "Run", record: dict[str, Any]) -> None:
+    def after_round(self, run: Run, record: dict[str, Any]) -> None:
         self.drop_others(record)
         self.bars.update(self.by_round, advance=1, figures=figures(record, short=True))
 
-    def after_run(self, run: "Run") -> None:
+    def after_run(self, run: Run) -> None:
         self.bars.stop()
         super().after_run(run)
 
 
 def figures(record: dict[str, Any], short: bool = False) -> str:
-    """Losses and accuracy, those that were measured."""
+    """The losses and accuracies that were measured, in words."""
     loss = "-" if record["train_loss"] is None else f"{record['train_loss']:.4f}"
     if short:
         accuracy = f" {record['test_accuracy']:.2%}" if "test_accuracy" in record else ""

@@ -11,8 +11,9 @@ from rich.console import Console
 from fedsim.errors import ConfigError, printable
 from fedsim.experiment.build import build
 from fedsim.experiment.config import Config
+from fedsim.experiment.execute import execute
 from fedsim.experiment.progress import Plain
-from fedsim.experiment.run import Make, Run, execute
+from fedsim.experiment.start import Make, Started, new_run, resumed_run
 from fedsim.federated.simulation import Simulation
 from fedsim.flower.app import checked, overrides_of, values_of
 from fedsim.flower.internals import Link
@@ -26,12 +27,12 @@ def main(grid: Grid, context: Context) -> None:
     """Run or resume the experiment of the app's config; an error fails the Flower run."""
     console = Console(soft_wrap=True)
     try:
-        run = begin(context.run_config, on(grid))
+        run, hooks = begin(context.run_config, on(grid))
         assert run.folder is not None
         console.out(f"results: {run.folder.path.resolve()}", highlight=False)
         for note in run.notes:
             console.out(printable(note), highlight=False)
-        execute(run, [Plain(console)])
+        execute(run, [*hooks, Plain(console)])
     except ConfigError as error:  # its text is enough
         raise ConfigError(printable(error)) from None
 
@@ -47,12 +48,12 @@ def on(grid: Grid) -> Make:
     return make
 
 
-def begin(settings: Mapping[str, Any], make: Make) -> Run:
+def begin(settings: Mapping[str, Any], make: Make) -> Started:
     """The run that an app's config asks for, new or resumed; raises ConfigError."""
     out, resume, name = (str(settings.get(key, "")) for key in ("out", "resume", "name"))
     if out and resume:
         raise ConfigError("out, resume: set only one of them; a resumed run stays in its folder")
     if resume:
-        return Run.resume(Path(resume).expanduser(), overrides_of(settings), make=make)
+        return resumed_run(Path(resume).expanduser(), overrides_of(settings), make=make)
     config = checked(values_of(settings))
-    return Run.start(config, Path(out).expanduser() if out else None, name or "run", make=make)
+    return new_run(config, Path(out).expanduser() if out else None, name or "run", make=make)

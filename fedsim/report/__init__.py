@@ -1,1 +1,1 @@
-"""What finished runs say: read back, set side by side, drawn."""
+"""Runs read back from their folders, compared and drawn."""

@@ -11,23 +11,23 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from fedsim.report.runs import Run, differences, labels, shortened
+from fedsim.report.runs import RunRecord, differences, labels, shortened
 
 Look = dict[str, Any]  # of a Line2D
 
 TRAIN: Look = {"linewidth": 0.9, "alpha": 0.6}
 TEST: Look = {"linewidth": 1.8}
 TARGET: Look = {"linewidth": 1, "color": "0.3", "linestyle": "--"}
-DASHES = ("-", "--", ":", "-.")  # one for every ten runs, in turn
-LINE = 110  # letters in a line of the legend, about
+DASHES = ("-", "--", ":", "-.")  # the next one after every ten runs, as there are ten colours
+LEGEND_WIDTH = 110  # letters in a line of the legend, about
 
 
-def curves(runs: Sequence[Run], path: Path | str | BinaryIO, target: float | None = None) -> None:
+def curves(runs: Sequence[RunRecord], path: Path | str | BinaryIO, target: float | None = None) -> None:
     """Write a PNG to `path`, a file or its name: loss and accuracy against rounds, the runs over each other.
 
     `target` is an accuracy from 0 to 1, drawn as a dashed line. What a run did not measure is left out.
     """
-    names = [shortened(label, LINE // 2) for label in labels(runs)]
+    names = [shortened(label, LEGEND_WIDTH // 2) for label in labels(runs)]
     figure = Figure(figsize=(10, 4.4), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
     loss, accuracy = figure.subplots(1, 2)
     _panel(loss, "Loss", runs, {"train_loss": TRAIN, "test_loss": TEST})
@@ -46,7 +46,7 @@ def curves(runs: Sequence[Run], path: Path | str | BinaryIO, target: float | Non
     figure.savefig(path, format="png")
 
 
-def _panel(axes: Axes, title: str, runs: Sequence[Run], looks: Mapping[str, Look]) -> None:
+def _panel(axes: Axes, title: str, runs: Sequence[RunRecord], looks: Mapping[str, Look]) -> None:
     for number, run in enumerate(runs):
         for key, look in looks.items():
             rounds, values = run.curve(key)
@@ -66,14 +66,14 @@ def _colour(number: int) -> Look:
     return {"color": f"C{number % 10}", "linestyle": DASHES[number // 10 % len(DASHES)]}
 
 
-def _title(runs: Sequence[Run]) -> str:
+def _title(runs: Sequence[RunRecord]) -> str:
     keys = ", ".join(differences(runs))
-    return shortened(f"{len(runs)} runs" + (f" that differ in {keys}" if keys else ""), LINE * 3 // 4)
+    return shortened(f"{len(runs)} runs" + (f" that differ in {keys}" if keys else ""), LEGEND_WIDTH * 3 // 4)
 
 
 def _legend(figure: Figure, entries: Sequence[tuple[str, Look]]) -> None:
     """Below the panels, in as many columns as fit; the figure grows by its height."""
-    columns = min(len(entries), LINE // (max(len(name) for name, _ in entries) + 8))
+    columns = min(len(entries), LEGEND_WIDTH // (max(len(name) for name, _ in entries) + 8))
     width, height = figure.get_size_inches()
     figure.set_size_inches(width, height + 0.2 * ceil(len(entries) / columns))
     lines = [Line2D([], [], label=name, **look) for name, look in entries]

@@ -1,4 +1,4 @@
-"""What runs say when they are over: their folders read back, and set side by side."""
+"""The folders of runs read back, and compared in a table."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,17 +16,17 @@ from rich.text import Text
 from fedsim.errors import ConfigError
 
 WIDTH = 80  # columns of a terminal
-MOST = 8  # differences listed
+MAX_DIFFERENCES = 8  # that a caption lists
 ABSENT = "-"
-NUMBERS = ("round", "seconds", "bytes_up", "bytes_down")  # in every line of rounds.jsonl
+NUMBER_KEYS = ("round", "seconds", "bytes_up", "bytes_down")  # in every line of rounds.jsonl
 
 Best = Callable[[Iterable[float]], float]  # max or min
-Column = tuple[str, str, Best, list[float | None]]  # header, format, and a value a run where there is one
+Column = tuple[str, str, Best, list[float | None]]  # header, format, and the value of each run, if it has one
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run's folder, read."""
+class RunRecord:
+    """What the folder of a run holds."""
 
     folder: Path  # absolute
     config: dict[str, Any]  # resolved
@@ -44,15 +44,15 @@ class Run:
         return [row["round"] for row in measured], [row[key] for row in measured]
 
 
-def read_run(folder: Path | str) -> Run:
-    """What lies in the folder of a run, finished or not.
+def read_run(folder: Path | str) -> RunRecord:
+    """Read the folder of a run, finished or not.
 
-    A last line of rounds.jsonl that was cut short, as by a kill, is left out.
+    A last line of rounds.jsonl that is incomplete, as after a kill, is left out.
     Raises ConfigError naming the file that is missing or broken.
     """
     folder = Path(folder).resolve()
     summary = folder / "summary.json"
-    return Run(
+    return RunRecord(
         folder=folder,
         config=_mapping(folder / "config.yaml", yaml.safe_load),
         rounds=_rounds(folder / "rounds.jsonl"),
@@ -75,8 +75,8 @@ def rounds_to(accuracy: float, rounds: Sequence[int], accuracies: Sequence[float
     return None
 
 
-def compare(runs: Sequence[Run], target: float | None = None) -> Table:
-    """A row a run, 80 columns wide, the best of each column bold; below, where the configs differ.
+def compare(runs: Sequence[RunRecord], target: float | None = None) -> Table:
+    """A table with a row for each run, 80 columns wide, the best of each column bold; below, where configs differ.
 
     With a `target` accuracy, from 0 to 1: the rounds until it was reached, and the megabytes (10^6 bytes, up
     and down) that they took. Without: the megabytes of the whole run.
@@ -109,13 +109,13 @@ def compare(runs: Sequence[Run], target: float | None = None) -> Table:
     return table
 
 
-def labels(runs: Sequence[Run]) -> list[str]:
-    """A name for each run: its folder's, behind as many of its parents' as tell it from the others."""
+def labels(runs: Sequence[RunRecord]) -> list[str]:
+    """A name for each run: that of its folder, with as many parent folders as distinguish it from the others."""
     folders = [run.folder.parts for run in runs]
     return [_label(own, [other for other in folders if other != own]) for own in folders]
 
 
-def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
+def differences(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
     """The config keys, dotted, in which the runs differ, and each run's value there.
 
     Where a component has another name, its options are not compared.
@@ -129,7 +129,7 @@ def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 
 def shortened(text: str, length: int) -> str:
-    """`text` in at most `length` letters: its middle goes first."""
+    """`text` with at most `length` letters; where it is longer, an ellipsis replaces its middle."""
     kept = (length - 1) // 2
     return text if len(text) <= length else f"{text[: length - 1 - kept]}…{text[-kept:]}"
 
@@ -142,22 +142,24 @@ def _cells(form: str, best: Best, values: Sequence[float | None]) -> list[Text]:
     ]
 
 
-def _megabytes(run: Run, until: float) -> float:
+def _megabytes(run: RunRecord, until: float) -> float:
     moved = (row["bytes_up"] + row["bytes_down"] for row in run.rounds if row["round"] <= until)
     return float(sum(moved)) / 1e6
 
 
-def _progress(run: Run) -> str:
+def _progress(run: RunRecord) -> str:
     done = run.rounds[-1]["round"] if run.rounds else 0
     return f"{done}" if run.summary is not None else f"{done} of {run.config.get('rounds', '?')}"
 
 
-def _caption(runs: Sequence[Run]) -> Text | None:
+def _caption(runs: Sequence[RunRecord]) -> Text | None:
     if len(runs) < 2:
         return None
     lines = [f"{key}: {', '.join(shortened(v, 24) for v in values)}" for key, values in differences(runs).items()]
-    more = [f"and {len(lines) - MOST} more"] if len(lines) > MOST else []
-    return Text("\n".join(["configs differ in", *lines[:MOST], *more]) if lines else "configs are the same")
+    more = [f"and {len(lines) - MAX_DIFFERENCES} more"] if len(lines) > MAX_DIFFERENCES else []
+    return Text(
+        "\n".join(["configs differ in", *lines[:MAX_DIFFERENCES], *more]) if lines else "configs are the same"
+    )
 
 
 def _label(own: tuple[str, ...], others: Sequence[tuple[str, ...]]) -> str:
@@ -187,7 +189,7 @@ def _mapping(path: Path, parse: Callable[[bytes], Any]) -> dict[str, Any]:
 
 def _rounds(path: Path) -> list[dict[str, Any]]:
     *lines, tail = _read(path).split(b"\n")
-    with suppress(ValueError):  # cut short; unless it lacks no more than its newline
+    with suppress(ValueError):  # an incomplete line; one that lacks only its newline is whole
         json.loads(tail)
         lines.append(tail)
     return [_round(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
@@ -198,8 +200,8 @@ def _round(line: bytes, at: str) -> dict[str, Any]:
         row = json.loads(line)
     except ValueError as error:
         raise ConfigError(f"{at}: broken: {error}") from error
-    if not isinstance(row, dict) or not all(isinstance(row.get(key), int | float) for key in NUMBERS):
-        raise ConfigError(f"{at}: broken: should hold the numbers {', '.join(NUMBERS)}")
+    if not isinstance(row, dict) or not all(isinstance(row.get(key), int | float) for key in NUMBER_KEYS):
+        raise ConfigError(f"{at}: broken: should hold the numbers {', '.join(NUMBER_KEYS)}")
     return row
 
 

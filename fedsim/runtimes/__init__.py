@@ -1,6 +1,8 @@
 """Where clients run: each runtime is a `fedsim.federated.runtime.Runtime`."""
 
-from fedsim.base.catalogue import Catalogue
+from fedsim.base.catalogue import Catalogue, Spec
+from fedsim.errors import ConfigError
+from fedsim.federated.runtime import Runtime
 
 RUNTIMES = Catalogue(
     "runtime",
@@ -14,3 +16,12 @@ RUNTIMES = Catalogue(
         "flower": "flower.runtime:Flower",
     },
 )
+
+
+def runtime_class(spec: Spec | str) -> type[Runtime]:
+    """The class that a config's `runtime` names; raises ConfigError."""
+    name = RUNTIMES.resolve(spec)["name"]
+    found = RUNTIMES.load(name)
+    if not (isinstance(found, type) and issubclass(found, Runtime)):
+        raise ConfigError(f"runtime.name: {name} should be a class derived from fedsim.federated.runtime.Runtime")
+    return found

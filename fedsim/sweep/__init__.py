@@ -1,28 +1,30 @@
-"""A grid of settings over one config: points that can be are trained as rows of one batch, and the rest beside."""
+"""A grid of settings over one config: points that can be rows of one batch are trained together, others apart."""
 
 import json
 import sys
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from fedsim.base.catalogue import Spec
+from fedsim.base.files import write
 from fedsim.base.machine import cores
 from fedsim.base.reading import read_yaml
 from fedsim.errors import ConfigError, how_to_install, printable
 from fedsim.experiment.build import build, build_hooks
-from fedsim.runtimes import RUNTIMES
+from fedsim.runtimes import RUNTIMES, runtime_class
 from fedsim.runtimes.serial import Serial
-from fedsim.sweep.batch import OUTSIDE, program
+from fedsim.sweep.batch import SERVER_SETTINGS, batch_key
 from fedsim.sweep.display import Bar, Plain
 from fedsim.sweep.folder import PointRun, Sweep, new_folder
 from fedsim.sweep.grid import parse_grid
 from fedsim.sweep.points import Datasets, as_rows, as_tasks, has_ray, in_turn
 from fedsim.sweep.results import Results
 
-TOGETHER = 64  # points of a batch: with a cohort each, more rows add to its memory and little to its speed
+MAX_BATCH_POINTS = 64  # with a cohort each, more rows add to the memory and little to the speed
 NO_RAY = f"Ray is not installed; {how_to_install('ray')}"
 
 
@@ -70,6 +72,7 @@ def _run(what: Sweep, jobs: int | None, console: Console) -> int:
             return 130
         results = Results.of(what, display.failures)
         results.save()
+        _save_picture(results)
     finally:
         lock.release()
     for table in results.tables():
@@ -78,12 +81,23 @@ def _run(what: Sweep, jobs: int | None, console: Console) -> int:
     return 1 if len(display.failures) == len(points) else 0
 
 
+def _save_picture(results: Results) -> None:
+    """Write sweep.png into the sweep's folder."""
+    from fedsim.sweep.picture import draw  # matplotlib, which the processes of points need not import
+
+    picture = BytesIO()
+    draw(results, picture)
+    write(results.sweep.folder / "sweep.png", picture.getvalue())
+
+
 def _check(points: Sequence[PointRun], datasets: Datasets) -> None:
-    """Build one of each kind of point, so that what would be refused is so before anything runs."""
+    """Build one point of each kind, so that wrong settings are refused before anything runs."""
     seen = set[str]()
     for point in points:
-        about = {key: value for key, value in point.config.model_dump(mode="json").items() if key in OUTSIDE}
-        kind = json.dumps([program(point.config), about | {"seed": None}])
+        about = {
+            key: value for key, value in point.config.model_dump(mode="json").items() if key in SERVER_SETTINGS
+        }
+        kind = json.dumps([batch_key(point.config), about | {"seed": None}])
         if kind not in seen and not point.begun:
             seen.add(kind)
             try:
@@ -98,9 +112,11 @@ def _go(points: Sequence[PointRun], datasets: Datasets, jobs: int | None, displa
     """Run what is left; False where an interrupt ended it."""
     groups = dict[str, list[PointRun]]()
     for point in points:
-        groups.setdefault(program(point.config), []).append(point)
+        groups.setdefault(batch_key(point.config), []).append(point)
     batches = [group for group in groups.values() if len(group) > 1 and _batch_runtime(group[0])]
-    for part in (group[i : i + TOGETHER] for group in batches for i in range(0, len(group), TOGETHER)):
+    for part in (
+        group[i : i + MAX_BATCH_POINTS] for group in batches for i in range(0, len(group), MAX_BATCH_POINTS)
+    ):
         display.say(f"{len(part)} points as rows of one vectorized batch: {part[0].name} to {part[-1].name}")
         if not as_rows(part, _batch_runtime(part[0]) or {}, datasets, display):
             return False
@@ -117,7 +133,7 @@ def _go(points: Sequence[PointRun], datasets: Datasets, jobs: int | None, displa
 def _batch_runtime(point: PointRun) -> Spec | None:
     """What trains points as rows of one batch: their runtime if it can, and vectorized for `auto` on a GPU."""
     runtime = point.runtime
-    if getattr(RUNTIMES.load(runtime["name"]), "batches_runs", False):
+    if runtime_class(runtime).batches_runs:
         return runtime
     if runtime["name"] == "auto" and not runtime["exact"] and _on_gpu(str(runtime["device"])):
         return {"name": "vectorized", "device": runtime["device"]}
@@ -129,25 +145,25 @@ def _on_gpu(device: str) -> bool:
 
 
 def _gpus(points: Sequence[PointRun]) -> int:
-    """How many there are to share out."""
+    """How many GPUs the points can share."""
     wanted = any(_on_gpu(str(point.runtime.get("device", "auto"))) for point in points)
     return torch.cuda.device_count() if wanted else 0
 
 
 def _side_by_side(points: Sequence[PointRun], jobs: int | None) -> tuple[int, str]:
-    """How many points at once, and how, in words."""
+    """How many points run at once, and how, in words."""
     at_once = min(len(points), jobs or _gpus(points) or cores())
     if at_once == 1:
         return 1, "one after the other"
     if any(point.runtime["name"] == "ray" for point in points):
-        return 1, "one after the other, for runtime ray has the cluster"
+        return 1, "one after the other, since runtime ray uses the whole cluster"
     if not has_ray():
-        return 1, f"one after the other, for {NO_RAY}"
+        return 1, f"one after the other, since {NO_RAY}"
     return at_once, f"as Ray tasks, {at_once} at a time"
 
 
 def _why_no_rows(point: PointRun) -> str:
-    """Why such a point is no row of a batch."""
+    """Why a point is not trained as a row of a batch."""
     runtime = point.runtime
     if _batch_runtime(point):
         return "no two differ in seed and local.lr only, on one partition"

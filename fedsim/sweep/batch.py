@@ -1,9 +1,9 @@
 """Several runs as rows of one vectorized batch, in lock-step.
 
-Each run goes through its rounds as ever, in a thread of its own, with a `Member` for a runtime. Only one thread
-goes on at a time, as coroutines do: a member hands over what is to be computed and waits, and when all have, the
-main thread trains all their cohorts in one call. So hooks, files and torch see no concurrency, and Ctrl-C reaches
-the main thread, which has every run end with a checkpoint.
+Each run goes through its rounds as usual, in a thread of its own, with a `RowRuntime` as its runtime. Only one
+thread runs at a time, as coroutines do: a `RowRuntime` hands over what is to be computed and waits, and when all
+have done so, the main thread trains all their cohorts in one call. So hooks, files and torch see no concurrency.
+Ctrl-C reaches the main thread, which ends every run with a checkpoint.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from fedsim.base.files import uninterrupted
 from fedsim.data import FederatedData
 from fedsim.experiment.build import build
 from fedsim.experiment.config import Config
-from fedsim.experiment.run import Result
+from fedsim.experiment.execute import Result
 from fedsim.federated.aggregate import Aggregator
 from fedsim.federated.client import Train, Work
 from fedsim.federated.runtime import Call, Item, Results, Runtime
@@ -28,7 +28,7 @@ from fedsim.runtimes import RUNTIMES
 from fedsim.training.task import Task
 from fedsim.types import Job, State, Update, hash_into
 
-OUTSIDE = (  # of the settings, those that Simulation and experiment see to, whatever trains the clients
+SERVER_SETTINGS = (  # that Simulation and experiment handle, whatever trains the clients
     *("seed", "rounds", "cohort", "availability", "evaluate", "checkpoint", "client_store"),
     *("recalibrate", "ema", "hooks"),
 )
@@ -42,14 +42,14 @@ class Mapping(NamedTuple):
     items: list[Any]
 
 
-class Member(Runtime):
-    """The runtime of one of several runs that share another; the run's thread, too."""
+class RowRuntime(Runtime):
+    """The runtime of one of the runs that share another one, and the thread in which that run goes on."""
 
     exact = False
 
     def __init__(self, shared: Runtime, choice: Spec | None):
         self.shared, self.home, self._choice = shared, shared.home, choice
-        self.wanted: Call | Mapping | None = None
+        self.request: Call | Mapping | None = None
         self.result: Result | None = None
         self.error: BaseException | None = None
         self._answer: list[Any] | BaseException | None = None
@@ -75,7 +75,7 @@ class Member(Runtime):
         yield from self._ask(Mapping(work, server, list(items)))
 
     def start(self, execute: Callable[[], Result]) -> None:
-        """Let the run go until it wants something computed, or has ended."""
+        """Let the run go on until it requests something, or has ended."""
 
         def lead() -> None:
             self._go.acquire()
@@ -84,21 +84,21 @@ class Member(Runtime):
             except BaseException as error:
                 self.error = error
             finally:
-                self.wanted = None
+                self.request = None
                 self._back.release()
 
         Thread(target=lead, daemon=True).start()
         self.answer(None)
 
     def answer(self, answer: list[Any] | BaseException | None) -> None:
-        """Give the run what it waits for, or raise that in it, and let it go on until it wants the next."""
+        """Return the answer in the waiting run, or raise it there, and let the run go on to its next request."""
         self._answer = answer
         with uninterrupted():
             self._go.release()
             self._back.acquire()
 
-    def _ask(self, wanted: Call | Mapping) -> list[Any]:
-        self.wanted = wanted
+    def _ask(self, request: Call | Mapping) -> list[Any]:
+        self.request = request
         self._back.release()
         self._go.acquire()
         answer, self._answer = self._answer, None
@@ -108,33 +108,33 @@ class Member(Runtime):
 
 
 def train_together(
-    members: Sequence[Member], executions: Sequence[Callable[[], Result]], ended: Callable[[Member], None]
+    rows: Sequence[RowRuntime], executions: Sequence[Callable[[], Result]], ended: Callable[[RowRuntime], None]
 ) -> bool:
-    """Run all to their ends, telling of each that has; False where an interrupt ended them before."""
+    """Run all to their ends, calling `ended` for each; False where an interrupt ended them before."""
 
-    def answer(member: Member, found: list[Any] | BaseException) -> None:
-        member.answer(found)
-        if not member.wanted:
-            ended(member)
+    def answer(row: RowRuntime, found: list[Any] | BaseException) -> None:
+        row.answer(found)
+        if not row.request:
+            ended(row)
 
     try:
-        for member, execute in zip(members, executions, strict=True):
-            member.start(execute)
-            if not member.wanted:
-                ended(member)
-        while waiting := [(member, member.wanted) for member in members if member.wanted]:
-            mappings = [(member, wanted) for member, wanted in waiting if isinstance(wanted, Mapping)]
-            for member, mapping in mappings:
-                answer(member, _map(member.shared, mapping))
+        for row, execute in zip(rows, executions, strict=True):
+            row.start(execute)
+            if not row.request:
+                ended(row)
+        while waiting := [(row, row.request) for row in rows if row.request]:
+            mappings = [(row, request) for row, request in waiting if isinstance(request, Mapping)]
+            for row, mapping in mappings:
+                answer(row, _map(row.shared, mapping))
             if not mappings:
-                found = _run(members[0].shared, [wanted for _, wanted in waiting if isinstance(wanted, Call)])
-                for (member, _), each in zip(waiting, found, strict=True):
-                    answer(member, each)
+                found = _run(rows[0].shared, [request for _, request in waiting if isinstance(request, Call)])
+                for (row, _), each in zip(waiting, found, strict=True):
+                    answer(row, each)
     except KeyboardInterrupt:
         with suppress(KeyboardInterrupt), uninterrupted():
-            for member in members:
-                while member.wanted:
-                    member.answer(KeyboardInterrupt())
+            for row in rows:
+                while row.request:
+                    row.answer(KeyboardInterrupt())
         return False
     return True
 
@@ -147,7 +147,7 @@ def _map(shared: Runtime, mapping: Mapping) -> list[Any] | Exception:
 
 
 def _run(shared: Runtime, calls: Sequence[Call]) -> Sequence[list[Any] | Exception]:
-    """One answer a member. A client that fails is reported, and fails its own run alone."""
+    """An answer for each call; a client's failure is in its report, and so fails its own run only."""
     try:
         with one_thread():
             return shared.run_many(calls)
@@ -155,10 +155,10 @@ def _run(shared: Runtime, calls: Sequence[Call]) -> Sequence[list[Any] | Excepti
         return [error] * len(calls)
 
 
-def program(config: Config) -> str:
-    """What two configs have in common whose clients can be rows of one batch."""
-    values: dict[str, Any] = {k: v for k, v in config.model_dump(mode="json").items() if k not in OUTSIDE}
-    seed = config.data["partition_seed"]  # of the partition, which a batch has one of
+def batch_key(config: Config) -> str:
+    """The settings in which configs must agree for their clients to be rows of one batch."""
+    values: dict[str, Any] = {k: v for k, v in config.model_dump(mode="json").items() if k not in SERVER_SETTINGS}
+    seed = config.data["partition_seed"]  # a batch has one partition
     values["data"] = config.data | {"partition_seed": config.seed if seed is None else seed}
     values["local"] = {key: value for key, value in config.local.items() if key != "lr"}
     return json.dumps(values, sort_keys=True)
@@ -175,12 +175,12 @@ class Batch:
         self.shared = dict[str, Runtime]()  # by the constants of its networks
 
     def make(self, config: Config) -> Simulation:
-        """The simulation of a point, with a `Member` for a runtime; raises ConfigError."""
-        return build(config, self.data, self._member)
+        """The simulation of a point, with a `RowRuntime` for a runtime; raises ConfigError."""
+        return build(config, self.data, self._row_runtime)
 
-    def _member(self, task: Task, data: FederatedData) -> Member:
+    def _row_runtime(self, task: Task, data: FederatedData) -> RowRuntime:
         hash_into(constants := hashlib.sha256(), task.constants())
         key = constants.hexdigest()
         if key not in self.shared:
             self.shared[key] = RUNTIMES.bind(self.runtime)(task, data)
-        return Member(self.shared[key], RUNTIMES.resolve(self.runtime) if self.chosen else None)
+        return RowRuntime(self.shared[key], RUNTIMES.resolve(self.runtime) if self.chosen else None)

@@ -1,4 +1,4 @@
-"""What a sweep shows while it goes: a bar of all its rounds on a terminal, a plain line a point elsewhere."""
+"""What a sweep shows while it runs: on a terminal a bar of all its rounds, elsewhere a line for each point."""
 
 from collections.abc import Sequence
 from types import TracebackType
@@ -13,14 +13,14 @@ from fedsim.sweep.folder import PointRun
 
 
 class Plain:
-    """One line a point that ends, and one for how points are run; `failures` says why some did not end well."""
+    """Shows a line for each point that ends, and one for how points are run; `failures` says why points failed."""
 
     def __init__(self, console: Console, points: Sequence[PointRun]):
         self.console, self.points = console, {point.name: point for point in points}
         self.failures = dict[str, str]()
         self.rounds = {point.name: point.config.rounds if point.finished else 0 for point in points}
         self.over = sum(point.finished for point in points)
-        self.notes = Notes(console)  # such as of runtimes that points chose
+        self.notes = Notes(console)  # such as which runtime a point chose
 
     def __enter__(self) -> Self:
         self.notes.begin()
@@ -34,7 +34,7 @@ class Plain:
         self.console.out(line, highlight=False)
 
     def at(self, name: str, rounds: int) -> None:
-        """A point has done so many rounds."""
+        """A point has done this many rounds."""
         self.rounds[name] = rounds
 
     def ended(self, name: str, failure: str | None) -> None:

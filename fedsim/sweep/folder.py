@@ -43,7 +43,7 @@ class PointRun:
 
     @property
     def begun(self) -> bool:
-        """Whether there is a folder of it to go on from."""
+        """Whether its run was started, so that it can be resumed."""
         return (self.folder / "config.yaml").is_file()
 
 
@@ -84,15 +84,15 @@ class Sweep:
             try:
                 create(self.folder, {FILE: content})
             except OSError as error:
-                if not self.folder.exists():  # or another process was first
+                if not self.folder.exists():  # unless another process made it first
                     way = "name a folder with --out"
                     raise ConfigError(f"{self.folder}: cannot be made: {error.strerror}; {way}") from None
         if not is_sweep(self.folder):
-            raise ConfigError(f"{self.folder}: exists, and is no sweep's; name another folder")
+            raise ConfigError(f"{self.folder}: exists, and holds no sweep; name another folder")
         before = Sweep.read(self.folder)
         differ = [line for each in changes(before._values, self._values) for line in each]
         if differ := [line for line in differ if not line.startswith("target:")]:
-            raise ConfigError(f"{self.folder}: is another sweep, {differ[0]}; name another folder")
+            raise ConfigError(f"{self.folder}: holds another sweep, {differ[0]}; name another folder")
         if before.target != self.target:
             write(self.folder / FILE, content)
 

@@ -11,8 +11,8 @@ from typing import Any
 from fedsim.base.reading import parse
 from fedsim.errors import ConfigError
 
-MOST = 10_000  # points
-LONGEST = 160  # characters of a point's name, which is a folder's
+MAX_POINTS = 10_000
+MAX_NAME_LENGTH = 160  # characters; a point's name is a folder's
 RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
 OPENING, CLOSING, QUOTES = "[{(", "]})", "\"'"
 
@@ -43,7 +43,7 @@ class Grid:
 def parse_grid(pairs: Sequence[str]) -> Grid:
     """`["local.lr=0.05,0.1", "seed=0..4"]`; a key with one value is an override. Raises ConfigError.
 
-    Values are YAML; a comma inside brackets or quotes is part of a value, and 0..4 are the numbers from 0 to 4.
+    Values are YAML; a comma inside brackets or quotes is part of a value, and 0..4 means the numbers from 0 to 4.
     """
     axes, fixed = dict[str, list[Any]](), dict[str, Any]()
     for pair in pairs:
@@ -51,7 +51,7 @@ def parse_grid(pairs: Sequence[str]) -> Grid:
         if not (all(key.split(".")) and equals):
             raise ConfigError(f"{pair!r} should be KEY=VALUE or KEY=V1,V2,..., such as local.lr=0.05,0.1")
         if key in axes or key in fixed:
-            raise ConfigError(f"{key}: stands twice; give all its values at once, as {key}=V1,V2")
+            raise ConfigError(f"{key}: is given twice; give all its values at once, as {key}=V1,V2")
         values = [value for part in _separated(text) for value in _values(part, key, alone=part == text)]
         if len(values) == 1:
             fixed[key] = values[0]
@@ -60,17 +60,17 @@ def parse_grid(pairs: Sequence[str]) -> Grid:
     for key, values in axes.items():
         shown = [_shown(value) for value in values]
         if again := [value for number, value in enumerate(shown) if value in shown[:number]]:
-            raise ConfigError(f"{key}: {again[0]} stands twice")
+            raise ConfigError(f"{key}: {again[0]} is given twice")
     _check_overlap([*axes, *fixed], axes)
     if not axes:
         raise ConfigError("sweep: no key has several values, such as local.lr=0.05,0.1; fedsim run does one run")
-    if (size := prod(map(len, axes.values()))) > MOST:
-        raise ConfigError(f"sweep: {size:,} points; at most {MOST:,} are allowed")
+    if (size := prod(map(len, axes.values()))) > MAX_POINTS:
+        raise ConfigError(f"sweep: {size:,} points; at most {MAX_POINTS:,} are allowed")
     return Grid(axes, fixed)
 
 
 def short_keys(keys: Sequence[str] | Mapping[str, Any]) -> dict[str, str]:
-    """Each dotted key by as many of its last parts as tell it from the others."""
+    """Each dotted key with as many of its last parts as distinguish it from the others."""
     parts = {key: key.split(".") for key in keys}
 
     def short(key: str) -> str:
@@ -84,12 +84,12 @@ def short_keys(keys: Sequence[str] | Mapping[str, Any]) -> dict[str, str]:
 
 
 def shown_value(value: Any) -> str:
-    """A value in a table or a name: a text as it is, the rest as YAML has it in one line."""
+    """A value in a table or a name: a text as it is, anything else as YAML in one line."""
     return value if isinstance(value, str) else _shown(value)
 
 
 def _separated(text: str) -> list[str]:
-    """The parts between commas that are in no bracket and no quotes."""
+    """The parts between the commas that are outside brackets and quotes."""
     parts, depth, quote = [""], 0, ""
     for letter in text:
         if letter == "," and not depth and not quote:
@@ -110,14 +110,14 @@ def _values(part: str, key: str, alone: bool) -> list[Any]:
         raise ConfigError(f"{key}: a value is missing {where}")
     if ends := RANGE.fullmatch(part.strip()):
         first, last = map(int, ends.groups())
-        if not first <= last < first + MOST:
-            raise ConfigError(f"{key}: {part.strip()} should go up, and hold at most {MOST:,} numbers")
+        if not first <= last < first + MAX_POINTS:
+            raise ConfigError(f"{key}: {part.strip()} should go up, and hold at most {MAX_POINTS:,} numbers")
         return list(range(first, last + 1))
     return [parse(part, f"{key}: {part!r}")]
 
 
 def _check_overlap(keys: Sequence[str], axes: Mapping[str, Any]) -> None:
-    """Refuse an axis below a key that is swept, too: strategy=a,b with strategy.mu=0,1 has no one meaning."""
+    """Refuse a key below a swept one: strategy=a,b with strategy.mu=0,1 is ambiguous."""
     for key in keys:
         for above in axes:
             if key in axes and key.startswith(f"{above}."):
@@ -128,7 +128,7 @@ def _check_overlap(keys: Sequence[str], axes: Mapping[str, Any]) -> None:
 def _name(point: Point, short: Mapping[str, str]) -> str:
     name = ",".join(f"{short[key]}={shown_value(value)}" for key, value in point.items())
     name = re.sub(r"[^\w.,=+\[\]:-]+", "-", name).strip("-.")
-    return name if len(name) <= LONGEST else name[:LONGEST]
+    return name if len(name) <= MAX_NAME_LENGTH else name[:MAX_NAME_LENGTH]
 
 
 def _shown(value: Any) -> str:

@@ -11,15 +11,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLocator, PercentFormatter
 
-from fedsim.report.plot import LINE
+from fedsim.report.plot import LEGEND_WIDTH
 from fedsim.report.runs import shortened
 from fedsim.sweep.grid import short_keys, shown_value
 from fedsim.sweep.results import Results, Row, Setting
 
-LOGARITHMIC = 4  # from this ratio of the largest to the smallest on
-MOST_LISTED = 20  # settings where there are more than two keys
-MOST_NAMED = 12  # curves in a legend
-MOST_NUMBERS = 100  # cells of a heat map with their numbers
+MIN_LOG_RATIO = 4  # of the largest value to the smallest, for a logarithmic axis
+MAX_LISTED_SETTINGS = 20  # where there are more than two keys
+MAX_LEGEND_CURVES = 12
+MAX_NUMBERED_CELLS = 100  # of a heat map that shows its numbers
 
 
 def draw(results: Results, path: BinaryIO) -> None:
@@ -38,7 +38,7 @@ def draw(results: Results, path: BinaryIO) -> None:
     _curves(right, settings, results)
     lines, names = right.get_legend_handles_labels()
     if names:
-        columns = max(LINE // (max(map(len, names)) + 8), 1)
+        columns = max(LEGEND_WIDTH // (max(map(len, names)) + 8), 1)
         figure.set_size_inches(10, 4.4 + 0.2 * ceil(len(names) / columns))
         legend = figure.legend(lines, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
         for text in legend.get_texts():
@@ -64,7 +64,7 @@ def _against(axes: Axes, key: str, settings: Sequence[Setting]) -> None:
     for position, (setting, _) in zip(x, known, strict=True):
         dots = [value for row in setting.finished if (value := row.figures["test_accuracy"]) is not None]
         axes.plot([position] * len(dots), dots, marker=".", linestyle="", color="0.4", alpha=0.6)
-    if numeric and min(values, default=0) > 0 and max(values) / min(values) >= LOGARITHMIC:
+    if numeric and min(values, default=0) > 0 and max(values) / min(values) >= MIN_LOG_RATIO:
         axes.set_xscale("log")
     if len(x) <= 8:
         axes.xaxis.set_major_locator(FixedLocator(x))
@@ -85,7 +85,7 @@ def _heat_map(axes: Axes, results: Results, settings: Sequence[Setting]) -> None
     axes.set_yticks(range(len(rows)), [shortened(shown_value(value), 16) for value in rows])
     low, high = (np.nanmin(cells), np.nanmax(cells)) if np.isfinite(cells).any() else (0, 1)
     for (i, j), value in np.ndenumerate(cells):
-        if cells.size <= MOST_NUMBERS:
+        if cells.size <= MAX_NUMBERED_CELLS:
             shade = "white" if np.isnan(value) or value < (low + high) / 2 else "black"
             text = "failed" if np.isnan(value) else f"{100 * value:.1f}"
             axes.text(j, i, text, ha="center", va="center", fontsize=8, color="0.4" if text == "failed" else shade)
@@ -95,9 +95,9 @@ def _heat_map(axes: Axes, results: Results, settings: Sequence[Setting]) -> None
 
 
 def _listed(axes: Axes, settings: Sequence[Setting], short: dict[str, str]) -> None:
-    """The best settings, one below the other."""
+    """The best settings, as a list."""
     known = [(s, found) for s in settings if (found := s.over_seeds("test_accuracy"))]
-    best = sorted(known, key=lambda pair: -pair[1][0])[:MOST_LISTED]
+    best = sorted(known, key=lambda pair: -pair[1][0])[:MAX_LISTED_SETTINGS]
     y = list(range(len(best)))
     axes.errorbar([m for _, (m, _) in best], y, xerr=[d for _, (_, d) in best], fmt="o")
     axes.set_yticks(y, [shortened(_name(setting, short), 40) for setting, _ in best], fontsize=7)
@@ -113,7 +113,11 @@ def _curves(axes: Axes, settings: Sequence[Setting], results: Results) -> None:
     short = short_keys(results.sweep.grid.axes)
     for setting, colour in zip(settings, shades, strict=True):
         rounds, mean, std = _curve(setting.rows)
-        label = shortened(_name(setting, short), LINE // 2) if rounds and len(settings) <= MOST_NAMED else None
+        label = (
+            shortened(_name(setting, short), LEGEND_WIDTH // 2)
+            if rounds and len(settings) <= MAX_LEGEND_CURVES
+            else None
+        )
         axes.plot(rounds, mean, color=colour, label=label, marker="o" if len(rounds) == 1 else "", linewidth=1.4)
         if any(std):
             axes.fill_between(
@@ -127,7 +131,7 @@ def _curves(axes: Axes, settings: Sequence[Setting], results: Results) -> None:
 
 
 def _curve(rows: Sequence[Row]) -> tuple[list[int], list[float], list[float]]:
-    """Rounds that all runs tested, with mean and standard deviation over these."""
+    """The rounds that all runs tested, with the mean and the standard deviation over the runs."""
     curves = [dict(zip(*row.run.curve("test_accuracy"), strict=True)) for row in rows if row.run]
     rounds = sorted(set.intersection(*map(set, curves))) if curves else []
     values = [[curve[number] for curve in curves] for number in rounds]

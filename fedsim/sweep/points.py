@@ -13,33 +13,35 @@ from fedsim.data import Dataset, FederatedData
 from fedsim.errors import ClientError, ConfigError, RoundError, located, one_line, reason
 from fedsim.experiment.build import build, build_data, build_dataset
 from fedsim.experiment.checkpoint import Checkpoints
-from fedsim.experiment.config import Config, Federation, load
+from fedsim.experiment.config import Config, DataOptions, load
+from fedsim.experiment.execute import execute
 from fedsim.experiment.folder import CHECKPOINTS
-from fedsim.experiment.hooks import Hook
-from fedsim.experiment.run import Make, Run, execute
+from fedsim.experiment.hook import Hook
+from fedsim.experiment.run import Run
+from fedsim.experiment.start import Make, Started, new_run, resumed_run
 from fedsim.federated.simulation import Simulation
 from fedsim.runtimes.auto import Auto
-from fedsim.sweep.batch import Batch, Member, train_together
+from fedsim.sweep.batch import Batch, RowRuntime, train_together
 from fedsim.sweep.folder import PointRun
 
-POLL = 0.3  # seconds between two looks at what tasks have done
+POLL_SECONDS = 0.3  # between two looks at what tasks have done
 
 
 class Display(Protocol):
-    """Is told how a sweep goes."""
+    """Shows how a sweep goes."""
 
     def say(self, line: str) -> None:
-        """Something that the user should know."""
+        """Show a line that the user should read."""
 
     def at(self, name: str, rounds: int) -> None:
-        """A point has done so many rounds."""
+        """A point has done this many rounds."""
 
     def ended(self, name: str, failure: str | None) -> None:
         """A point has ended, by a failure or without."""
 
 
-class Tell(Hook):
-    """Tells the display of each round."""
+class ShowRounds(Hook):
+    """Shows in the display how many rounds a point has done."""
 
     def __init__(self, display: Display, name: str):
         super().__init__()
@@ -53,15 +55,15 @@ class Tell(Hook):
 
 
 class Datasets:
-    """One copy of a dataset for all points that have the same; the last one is kept."""
+    """Loads datasets, and keeps the last one for the points that use the same."""
 
     def __init__(self) -> None:
         self._kept: tuple[Any, Dataset] | None = None
 
     def __call__(self, config: Config) -> Dataset:
-        key = {name: value for name, value in config.data.items() if name not in Federation.model_fields}
+        key = {name: value for name, value in config.data.items() if name not in DataOptions.model_fields}
         if self._kept is None or self._kept[0] != key:
-            self._kept = None  # before there are two
+            self._kept = None  # so that memory never holds two
             self._kept = key, build_dataset(config)
         return self._kept[1]
 
@@ -70,15 +72,18 @@ class Datasets:
         return build_data(config, self(config))
 
 
-def begin(point: PointRun, make: Make, display: Display | None = None, most: int | None = None) -> Run:
-    """A point's run, at its last checkpoint, of `most` rounds if given, if it was begun; raises ConfigError."""
+def begin(point: PointRun, make: Make, display: Display | None = None, max_round: int | None = None) -> Started:
+    """A new run of a point, or the one in its folder at its last checkpoint; raises ConfigError.
+
+    With `max_round` at the last checkpoint of at most so many rounds.
+    """
     if not point.begun:
-        return Run.start(point.config, point.folder, make=make)
-    run = Run.resume(point.folder, {}, make=make, most=most)
+        return new_run(point.config, point.folder, make=make)
+    run, hooks = resumed_run(point.folder, {}, make=make, max_round=max_round)
     if display:
         for note in run.notes:
             display.say(f"{point.name}: {note}")
-    return run
+    return run, hooks
 
 
 def in_turn(points: Sequence[PointRun], datasets: Datasets, display: Display) -> bool:
@@ -87,14 +92,18 @@ def in_turn(points: Sequence[PointRun], datasets: Datasets, display: Display) ->
     def make(config: Config) -> Simulation:
         return build(config, datasets.divided(config))
 
+    def run_one(point: PointRun) -> bool:
+        run, hooks = begin(point, make, display)
+        return not execute(run, [*hooks, ShowRounds(display, point.name)]).interrupted
+
     for point in points:
-        try:  # without a name for the run, under which it would live on while the next one is made
-            if execute(begin(point, make, display), [Tell(display, point.name)]).interrupted:
+        try:
+            if not run_one(point):
                 return False
         except KeyboardInterrupt:
             return False
         except Exception as error:
-            display.ended(point.name, told(error))
+            display.ended(point.name, failure_line(error))
         else:
             display.ended(point.name, None)
     return True
@@ -104,39 +113,44 @@ def as_rows(points: Sequence[PointRun], runtime: dict[str, Any], datasets: Datas
     """Run all together as rows of one batch; False where an interrupt ended them."""
     config = points[0].config
     batch = Batch(runtime, datasets.divided(config), chosen=runtime != points[0].runtime)
-    begun, together = list[tuple[PointRun, Run]](), _together(points)
+    begun, common = list[tuple[PointRun, Run, list[Hook]]](), _common_round(points)
     try:
         for point in points:
             try:
-                begun.append((point, begin(point, batch.make, display, together)))
+                begun.append((point, *begin(point, batch.make, display, common)))
             except Exception as error:
-                display.ended(point.name, told(error))
+                display.ended(point.name, failure_line(error))
         for shared in batch.shared.values():  # one, unless networks have constants that differ
-            names = {m: p.name for p, r in begun if (m := _member(r)).shared is shared}
-            runs = [partial(execute, run, [Tell(display, p.name)]) for p, run in begun if _member(run) in names]
+            names = {row: p.name for p, run, _ in begun if (row := _row_runtime(run)).shared is shared}
+            runs = [
+                partial(execute, run, [*hooks, ShowRounds(display, point.name)])
+                for point, run, hooks in begun
+                if _row_runtime(run) in names
+            ]
 
-            def ended(member: Member, names: dict[Member, str] = names) -> None:
-                if member.error is not None or (member.result and not member.result.interrupted):
-                    display.ended(names[member], None if member.error is None else told(member.error))
+            def ended(row: RowRuntime, names: dict[RowRuntime, str] = names) -> None:
+                if row.error is not None or (row.result and not row.result.interrupted):
+                    display.ended(names[row], None if row.error is None else failure_line(row.error))
 
             if not train_together(list(names), runs, ended):
                 return False
     except KeyboardInterrupt:  # before it began
         return False
     finally:
-        for _, run in begun:
+        for _, run, _ in begun:
             if run.folder:
                 run.folder.close()
     return True
 
 
-def _together(points: Sequence[PointRun]) -> int | None:
-    """The round that all go on from, so that rows have the neighbours that they had when they were killed.
+def _common_round(points: Sequence[PointRun]) -> int | None:
+    """The round after which all points go on, so that a batch has the rows again that it had before a kill.
 
-    None, each from its own, where they are further apart than a kill leaves them, as after one had failed.
+    None, so that each goes on from its own last round, where these differ by more than a kill explains, as when
+    one point has failed before.
     """
     rounds = [Checkpoints(point.folder / CHECKPOINTS).newest for point in points]
-    return min(rounds) if max(rounds) - min(rounds) <= (points[0].config.checkpoint["every"] or 0) else None
+    return min(rounds) if max(rounds) - min(rounds) <= (points[0].config.checkpoint.every or 0) else None
 
 
 def as_tasks(points: Sequence[PointRun], jobs: int, gpus: int, display: Display) -> bool:
@@ -157,7 +171,7 @@ def as_tasks(points: Sequence[PointRun], jobs: int, gpus: int, display: Display)
                 point, own = waiting.pop(0), free.pop(0)
                 values, paths = point.config.model_dump(mode="json"), [os.path.abspath(path) for path in sys.path]
                 running[task.remote(values, point.name, point.folder, own, os.getcwd(), paths)] = point, own
-            done, _ = ray.wait(list(running), timeout=POLL)
+            done, _ = ray.wait(list(running), timeout=POLL_SECONDS)
             for ref in done:
                 point, own = running.pop(ref)
                 free.append(own)
@@ -187,37 +201,39 @@ def rounds_done(folder: Path) -> int:
     return log.read_bytes().count(b"\n") if log.exists() else 0
 
 
-def told(error: BaseException) -> str:
+def failure_line(error: BaseException) -> str:
     """Why a point failed, in a line."""
     if isinstance(error, OSError) and error.filename:
         return one_line(f"{error.filename}: {error.strerror}")
     return one_line(error) if isinstance(error, ClientError | RoundError | ConfigError) else located(error)
 
 
-def _member(run: Run) -> Member:
-    member = run.simulation.runtime
-    assert isinstance(member, Member)
-    return member
+def _row_runtime(run: Run) -> RowRuntime:
+    runtime = run.simulation.runtime
+    assert isinstance(runtime, RowRuntime)
+    return runtime
 
 
 def _task(
     values: dict[str, Any], name: str, folder: Path, own_cores: list[int], place: str, paths: list[str]
 ) -> str | None:
-    """In a process of Ray's: one point, on so many cores, with the driver's modules; returns why it failed."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started us behind a `&`
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # by which an interrupt that had to wait is sent
+    """Run one point in a process of Ray's, on its own cores, with the driver's modules; returns why it failed."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started the sweep with `&`
+    signal.pthread_sigmask(
+        signal.SIG_UNBLOCK, {signal.SIGINT}
+    )  # Ray blocks it, and an interrupt that is pending comes now
     os.sched_setaffinity(0, own_cores)
     os.chdir(place)
     sys.path[:] = paths
     try:
-        execute(begin(PointRun(name, {}, load(values), folder), _simulation))
+        execute(*begin(PointRun(name, {}, load(values), folder), _simulation))
     except Exception as error:
-        return told(error)
+        return failure_line(error)
     return None
 
 
 def _simulation(config: Config) -> Simulation:
-    """With `auto` made threads: what others do on this machine at the time says nothing of a runtime's speed."""
+    """The simulation, with threads for `auto`: beside other points, measured times say nothing of a runtime."""
     simulation = build(config)
     if isinstance(simulation.runtime, Auto):
         simulation.runtime.restore_choice(
@@ -227,7 +243,7 @@ def _simulation(config: Config) -> Simulation:
 
 
 def _failure(ref: Any) -> str | None:
-    """Of a task that has ended: why, if not well."""
+    """Why a task that has ended failed; None where it did not."""
     import ray
 
     try:

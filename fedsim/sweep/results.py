@@ -1,11 +1,10 @@
-"""What came out of a sweep: a figure a point, means over seeds, a table and files."""
+"""The results of a sweep: figures of each point, means over seeds, tables and files."""
 
 import csv
 import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from math import inf
 from statistics import fmean, stdev
 from textwrap import fill
@@ -17,11 +16,11 @@ from rich.text import Text
 
 from fedsim.base.files import write
 from fedsim.errors import ConfigError
-from fedsim.report.runs import ABSENT, WIDTH, Run, read_run, rounds_to
+from fedsim.report.runs import ABSENT, WIDTH, RunRecord, read_run, rounds_to
 from fedsim.sweep.folder import PointRun, Sweep
 from fedsim.sweep.grid import Point, short_keys, shown_value
 
-FIGURES = {  # of a point and, as mean and standard deviation, of a setting over seeds: header and format
+FIGURES = {  # header and format of each; of a point, and as mean and standard deviation over seeds
     "test_accuracy": ("last\naccuracy", "{:.2%}"),
     "best_test_accuracy": ("best\naccuracy", "{:.2%}"),
     "test_loss": ("test\nloss", "{:.4f}"),
@@ -36,13 +35,13 @@ class Row:
 
     name: str
     point: Point
-    run: Run | None
+    run: RunRecord | None
     figures: dict[str, float | None]
     failure: str | None = None
 
     @classmethod
     def of(cls, point: PointRun, target: float | None, failure: str | None) -> Self:
-        """By what lies in the point's folder."""
+        """From the files in the point's folder."""
         try:
             run = read_run(point.folder)
         except ConfigError:  # it failed before it had one
@@ -80,14 +79,14 @@ class Setting:
 
 @dataclass(frozen=True)
 class Results:
-    """All points of a sweep when it has ended."""
+    """The results of all points of a sweep that has ended."""
 
     sweep: Sweep
     rows: list[Row]
 
     @classmethod
     def of(cls, sweep: Sweep, failures: dict[str, str]) -> Self:
-        """By their folders, and why some failed."""
+        """From the folders of the points; `failures` says why some failed."""
         return cls(sweep, [Row.of(point, sweep.target, failures.get(point.name)) for point in sweep.points])
 
     @property
@@ -123,14 +122,10 @@ class Results:
         return [self._points(), *([self._means()] if self.seeds else [])]
 
     def save(self) -> None:
-        """Write sweep.json, results.csv and sweep.png into the sweep's folder."""
-        from fedsim.sweep.picture import draw
-
-        folder, picture = self.sweep.folder, BytesIO()
-        draw(self, picture)
-        write(folder / "sweep.json", json.dumps(self._json(), indent=1, default=str).encode() + b"\n")
-        write(folder / "results.csv", self._csv().encode())
-        write(folder / "sweep.png", picture.getvalue())
+        """Write sweep.json and results.csv into the sweep's folder."""
+        content = json.dumps(self._json(), indent=1, default=str).encode() + b"\n"
+        write(self.sweep.folder / "sweep.json", content)
+        write(self.sweep.folder / "results.csv", self._csv().encode())
 
     def _shown_figures(self) -> dict[str, tuple[str, str]]:
         target = self.sweep.target
@@ -162,7 +157,7 @@ class Results:
     def _means(self) -> Table:
         short, settings = short_keys(self.sweep.grid.axes), self.settings
         table = _table("over seeds", ["mean ± standard deviation"])
-        left_out = ("best_test_accuracy", "seconds")  # for the names' sake; sweep.json has them
+        left_out = ("best_test_accuracy", "seconds")  # to leave room for the names; sweep.json has them
         figures = {name: shown for name, shown in self._shown_figures().items() if name not in left_out}
         table.add_column("seeds", justify="right", no_wrap=True)
         for header, _ in figures.values():

@@ -2,20 +2,17 @@
 
 from dataclasses import dataclass
 from io import BytesIO
-from typing import TYPE_CHECKING
 
 from fedsim.base.files import write
-from fedsim.experiment.hooks import Hook
-
-if TYPE_CHECKING:
-    from fedsim.experiment.run import Run
+from fedsim.experiment.hook import Hook
+from fedsim.experiment.run import Run
 
 
 @dataclass(kw_only=True)
 class Curves(Hook):
-    """Loss and accuracy against rounds, in `curves.png` of the run's folder, when the run ends or is stopped."""
+    """Draws loss and accuracy by round into `curves.png` of the run's folder, when the run ends or is stopped."""
 
-    def after_run(self, run: "Run") -> None:
+    def after_run(self, run: Run) -> None:
         if run.folder:
             from fedsim.report.plot import curves
             from fedsim.report.runs import read_run

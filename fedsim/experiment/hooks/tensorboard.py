@@ -3,14 +3,12 @@
 from dataclasses import dataclass
 from socket import gethostname
 from time import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fedsim.experiment.hooks import Hook
+from fedsim.experiment.hook import Hook
+from fedsim.experiment.run import Run
 
-if TYPE_CHECKING:
-    from fedsim.experiment.run import Run
-
-SCALARS = {  # in TensorBoard's words
+SCALARS = {  # the names in TensorBoard
     "train_loss": "loss/train",
     "test_loss": "loss/test",
     "test_accuracy": "accuracy/test",
@@ -24,12 +22,12 @@ SCALARS = {  # in TensorBoard's words
 
 @dataclass(kw_only=True)
 class TensorBoard(Hook):
-    """Losses, accuracies and seconds by round, in `tensorboard/` of the run's folder.
+    """Writes losses, accuracies and seconds of each round into `tensorboard/` of the run's folder.
 
-    The events are those of rounds.jsonl, written anew when a run is resumed.
+    The events repeat rounds.jsonl, and are written anew when a run is resumed.
     """
 
-    def before_run(self, run: "Run") -> None:
+    def before_run(self, run: Run) -> None:
         self._file = None
         if run.folder is None:
             return
@@ -44,10 +42,10 @@ class TensorBoard(Hook):
             ago -= record["seconds"]
             self._add(record, time() - ago)
 
-    def after_round(self, run: "Run", record: dict[str, Any]) -> None:
+    def after_round(self, run: Run, record: dict[str, Any]) -> None:
         self._add(record, time())
 
-    def after_run(self, run: "Run") -> None:
+    def after_run(self, run: Run) -> None:
         if self._file:
             self._file.close()
 
@@ -58,7 +56,7 @@ class TensorBoard(Hook):
         self._write(wall_time=when, step=record["round"], summary={"value": values})
 
     def _write(self, **event: Any) -> None:
-        """In this thread, as a SummaryWriter does not: where the disk is full, it is this run that must say so."""
+        """Write an event in this thread (SummaryWriter takes another), so that a full disk fails the run."""
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.summary.writer.record_writer import RecordWriter
 

@@ -14,7 +14,7 @@ from fedsim.errors import ConfigError, printable, reason
 from fedsim.federated.aggregate import Aggregator
 from fedsim.federated.client import Train, Work
 from fedsim.federated.runtime import Item, Results, Runtime
-from fedsim.runtimes import RUNTIMES
+from fedsim.runtimes import RUNTIMES, runtime_class
 from fedsim.runtimes.auto import choices
 from fedsim.runtimes.auto.calibration import SECONDS, Calibration, release
 from fedsim.runtimes.auto.candidates import candidate_specs, enough, ray_is_there
@@ -183,7 +183,7 @@ def shown(spec: Spec) -> str:
 
 def is_exact(spec: Spec) -> bool:
     """Whether a runtime's results equal serial's to the bit; one of the user's own is taken for it."""
-    return spec.get("name") not in [*RUNTIMES] or bool(getattr(RUNTIMES.load(spec["name"]), "exact", True))
+    return spec.get("name") not in [*RUNTIMES] or runtime_class(spec).exact
 
 
 def _why(fastest: Timed, rates: Sequence[Timed]) -> str:

@@ -38,7 +38,7 @@ from fedsim.data.picture import draw, label_table
 from fedsim.experiment.build import build, build_data
 from fedsim.experiment.config import load
 from fedsim.experiment.folder import describe
-from fedsim.experiment.run import Run
+from fedsim.experiment.start import resumed_run
 from fedsim.federated.recalibration import Recalibrate
 from fedsim.types import Stream, random
 
@@ -501,7 +501,9 @@ def test_a_run_tells_and_keeps_the_mean(tmp_path):
     means = simulation.task.buffer_layout.split(simulation.ema["buffers"])
     assert torch.equal(network.bn1.running_mean, means["bn1.running_mean"])
     for ema in (0.9, None):
-        refused(lambda d=ema: Run.resume(tmp_path / "run", {"rounds": 5, "ema": d}), "ema: ", "changes the result")
+        refused(
+            lambda d=ema: resumed_run(tmp_path / "run", {"rounds": 5, "ema": d}), "ema: ", "changes the result"
+        )
 
 
 def test_without_a_mean_there_is_no_word_of_it(tmp_path):

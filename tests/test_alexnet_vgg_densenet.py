@@ -1,3 +1,5 @@
+"""Laws of AlexNet, VGG and DenseNet: they are the published networks, in a small form too."""
+
 import pytest
 import torch
 from torch import nn

@@ -1,0 +1,107 @@
+"""Commands for federations of nodes on other machines, over Flower."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedsim.cli.interrupts import raise_on_interrupt
+from fedsim.cli.runs import execute_and_show
+from fedsim.cli.shared import ConfigPath, NewFolder, Settings, console
+
+
+def serve(
+    config: ConfigPath,
+    settings: Settings = None,
+    superlink: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Flower's SuperLink")] = None,
+    ca: Annotated[Path | None, typer.Option(help="the certificate of the SuperLink's authority")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="plain HTTP, without a certificate")] = False,
+    nodes: Annotated[
+        str | None, typer.Option(metavar="N | A,B,C", help="how many nodes, or the names of those that take part")
+    ] = None,
+    keys: Annotated[
+        Path | None, typer.Option(help="a folder of NAME.pub: a name belongs to the owner of its key")
+    ] = None,
+    out: NewFolder = None,
+) -> None:
+    """Train a federation of nodes on other machines, over Flower; `fedsim resume` goes on with it."""
+    from fedsim.experiment.config import load, parse_overrides
+    from fedsim.experiment.start import new_run
+    from fedsim.flower.options import on_nodes
+
+    chosen = on_nodes(config, superlink=superlink, ca=ca, insecure=insecure, nodes=nodes, keys=keys)
+    loaded = load(config, chosen | parse_overrides(settings or []))
+    raise_on_interrupt()
+    execute_and_show(new_run(loaded, out, config.stem))
+
+
+def node(
+    settings: Annotated[Path, typer.Argument(metavar="NODE.yaml", help="the node's name, data and so on")],
+    superlink: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Flower's SuperLink")] = None,
+    ca: Annotated[Path | None, typer.Option(help="the certificate of the SuperLink's authority")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="plain HTTP, without a certificate")] = False,
+    key: Annotated[Path | None, typer.Option(help="the node's private key, if the SuperLink asks for one")] = None,
+) -> None:
+    """Be a client with data of its own in a federation, until interrupted."""
+    from fedsim.flower.options import work
+
+    raise_on_interrupt()
+    work(settings, superlink=superlink, ca=ca, insecure=insecure or None, key=key)
+
+
+def nodes(
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="RUN", help="a run's folder, for what its nodes have reported")
+    ] = None,
+    superlink: Annotated[str, typer.Option(metavar="HOST:PORT", help="Flower's SuperLink")] = "127.0.0.1:8000",
+    ca: Annotated[Path | None, typer.Option(help="the certificate of the SuperLink's authority")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="plain HTTP, without a certificate")] = False,
+) -> None:
+    """Show the nodes of a federation: their names, when they were last seen, and how much data they reported."""
+    from fedsim.flower.options import table
+
+    raise_on_interrupt()
+    console.print(table(folder, superlink, ca, insecure))
+
+
+def flower_app(
+    config: ConfigPath,
+    out: Annotated[Path, typer.Option(help="a new folder for it")],
+    settings: Settings = None,
+) -> None:
+    """Write an experiment as a Flower app, for `flwr run` and Flower's own SuperNodes."""
+    from fedsim.base.reading import read_yaml
+    from fedsim.experiment.config import overridden, parse_overrides
+    from fedsim.flower.app import checked, write_app
+    from fedsim.flower.options import on_nodes
+
+    chosen = on_nodes(config, superlink=None, ca=None, insecure=False, nodes=None, keys=None)
+    values = overridden(read_yaml(config), chosen | parse_overrides(settings or []))
+    checked(values)
+    raise_on_interrupt()
+    console.out(f"app: {write_app(out, config.stem, values)}", highlight=False)
+    console.out(f"run: flwr run {out} SUPERLINK --stream", highlight=False)
+    console.out("how it ended: flwr ls SUPERLINK --format json", highlight=False)
+
+
+def certificates(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a new folder, or an earlier one to add nodes to")],
+    server: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HOST", help="a name or address that nodes know the server by; may be given again"),
+    ] = None,
+    node: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="a node that gets a pair of keys; may be given again")
+    ] = None,
+    days: Annotated[int, typer.Option(help="for which the server's certificate is valid")] = 825,
+    renew: Annotated[
+        bool,
+        typer.Option("--renew", help="a new certificate of the server, by the CA in DIR, for the same key"),
+    ] = False,
+) -> None:
+    """Make what a federation over Flower needs: a CA, the server's certificate, and a key for each node."""
+    from fedsim.flower.certificates import make
+
+    raise_on_interrupt()
+    for made in make(folder, server or [], node or [], days, renew):
+        console.out(f"{made.path}: {made.place}", highlight=False)

@@ -1,0 +1,60 @@
+"""Commands that show which client holds which data, and what a config can name."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedsim.cli.interrupts import raise_on_interrupt
+from fedsim.cli.shared import ConfigPath, Settings, console
+
+
+def partition(
+    config: ConfigPath,
+    settings: Settings = None,
+    out: Annotated[Path | None, typer.Option(help="the picture; NAME-partition.png if not given")] = None,
+    shards: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="a new folder for files of each client's own examples")
+    ] = None,
+) -> None:
+    """Show who holds what: a table, and a picture of labels and sizes by client."""
+    from fedsim.data.partition import content_hash
+    from fedsim.data.picture import draw, label_table
+    from fedsim.experiment.build import build_data, build_dataset
+    from fedsim.experiment.config import load, parse_overrides
+
+    loaded = load(config, parse_overrides(settings or []))
+    raise_on_interrupt()
+    dataset = build_dataset(loaded)
+    data = build_data(loaded, dataset)
+    if shards is not None:
+        from fedsim.flower.shards import server_data, write_shards
+
+        write_shards(data, shards)
+    out = out or Path(f"{config.stem}-partition.png")
+    console.print(label_table(data))
+    if public := len(data.public):
+        console.out(f"public: {public:,} more examples are the server's own")
+    if wrong := int((data.labels != data.true_labels).sum()):
+        console.out(f"label noise: {wrong:,} of {len(data.labels):,} labels are wrong")
+    draw(data.labels.numpy(), data.owners, data.num_classes, out)
+    console.out(f"hash:    {content_hash(data.owners)}\npicture: {out}")
+    if shards is not None:
+        console.out(f"shards:  {shards}, a k.npz and a k.yaml for each client k: fedsim node k.yaml")
+        console.out(f"server:  fedsim serve {config} 'data={server_data(data, dataset, shards)}'", highlight=False)
+
+
+def list_(
+    kind: Annotated[
+        str | None, typer.Argument(metavar="KIND", help="strategies, models, datasets, ...; all if not given")
+    ] = None,
+    pattern: Annotated[
+        str, typer.Argument(metavar="PATTERN", help="such as 'fed*'; one name shows its options")
+    ] = "*",
+) -> None:
+    """List what a config can name: strategies, models, datasets, partitions and so on."""
+    from fedsim.listing import listing
+
+    raise_on_interrupt()
+    for part in listing(kind, pattern):
+        console.print(part, markup=False, highlight=False)

@@ -1,0 +1,128 @@
+"""Commands that run experiments, resume them and compare them."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedsim.cli.interrupts import STATUS, raise_on_interrupt
+from fedsim.cli.shared import ConfigPath, NewFolder, Settings, console
+from fedsim.errors import ClientError, ConfigError, RoundError, printable
+
+if TYPE_CHECKING:
+    from fedsim.experiment.start import Started
+
+
+def run(
+    config: ConfigPath,
+    settings: Settings = None,
+    out: NewFolder = None,
+) -> None:
+    """Train a federation, and leave a folder with what came out."""
+    from fedsim.experiment.config import load, parse_overrides
+    from fedsim.experiment.start import new_run
+
+    loaded = load(config, parse_overrides(settings or []))
+    raise_on_interrupt()
+    execute_and_show(new_run(loaded, out, config.stem))
+
+
+def resume(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a run, or of a sweep")],
+    settings: Settings = None,
+    force: Annotated[bool, typer.Option(help="take settings that change the result, too")] = False,
+) -> None:
+    """Go on with a run that was stopped or killed, as if it had not been; rounds=200 makes it longer."""
+    from fedsim.experiment.config import parse_overrides
+    from fedsim.experiment.start import resumed_run
+    from fedsim.sweep.folder import is_sweep
+
+    if is_sweep(folder):
+        from fedsim.sweep import resume as resume_sweep
+
+        if settings or force:
+            raise ConfigError(
+                f"{folder}: is a sweep, whose settings are in its sweep.yaml; resume it without others"
+            )
+        raise_on_interrupt()
+        raise typer.Exit(resume_sweep(folder, console))
+    overrides = parse_overrides(settings or [])
+    raise_on_interrupt()
+    started = resumed_run(folder, overrides, force)
+    for note in started[0].notes:
+        print(f"fedsim: {printable(note)}", file=sys.stderr)
+    execute_and_show(started)
+
+
+def sweep(
+    config: ConfigPath,
+    settings: Annotated[
+        list[str], typer.Argument(metavar="KEY=V1,V2,...", help="such as local.lr=0.05,0.1 seed=0..4 rounds=50")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="a folder for the results; where it holds the same sweep, that is resumed")
+    ] = None,
+    target: Annotated[
+        float | None, typer.Option(help="an accuracy from 0 to 1: how many rounds did each take to it?")
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="points at a time; by cores or GPUs if not given")
+    ] = None,
+) -> None:
+    """Run all combinations of settings: as one batch where that is possible, or side by side."""
+    from fedsim.sweep import sweep as run_all
+
+    raise_on_interrupt()
+    raise typer.Exit(run_all(config, settings, out, target, jobs, console))
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders of runs")],
+    target: Annotated[
+        float | None, typer.Option(help="an accuracy from 0 to 1: how long did each take to it?")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="the picture")] = Path("compare.png"),
+) -> None:
+    """Compare runs: their curves in one picture, and rounds and bytes to a target accuracy."""
+    from fedsim.report.plot import curves
+    from fedsim.report.runs import compare as table
+    from fedsim.report.runs import read_run
+
+    if target is not None and not 0 < target < 1:
+        raise ConfigError(f"--target: {target} should be between 0 and 1, such as 0.99")
+    raise_on_interrupt()
+    read = [read_run(folder) for folder in runs]
+    console.print(table(read, target))
+    curves(read, out, target)
+    console.out(f"picture: {out}")
+
+
+def execute_and_show(started: "Started") -> None:
+    """Run to the end what was started, and show its progress and its results."""
+    from fedsim.experiment.execute import execute
+    from fedsim.experiment.progress import Bar, Plain
+
+    run, hooks = started
+    assert run.folder is not None
+    folder = run.folder.path
+    try:
+        result = execute(run, [*hooks, Bar(console) if console.is_terminal else Plain(console)])
+    except (ClientError, RoundError, OSError):
+        console.out(f"rounds that are done: {len(run.records)}; fedsim resume {folder} goes on after them")
+        raise
+    found = result.summary
+    if found["test_accuracy"] is not None:
+        console.out(
+            f"test accuracy {found['test_accuracy']:.2%} (best {found['best_test_accuracy']:.2%}) "
+            f"after {found['rounds']} rounds, {found['client_steps_per_second']:,.0f} client steps a second"
+        )
+    if run.stopped:
+        console.out(f"stopped: {run.stopped}")
+    if (folder / "curves.png").exists():
+        console.out(f"picture: {folder / 'curves.png'}")
+    console.out(f"results: {folder}")
+    if result.interrupted:
+        done = f"interrupted after round {found['rounds']} of {run.config.rounds}"
+        print(f"fedsim: {done}; fedsim resume {folder} goes on", file=sys.stderr)
+        raise typer.Exit(STATUS)

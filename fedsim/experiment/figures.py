@@ -1,0 +1,58 @@
+"""The figures of a run: what the test after a round measures, and what summary.json says."""
+
+import resource
+from typing import Any
+
+import numpy as np
+
+from fedsim.experiment.config import Evaluate
+from fedsim.experiment.run import Record, Run
+from fedsim.federated.simulation import Simulation
+
+
+def evaluate(simulation: Simulation, settings: Evaluate) -> Record:
+    """Loss and accuracy of the global model, of its running mean if there is one, and over clients if wanted."""
+    size, train = settings.batch_size, settings.mode == "train"
+    test = simulation.evaluate(size, train=train)
+    found = {"test_loss": test.loss, "test_accuracy": test.accuracy}
+    if simulation.ema:
+        mean = simulation.evaluate(size, simulation.ema, train=train)
+        found |= {"ema_test_loss": mean.loss, "ema_test_accuracy": mean.accuracy}
+    if settings.clients:
+        clients = simulation.evaluate_clients(batch_size=size, train=train)
+        found |= spread([each.accuracy for each in clients.values()]) if clients else {}
+    return found
+
+
+def spread(accuracies: list[float]) -> dict[str, float]:
+    """Over clients, each counting once: the mean, the standard deviation, and the mean of the worst tenth."""
+    ordered = np.sort(accuracies)
+    worst = ordered[: max(len(ordered) // 10, 1)]
+    return {
+        "client_accuracy_mean": float(ordered.mean()),
+        "client_accuracy_std": float(ordered.std()),
+        "client_accuracy_worst_decile": float(worst.mean()),
+    }
+
+
+def summarize(run: Run) -> dict[str, Any]:
+    """What summary.json says of a run."""
+    records = run.records
+    tested = [record for record in records if "test_accuracy" in record]
+    training = sum(record["seconds"] for record in records)
+    last = tested[-1] if tested else {}
+    ema = {"ema_test_accuracy": last.get("ema_test_accuracy")} if run.simulation.ema else {}
+    return {
+        "rounds": len(records),
+        "test_accuracy": last.get("test_accuracy"),
+        "test_loss": last.get("test_loss"),
+        **ema,
+        "best_test_accuracy": max((record["test_accuracy"] for record in tested), default=None),
+        "fingerprint": run.simulation.fingerprint(),
+        "stopped": run.stopped,
+        "seconds": run.seconds,
+        "client_steps_per_second": sum(r["steps"] for r in records) / training if records else 0.0,
+        "bytes_up": sum(record["bytes_up"] for record in records),
+        "bytes_down": sum(record["bytes_down"] for record in records),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }

@@ -1,0 +1,127 @@
+"""How a run starts: anew, or from its last checkpoint; both give the run and the hooks that its config names."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedsim.base.catalogue import Spec
+from fedsim.errors import ConfigError
+from fedsim.experiment.build import build, build_hooks
+from fedsim.experiment.checkpoint import Checkpoint, changes, versions
+from fedsim.experiment.config import Config, load
+from fedsim.experiment.folder import RunFolder
+from fedsim.experiment.hook import Hook
+from fedsim.experiment.run import Run
+from fedsim.federated.simulation import Simulation
+from fedsim.runtimes import RUNTIMES
+from fedsim.runtimes.auto import is_exact, shown
+
+Make = Callable[[Config], Simulation]
+Started = tuple[Run, list[Hook]]
+ROUNDING = "results agree as floating point does"
+
+
+def new_run(config: Config, path: Path | None = None, stem: str | None = None, *, make: Make = build) -> Started:
+    """A new run: in the new folder `path`, or a new runs/STEM-N, or without a folder. Raises ConfigError."""
+    simulation, hooks = make(config), build_hooks(config)  # before the folder, for both may be refused
+    if path is None and stem is None:
+        return Run(config, simulation), hooks
+    if path is not None:
+        folder = RunFolder.create(path, config, simulation.data)
+    else:
+        folder = RunFolder.number(stem or "", config, simulation.data)
+    folder.checkpoints.start(simulation)
+    return Run(config, simulation, folder), hooks
+
+
+def resumed_run(
+    path: Path,
+    overrides: Mapping[str, Any],
+    force: bool = False,
+    *,
+    make: Make = build,
+    max_round: int | None = None,
+) -> Started:
+    """The run in a folder, at its last checkpoint, or at the last one of at most `max_round` rounds.
+
+    Raises ConfigError where settings changed that change the result, unless by `force`; and where another process
+    is running it.
+    """
+    if not (path / "config.yaml").is_file():
+        raise ConfigError(f"{path}: is no folder of a run; it has no config.yaml")
+    config, before = load(path / "config.yaml", overrides), load(path / "config.yaml")
+    folder = RunFolder(path)
+    try:
+        saved, notes = folder.checkpoints.latest(path, max_round)
+        if saved is None and (path / "summary.json").exists():
+            raise ConfigError(f"{path}: has no checkpoints, and is finished")
+        simulation, hooks = make(config), build_hooks(config)
+        if saved is None:
+            notes += _changed_settings(before.model_dump(mode="json"), config, [], force)
+            notes += ["no checkpoint: starts with round 1"] if folder.begun else []
+            folder.checkpoints.start(simulation)
+            folder.go_on(config, simulation.data, None)
+            return Run(config, simulation, folder, notes=notes), hooks
+        checkpoint, server = saved
+        if config.rounds < checkpoint.round:
+            raise ConfigError(f"rounds: {config.rounds}, and {path} has done {checkpoint.round}")
+        same_data = simulation.digest() == checkpoint.data
+        others = [] if same_data else ["data or model: other examples, owners, frozen weights or teacher"]
+        notes += _changed_settings(checkpoint.config, config, others, force)
+        folder.checkpoints.restore(simulation, checkpoint, server)
+        notes += _changed_runtime(checkpoint, simulation, RUNTIMES.resolve(config.runtime))
+        records = folder.go_on(config, simulation.data, checkpoint.log)
+        notes += _changed_versions(checkpoint.versions)
+        notes += _short_schedule(checkpoint, config)
+        same_end = all(getattr(config, key) == checkpoint.config.get(key) for key in ("rounds", "hooks"))
+        stopped = checkpoint.stopped if same_end else None
+        return Run(config, simulation, folder, records, checkpoint.seconds, notes, stopped), hooks
+    except BaseException:
+        folder.close()
+        raise
+
+
+def _changed_settings(before: Mapping[str, Any], config: Config, others: list[str], force: bool) -> list[str]:
+    """What is not as it was, in words; raises ConfigError where it changes the result, unless by `force`."""
+    result, free = changes(before, config.model_dump(mode="json"))
+    result += others
+    if result and not force:
+        raise ConfigError(f"{'; '.join(result)}: this changes the result; --force goes on all the same")
+    return [f"changed: {change}" for change in [*result, *free]]
+
+
+def _changed_runtime(checkpoint: Checkpoint, simulation: Simulation, now: Spec) -> list[str]:
+    """Have the runtime go on with what it had chosen; in words, what changed where it rounds in another way.
+
+    Raises ConfigError where the clients are others, which do not have the states that the earlier ones keep.
+    """
+    runtime, before = simulation.runtime, checkpoint.runtime or checkpoint.config["runtime"]
+    now = runtime.choice or now
+    if checkpoint.runtime:
+        try:
+            if runtime.restore_choice(checkpoint.runtime, simulation.work):
+                return []
+        except ConfigError as error:
+            if simulation.data.clients_are_remote:
+                raise
+            return [f"changed: {error}; it was {shown(before)}, and is chosen anew; {ROUNDING}"]
+    same = before == now or (is_exact(before) and is_exact(now))
+    return [] if same else [f"changed: runtime: {shown(now)}, and was {shown(before)}; {ROUNDING}"]
+
+
+def _changed_versions(before: Mapping[str, str]) -> list[str]:
+    now = versions()
+    return [
+        f"changed: {name} {now.get(name)}, and was {was}; {ROUNDING}"
+        for name, was in before.items()
+        if now.get(name) != was
+    ]
+
+
+def _short_schedule(checkpoint: Checkpoint, config: Config) -> list[str]:
+    """A note where a run is made longer than its schedule of learning rates."""
+    own_length = config.local["schedule"].get("rounds")
+    length = own_length + config.local["warmup"] if own_length else config.rounds
+    if checkpoint.config["rounds"] < config.rounds > length:
+        return [f"local.schedule is over after {length} rounds; what follows has its last learning rate"]
+    return []
