@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_models import HEAVY, build
+from test_models import build
 
 from fedsim import Recipe, Task
 from fedsim.data import Dataset, FederatedData
@@ -13,10 +13,6 @@ from fedsim.training.replica import Replica
 from fedsim.types import Job
 
 SHAPE, CLASSES = (3, 32, 32), 10
-DEEP = {
-    *("densenet121", "densenet161", "densenet169", "densenet201", "resnext50_32x4d", "se_resnext50_32x4d"),
-    *("resnet34", "resnet50", "se_resnet50", "inception_v3"),
-}
 
 
 def data(n=4):
@@ -33,8 +29,11 @@ def trained(task, precision):
     return local.train(task.initial_model), local.metrics["loss"] / 4
 
 
+LIGHT = {"2nn", "cnn", "cnn_bn", "cifar_cnn", "resnet18", "mobilenet_v2", "shufflenet_v2", "efficientnet_b0"}
+
+
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in HEAVY | DEEP else []) for name in MODELS]
+    "name", [pytest.param(name, marks=[] if name in LIGHT else [pytest.mark.slow]) for name in MODELS]
 )
 def test_every_backbone_trains_in_low_precision(name):
     torch.manual_seed(0)

@@ -378,7 +378,7 @@ GREY = PIXELS[:, :1]
 @pytest.mark.parametrize(
     ("x", "specs", "message"),
     [
-        (PIXELS, ["mixup", "flip"], r"local\.augment\[0\]: mixup mixes .* should be the last"),
+        (PIXELS, ["mixup", "flip"], r"local\.augment\[0\]: mixup mixes .* should be last"),
         (PIXELS, ["flip", "cutmix", "mixup"], r"local\.augment\[1\]: cutmix mixes .* only one entry may mix"),
         (torch.zeros(4, 5), ["mixup", "mixup"], r"local\.augment\[0\]: mixup mixes"),
         (torch.zeros(4, 5), ["flip"], r"local\.augment\[0\]: flip takes images .* shape \(5,\)"),

@@ -551,7 +551,7 @@ def simulation(server, clients, folder, *, number=0, initial_client=None, memory
         clock=1.5,
         last=None,
         initial_client=initial_client if initial_client is not None else next(iter(clients.values()), {}),
-        runtime=SimpleNamespace(home=torch.device("cpu")),
+        runtime=SimpleNamespace(home=torch.device("cpu"), choice=None, checkpointed_rounds=lambda rounds: None),
         data=SimpleNamespace(num_clients=10**9),
     )
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import fedsim.listing
 from fedsim.base.catalogue import options_of
-from fedsim.cli import app
+from fedsim.cli.commands import app
 from fedsim.experiment.config import Config, load, parse_overrides, resolve
 from fedsim.export.formats import FORMATS
 from fedsim.flower.node import NodeSettings

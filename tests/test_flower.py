@@ -21,14 +21,13 @@ from fedsim.experiment.config import load
 from fedsim.experiment.execute import execute
 from fedsim.experiment.hook import Hook
 from fedsim.experiment.start import new_run, resumed_run
-from fedsim.federated.client import Train
+from fedsim.federated.fold import failure
 from fedsim.flower import wire
 from fedsim.flower.internals import LinkError, Reply
 from fedsim.flower.messages import Invitation, Joined
 from fedsim.flower.roster import Roster
 from fedsim.flower.shards import client_name, write_shards
 from fedsim.flower.transport import encode
-from fedsim.runtimes.worker import failed
 
 
 def played(simulation, rounds=CONFIG["rounds"]):
@@ -79,15 +78,12 @@ def without(simulation, missing):
     """The same simulation in which exactly these fail: reasons by client, round by round."""
     run = simulation.runtime.run
 
-    def some(work, server, jobs, aggregator, **how):
-        if not isinstance(work, Train):
-            yield from run(work, server, jobs, aggregator, **how)
-            return
+    def some(work, server, jobs, aggregator):
         jobs = list(jobs)
         reasons = {job.client_id: missing[job.round].get(str(job.client_id)) for job in jobs}
-        yield from run(work, server, [job for job in jobs if not reasons[job.client_id]], aggregator, **how)
+        yield from run(work, server, [job for job in jobs if not reasons[job.client_id]], aggregator)
         absent = [job for job in jobs if reasons[job.client_id]]
-        yield aggregator.fold([]), [failed(job, NodeError(reasons[job.client_id]), True, 0.0) for job in absent]
+        yield aggregator.fold([]), [failure(job, NodeError(reasons[job.client_id]), 0.0) for job in absent]
 
     simulation.runtime.run = some
     return simulation

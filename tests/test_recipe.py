@@ -458,7 +458,10 @@ def test_a_batch_splits_with_all_it_has():
     [
         ({"lr_scaling": "linear", "batch_size": "full"}, "local.lr_scaling: needs a local.batch_size"),
         ({"decay": "weights"}, "local.decay: needs local.weight_decay above 0"),
-        ({"oversample": True, "class_weights": "balanced"}, "local.oversample: stands beside local.class_weights"),
+        (
+            {"oversample": True, "class_weights": "balanced"},
+            "local.oversample: cannot be combined",
+        ),
         ({"optimizer": "lars", "nesterov": True, "momentum": 0.9}, "local.nesterov: needs sgd"),
         ({"class_weights": [1.0, 2.0]}, "local.class_weights: has 2 numbers; there are 3 classes"),
     ],

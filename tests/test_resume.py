@@ -598,7 +598,8 @@ def test_a_disk_that_is_full_ends_a_run_in_a_line_and_with_room_it_goes_on(small
             ends.add(rounds_done(folder / "run"))
         assert resumed(small_disk, folder, "run") == expected, pages
         shutil.rmtree(folder / "run")
-    assert ends >= {0, 1, 2, 3}
+    assert ends >= {0, 1, 2}
+    assert len(ends) > 3
 
 
 def test_files_that_may_not_grow_end_a_run_in_a_line_and_then_it_goes_on(forks, folder):

@@ -15,7 +15,7 @@ from fedsim.base.machine import cores
 from fedsim.base.reading import read_yaml
 from fedsim.errors import ConfigError, how_to_install, printable
 from fedsim.experiment.build import build, build_hooks
-from fedsim.runtimes import RUNTIMES, runtime_class
+from fedsim.runtimes import runtime_class
 from fedsim.runtimes.serial import Serial
 from fedsim.sweep.batch import SERVER_SETTINGS, batch_key
 from fedsim.sweep.display import Bar, Plain
