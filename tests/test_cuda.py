@@ -13,7 +13,7 @@ from fedsim.experiment.build import build
 from fedsim.experiment.config import load
 from fedsim.federated.recalibration import Recalibrate
 from fedsim.strategies import CATALOGUE
-from fedsim.training.graphs import PAYS
+from fedsim.training.graphs import STEPS_BEFORE_CAPTURE
 from fedsim.training.local import ClientObjective
 from fedsim.training.replica import Replica
 from fedsim.types import Job, Stream, random
@@ -109,15 +109,15 @@ def test_graphs_change_nothing(recipe):
 
     def run(name, graphs):
         runtime = {"name": name, "device": "cuda", "graphs": graphs}
-        return trace(make_simulation(runtime=runtime, epochs=2 * PAYS, **recipe), rounds=2)
+        return trace(make_simulation(runtime=runtime, epochs=2 * STEPS_BEFORE_CAPTURE, **recipe), rounds=2)
 
     assert run("serial", False) == run("serial", True) == run("threads", True)
 
 
 def test_a_step_is_captured():
-    simulation = make_simulation(runtime={"name": "serial", "device": "cuda"}, epochs=2 * PAYS)
+    simulation = make_simulation(runtime={"name": "serial", "device": "cuda"}, epochs=2 * STEPS_BEFORE_CAPTURE)
     simulation.round()
-    ((steps, *_),) = simulation.runtime.worker.replica.steps.values()
+    ((steps, *_),) = simulation.runtime.worker.replica.captured_steps.values()
     assert any(steps.graphs.values())
 
 
@@ -125,7 +125,10 @@ def test_many_captures_side_by_side_change_nothing():
     """More than there are streams: each worker captures on its own while the others train."""
 
     def run(name, **options):
-        settings = {"epochs": 2 * PAYS, "schedule": lambda time: 0.5**time}  # a capture a round, worker and size
+        settings = {
+            "epochs": 2 * STEPS_BEFORE_CAPTURE,
+            "schedule": lambda time: 0.5**time,
+        }  # a capture a round, worker and size
         runtime = {"name": name, "device": "cuda"} | options
         return trace(make_simulation(runtime=runtime, **settings), rounds=6)
 

@@ -317,7 +317,7 @@ def test_a_file_teaches(tmp_path):
     with torch.no_grad():
         expected = copy.deepcopy(donor.task.network).eval()(batch)
     replica = simulation.runtime.worker.replica
-    torch.testing.assert_close(replica.teach(batch), expected)
+    torch.testing.assert_close(replica.teacher_logits(batch), expected)
     simulation.round()
     match = r"^local.distillation.teacher: \S+teacher.safetensors: conv1.weight is \(4, .* there and \(3, [^;]+$"
     with pytest.raises(ConfigError, match=match):
