@@ -41,7 +41,7 @@ class LocalObjective(ABC):
 
     @abstractmethod
     def loss(self, w: Tensor, batch: Batch | None = None) -> Tensor:
-        """() mean loss of a mini-batch in training mode; without `batch`, F_k(w) over all examples in eval mode."""
+        """() mean loss of a mini-batch in training mode; without `batch`, F_k(w) of all examples in eval mode."""
 
     @abstractmethod
     def gradient(self, w: Tensor, batch: Batch | None = None) -> tuple[Tensor, Tensor]:
