@@ -40,7 +40,7 @@ from fedsim.data import FederatedData
 from fedsim.data.npz import npz
 from fedsim.experiment.config import load
 from fedsim.experiment.run import Run, execute
-from fedsim.federated.aggregate import TOGETHER, WeightedMean
+from fedsim.federated.aggregate import MESSAGES_AT_ONCE, WeightedMean
 from fedsim.federated.client import Train
 from fedsim.federated.recalibration import Recalibrate
 from fedsim.federated.simulation import Failures
@@ -155,7 +155,7 @@ def test_what_reaches_the_driver_grows_with_actors_and_not_with_the_cohort(monke
     monkeypatch.setattr("fedsim.runtimes.ray.dispatch.unpack", counted)
     make_simulation("fedavg", task=TASK, data=CROWD, runtime=crowded()).round()
     numbers = len(TASK.initial_model) + len(TASK.initial_buffers)
-    assert 0 < received[0] <= 2 * numbers * (2 * 8 + (TOGETHER - 1) * 4)  # two in float64, and what waits
+    assert 0 < received[0] <= 2 * numbers * (2 * 8 + (MESSAGES_AT_ONCE - 1) * 4)  # two in float64, and what waits
 
 
 # Failures
@@ -213,7 +213,11 @@ def test_an_exception_that_cannot_travel_is_told():
         (Huge(), RoundError, r"^delta is too large: weights times values add up"),
         (InPlace(inner=make_strategy("fedavg")), RoundError, r"wrote server\['model'\] in place"),
         (InPlaceAtHome(inner=make_strategy("scaffold")), ClientError, r"client\['c'\] was written in place"),
-        (Sends(inner=make_strategy("fedavg"), name=1), ClientError, "round 1, client 2: .*message 1 is no name"),
+        (
+            Sends(inner=make_strategy("fedavg"), name=1),
+            ClientError,
+            "round 1, client 2: .*message 1 is not a string",
+        ),
         (Odd(inner=make_strategy("scaffold"), change=ODD["shorter"], bad={4, 2}), ClientError, "client 2: sent "),
     ],
 )

@@ -68,7 +68,7 @@ def contents(store):
 
 def held(store):
     """Bytes of all states in memory."""
-    layers = (store._changed, store._clean, store._staged)
+    layers = (store._changed, store._cached, store._staged)
     return sum(value.nbytes for layer in layers for state in layer.values() for value in state.values())
 
 
@@ -88,8 +88,8 @@ class StoreMachine(RuleBasedStateMachine):
         super().__init__()
         self.temporary, self.patch = TemporaryDirectory(), pytest.MonkeyPatch()
         self.folder = Path(self.temporary.name)
-        self.patch.setattr(module, "SEGMENT", 70)
-        self.patch.setattr(module, "CLIENTS", 4)
+        self.patch.setattr(module, "SEGMENT_BYTES", 70)
+        self.patch.setattr(module, "MAX_CLIENTS_PER_SEGMENT", 4)
         self.patch.setattr(module, "write", self.write)
         self.fails_in, self.failed = 0, False
         self.seed = 0
@@ -246,7 +246,7 @@ CELL = {"c": (torch.float32, (5,))}
 @pytest.fixture
 def small(monkeypatch):
     """Segments of three clients."""
-    monkeypatch.setattr(module, "SEGMENT", 60)
+    monkeypatch.setattr(module, "SEGMENT_BYTES", 60)
 
 
 def keep(store, states):
@@ -423,7 +423,7 @@ def test_what_was_staged_is_newer_than_what_was_written_meanwhile(small, tmp_pat
     keep(store, {client: random_state(CELL, client) for client in (0, 1, 2)})
     for client in (0, 1, 3):
         store.stage(client, random_state(CELL, 10 + client))
-    store._renew(store._place[0])  # as tidy may
+    store._rewrite(store._place[0])  # as tidy may
     store.flush()
     store.commit()
     resumed = ClientStore(tmp_path)
@@ -522,7 +522,7 @@ def test_entries_come_in_one_order_from_memory_and_from_disk(tmp_path):
 def test_a_state_without_entries_is_refused():
     """A segment could not tell that the client has one; fedsim stages none."""
     store = ClientStore()
-    with pytest.raises(ValueError, match="client 3: no entries to keep"):
+    with pytest.raises(ValueError, match="client 3: the state has no entries"):
         store.stage(3, {})
     assert not store
 
@@ -593,7 +593,7 @@ def test_without_a_folder_a_temporary_one_is_made_when_needed_and_goes_with_the_
 
 def test_a_write_costs_what_changed(tmp_path, monkeypatch):
     """Over many rounds, at most 2.5 times as much: what is written anew is not more than what was replaced."""
-    monkeypatch.setattr(module, "SEGMENT", 2**20)
+    monkeypatch.setattr(module, "SEGMENT_BYTES", 2**20)
     written = 0
 
     def write(path, content, **options):

@@ -21,7 +21,7 @@ from fedsim.base.machine import cores, memory
 from fedsim.data import FederatedData
 from fedsim.errors import ConfigError, RoundError
 from fedsim.federated.aggregate import Aggregator, Partial
-from fedsim.federated.client import Train, Work, check_sound
+from fedsim.federated.client import Train, Work, check_update
 from fedsim.federated.fold import Fold
 from fedsim.federated.runtime import Call, Item, Results, Runtime
 from fedsim.runtimes.cuda import new_stream, on_stream, repeat_on_gpus
@@ -239,7 +239,7 @@ def _sound(outcome: Update | Exception, job: Job) -> Update | Exception:
     """The update, or why a client could not go on from it."""
     if not isinstance(outcome, Exception):
         try:
-            check_sound(outcome, job.client or {})
+            check_update(outcome, job.client or {})
         except ArithmeticError as error:
             return error
     return outcome

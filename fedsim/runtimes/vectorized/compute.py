@@ -42,8 +42,8 @@ class Computed(NamedTuple):
 def compute(network: Network, work: Train, cohort: Cohort, server: State, own: State, clients: State) -> Computed:
     """The results of all clients, computed in one batch.
 
-    `server` is the part of the server's state that all clients share. If the clients belong to different runs, `own`
-    (C, ...) holds their servers' states instead. `clients` (C, ...) are the clients' states. An exception of the
+    `server` is the server's state, if all clients share it. If the clients belong to different runs, `own`
+    (C, ...) has their servers' states instead. `clients` (C, ...) are the clients' states. An exception of the
     strategy is raised for all clients together.
     """
 

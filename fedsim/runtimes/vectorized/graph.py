@@ -49,7 +49,7 @@ class Graphs:
             except (RuntimeError, AssertionError) as error:
                 self.usable, cohort = False, self._cohort(batch)
                 warnings.warn(
-                    f"runtime.graphs: turned off after an error: {one_line(error)}", RuntimeWarning, stacklevel=2
+                    f"runtime.graphs: off after an error: {one_line(error)}", RuntimeWarning, stacklevel=2
                 )
         self.seen.add(key)
         if key in self.graphs and self.graphs[key].fits(cohort):
