@@ -119,7 +119,7 @@ def test_it_gives_what_serial_gives(strategy, recipe):
 @pytest.mark.parametrize("looked_at", [2, 3, 6, 7])
 @pytest.mark.parametrize("name", ["serial", "threads"])
 def test_each_client_is_told_of_once_and_trained_once(monkeypatch, rates, looked_at, name):
-    monkeypatch.setattr(candidates, "MOST", looked_at)
+    monkeypatch.setattr(candidates, "MAX_TIMED_CLIENTS", looked_at)
     rates[name] = 100.0
     before, after = [], []
     simulation = make(AUTO, "scaffold")
@@ -229,7 +229,7 @@ def test_the_fastest_is_taken_and_of_equal_to_rounding_only_what_is_worth_it(
     speed = speeds["rounded" if chosen == "vectorized" else chosen]
     assert line.startswith(f"runtime: {chosen}")
     assert f": {speed:,.0f} client steps/s (" in line
-    assert more == ([auto.ROUNDED] if chosen == "vectorized" else [])
+    assert more == ([auto.ROUNDED_NOTICE] if chosen == "vectorized" else [])
     assert max(map(len, caplog.messages)) <= 80
 
 
@@ -257,8 +257,8 @@ def test_a_reference_that_fails_chooses_nothing(monkeypatch):
 
 def test_where_one_step_takes_long_two_clients_are_timed_in_all(monkeypatch, caplog):
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(auto, "SECONDS", 1e-6)
-    monkeypatch.setattr(calibration, "SHARE", (0.0, 1e-6))
+    monkeypatch.setattr(auto, "TOTAL_SECONDS", 1e-6)
+    monkeypatch.setattr(calibration, "SECONDS_PER_RUNTIME", (0.0, 1e-6))
     timed, run = [], Serial.run
 
     def count(self, work, server, jobs, *args, **options):
@@ -274,7 +274,7 @@ def test_where_one_step_takes_long_two_clients_are_timed_in_all(monkeypatch, cap
 
 
 def test_no_more_is_tried_when_the_time_is_up(monkeypatch):
-    monkeypatch.setattr(calibration, "SECONDS", 0.0)
+    monkeypatch.setattr(calibration, "TOTAL_SECONDS", 0.0)
     monkeypatch.setattr(Threads, "run", None)
     simulation = make()
     simulation.round()
@@ -282,19 +282,19 @@ def test_no_more_is_tried_when_the_time_is_up(monkeypatch):
 
 
 def test_ray_is_tried_only_where_there_is_one(monkeypatch):
-    named = {spec["name"] for spec in candidates.candidates("cpu", 100, exact=False)}
+    named = {spec["name"] for spec in candidates.candidate_specs("cpu", 100, exact=False)}
     assert "ray" not in named
     monkeypatch.setattr(RUNTIMES, "entries", RUNTIMES.entries | {"ray": "ray:Ray"})
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert {"name": "ray", "address": "10.0.0.1:6379"} in candidates.candidates("cpu", 100, exact=False)
+    assert {"name": "ray", "address": "10.0.0.1:6379"} in candidates.candidate_specs("cpu", 100, exact=False)
 
 
 def test_workers_are_as_many_as_there_are_cores_or_fewer(monkeypatch):
     monkeypatch.setattr(candidates, "cores", lambda: 64)
-    specs = candidates.candidates("cpu", 20, exact=True)
+    specs = candidates.candidate_specs("cpu", 20, exact=True)
     assert [spec.get("workers", 1) for spec in specs] == [1, 64, 16]
     monkeypatch.setattr(candidates, "cores", lambda: 1)
-    assert [spec["name"] for spec in candidates.candidates("cpu", 20, exact=True)] == ["serial"]
+    assert [spec["name"] for spec in candidates.candidate_specs("cpu", 20, exact=True)] == ["serial"]
 
 
 # What is remembered
@@ -370,7 +370,7 @@ def test_many_at_once_remember_all(cache):
 
 
 def test_only_so_many_are_remembered_and_the_newest(monkeypatch):
-    monkeypatch.setattr(choices, "MOST", 2)
+    monkeypatch.setattr(choices, "MAX_CHOICES", 2)
     for key in "abac":
         choices.remember(key, Choice(runtime=SERIAL, why=""))
     assert [choices.recall(key) is not None for key in "abc"] == [True, False, True]
@@ -381,7 +381,7 @@ def test_what_was_timed_on_a_busy_machine_is_not_remembered(cache, rates, monkey
     monkeypatch.setattr(choices, "_own", {})
     make().round()
     assert not cache.exists()
-    assert len(choices._own) == 1  # but in this process
+    assert len(choices._of_this_process) == 1  # but in this process
 
 
 def test_a_key_has_no_addresses_in_it():
@@ -450,7 +450,7 @@ def test_another_runtime_on_a_resume_wins_and_is_told_where_it_rounds_otherwise(
     with pytest.warns() as caught:
         fedsim.resume(tmp_path / "other", {"runtime.exact": True})
     (line,) = (line for line in said(caught) if agree in line)
-    assert line.startswith("changed: runtime.exact: vectorized equals serial to rounding only; it was")
+    assert line.startswith("changed: runtime.exact: vectorized equals serial only up to rounding; it was")
 
 
 def test_what_was_named_and_rounds_otherwise_is_told_of_where_one_is_chosen_now(rounded, rates, tmp_path):

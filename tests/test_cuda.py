@@ -157,7 +157,7 @@ def test_workers_follow_from_the_memory_of_the_first_client():
     simulation = make_simulation(runtime={"name": "threads", "device": "cuda"})
     assert simulation.runtime.workers == 1
     simulation.round()
-    assert simulation.runtime.workers == simulation.runtime.most  # so small a network fits that often
+    assert simulation.runtime.workers == simulation.runtime.max_workers  # so small a network fits that often
 
 
 def test_auto_trains_points_of_a_sweep_as_rows_of_a_batch(tmp_path, monkeypatch, fedsim_):
@@ -219,7 +219,7 @@ def test_a_chunk_is_replayed_as_a_graph(sizes, dropout, precision):
         return simulation, trace(simulation, rounds=4)
 
     (simulation, found), (_, expected), (_, again) = run(), run(graphs=False), run()
-    assert any(graphs.captured for graphs in simulation.runtime.recorded)
+    assert any(graphs.graphs for graphs in simulation.runtime.all_graphs)
     assert found == again
     for one, other in zip(found, expected, strict=True):
         assert one["train_loss"] == pytest.approx(other["train_loss"], rel=0.02 if precision == "bf16" else 1e-4)

@@ -317,7 +317,7 @@ def test_an_actor_that_dies_with_its_sum_is_made_up_for():
 
 
 def test_a_client_that_kills_every_actor_is_the_failure(tmp_path, monkeypatch):
-    monkeypatch.setattr("fedsim.runtimes.ray.dispatch.DEATHS", 2)
+    monkeypatch.setattr("fedsim.runtimes.ray.dispatch.MAX_DEATHS", 2)
     strategy = Deadly(inner=make_strategy("scaffold"), bad={3}, folder=tmp_path, times=2)
     simulation = simulate(strategy, failures=DROP)
     with pytest.warns(RuntimeWarning, match="died, and"):
@@ -329,7 +329,7 @@ def test_a_client_that_kills_every_actor_is_the_failure(tmp_path, monkeypatch):
     for file in tmp_path.iterdir():
         file.unlink()
     simulation = simulate(strategy)
-    monkeypatch.setattr("fedsim.runtimes.ray.dispatch.DEATHS", 1)
+    monkeypatch.setattr("fedsim.runtimes.ray.dispatch.MAX_DEATHS", 1)
     with pytest.raises(ClientError, match=r"^round 1, client 3: its Ray actor died 1"):
         simulation.round()
     assert simulation.number == 0
@@ -439,7 +439,7 @@ def test_a_strategy_beside_the_config_reaches_the_actors(tmp_path, monkeypatch):
             r"^runtime\.actors: 1000, each with 1 CPU; the cluster, \d+ CPUs \(.* free\) and 0 GPUs .*, has room",
         ),
         ({"gpus": 0.5}, r"^runtime\.actors: auto, each with 1 CPU and 0\.5 GPUs; the cluster, .*room for 0$"),
-        ({"cpus": 1.5}, r"^runtime\.cpus: 1\.5 should be whole, or less than 1"),
+        ({"cpus": 1.5}, r"^runtime\.cpus: 1\.5 must be a whole number, or less than 1"),
         ({"address": "10.0.0.1:1"}, r"^runtime\.address: 10\.0\.0\.1:1, and this process has joined "),
     ],
 )
@@ -508,11 +508,11 @@ def test_it_goes_on_with_the_actors_that_have_a_place(monkeypatch):
     actors.cache_clear()
     crowded.cache_clear()
     actors(2)
-    monkeypatch.setattr("fedsim.runtimes.ray.pool.NOTICE", 3.0)
-    with pytest.warns(RuntimeWarning, match=r"goes on with \d of 4 Ray actors; the cluster, 2 CPUs \("):
+    monkeypatch.setattr("fedsim.runtimes.ray.pool.WARN_AFTER_SECONDS", 3.0)
+    with pytest.warns(RuntimeWarning, match=r"continuing with \d of 4 Ray actors; the cluster, 2 CPUs \("):
         runtime = Ray(TASK, DATA, actors=4, cpus=0.5)
     assert trace(make_simulation("fedavg", task=TASK, data=DATA, runtime=runtime)) == serial("fedavg")
-    monkeypatch.setattr("fedsim.runtimes.ray.pool.PATIENCE", 1.0)
+    monkeypatch.setattr("fedsim.runtimes.ray.pool.MAX_WAIT_SECONDS", 1.0)
     with pytest.raises(
         ConfigError, match=r"^runtime\.actors: no Ray actor is left, and the cluster, .*has no place"
     ):
@@ -648,7 +648,7 @@ def test_mapped_examples_stay_in_their_file_and_actors_end_with_their_simulation
     soon(lambda: not process.exists())
     packed = pack(data, files=True)
     (tmp_path / "x_train.npy").unlink()
-    with pytest.raises(ConfigError, match=r"^data: .*x_train\.npy is not there; mapped examples must lie at"):
+    with pytest.raises(ConfigError, match=r"^data: .*x_train\.npy does not exist; mapped examples must have"):
         unpack(packed)
 
 

@@ -66,7 +66,7 @@ def test_without_memory_for_all_there_are_fewer_workers_and_the_same_model(name)
     assert simulation.runtime.workers == 2
     (warning,) = caught
     assert str(warning.message) == (
-        "runtime.workers: out of memory with 4 at once, going on with 2; "
+        "runtime.workers: out of memory with 4 workers, continuing with 2; "
         "CUDA out of memory. Tried to allocate 20.00 MiB"
     )
 

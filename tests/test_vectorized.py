@@ -228,7 +228,7 @@ def test_memory_that_runs_out_halves_the_chunk(monkeypatch):
         return true(self, network, members)
 
     monkeypatch.setattr(Vectorized, "_updates", out)
-    with pytest.warns(UserWarning, match=r"runtime\.chunk: 6 clients need too much memory; from now on 3"):
+    with pytest.warns(UserWarning, match=r"runtime\.chunk: out of memory with 6 clients, continuing with 3"):
         vectorized.round()
     serial.round()
     close(vectorized.server, serial.server)
@@ -292,7 +292,7 @@ class Draws(Mixes):
     [
         (Branches(), plain_net, "runtime.name: vectorized cannot batch"),
         ("fedavg", Asks, "runtime.name: vectorized cannot batch"),
-        ("fedavg", Mixes, "runtime.name: vectorized gives another"),
+        ("fedavg", Mixes, "runtime.name: vectorized computes another"),
         ("fedavg", Draws, "model: draws with bernoulli"),
     ],
 )

@@ -21,7 +21,7 @@ from fedsim.experiment.folder import RunFolder, finite
 from fedsim.experiment.hooks import Hook, Hooks
 from fedsim.federated.simulation import Round, Simulation
 from fedsim.runtimes import RUNTIMES
-from fedsim.runtimes.auto import is_exact, shown
+from fedsim.runtimes.auto import is_exact, spec_text
 
 Record = dict[str, Any]
 Make = Callable[[Config], Simulation]
@@ -39,7 +39,7 @@ class Result:
 
 @dataclass
 class Run:
-    """A run under way; hooks are shown it."""
+    """A run under way; hooks are spec_text it."""
 
     config: Config
     simulation: Simulation
@@ -304,9 +304,9 @@ def _other_runtime(checkpoint: Checkpoint, simulation: Simulation, now: Spec) ->
         except ConfigError as error:
             if simulation.data.clients_are_remote:
                 raise
-            return [f"changed: {error}; it was {shown(before)}, and is chosen anew; {agree}"]
+            return [f"changed: {error}; it was {spec_text(before)}, and is chosen anew; {agree}"]
     same = before == now or (is_exact(before) and is_exact(now))
-    return [] if same else [f"changed: runtime: {shown(now)}, and was {shown(before)}; {agree}"]
+    return [] if same else [f"changed: runtime: {spec_text(now)}, and was {spec_text(before)}; {agree}"]
 
 
 def _other_versions(before: Mapping[str, str]) -> list[str]:

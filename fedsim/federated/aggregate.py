@@ -168,7 +168,7 @@ def _add_waiting(total: Sum, more: Sum) -> None:
     for name, value in magnitude.items():
         if value > MAX_MAGNITUDE:
             raise RoundError(
-                f"{name} is too large: weights times values sum to more than {MAX_MAGNITUDE:.3g}; scale the message down"
+                f"{name} is too large: weights times values sum to over {MAX_MAGNITUDE:.3g}; scale messages down"
             )
     total.magnitude |= magnitude
     total.waiting += more.waiting

@@ -86,7 +86,7 @@ def initial_client_state(strategy: Strategy, task: Task) -> State:
 
 @contextmanager
 def states_are_only_read(server: State, client: State) -> Iterator[None]:
-    """Raise if the code inside writes to a state in place: RoundError if it is the server's, which clients share."""
+    """Raise if the code inside writes to a state in place: RoundError if it is the server's, which all share."""
     versions = [{name: value._version for name, value in state.items()} for state in (server, client)]
 
     def written(state: State, before: dict[str, int]) -> str | None:
