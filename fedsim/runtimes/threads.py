@@ -120,9 +120,8 @@ class Threads(Runtime):
                     if stopped.is_set():
                         raise CancelledError
                     worker, began = self.networks.get(slot) or self._add_worker(slot), perf_counter()
-                    with (
-                        self.first_client
-                    ):  # alone: PyTorch 2.15 may crash if two threads use convolutions for the first time
+                    # Alone: PyTorch 2.15 may crash if two threads use convolutions for the first time.
+                    with self.first_client:
                         outcome = worker.run(work, on_device[worker.replica.device], item)
                     self.first_client = nullcontext()
                     if not (isinstance(outcome, torch.OutOfMemoryError) and workers > 1):

@@ -168,8 +168,8 @@ class Dispatch:
             return answered
         if isinstance(answered, Report) and answered.error:
             raise RoundError(
-                f"round {sent.item.round + 1}: client {answered.client_id} answered, its Ray actor died, and in the "
-                f"second run it failed: {answered.error}"
+                f"round {sent.item.round + 1}: client {answered.client_id} answered, then its Ray actor died, "
+                f"and its second run failed: {answered.error}"
             )
         return None
 

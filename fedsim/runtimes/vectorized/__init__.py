@@ -151,9 +151,8 @@ class Vectorized(Runtime):
                 servers = on_device[network.device]
                 clients = [Client(works[i], servers[i], job) for i, job in chunk]
                 began, done = perf_counter(), list[tuple[int, Report]]()
-                with (
-                    self.first_chunk
-                ):  # alone: PyTorch 2.15 may crash if two threads use convolutions for the first time
+                # Alone: PyTorch 2.15 may crash if two threads use convolutions for the first time.
+                with self.first_chunk:
                     outcomes = self._attempt(network, clients)
                 self.first_chunk = nullcontext()
                 each = (perf_counter() - began) / len(chunk)
