@@ -50,9 +50,7 @@ class Aggregator(Protocol):
 
 COARSE, FINE = 1.5 * 2.0 ** (52 - 18), 1.5 * 2.0 ** (52 - 55)  # adding one rounds to 2^-18, the other to 2^-55
 MAX_MAGNITUDE = 2.0**33  # bound of a sum of magnitudes: 2^51 coarse units
-MAX_MESSAGES = (
-    2**17
-)  # in a round; the rest of each is up to half a coarse unit, so all together up to 2^53 fine units
+MAX_MESSAGES = 2**17  # in a round; each leaves a rest of up to half a coarse unit: 2^53 fine units in total
 FINE_BITS = struct.unpack("<q", struct.pack("<d", FINE))[0]  # the bits of FINE as an integer
 MESSAGES_AT_ONCE = 8  # messages that are added in one pass, since reading and writing the sums is the cost
 BLOCK_ON_CPU = 2**16  # entries at a time, so that intermediate results stay in the cache
@@ -64,12 +62,8 @@ class Sum:
     """The exact sums of weight times value, by name, and of the weights."""
 
     coarse: State = field(default_factory=dict)  # float64: multiples of 2^-18, plus FINE for each message
-    fine: State = field(
-        default_factory=dict
-    )  # int64, may wrap around: FINE_BITS for each message, minus units of 2^-55
-    waiting: list[tuple[State, float]] = field(
-        default_factory=list
-    )  # included in the fields below, not yet in the sums
+    fine: State = field(default_factory=dict)  # int64, modulo 2^64: FINE_BITS a message, minus units of 2^-55
+    waiting: list[tuple[State, float]] = field(default_factory=list)  # not in these sums yet, but in all below
     clients: list[int] = field(default_factory=list)
     magnitude: dict[str, Fraction] = field(default_factory=dict)  # sum of the largest entries' magnitudes
     weight: Fraction = Fraction(0)

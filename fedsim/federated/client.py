@@ -21,11 +21,7 @@ from fedsim.training.replica import Replica
 from fedsim.training.task import Task
 from fedsim.types import Job, State, Update, described, form_of
 
-RESERVED = (
-    "buffers",
-    "ema.model",
-    "ema.buffers",
-)  # entries of the server's state that do not belong to the strategy
+RESERVED = ("buffers", "ema.model", "ema.buffers")  # entries of the server's state that no strategy may have
 
 Work = Callable[[Replica, FederatedData, State, Any], Update]  # the last argument is a Job or a TestChunk
 

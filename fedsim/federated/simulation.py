@@ -379,7 +379,7 @@ class Simulation:
         return Job(client, number, self.clients.get(client, self.initial_client))
 
     def _check_update(self, update: State, own: State) -> None:
-        """Raise RoundError if server_update returned unknown entries, another form, or an infinite model."""
+        """Raise RoundError if server_update gave unknown entries, another form, or a model that is not finite."""
         if unknown := [name for name in update if name not in own]:
             made = ", ".join(own)
             raise RoundError(f"server_update gave {unknown[0]!r}, which init_server did not make; it made {made}")

@@ -45,11 +45,8 @@ def steps_for(replica: Replica, data: FederatedData, recipe: Recipe, lr: float, 
     key = id(data), id(recipe), lr
     if key not in replica.captured_steps:
         replica.captured_steps.clear()  # frees the graphs of an earlier learning rate
-        replica.captured_steps[key] = (
-            Steps(replica, recipe, captures=True),
-            data,
-            recipe,
-        )  # kept here so that their ids stay valid
+        # Data and recipe are kept here so that their ids stay valid.
+        replica.captured_steps[key] = Steps(replica, recipe, captures=True), data, recipe
     steps: Steps = replica.captured_steps[key][0]
     steps.total.zero_()
     return steps

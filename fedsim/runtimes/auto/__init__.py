@@ -72,7 +72,7 @@ class Auto(Runtime):
             raise ConfigError(f"runtime.name: {name!r} is not a runtime that can be chosen")
         if name == "ray" and not ray_is_there():
             raise ConfigError(
-                "runtime: ray was chosen; this process has joined no cluster, RAY_ADDRESS is not set"
+                "runtime: ray was chosen; this process has joined no cluster, and RAY_ADDRESS is not set"
             )
         try:
             runtime = self._build(choice)
