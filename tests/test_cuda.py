@@ -125,10 +125,8 @@ def test_many_captures_side_by_side_change_nothing():
     """More than there are streams: each worker captures on its own while the others train."""
 
     def run(name, **options):
-        settings = {
-            "epochs": 2 * STEPS_BEFORE_CAPTURE,
-            "schedule": lambda time: 0.5**time,
-        }  # a capture a round, worker and size
+        # One capture for each round, worker and size.
+        settings = {"epochs": 2 * STEPS_BEFORE_CAPTURE, "schedule": lambda time: 0.5**time}
         runtime = {"name": name, "device": "cuda"} | options
         return trace(make_simulation(runtime=runtime, **settings), rounds=6)
 

@@ -123,9 +123,7 @@ class Steps:
             step(graph.rows)
         if replica.task.draws:
             graph.graph.register_generator_state(replica.generator)
-        pool = next(
-            (other.graph.pool() for other in self.graphs.values() if other), None
-        )  # shared: graphs run one at a time
+        pool = next((other.graph.pool() for other in self.graphs.values() if other), None)  # shared by all graphs
         stream = torch.cuda.current_stream(replica.device)
         with CAPTURING, torch.cuda.graph(graph.graph, pool, stream, capture_error_mode="thread_local"):
             step(graph.rows)

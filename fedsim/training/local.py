@@ -113,10 +113,7 @@ class ClientObjective(LocalObjective):
 
     def gradient(self, w: Tensor, batch: Batch | None = None) -> tuple[Tensor, Tensor]:
         replica = self.replica
-        iterate, in_use = (
-            replica.flat.clone(),
-            replica.gradient.clone(),
-        )  # in use if `correct` calls this during `train`
+        iterate, in_use = replica.flat.clone(), replica.gradient.clone()  # if `correct` calls this in `train`
         replica.load(w)
         g, total, n, steps = torch.zeros_like(iterate), iterate.new_zeros(()), 0, 0
         for part in [batch] if batch else self.batches(epochs=1):

@@ -42,9 +42,7 @@ class Recompute:
         def run(*args: Any) -> Any:
             if not (self.on and torch.is_grad_enabled()):
                 return forward(*args)
-            args = tuple(
-                list(arg) if isinstance(arg, list) else arg for arg in args
-            )  # DenseNet extends its list afterwards
+            args = tuple(list(arg) if isinstance(arg, list) else arg for arg in args)  # DenseNet extends its list
             return checkpoint(
                 forward,
                 *args,

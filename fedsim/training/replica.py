@@ -38,9 +38,7 @@ class Replica:
         self.network = copy.deepcopy(task.network).to(self.device).train()
         self.buffers = task.initial_buffers.to(self.device, copy=True)
         self.flat = task.initial_model.to(self.device, copy=True)
-        self.w = (
-            self.flat.detach().requires_grad_()
-        )  # the same memory, as a leaf for loss terms of the whole vector
+        self.w = self.flat.detach().requires_grad_()  # the same memory, a leaf for loss terms of the vector
         named = dict(self.network.named_parameters())
         self.gradient = torch.empty_like(self.flat)
         self.views = task.layout.split(self.flat)
@@ -54,10 +52,7 @@ class Replica:
         for module in self._kept_fp32:
             module.forward = partial(in_own_precision, module, module.forward)
         self._low_precision_copies: dict[torch.dtype | None, dict[int, Tensor]] = {}  # by index in `parameters`
-        self._cast_pairs: tuple[list[Tensor], list[Tensor]] = (
-            [],
-            [],
-        )  # low-precision blocks, and the fp32 blocks they copy
+        self._cast_pairs: tuple[list[Tensor], list[Tensor]] = [], []  # low-precision copies, and their originals
         self._dtype: torch.dtype | None = None
         statistics = task.buffer_layout.split(self.buffers)
         self._counters: dict[str, Tensor] = {}

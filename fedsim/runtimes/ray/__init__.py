@@ -28,10 +28,10 @@ class Ray(Runtime):
 
     `address: null` uses the cluster that this process has joined, or else starts a local Ray, which ends with this
     process; `auto` is the cluster on this machine, and host:port any other. Each actor takes `cpus` CPUs, and
-    `gpus` GPUs, which may be a fraction of one. `actors: auto` is as many as the cluster has room for. Actors end with the
-    experiment, or with this object. If an actor or a machine dies, it is replaced and its clients of the round run
-    again; a client whose actors die three times counts as failed. Raises ConfigError if the cluster cannot run
-    them.
+    `gpus` GPUs, which may be a fraction of one. `actors: auto` is as many as the cluster has room for. Actors end
+    with the experiment, or with this object. If an actor or a machine dies, it is replaced and its clients of the
+    round run again; a client whose actors die three times counts as failed. Raises ConfigError if the cluster
+    cannot run them.
     """
 
     def __init__(

@@ -179,9 +179,7 @@ class Dispatch:
         self.pool.replace(slot)
         waiting = [sent for _, sent in items.pending]
         self.to_repeat.extend(items.summed)
-        self.to_repeat.extendleft(
-            reversed(waiting)
-        )  # first, so that an item that kills its actor does so before other items are done
+        self.to_repeat.extendleft(reversed(waiting))  # first: one of them may kill the next actor, too
         if waiting:
             first = waiting[0]
             self.deaths[first.place] += 1

@@ -19,11 +19,7 @@ from fedsim.types import Job, State, Update
 
 COMPARED_ENTRIES = {"loss", "buffers"}
 MAX_TRIALS = 3  # with very similar examples, batch norm amplifies rounding errors in some trials
-TOLERANCE = {
-    "fp32": 0.02,
-    "bf16": 0.2,
-    "fp16": 0.2,
-}  # of the norm; other random numbers differ by more
+TOLERANCE = {"fp32": 0.02, "bf16": 0.2, "fp16": 0.2}  # of the norm; other random numbers differ by more
 
 
 def check_options(work: Train) -> None:
