@@ -60,7 +60,7 @@ def cache(tmp_path, monkeypatch):
     """Nothing was chosen before, and the machine is idle; returns where choices are kept."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(choices, "busy", lambda: False)
-    monkeypatch.setattr(choices, "_own", {})
+    monkeypatch.setattr(choices, "_of_this_process", {})
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     return tmp_path / "cache/fedsim/runtime.json"
 
@@ -378,7 +378,7 @@ def test_only_so_many_are_remembered_and_the_newest(monkeypatch):
 
 def test_what_was_timed_on_a_busy_machine_is_not_remembered(cache, rates, monkeypatch):
     monkeypatch.setattr(choices, "busy", lambda: True)
-    monkeypatch.setattr(choices, "_own", {})
+    monkeypatch.setattr(choices, "_of_this_process", {})
     make().round()
     assert not cache.exists()
     assert len(choices._of_this_process) == 1  # but in this process

@@ -126,7 +126,7 @@ def partition(**options):
         # in contradiction
         ({"local.nesterov": True}, "local.nesterov: needs sgd with local.momentum above 0"),
         ({"local.momentum": 0.9, "local.optimizer": "adam"}, "local.momentum: belongs to sgd; adam has"),
-        ({"local.epochs": 2, "local.steps": 2}, "local.epochs: 2 and local.steps 2: set one of the two"),
+        ({"local.epochs": 2, "local.steps": 2}, "local.epochs: 2 and local.steps 2: set only one of the two"),
         ({"strategy": "scaffold", "local.momentum": 0.9}, "local.momentum: scaffold"),
         ({"strategy": "scaffold", "local.optimizer": "adam"}, "local.optimizer: scaffold"),
         ({"strategy": "fedbn"}, "strategy.private: the network trains no parameter of a norm"),

@@ -220,7 +220,7 @@ class Huge(Strategy):
 @runtimes
 def test_what_does_not_add_up_is_no_clients_failure(runtime):
     simulation = make_simulation(Huge(), runtime=runtime, failures=DROP)
-    with pytest.raises(RoundError, match=r"^delta is too large: weights times values add up"):
+    with pytest.raises(RoundError, match=r"^delta is too large: weights times values sum to"):
         simulation.round()
 
 
