@@ -1,6 +1,6 @@
-"""The few values that cross a boundary, and randomness that depends on nothing but its key.
+"""The values that strategies, clients, runtimes and the server exchange, and keyed random numbers.
 
-Shape letters, everywhere: P parameters, Q buffer entries, E epochs, S steps per epoch, B batch,
+Shape letters, in all modules: P parameters, Q buffer entries, E epochs, S steps per epoch, B batch,
 C clients in a cohort, N clients in the population, K steps of one client.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedsim.errors import RoundError
 
-State = dict[str, Tensor]  # named tensors: what the server keeps, a client keeps, or a message carries
+State = dict[str, Tensor]  # named tensors: the state of the server or of a client, or the content of a message
 
 # Ranges of hyper-parameters, checked wherever a config names them.
 Count = Annotated[int, Ge(1)]
@@ -27,21 +27,21 @@ Decay = Annotated[float, Ge(0), Lt(1)]  # of a running mean
 
 
 def hash_into(digest: "hashlib._Hash", state: State) -> None:
-    """Have a digest know of a state's names and bytes, whatever their order."""
+    """Add the names and bytes of a state to `digest`; the order of its entries does not matter."""
     for name, value in sorted(state.items()):
         digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
 
 
-Form = tuple[tuple[str, torch.Size, torch.dtype], ...]  # of a state: names in order, with shape and type
+Form = tuple[tuple[str, torch.Size, torch.dtype], ...]  # name, shape and type of each tensor, sorted by name
 
 
 def form_of(state: State) -> Form:
-    """What two states have in common that add up."""
+    """The form of a state: the names, shapes and types of its tensors. Only states of equal form can be added."""
     return tuple((name, value.shape, value.dtype) for name, value in sorted(state.items()))
 
 
 def described(form: Form) -> str:
-    """In words: "c float32 (10,), delta float32 (10,)"."""
+    """A form as text, such as "c float32 (10,), delta float32 (10,)"."""
     return ", ".join(f"{n} {str(t).removeprefix('torch.')} {tuple(shape)}" for n, shape, t in form) or "nothing"
 
 
@@ -50,10 +50,10 @@ class Batch(NamedTuple):
 
     x: Tensor  # (B, ...)
     y: Tensor  # (B,)
-    mixed_labels: Tensor | None = None  # (B,) the labels of the examples that mixup or cutmix mixed in
+    mixed_labels: Tensor | None = None  # (B,) labels of the examples that mixup or cutmix mixed in
     mix_weight: Tensor | None = None  # (B,) the weight of each example's own label: mixup's lambda
     label_error_prob: Tensor | None = None  # (B,) the probability that the label is wrong, with noisy_labels
-    mask: Tensor | None = None  # (B,) False for padding rows, which only make batches equally large
+    mask: Tensor | None = None  # (B,) False for rows of padding, which make all batches equally large
 
     @property
     def other(self) -> Tensor | None:
@@ -71,30 +71,30 @@ class Batch(NamedTuple):
         return self.label_error_prob
 
     def split(self, pieces: int) -> "list[Batch]":
-        """The batch in `pieces` parts, whose sizes differ by at most one example."""
+        """Split the batch into `pieces` parts; their sizes differ by at most one example."""
         parts = [[None] * pieces if t is None else torch.tensor_split(t, pieces) for t in self]
         return [Batch(*piece) for piece in zip(*parts, strict=True)]
 
 
 class Job(NamedTuple):
-    """One client's work in one round: tiny, it may cross a network."""
+    """One client in one round. A job is small, so that it can be sent over a network."""
 
     client_id: int
     round: int
-    client: State | None  # what it kept; None where the client keeps it itself
+    client: State | None  # the client's state; None if the client keeps it on its own machine
 
 
 class Update(NamedTuple):
-    """What one client computes."""
+    """The result of one client in one round."""
 
-    message: State  # uploaded; the server sees only the aggregate
-    weight: Tensor | float  # n_k, or 1.0
-    client: State = {}  # stays with the client until it is sampled again
-    metrics: State = {}  # sums over examples; divided once, at the end
+    message: State  # sent to the server, whose strategy sees only the aggregate of all messages
+    weight: Tensor | float  # of the message in the mean: n_k, or 1.0
+    client: State = {}  # the client's state, kept until it is sampled again
+    metrics: State = {}  # sums over examples; the division follows once, over the whole cohort
 
 
 class Report(NamedTuple):
-    """What the round loop learns of one client besides the aggregate."""
+    """What a runtime tells the simulation about one client, apart from the sum of messages."""
 
     client_id: int
     weight: float
@@ -102,19 +102,19 @@ class Report(NamedTuple):
     client: State
     seconds: float
     bytes_up: int
-    error: str | None = None  # in a line, why the client failed
-    exception: BaseException | None = None  # the same, as it was raised
+    error: str | None = None  # why the client failed, in one line
+    exception: BaseException | None = None  # the exception itself
 
 
 class RoundInfo(NamedTuple):
-    """What the server knows of a round besides the aggregate."""
+    """What the server knows about a round, apart from the aggregate."""
 
     number: int  # from 0
-    cohort: list[int]  # ids of the clients whose updates count
+    cohort: list[int]  # ids of the clients whose updates are in the aggregate
     num_clients: int  # N
     generator: torch.Generator  # for server-side noise
     cohort_examples: int  # the sum of n_k over the cohort
-    total_examples: int | None  # n, over all clients; None while some clients on nodes have not reported theirs
+    total_examples: int | None  # n, over all clients; None until every client on a node has reported its number
 
     @property
     def held(self) -> int:
@@ -140,28 +140,28 @@ class RoundInfo(NamedTuple):
 
 
 class Stream(IntEnum):
-    """What a random number is for: no two uses share a stream."""
+    """The purpose of a random number. Each purpose has a stream of its own."""
 
     MODEL = 0
     PARTITION = 1
     HOLDOUT = 2
     COHORT = 3
     BATCHES = 4
-    NETWORK = 5  # dropout and whatever else a forward pass draws
+    NETWORK = 5  # dropout and all other draws of a forward pass
     SERVER = 6
     DATASET = 7
     AVAILABILITY = 8
     AUGMENT = 9  # (seed, AUGMENT, round, client, step)
     NOISE = 10  # wrong labels
-    PUBLIC = 11  # which examples the server has
+    PUBLIC = 11  # the choice of the examples that the server has
     RECALIBRATE = 12
 
 
 def random(seed: int, stream: Stream, *key: int) -> np.random.Generator:
-    """A stream that depends on nothing but its key, e.g. (seed, Stream.BATCHES, round, client)."""
+    """A generator that depends only on its key, for example (seed, Stream.BATCHES, round, client)."""
     return np.random.default_rng((seed, stream, *key))
 
 
 def torch_generator(seed: int, stream: Stream, *key: int) -> torch.Generator:
-    """The same for torch, on the CPU."""
+    """As `random`, but a generator of torch, on the CPU."""
     return torch.Generator().manual_seed(int(random(seed, stream, *key).integers(2**63)))

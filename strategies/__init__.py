@@ -1,4 +1,4 @@
-"""Federated algorithms, one a file, both halves."""
+"""Federated algorithms: one file each, with the client's and the server's part."""
 
 if __name__ == "strategies":  # two names for one file would make two classes of everything in it
     raise ImportError("import fedsim.strategies; a bare `import strategies` finds the checkout by accident")

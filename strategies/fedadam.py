@@ -1,4 +1,4 @@
-"""FedAdam, FedYogi, FedAdagrad: give the mean update to an adaptive optimiser on the server.
+"""FedAdam, FedYogi, FedAdagrad: an adaptive optimiser on the server takes the mean update as its gradient.
 
 Reddi et al., Adaptive Federated Optimization, ICLR 2021, Algorithm 2. https://arxiv.org/abs/2003.00295
 """
@@ -19,7 +19,7 @@ class FedAdam(Strategy):
     server_lr: Positive = 0.01
     beta1: Decay = 0.9
     beta2: Decay = 0.99
-    tau: Positive = 1e-3  # adaptivity
+    tau: Positive = 1e-3  # degree of adaptivity
 
     def init_server(self, model: Tensor) -> State:
         return {"model": model, "m": torch.zeros_like(model), "v": torch.full_like(model, self.tau**2)}
@@ -42,7 +42,7 @@ class FedAdam(Strategy):
 
 @dataclass(frozen=True, kw_only=True)
 class FedYogi(FedAdam):
-    """FedYogi: FedAdam whose second moment moves towards the new square by a bounded step (Reddi 2021)."""
+    """FedYogi: FedAdam whose second moment changes by additive, not multiplicative steps (Reddi 2021)."""
 
     def second_moment(self, v: Tensor, square: Tensor) -> Tensor:
         return v - (1 - self.beta2) * square * torch.sign(v - square)
@@ -50,7 +50,7 @@ class FedYogi(FedAdam):
 
 @dataclass(frozen=True, kw_only=True)
 class FedAdagrad(FedAdam):
-    """FedAdagrad: FedAdam whose second moment is the sum of all squares (Reddi 2021)."""
+    """FedAdagrad: FedAdam whose second moment is the sum of all squares so far (Reddi 2021)."""
 
     beta1: Decay = 0.0
 

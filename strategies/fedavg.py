@@ -1,4 +1,4 @@
-"""FedAvg: average what the clients learned.
+"""FedAvg: average the models that the clients trained.
 
 McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data, AISTATS 2017,
 Algorithm 1. https://arxiv.org/abs/1602.05629
@@ -15,9 +15,9 @@ from fedsim.types import Positive
 class FedAvg(Strategy):
     """FedAvg: average the clients' models, weighted by n_k (McMahan 2017).
 
-    The paper sums n_k / n w_k over all K clients though only m of them trained. `average: cohort` takes n as the
-    examples of the cohort; `population` takes n as all examples, and the global model for those who did not
-    train. Batch-norm statistics are the cohort's mean either way.
+    The paper sums n_k / n w_k over all K clients, although only m of them train in a round. With `average:
+    cohort`, n counts the examples of the cohort. With `population`, n counts all examples, and clients that did
+    not train count with the global model. Batch-norm statistics are the mean over the cohort in both cases.
     """
 
     server_lr: Positive = 1.0

@@ -1,4 +1,4 @@
-"""FedBN: normalisation layers never leave the client.
+"""FedBN: the parameters of normalisation layers stay at the client.
 
 Li et al., FedBN: Federated Learning on Non-IID Features via Local Batch Normalization, ICLR 2021.
 https://arxiv.org/abs/2102.07623
@@ -11,16 +11,16 @@ from torch import Tensor
 from fedsim import Buffers, ConfigError, Layout, LocalObjective, Recipe, State, Update
 
 from .fedavg import FedAvg
-from .personal import keeping, own_model, refuse_recalibrated
+from .personal import own_model, refuse_recalibrated, update_with_private
 
 
 @dataclass(frozen=True, kw_only=True)
 class FedBN(FedAvg):
-    """FedBN: FedAvg of all layers but the normalisation layers, which stay with each client (Li 2021).
+    """FedBN: FedAvg of all layers except normalisation layers, which stay at each client (Li 2021).
 
-    Private are the parameters of normalisation layers, or with `private` those that have one of these parts in
-    their dotted names; a client keeps only these entries, not a whole model. So are batch-norm statistics, unless
-    `buffers` says otherwise.
+    The private parameters are those of normalisation layers, or with `private` those with one of the given parts
+    in their dotted names. A client stores only these entries, not a whole model. Batch-norm statistics are
+    private, too, unless `buffers` says otherwise.
     """
 
     private: tuple[str, ...] = ()
@@ -39,10 +39,10 @@ class FedBN(FedAvg):
         return own_model(server, client, self.entries(layout))
 
     def client_update(self, server: State, client: State, local: LocalObjective) -> Update:
-        return keeping(self.entries(local.layout), super().client_update, server, client, local)
+        return update_with_private(self.entries(local.layout), super().client_update, server, client, local)
 
     def entries(self, layout: Layout) -> Tensor:
-        """The private entries of the model, as positions."""
+        """The positions of the private entries in the model."""
         chosen = set(self.private)
         kept = layout.mask(lambda name: bool(chosen & set(name.split("."))) if chosen else name in layout.norms)
         return kept.nonzero().squeeze(1)

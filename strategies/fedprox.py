@@ -1,4 +1,4 @@
-"""FedProx: keep each local model near the global one.
+"""FedProx: keep each local model close to the global model.
 
 Li et al., Federated Optimization in Heterogeneous Networks, MLSys 2020, Algorithm 2.
 https://arxiv.org/abs/1812.06127

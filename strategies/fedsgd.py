@@ -1,4 +1,4 @@
-"""FedSGD: one gradient a client, one step a round.
+"""FedSGD: one gradient for each client and one step in each round.
 
 McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data, AISTATS 2017,
 section 2. https://arxiv.org/abs/1602.05629
@@ -13,8 +13,8 @@ from fedsim import ConfigError, Layout, LocalObjective, Recipe, RoundInfo, State
 class FedSGD(Strategy):
     """FedSGD: average the gradients of F_k at the global model, take one step (McMahan 2017).
 
-    The same as FedAvg with one epoch and the full batch. The gradient goes batch by batch: in a network without
-    batch norm and dropout, `local.batch_size` only bounds a client's memory.
+    This equals FedAvg with one epoch and the full batch. The gradient is computed batch by batch: in a network
+    without batch norm and dropout, `local.batch_size` affects only the memory.
     """
 
     def check(self, recipe: Recipe, layout: Layout) -> None:
@@ -24,7 +24,7 @@ class FedSGD(Strategy):
             if getattr(recipe, name) != (needed := getattr(plain, name)):
                 raise ConfigError(
                     f"local.{name}: fedsgd takes one plain gradient step a round, so this must be "
-                    f"{'null' if needed is None else needed}; fedavg with local.batch_size full has the rest"
+                    f"{'null' if needed is None else needed}; or use fedavg with local.batch_size=full"
                 )
         if recipe.precision == "fp16":
             raise ConfigError("local.precision: fedsgd sends gradients unscaled; use bf16 or fp32")

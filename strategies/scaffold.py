@@ -16,7 +16,7 @@ from fedsim.types import Positive
 
 @dataclass(frozen=True, kw_only=True)
 class Scaffold(Strategy):
-    """SCAFFOLD: control variates correct the clients' drift; averages uniformly (Karimireddy 2020)."""
+    """SCAFFOLD: control variates correct the clients' drift; all weights are equal (Karimireddy 2020)."""
 
     server_lr: Positive = 1.0
 

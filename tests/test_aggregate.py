@@ -11,7 +11,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from fedsim import RoundError
-from fedsim.federated.aggregate import LARGEST, TOGETHER, WeightedMean
+from fedsim.federated.aggregate import MAX_MAGNITUDE, MESSAGES_AT_ONCE, WeightedMean
 
 MEAN = WeightedMean()
 LENGTH = 3
@@ -117,12 +117,16 @@ REFUSED = {
     "inf": (message(0.0, inf), 1.0, "w is not finite"),
     "inf of no weight": (message(0.0, -inf), 0.0, "w is not finite"),
     "huge": (message(0.0, 1e38), 1.0, "w is too large"),
-    "huge by its weight": (message(0.0, LARGEST), 1.5, "w is too large"),
+    "huge by its weight": (message(0.0, MAX_MAGNITUDE), 1.5, "w is too large"),
     "negative weight": (message(1.0, 2.0), -1.0, "weight is -1.0"),
     "weight nan": (message(1.0, 2.0), nan, "weight is nan"),
     "weight inf": (message(1.0, 2.0), inf, "weight is inf"),
-    "whole numbers": (message(1, 2, dtype=torch.int64), 1.0, r"w is torch\.int64, and has no mean"),
-    "complex numbers": (message(1j, 2, dtype=torch.complex64), 1.0, r"w is torch\.complex64, and has no mean"),
+    "whole numbers": (message(1, 2, dtype=torch.int64), 1.0, r"w is torch\.int64, which cannot be averaged"),
+    "complex numbers": (
+        message(1j, 2, dtype=torch.complex64),
+        1.0,
+        r"w is torch\.complex64, which cannot be averaged",
+    ),
     "one of two": (message(1.0, 2.0) | {"v": torch.tensor([nan])}, 1.0, "v is not finite"),
 }
 
@@ -138,7 +142,7 @@ def test_what_cannot_be_summed_is_refused_and_leaves_the_sum(bad, weight, named)
 
 
 def test_a_sum_that_overflows_is_an_error():
-    half = updates_of(([LARGEST / 2], 1.0))
+    half = updates_of(([MAX_MAGNITUDE / 2], 1.0))
     total = MEAN.merge(MEAN.fold(half), MEAN.fold(half))
     with pytest.raises(RoundError, match="w is too large"):
         MEAN.merge(total, MEAN.fold(updates_of(([1.0], 1.0))))
@@ -154,11 +158,11 @@ def test_few_messages_wait_however_sums_are_merged():
     """What waits is held in memory: after a merge too, the next message of a form does not let it grow."""
     total = MEAN.fold([])
     for _ in range(10):
-        total = MEAN.merge(total, MEAN.fold(updates_of(*[([1.0], 1.0)] * (TOGETHER - 1))))
-        total = MEAN.merge(MEAN.fold(updates_of(*[([1.0, 2.0], 1.0)] * (TOGETHER - 2))), total)
+        total = MEAN.merge(total, MEAN.fold(updates_of(*[([1.0], 1.0)] * (MESSAGES_AT_ONCE - 1))))
+        total = MEAN.merge(MEAN.fold(updates_of(*[([1.0, 2.0], 1.0)] * (MESSAGES_AT_ONCE - 2))), total)
         total = MEAN.fold(updates_of(([1.0], 1.0)), total)
         assert len(total) == 2
-        assert all(len(sums.waiting) < TOGETHER for sums in total.values())
+        assert all(len(sums.waiting) < MESSAGES_AT_ONCE for sums in total.values())
     assert MEAN.result(total)["w"].tolist() == [1.0]
 
 

@@ -120,7 +120,7 @@ def test_it_gives_what_serial_gives(strategy, recipe):
 @pytest.mark.parametrize("looked_at", [2, 3, 6, 7])
 @pytest.mark.parametrize("name", ["serial", "threads"])
 def test_each_client_is_told_of_once_and_trained_once(monkeypatch, rates, looked_at, name):
-    monkeypatch.setattr(candidates, "MOST", looked_at)
+    monkeypatch.setattr(candidates, "MAX_TIMED_CLIENTS", looked_at)
     rates[name] = 100.0
     before, after = [], []
     simulation = make(AUTO, "scaffold")
@@ -230,7 +230,7 @@ def test_the_fastest_is_taken_and_of_equal_to_rounding_only_what_is_worth_it(
     speed = speeds["rounded" if chosen == "vectorized" else chosen]
     assert line.startswith(f"runtime: {chosen}")
     assert f": {speed:,.0f} client steps/s (" in line
-    assert more == ([auto.ROUNDED] if chosen == "vectorized" else [])
+    assert more == ([auto.ROUNDED_NOTICE] if chosen == "vectorized" else [])
     assert max(map(len, caplog.messages)) <= 80
 
 
@@ -258,8 +258,8 @@ def test_a_reference_that_fails_chooses_nothing(monkeypatch):
 
 def test_where_one_step_takes_long_two_clients_are_timed_in_all(monkeypatch, caplog):
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(auto, "SECONDS", 1e-6)
-    monkeypatch.setattr(calibration, "SHARE", (0.0, 1e-6))
+    monkeypatch.setattr(auto, "TOTAL_SECONDS", 1e-6)
+    monkeypatch.setattr(calibration, "SECONDS_PER_RUNTIME", (0.0, 1e-6))
     timed, run = [], Serial.run
 
     def count(self, work, server, jobs, *args, **options):
@@ -275,7 +275,7 @@ def test_where_one_step_takes_long_two_clients_are_timed_in_all(monkeypatch, cap
 
 
 def test_no_more_is_tried_when_the_time_is_up(monkeypatch):
-    monkeypatch.setattr(calibration, "SECONDS", 0.0)
+    monkeypatch.setattr(calibration, "TOTAL_SECONDS", 0.0)
     monkeypatch.setattr(Threads, "run", None)
     simulation = make()
     simulation.round()
@@ -370,7 +370,7 @@ def test_many_at_once_remember_all(cache):
 
 
 def test_only_so_many_are_remembered_and_the_newest(monkeypatch):
-    monkeypatch.setattr(choices, "MOST", 2)
+    monkeypatch.setattr(choices, "MAX_CHOICES", 2)
     for key in "abac":
         choices.remember(key, Choice(runtime=SERIAL, why=""))
     assert [choices.recall(key) is not None for key in "abc"] == [True, False, True]
@@ -454,7 +454,7 @@ def test_another_runtime_on_a_resume_wins_and_is_told_where_it_rounds_otherwise(
     with pytest.warns() as caught:
         fedsim.resume(tmp_path / "other", {"runtime.exact": True})
     (line,) = (line for line in said(caught) if agree in line)
-    assert line.startswith("changed: runtime.exact: vectorized equals serial to rounding only; it was")
+    assert line.startswith("changed: runtime.exact: vectorized equals serial only up to rounding; it was")
 
 
 def test_what_was_named_and_rounds_otherwise_is_told_of_where_one_is_chosen_now(rounded, rates, tmp_path):

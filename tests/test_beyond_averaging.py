@@ -234,7 +234,10 @@ def test_what_cannot_be_recalibrated_is_refused():
         lambda: make_simulation(recalibrated, recalibrate=public),
         *("recalibrate.source: public", "has 0 examples", "raise data.public"),
     )
-    for network, words in ((plain_net, "the network has none"), (instance_net, "1.running_mean is not of one")):
+    for network, words in (
+        (plain_net, "the network has none"),
+        (instance_net, "1.running_mean belongs to another layer"),
+    ):
         task = make_task(network)
         refused(lambda t=task: make_simulation(recalibrated, task=t, recalibrate=clients), "recalibrated", words)
     base = settings_of("recalibrated")
@@ -417,9 +420,9 @@ def test_what_has_no_personal_layers_is_refused():
         return lambda: make_simulation(make_strategy("personal", **settings))
 
     refused(made(layers=["head*"]), "strategy.layers: 'head*' matches none of conv1.weight", "fc.bias")
-    refused(made(layers=["*"]), "strategy.layers: ['*'] should name some of", "not all")
-    refused(made(layers=[]), "strategy.layers: [] should name some of")
-    refused(made(inner="fedsgd"), "strategy.inner: fedsgd trains no layer at the client")
+    refused(made(layers=["*"]), "strategy.layers: ['*'] must match some of", "not all")
+    refused(made(layers=[]), "strategy.layers: [] must match some of")
+    refused(made(inner="fedsgd"), "strategy.inner: fedsgd trains no layers at the client")
     refused(made(inner="fedbn"), "strategy.inner: FedBN has personal models of its own")
     refused(made(inner={"name": "personal", "layers": ["fc*"], "inner": "fedavg"}), "Personal has personal models")
     refused(made(inner={"name": "scaffold"}, layers=["fc*"], extra=1), "strategy.extra")

@@ -98,7 +98,7 @@ def partition(**options):
         (uniform(size=5), "cohort.size: 5 is more than data.clients: 4"),
         (uniform(), "cohort: set either cohort.fraction or cohort.size"),
         (uniform(size=2, fraction=0.5), "cohort: set either cohort.fraction or cohort.size"),
-        ({"cohort": {"name": "fixed", "clients": [0, 4]}}, "cohort.clients: [0, 4] should be different ids"),
+        ({"cohort": {"name": "fixed", "clients": [0, 4]}}, "cohort.clients: [0, 4] must be different ids"),
         ({"data.clients": 0}, "data.clients: 0 should be a whole number >= 1"),
         ({"data.clients": 41}, "data.clients: 41 is too many for 40 examples; allowed: 1 to 40"),
         ({"data.holdout": 1}, "data.holdout: 1 should be a number >= 0 and < 1"),
@@ -128,7 +128,7 @@ def partition(**options):
         # in contradiction
         ({"local.nesterov": True}, "local.nesterov: needs sgd with local.momentum above 0"),
         ({"local.momentum": 0.9, "local.optimizer": "adam"}, "local.momentum: belongs to sgd; adam has"),
-        ({"local.epochs": 2, "local.steps": 2}, "local.epochs: 2 and local.steps 2: set one of the two"),
+        ({"local.epochs": 2, "local.steps": 2}, "local.epochs: 2 and local.steps 2: set only one of the two"),
         ({"strategy": "scaffold", "local.momentum": 0.9}, "local.momentum: scaffold"),
         ({"strategy": "scaffold", "local.optimizer": "adam"}, "local.optimizer: scaffold"),
         ({"strategy": "fedbn"}, "strategy.private: the network trains no parameter of a norm"),

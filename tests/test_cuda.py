@@ -13,7 +13,7 @@ from fedsim.experiment.build import build
 from fedsim.experiment.config import load
 from fedsim.federated.recalibration import Recalibrate
 from fedsim.strategies import CATALOGUE
-from fedsim.training.graphs import PAYS
+from fedsim.training.graphs import STEPS_BEFORE_CAPTURE
 from fedsim.training.local import ClientObjective
 from fedsim.training.replica import Replica
 from fedsim.types import Job, Stream, random
@@ -109,15 +109,15 @@ def test_graphs_change_nothing(recipe):
 
     def run(name, graphs):
         runtime = {"name": name, "device": "cuda", "graphs": graphs}
-        return trace(make_simulation(runtime=runtime, epochs=2 * PAYS, **recipe), rounds=2)
+        return trace(make_simulation(runtime=runtime, epochs=2 * STEPS_BEFORE_CAPTURE, **recipe), rounds=2)
 
     assert run("serial", False) == run("serial", True) == run("threads", True)
 
 
 def test_a_step_is_captured():
-    simulation = make_simulation(runtime={"name": "serial", "device": "cuda"}, epochs=2 * PAYS)
+    simulation = make_simulation(runtime={"name": "serial", "device": "cuda"}, epochs=2 * STEPS_BEFORE_CAPTURE)
     simulation.round()
-    ((steps, *_),) = simulation.runtime.worker.replica.steps.values()
+    ((steps, *_),) = simulation.runtime.worker.replica.captured_steps.values()
     assert any(steps.graphs.values())
 
 
@@ -125,7 +125,8 @@ def test_many_captures_side_by_side_change_nothing():
     """More than there are streams: each worker captures on its own while the others train."""
 
     def run(name, **options):
-        settings = {"epochs": 2 * PAYS, "schedule": lambda time: 0.5**time}  # a capture a round, worker and size
+        # One capture for each round, worker and size.
+        settings = {"epochs": 2 * STEPS_BEFORE_CAPTURE, "schedule": lambda time: 0.5**time}
         runtime = {"name": name, "device": "cuda"} | options
         return trace(make_simulation(runtime=runtime, **settings), rounds=6)
 
@@ -154,7 +155,7 @@ def test_workers_follow_from_the_memory_of_the_first_client():
     simulation = make_simulation(runtime={"name": "threads", "device": "cuda"})
     assert simulation.runtime.workers == 1
     simulation.round()
-    assert simulation.runtime.workers == simulation.runtime.most  # so small a network fits that often
+    assert simulation.runtime.workers == simulation.runtime.max_workers  # so small a network fits that often
 
 
 def test_auto_trains_points_of_a_sweep_as_rows_of_a_batch(tmp_path, monkeypatch, fedsim_):
@@ -216,7 +217,7 @@ def test_a_chunk_is_replayed_as_a_graph(sizes, dropout, precision):
         return simulation, trace(simulation, rounds=4)
 
     (simulation, found), (_, expected), (_, again) = run(), run(graphs=False), run()
-    assert any(graphs.captured for graphs in simulation.runtime.recorded)
+    assert any(graphs.graphs for graphs in simulation.runtime.all_graphs)
     assert found == again
     for one, other in zip(found, expected, strict=True):
         assert one["train_loss"] == pytest.approx(other["train_loss"], rel=0.02 if precision == "bf16" else 1e-4)

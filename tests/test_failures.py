@@ -182,11 +182,11 @@ class Sends(Wrapper):
         ({"value": 1e30}, "delta is too large"),
         ({"weight": -1.0}, "weight is -1.0"),
         ({"weight": float("inf")}, "weight is inf"),
-        ({"kind": torch.int64}, r"delta is torch\.int64, and has no mean"),
-        ({"kind": torch.complex64}, r"delta is torch\.complex64, and has no mean"),
+        ({"kind": torch.int64}, r"delta is torch\.int64, which cannot be averaged"),
+        ({"kind": torch.complex64}, r"delta is torch\.complex64, which cannot be averaged"),
         ({"kind": torch.float8_e4m3fn}, "Float8_e4m3fn"),
-        ({"name": 1}, "message 1 is no name"),
-        ({"name": None}, "message None is no name"),
+        ({"name": 1}, "message 1 is not a string"),
+        ({"name": None}, "message None is not a string"),
     ],
     ids=str,
 )
@@ -220,7 +220,7 @@ class Huge(Strategy):
 @runtimes
 def test_what_does_not_add_up_is_no_clients_failure(runtime):
     simulation = make_simulation(Huge(), runtime=runtime, failures=DROP)
-    with pytest.raises(RoundError, match=r"^delta is too large: weights times values add up"):
+    with pytest.raises(RoundError, match=r"^delta is too large: weights times values sum to"):
         simulation.round()
 
 
@@ -255,7 +255,7 @@ class Forgetful(Wrapper):
     [
         (InPlace, r"wrote server\['model'\] in place"),
         (Misspelt, "'modle', which init_server did not make; it made model"),
-        (Forgetful, r"round 1, client \d: keeps kept float32 \(183,\), and had nothing"),
+        (Forgetful, r"round 1, client \d: its state is kept float32 \(183,\), and was nothing"),
     ],
 )
 def test_a_strategy_that_breaks_the_rules_is_told(runtime, wrong, said):
@@ -477,14 +477,20 @@ def keeps(change):
 
 
 KEPT = {
-    "nan": (keeps(lambda c: {"c": c["c"] * float("nan")}), "keeps c, which is not finite"),
-    "inf": (keeps(lambda c: {"c": torch.full_like(c["c"], float("inf"))}), "keeps c, which is not finite"),
+    "nan": (keeps(lambda c: {"c": c["c"] * float("nan")}), "its state has c, which is not finite"),
+    "inf": (keeps(lambda c: {"c": torch.full_like(c["c"], float("inf"))}), "its state has c, which is not finite"),
     "one nan": (keeps(lambda c: {"c": c["c"].index_fill(0, torch.tensor(7), float("nan"))}), "is not finite"),
-    "shorter": (keeps(lambda c: {"c": c["c"][1:]}), "keeps c float32 (182,), and had c float32 (183,)"),
-    "doubles": (keeps(lambda c: {"c": c["c"].double()}), "keeps c float64 (183,), and had c float32 (183,)"),
-    "renamed": (keeps(lambda c: {"C": c["c"]}), "keeps C float32 (183,), and had c float32 (183,)"),
-    "one more": (keeps(lambda c: c | {"d": c["c"][:1]}), "keeps c float32 (183,), d float32 (1,), and had c"),
-    "nothing": (keeps(lambda c: {}), "keeps nothing, and had c float32 (183,)"),
+    "shorter": (keeps(lambda c: {"c": c["c"][1:]}), "its state is c float32 (182,), and was c float32 (183,)"),
+    "doubles": (
+        keeps(lambda c: {"c": c["c"].double()}),
+        "its state is c float64 (183,), and was c float32 (183,)",
+    ),
+    "renamed": (keeps(lambda c: {"C": c["c"]}), "its state is C float32 (183,), and was c float32 (183,)"),
+    "one more": (
+        keeps(lambda c: c | {"d": c["c"][:1]}),
+        "its state is c float32 (183,), d float32 (1,), and was c",
+    ),
+    "nothing": (keeps(lambda c: {}), "its state is nothing, and was c float32 (183,)"),
     "no tensor": (keeps(lambda c: {"c": 1.0}), "AttributeError"),
     "no state": (keeps(lambda c: None), "AttributeError"),
 }

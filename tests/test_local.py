@@ -316,7 +316,7 @@ def test_in_place_and_as_a_function_are_the_same(network, channels_last, train):
         before = local.replica.snapshot()
         point = local.replica.w if in_place else w
         loss = task.losses(local.logits(point, x, train=train), y).mean()
-        gradient = local._backward(loss, whole=True)[0] if in_place else torch.autograd.grad(loss, w)[0]
+        gradient = local._backward(loss, flat_gradient=True)[0] if in_place else torch.autograd.grad(loss, w)[0]
         results.append((loss.detach(), gradient.clone()))
         if not in_place:
             close(local.replica.snapshot(), before, rtol=0, atol=0)

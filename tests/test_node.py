@@ -358,8 +358,8 @@ class Interrupts(FedAvg):
         ("Raises", r"KeyError: 'one\\ntwo' \(mine_that_fails.py:8\)"),
         ("Exits", r"SystemExit: 3 \(mine_that_fails.py:11\)"),
         ("Writes", r"client_update wrote server\['model'\] in place"),
-        ("Sends", "message 'model' is no tensor"),
-        ("Keeps", "keeps h, which is not finite"),
+        ("Sends", "message 'model' is not a tensor"),
+        ("Keeps", "its state has h, which is not finite"),
         ("Interrupts", None),
     ],
 )

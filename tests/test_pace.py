@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsim import RoundError
-from fedsim.federated.pace import MOST, Pace
+from fedsim.federated.pace import MAX_REMEMBERED_CLIENTS, Pace
 from fedsim.federated.simulation import Failures
 
 
@@ -58,11 +58,11 @@ def test_who_was_never_measured_is_thought_to_be_as_fast_as_all_were_on_average(
 
 def test_of_a_large_population_those_measured_last_are_remembered():
     pace = Pace()
-    for client in range(3 * MOST):
+    for client in range(3 * MAX_REMEMBERED_CLIENTS):
         pace.measured(client, 1, 1.0)
     pace.measured(0, 1, 5.0)
-    assert len(pace._of) == MOST
-    assert pace.order({0: 1, 1: 1, 3 * MOST - 1: 1})[0] == 0
+    assert len(pace._seconds_per_step) == MAX_REMEMBERED_CLIENTS
+    assert pace.order({0: 1, 1: 1, 3 * MAX_REMEMBERED_CLIENTS - 1: 1})[0] == 0
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=7), st.integers(1, 3))
@@ -108,4 +108,4 @@ def test_who_fails_is_not_measured():
     simulation = make_simulation(failures=Failures(policy="drop", time_limit=1e-9, min_clients=1))
     with pytest.raises(RoundError, match=r"failures\.min_clients"):
         simulation.round()
-    assert simulation.pace._of == {}
+    assert simulation.pace._seconds_per_step == {}

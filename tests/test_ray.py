@@ -42,7 +42,7 @@ from fedsim.experiment.config import load
 from fedsim.experiment.execute import execute
 from fedsim.experiment.run import Run
 from fedsim.experiment.start import new_run
-from fedsim.federated.aggregate import TOGETHER, WeightedMean
+from fedsim.federated.aggregate import MESSAGES_AT_ONCE, WeightedMean
 from fedsim.federated.client import Train
 from fedsim.federated.recalibration import Recalibrate
 from fedsim.federated.simulation import Failures
@@ -172,7 +172,7 @@ def test_what_reaches_the_driver_grows_with_actors_and_not_with_the_cohort(monke
     monkeypatch.setattr("fedsim.runtimes.ray.dispatch.unpack", counted)
     make_simulation("fedavg", task=TASK, data=CROWD, runtime=crowded()).round()
     numbers = len(TASK.initial_model) + len(TASK.initial_buffers)
-    assert 0 < received[0] <= 2 * numbers * (2 * 8 + (TOGETHER - 1) * 4)  # two in float64, and what waits
+    assert 0 < received[0] <= 2 * numbers * (2 * 8 + (MESSAGES_AT_ONCE - 1) * 4)  # two in float64, and what waits
 
 
 # Failures
@@ -230,7 +230,11 @@ def test_an_exception_that_cannot_travel_is_told():
         (Huge(), RoundError, r"^delta is too large: weights times values add up"),
         (InPlace(inner=make_strategy("fedavg")), RoundError, r"wrote server\['model'\] in place"),
         (InPlaceAtHome(inner=make_strategy("scaffold")), ClientError, r"client\['c'\] was written in place"),
-        (Sends(inner=make_strategy("fedavg"), name=1), ClientError, "round 1, client 2: .*message 1 is no name"),
+        (
+            Sends(inner=make_strategy("fedavg"), name=1),
+            ClientError,
+            "round 1, client 2: .*message 1 is not a string",
+        ),
         (Odd(inner=make_strategy("scaffold"), change=ODD["shorter"], bad={4, 2}), ClientError, "client 2: sent "),
     ],
 )
@@ -452,7 +456,7 @@ def test_a_strategy_beside_the_config_reaches_the_actors(tmp_path, monkeypatch):
             r"^runtime\.actors: 1000, each with 1 CPU; the cluster, \d+ CPUs \(.* free\) and 0 GPUs .*, has room",
         ),
         ({"gpus": 0.5}, r"^runtime\.actors: auto, each with 1 CPU and 0\.5 GPUs; the cluster, .*room for 0$"),
-        ({"cpus": 1.5}, r"^runtime\.cpus: 1\.5 should be whole, or less than 1"),
+        ({"cpus": 1.5}, r"^runtime\.cpus: 1\.5 must be a whole number, or less than 1"),
         ({"address": "10.0.0.1:1"}, r"^runtime\.address: 10\.0\.0\.1:1, and this process has joined "),
     ],
 )
@@ -560,7 +564,7 @@ def test_it_goes_on_with_the_actors_that_have_a_place(monkeypatch):
     crowded.cache_clear()
     actors(2)
     monkeypatch.setattr("fedsim.runtimes.ray.pool.WARN_AFTER_SECONDS", 3.0)
-    with pytest.warns(RuntimeWarning, match=r"goes on with \d of 4 Ray actors; the cluster, 2 CPUs \("):
+    with pytest.warns(RuntimeWarning, match=r"continuing with \d of 4 Ray actors; the cluster, 2 CPUs \("):
         runtime = Ray(TASK, DATA, actors=4, cpus=0.5)
     assert trace(make_simulation("fedavg", task=TASK, data=DATA, runtime=runtime)) == serial("fedavg")
     monkeypatch.setattr("fedsim.runtimes.ray.pool.MAX_WAIT_SECONDS", 1.0)
@@ -700,7 +704,7 @@ def test_mapped_examples_stay_in_their_file_and_actors_end_with_their_simulation
     soon(lambda: not process.exists())
     packed = pack(data, files=True)
     (tmp_path / "x_train.npy").unlink()
-    with pytest.raises(ConfigError, match=r"^data: .*x_train\.npy is not there; mapped examples must lie at"):
+    with pytest.raises(ConfigError, match=r"^data: .*x_train\.npy does not exist; mapped examples must have"):
         unpack(packed)
 
 

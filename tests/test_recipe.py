@@ -456,7 +456,7 @@ def test_a_batch_splits_with_all_it_has():
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ({"lr_scaling": "linear", "batch_size": "full"}, "local.lr_scaling: needs a local.batch_size"),
+        ({"lr_scaling": "linear", "batch_size": "full"}, "local.lr_scaling: needs a number as local.batch_size"),
         ({"decay": "weights"}, "local.decay: needs local.weight_decay above 0"),
         (
             {"oversample": True, "class_weights": "balanced"},

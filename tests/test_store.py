@@ -94,8 +94,8 @@ class StoreMachine(RuleBasedStateMachine):
         super().__init__()
         self.temporary, self.patch = TemporaryDirectory(), pytest.MonkeyPatch()
         self.folder = Path(self.temporary.name)
-        self.patch.setattr(module, "SEGMENT", 70)
-        self.patch.setattr(module, "CLIENTS", 4)
+        self.patch.setattr(module, "SEGMENT_BYTES", 70)
+        self.patch.setattr(module, "MAX_CLIENTS_PER_SEGMENT", 4)
         self.patch.setattr(module, "write", self.write)
         self.fails_in, self.failed = 0, False
         self.seed = 0
@@ -250,7 +250,7 @@ CELL = {"c": (torch.float32, (5,))}
 @pytest.fixture
 def small(monkeypatch):
     """Segments of three clients."""
-    monkeypatch.setattr(module, "SEGMENT", 60)
+    monkeypatch.setattr(module, "SEGMENT_BYTES", 60)
 
 
 def keep(store, states):
@@ -526,7 +526,7 @@ def test_entries_come_in_one_order_from_memory_and_from_disk(tmp_path):
 def test_a_state_without_entries_is_refused():
     """A segment could not tell that the client has one; fedsim stages none."""
     store = ClientStore()
-    with pytest.raises(ValueError, match="client 3: no entries to keep"):
+    with pytest.raises(ValueError, match="client 3: the state has no entries"):
         store.stage(3, {})
     assert not store
 
@@ -597,7 +597,7 @@ def test_without_a_folder_a_temporary_one_is_made_when_needed_and_goes_with_the_
 
 def test_a_write_costs_what_changed(tmp_path, monkeypatch):
     """Over many rounds, at most 2.5 times as much: what is written anew is not more than what was replaced."""
-    monkeypatch.setattr(module, "SEGMENT", 2**20)
+    monkeypatch.setattr(module, "SEGMENT_BYTES", 2**20)
     written = 0
 
     def write(path, content, **options):

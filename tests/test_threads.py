@@ -12,7 +12,7 @@ from torch import nn
 
 from fedsim import ClientError, Recipe, RoundError, Wrapper
 from fedsim.federated.simulation import Failures
-from fedsim.training.graphs import PAYS, WARM_UPS, Graph, Steps
+from fedsim.training.graphs import STEPS_BEFORE_CAPTURE, WARM_UP_STEPS, Graph, Steps
 from fedsim.training.local import ClientObjective
 from fedsim.training.pooling import pool_faster
 from fedsim.training.replica import Replica
@@ -66,7 +66,7 @@ def test_without_memory_for_all_there_are_fewer_workers_and_the_same_model(name)
     assert simulation.runtime.workers == 2
     (warning,) = caught
     assert str(warning.message) == (
-        "runtime.workers: out of memory with 4 at once, going on with 2; "
+        "runtime.workers: out of memory with 4 workers, continuing with 2; "
         "CUDA out of memory. Tried to allocate 20.00 MiB"
     )
 
@@ -103,13 +103,13 @@ class Replayed:
 def test_what_is_tried_before_a_step_is_captured_leaves_no_trace(monkeypatch, failing):
     """Momentum, dropout and batch norm go on as if there were no graphs."""
     task, data, graphs = make_task(), make_data([8, 8, 9]), []
-    recipe = Recipe(lr=0.05, batch_size=4, epochs=PAYS, momentum=0.9)
+    recipe = Recipe(lr=0.05, batch_size=4, epochs=STEPS_BEFORE_CAPTURE, momentum=0.9)
 
     def capture(steps, rows, step):
         graph = Graph(Replayed(steps.replica, step, rows.clone(), 0.01 * (failing is not None)), rows.clone())
         graphs.append(graph.graph)
         graph.graph.rows = graph.rows
-        for _ in range(WARM_UPS):
+        for _ in range(WARM_UP_STEPS):
             step(graph.rows)
         if failing and failing.startswith("cannot"):
             raise RuntimeError("not here")
@@ -128,7 +128,9 @@ def test_what_is_tried_before_a_step_is_captured_leaves_no_trace(monkeypatch, fa
     with pytest.warns(RuntimeWarning, match=failing) if failing else nullcontext():
         assert trained(replica) == expected
     assert len(graphs) == 1
-    assert graphs[0].replays == (0 if failing == "cannot be captured: not here" else 1 if failing else 7 * PAYS)
+    assert graphs[0].replays == (
+        0 if failing == "cannot be captured: not here" else 1 if failing else 7 * STEPS_BEFORE_CAPTURE
+    )
 
 
 @pytest.mark.parametrize("settings", [{"kernel_size": 2}, {"kernel_size": 3, "stride": 2, "padding": 1}], ids=str)

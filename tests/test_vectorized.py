@@ -30,11 +30,11 @@ from fedsim.federated.client import Train
 from fedsim.federated.runtime import Call
 from fedsim.federated.simulation import Failures
 from fedsim.runtimes.vectorized import Vectorized
-from fedsim.runtimes.vectorized.compute import Client, compute, inputs, members, updates
+from fedsim.runtimes.vectorized.compute import Client, client_jobs, compute, inputs, updates
 from fedsim.runtimes.vectorized.graph import Graphs
 from fedsim.strategies import CATALOGUE
 from fedsim.strategies.fedavg import FedAvg
-from fedsim.training.batched.cohort import Cohort, rounded
+from fedsim.training.batched.cohort import Cohort, rounded_up
 from fedsim.training.batched.objective import Network
 from fedsim.types import Job
 
@@ -233,7 +233,7 @@ def test_memory_that_runs_out_halves_the_chunk(monkeypatch):
         return true(self, network, members)
 
     monkeypatch.setattr(Vectorized, "_updates", out)
-    with pytest.warns(UserWarning, match=r"runtime\.chunk: 6 clients need too much memory; from now on 3"):
+    with pytest.warns(UserWarning, match=r"runtime\.chunk: out of memory with 6 clients, continuing with 3"):
         vectorized.round()
     serial.round()
     close(vectorized.server, serial.server)
@@ -297,7 +297,7 @@ class Draws(Mixes):
     [
         (Branches(), plain_net, "runtime.name: vectorized cannot batch"),
         ("fedavg", Asks, "runtime.name: vectorized cannot batch"),
-        ("fedavg", Mixes, "runtime.name: vectorized gives another"),
+        ("fedavg", Mixes, "runtime.name: vectorized computes another"),
         ("fedavg", Draws, "model: draws with bernoulli"),
     ],
 )
@@ -378,12 +378,12 @@ def test_another_cohort_s_inputs_in_the_same_form_give_its_results(sizes):
         [Client(work, simulation.server, Job(k, number, {})) for k in clients]
         for number, clients in ((0, (0, 1, 2)), (3, (3, 4, 5)))
     )
-    cohort, other = (Cohort(data, members(batch), like, fixed=True) for batch in (first, second))
+    cohort, other = (Cohort(data, client_jobs(batch), like, static_shapes=True) for batch in (first, second))
     compute(network, work, cohort, *inputs(first, like.device))
     assert cohort.form() == other.form()
-    cohort.take_over(other)
+    cohort.copy_from(other)
     found = compute(network, work, cohort, *inputs(second, like.device))
-    expected = compute(network, work, Cohort(data, members(second), like), *inputs(second, like.device))
+    expected = compute(network, work, Cohort(data, client_jobs(second), like), *inputs(second, like.device))
     close(found.message, expected.message)
     close(found.metrics, expected.metrics)
 
@@ -427,5 +427,5 @@ def test_a_graph_is_recorded_once_and_gives_each_cohort_its_results(monkeypatch,
 
 
 def test_numbers_of_steps_are_rounded_to_few():
-    assert [rounded(k) for k in (1, 3, 7, 8, 9, 60, 61, 100)] == [1, 3, 7, 8, 10, 64, 64, 112]
-    assert all(k <= rounded(k) <= 1.34 * k for k in range(1, 1000))
+    assert [rounded_up(k) for k in (1, 3, 7, 8, 9, 60, 61, 100)] == [1, 3, 7, 8, 10, 64, 64, 112]
+    assert all(k <= rounded_up(k) <= 1.34 * k for k in range(1, 1000))

@@ -25,7 +25,7 @@ from fedsim.base.reading import open_regular
 from fedsim.base.version import VERSION
 from fedsim.errors import ConfigError, one_line
 from fedsim.federated.simulation import Round, Simulation
-from fedsim.federated.store import NAME as SEGMENT
+from fedsim.federated.store import SEGMENT_NAME
 from fedsim.types import Form, State, described, form_of
 
 MAX_BYTES = 2**25  # of N.json
@@ -253,7 +253,9 @@ def _read(path: Path) -> Checkpoint:
     if checkpoint.round != int(path.stem):
         raise ValueError(f"is of round {checkpoint.round}")
     files = [checkpoint.log, checkpoint.server, *checkpoint.clients]
-    for file, name in zip(files, [re.compile("rounds.jsonl"), SERVER, *[SEGMENT] * len(files[2:])], strict=True):
-        if not name.fullmatch(file.name):  # which also keeps it inside the folder
+    for file, name in zip(
+        files, [re.compile("rounds.jsonl"), SERVER, *[SEGMENT_NAME] * len(files[2:])], strict=True
+    ):
+        if not name.fullmatch(file.name):  # nor does it lead out of the folder
             raise ValueError(f"{file.name!r} is no name of such a file")
     return checkpoint

@@ -13,7 +13,7 @@ Record = dict[str, Any]  # a line of rounds.jsonl
 
 @dataclass
 class Run:
-    """A run under way; hooks are shown it."""
+    """A run under way; hooks are spec_text it."""
 
     config: Config
     simulation: Simulation

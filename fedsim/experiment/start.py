@@ -14,7 +14,7 @@ from fedsim.experiment.hook import Hook
 from fedsim.experiment.run import Run
 from fedsim.federated.simulation import Simulation
 from fedsim.runtimes import RUNTIMES
-from fedsim.runtimes.auto import is_exact, shown
+from fedsim.runtimes.auto import is_exact, spec_text
 
 Make = Callable[[Config], Simulation]
 Started = tuple[Run, list[Hook]]
@@ -104,9 +104,9 @@ def _changed_runtime(checkpoint: Checkpoint, simulation: Simulation, now: Spec) 
         except ConfigError as error:
             if simulation.data.clients_are_remote:
                 raise
-            return [f"changed: {error}; it was {shown(before)}, and is chosen anew; {ROUNDING}"]
+            return [f"changed: {error}; it was {spec_text(before)}, and is chosen anew; {ROUNDING}"]
     same = before == now or (is_exact(before) and is_exact(now))
-    return [] if same else [f"changed: runtime: {shown(now)}, and was {shown(before)}; {ROUNDING}"]
+    return [] if same else [f"changed: runtime: {spec_text(now)}, and was {spec_text(before)}; {ROUNDING}"]
 
 
 def _changed_versions(before: Mapping[str, str]) -> list[str]:

@@ -1,1 +1,1 @@
-"""The round: strategies, what a client does, aggregation, the simulation."""
+"""A federated round: strategies, the work of a client, aggregation, the simulation."""

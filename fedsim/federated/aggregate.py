@@ -1,14 +1,15 @@
-"""Aggregators: how messages become one, in any order and grouping, with the same bits.
+"""Aggregators: the weighted mean of all messages, with the same bits in any order and grouping.
 
-Floating-point sums depend on their order, and clients finish in any. They do not where every term is a multiple
-of one unit and no sum reaches 2^53 units: then float64 adds exactly. So each product of weight and value, itself
-exact for float32 values and weights below 2^29, is split into a multiple of 2^-18 and a multiple of 2^-55, and
-the two are summed apart. Adding a large constant and taking it away again is what rounds to a multiple (Demmel &
-Nguyen, Parallel Reproducible Summation, 2015). Half of 2^-55 is what a product may lose.
+Floating-point sums depend on the order of their terms, and clients finish in any order. But float64 adds exactly
+if every term is a multiple of one unit and no sum reaches 2^53 units. So each product of weight and value, which
+is exact for float32 values and weights below 2^29, is split into a multiple of 2^-18 and a multiple of 2^-55, and
+both parts are summed separately. Adding and subtracting a large constant rounds to such a multiple (Demmel &
+Nguyen, Parallel Reproducible Summation, 2015). The error of a product is at most half of 2^-55.
 
-What it costs is passes over memory, so constants are taken away once, from the sums: each product p adds
-high = FINE + (p to 2^-18) to one, and the bits of high - p to the other. That difference is FINE less the rest of
-p, so it lies where a float64 counts in units of 2^-55, and its bits are an integer: those of FINE less the units.
+The cost is passes over memory, so the constants are subtracted once, from the sums: each product p adds high =
+FINE + (p rounded to 2^-18) to the coarse sum, and the bits of high - p to the fine sum. That difference is FINE
+minus the rest of p. There a float64 counts in units of 2^-55, so its bits, read as an integer, are the bits of
+FINE minus the number of units.
 """
 
 import struct
@@ -24,51 +25,51 @@ from torch import Tensor
 from fedsim.errors import RoundError
 from fedsim.types import Form, State, described, form_of
 
-Partial = Any  # what an aggregator makes of some of the messages; opaque to everyone else
+Partial = Any  # the partial sum of some messages; only its aggregator reads it
 
 
 class Aggregator(Protocol):
-    """Partial results that add up to the same bits in any order and grouping."""
+    """Adds up messages; the result has the same bits in any order and grouping."""
 
     def fold(self, updates: Iterable[tuple[int, State, float]], start: Partial | None = None) -> Partial:
-        """`start`, or nothing, and the updates (client, message, weight) on top; `start` is not used again.
+        """Add updates (client, message, weight) to `start`, or to an empty sum; the caller must not reuse `start`.
 
-        Raises ArithmeticError for a message that is wrong by itself, and RoundError where messages do not add
-        up, which is no single client's doing; `start` is then as it was.
+        Raises ArithmeticError if a message is invalid by itself, and RoundError if messages cannot be added
+        although each is valid; `start` is then unchanged.
         """
 
     def merge(self, a: Partial, b: Partial) -> Partial:
-        """Of all that went into either; neither is used again. Raises RoundError."""
+        """The sum of `a` and `b`; the caller must not reuse either. Raises RoundError."""
 
     def mismatched(self, total: Partial) -> dict[int, str]:
-        """Clients whose messages differ in form from those of most clients, and how; they do not count."""
+        """Clients whose messages differ in form from those of most clients, and why; the result excludes them."""
 
     def result(self, total: Partial) -> State:
-        """The aggregate; raises RoundError where no message has a weight."""
+        """The aggregate; raises RoundError if no message has a positive weight."""
 
 
-COARSE, FINE = 1.5 * 2.0 ** (52 - 18), 1.5 * 2.0 ** (52 - 55)  # adding them rounds to 2^-18, to 2^-55
-LARGEST = 2.0**33  # of a sum of magnitudes: 2^51 coarse units
-MAX_MESSAGES = 2**17  # in a round: each leaves up to half a coarse unit, so that all make up to 2^53 fine ones
-BITS = struct.unpack("<q", struct.pack("<d", FINE))[0]  # of FINE
-TOGETHER = 8  # messages added at a time: reading and writing the sums is what it costs
-BLOCK = 2**16  # entries at a time on a CPU, so that what is between two passes stays in the cache
-BLOCK_ON_GPU = 2**21  # there it is memory that what is between two passes takes: 16 bytes an entry and message
+COARSE, FINE = 1.5 * 2.0 ** (52 - 18), 1.5 * 2.0 ** (52 - 55)  # adding one rounds to 2^-18, the other to 2^-55
+MAX_MAGNITUDE = 2.0**33  # bound of a sum of magnitudes: 2^51 coarse units
+MAX_MESSAGES = 2**17  # in a round; each leaves a rest of up to half a coarse unit: 2^53 fine units in total
+FINE_BITS = struct.unpack("<q", struct.pack("<d", FINE))[0]  # the bits of FINE as an integer
+MESSAGES_AT_ONCE = 8  # messages that are added in one pass, since reading and writing the sums is the cost
+BLOCK_ON_CPU = 2**16  # entries at a time, so that intermediate results stay in the cache
+BLOCK_ON_GPU = 2**21  # intermediate results take 16 bytes of memory for each entry and message
 
 
 @dataclass
 class Sum:
-    """Exact sums of weight times value, by name, and of the weights."""
+    """The exact sums of weight times value, by name, and of the weights."""
 
-    coarse: State = field(default_factory=dict)  # float64, multiples of 2^-18, and FINE a message
-    fine: State = field(default_factory=dict)  # int64 that may wrap around: BITS a message, less units of 2^-55
-    waiting: list[tuple[State, float]] = field(default_factory=list)  # counted below, and not in the sums yet
+    coarse: State = field(default_factory=dict)  # float64: multiples of 2^-18, plus FINE for each message
+    fine: State = field(default_factory=dict)  # int64, modulo 2^64: FINE_BITS a message, minus units of 2^-55
+    waiting: list[tuple[State, float]] = field(default_factory=list)  # not in these sums yet, but in all below
     clients: list[int] = field(default_factory=list)
-    magnitude: dict[str, Fraction] = field(default_factory=dict)  # of the largest entry, summed
+    magnitude: dict[str, Fraction] = field(default_factory=dict)  # sum of the largest entries' magnitudes
     weight: Fraction = Fraction(0)
 
 
-Sums = dict[Form, Sum]  # messages of different forms do not add up, and are summed apart
+Sums = dict[Form, Sum]  # only messages of equal form can be added
 
 
 class WeightedMean:
@@ -77,8 +78,8 @@ class WeightedMean:
     def fold(self, updates: Iterable[tuple[int, State, float]], start: Sums | None = None) -> Sums:
         total = {} if start is None else start
         for client, message, weight in updates:
-            one = _one(client, message, weight)
-            _count(total.setdefault(form_of(message), Sum()), one)
+            checked = _checked(client, message, weight)
+            _add_waiting(total.setdefault(form_of(message), Sum()), checked)
         return total
 
     def merge(self, a: Sums, b: Sums) -> Sums:
@@ -87,29 +88,29 @@ class WeightedMean:
                 a[form] = theirs
                 continue
             mine = a[form]
-            _count(mine, theirs)
+            _add_waiting(mine, theirs)
             for total, more in ((mine.coarse, theirs.coarse), (mine.fine, theirs.fine)):
                 for name, value in more.items():
                     total[name] = total[name].add_(value.to(total[name].device)) if name in total else value
         return a
 
     def mismatched(self, total: Sums) -> dict[int, str]:
-        usual = _usual(total)
+        common = _most_common_form(total)
         return {
-            client: f"sent {described(form)}, and most clients sent {described(usual)}"
+            client: f"sent {described(form)}, and most clients sent {described(common)}"
             for form, sums in total.items()
-            if form != usual
+            if form != common
             for client in sums.clients
         }
 
     def result(self, total: Sums) -> State:
-        form = _usual(total)
+        form = _most_common_form(total)
         sums = total.get(form, Sum())
         if not sums.weight:
             raise RoundError("no client's message has a weight above 0")
-        _settle(sums)
+        _flush(sums)
         mean: State = {}
-        constant, bits = FINE * len(sums.clients), _wrapped(BITS * len(sums.clients))
+        constant, bits = FINE * len(sums.clients), _as_int64(FINE_BITS * len(sums.clients))
         for name, shape, dtype in form:
             mean[name] = torch.empty(shape, dtype=dtype, device=sums.coarse[name].device)
             for coarse, fine, out in _blocks(sums.coarse[name], sums.fine[name], mean[name]):
@@ -118,59 +119,61 @@ class WeightedMean:
         return mean
 
 
-def _usual(total: Sums) -> Form:
-    """The form of most messages; of two as frequent, that of the client with the lowest id."""
+def _most_common_form(total: Sums) -> Form:
+    """The form of most messages; in a tie, the form of the client with the lowest id."""
     return min(total, key=lambda form: (-len(total[form].clients), min(total[form].clients)), default=())
 
 
 def largest(value: Tensor) -> float:
-    """The largest magnitude in a tensor; nan or inf where one of its entries is."""
+    """The largest magnitude of an entry; nan or inf if an entry is."""
     if not value.numel():
         return 0.0
     value = value.detach()
-    if value.device.type == "cpu":  # in two passes, which take half as long as the one of aminmax
+    if value.device.type == "cpu":  # two passes take half as long as aminmax
         return float(torch.maximum(-value.amin(), value.amax()))
     low, high = torch.aminmax(value)
     return float(torch.maximum(-low, high))
 
 
-def _one(client: int, message: State, weight: float) -> Sum:
+def _checked(client: int, message: State, weight: float) -> Sum:
     if not (isfinite(weight) and weight >= 0):
-        raise ArithmeticError(f"the weight is {weight}, which is no finite number from 0 on")
+        raise ArithmeticError(f"the weight is {weight}; it must be finite and not negative")
     magnitude = dict[str, Fraction]()
     for name, value in message.items():
         if not value.is_floating_point():
-            raise ArithmeticError(f"{name} is {value.dtype}, and has no mean; send floating-point numbers")
+            raise ArithmeticError(
+                f"{name} is {value.dtype}, which cannot be averaged; send floating-point numbers"
+            )
         entry = largest(value)
         if not isfinite(entry):
             raise ArithmeticError(f"{name} is not finite")
         magnitude[name] = Fraction(entry) * Fraction(weight)
-        if magnitude[name] > LARGEST:
-            raise ArithmeticError(f"{name} is too large: weight times value is above {LARGEST:.3g}")
+        if magnitude[name] > MAX_MAGNITUDE:
+            raise ArithmeticError(f"{name} is too large: weight times value is above {MAX_MAGNITUDE:.3g}")
     message = {name: value.detach() for name, value in message.items()}
     return Sum({}, {}, [(message, weight)], [client], magnitude, Fraction(weight))
 
 
-def _count(total: Sum, more: Sum) -> None:
-    """Let `total` have what waits in `more`; raise, and change nothing, where the sum would be wrong."""
+def _add_waiting(total: Sum, more: Sum) -> None:
+    """Add the waiting messages of `more` to those of `total`; raises, without a change, if sums would overflow."""
     if len(total.clients) + len(more.clients) > MAX_MESSAGES:
         raise RoundError(f"more than {MAX_MESSAGES} messages in one round")
     magnitude = {n: total.magnitude.get(n, 0) + value for n, value in more.magnitude.items()}
     for name, value in magnitude.items():
-        if value > LARGEST:
+        if value > MAX_MAGNITUDE:
             raise RoundError(
-                f"{name} is too large: weights times values add up to more than {LARGEST:.3g}; send it scaled down"
+                f"{name} is too large: weights times values sum to over {MAX_MAGNITUDE:.3g}; scale messages down"
             )
     total.magnitude |= magnitude
     total.waiting += more.waiting
     total.clients += more.clients
     total.weight += more.weight
-    if len(total.waiting) >= TOGETHER:
-        _settle(total)
+    if len(total.waiting) >= MESSAGES_AT_ONCE:
+        _flush(total)
 
 
-def _settle(total: Sum) -> None:
-    """Add what waits to the sums, exactly."""
+def _flush(total: Sum) -> None:
+    """Add the waiting messages to the sums, exactly."""
     for name in total.waiting[0][0] if total.waiting else ():
         values = [message[name] for message, _ in total.waiting]
         if name not in total.coarse:
@@ -188,13 +191,13 @@ def _settle(total: Sum) -> None:
     total.waiting.clear()
 
 
-def _wrapped(number: int) -> int:
-    """As int64 has it, which counts modulo 2^64."""
+def _as_int64(number: int) -> int:
+    """The number modulo 2^64, in the range of int64."""
     return (number + 2**63) % 2**64 - 2**63
 
 
 def _block(tensor: Tensor) -> int:
-    return BLOCK if tensor.device.type == "cpu" else BLOCK_ON_GPU
+    return BLOCK_ON_CPU if tensor.device.type == "cpu" else BLOCK_ON_GPU
 
 
 def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

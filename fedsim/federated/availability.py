@@ -1,7 +1,7 @@
-"""Who answers, and when: simulated unreliability on a virtual clock.
+"""Simulated unreliable clients: which of them answer in a round, and when, on a virtual clock.
 
 Bonawitz et al., Towards Federated Learning at Scale: System Design, MLSys 2019: the server selects more clients
-than it needs, takes the first that report, and closes the round at a deadline.
+than it needs, uses the first updates that arrive, and closes the round at a deadline.
 """
 
 from dataclasses import dataclass
@@ -20,10 +20,10 @@ Chance = Annotated[float, Ge(0), Le(1)]
 
 
 class Attempt(NamedTuple):
-    """What becomes of the clients that were selected for a round."""
+    """Which of the selected clients report in a round."""
 
-    reporting: list[int]  # ids, ascending: whose updates count
-    absent: dict[int, str]  # why, by client
+    reporting: list[int]  # ids, ascending, of the clients whose updates are used
+    absent: dict[int, str]  # the reason, by client
     seconds: float  # of the virtual clock, until the round is closed
 
 
@@ -31,11 +31,12 @@ class Attempt(NamedTuple):
 class Availability:
     """Clients that drop out, stragglers, a deadline and over-selection (Bonawitz 2019).
 
-    A selected client drops out of the round with probability `drop`, one for all or a list of one for each
-    client. A step takes it `step_seconds` of the virtual clock, times `slowdown` for the share `stragglers` of
-    all clients, times exp(`jitter` z) with z normal, anew each round. Selected are `over_selection` times as many
-    as the cohort says; as many as it says count, those that report first, and none that reports after `deadline`
-    seconds. Where fewer than `failures.min_clients` are left, the round is given up and the model stays as it was.
+    A selected client drops out of the round with probability `drop`: one number for all clients, or a list with
+    one for each client. A step of a client takes `step_seconds` of the virtual clock, times `slowdown` for the
+    fraction `stragglers` of all clients, times exp(`jitter` z) with z normal, drawn anew in each round. The server
+    selects `over_selection` times as many clients as the cohort's size. It uses the updates of that many clients,
+    those that report first, and none that comes after `deadline` seconds. With fewer than `failures.min_clients`
+    updates the round is given up, and the model does not change.
     """
 
     drop: Chance | list[Chance] = 0.0
@@ -47,14 +48,14 @@ class Availability:
     over_selection: Annotated[float, Ge(1)] = 1.0
 
     def check(self, num_clients: int) -> None:
-        """Raise ConfigError where there is not one probability for each client."""
+        """Raise ConfigError if `drop` is a list without one probability for each client."""
         if isinstance(self.drop, list) and len(self.drop) != num_clients:
             raise ConfigError(
                 f"availability.drop: has {len(self.drop)} entries, and data.clients is {num_clients}"
             )
 
     def select(self, cohort: list[int], num_clients: int, seed: int, number: int) -> list[int]:
-        """The cohort and, drawn from the others, as many more as `over_selection` asks for."""
+        """The cohort, and further clients drawn from the others, as many as `over_selection` asks for."""
         wanted = round(self.over_selection * len(cohort), 9)  # 1.1 * 100 is a little above 110
         more = ceil(min(wanted, num_clients)) - len(cohort)
         if not more:
@@ -62,12 +63,12 @@ class Availability:
         places = random(seed, Stream.AVAILABILITY, number, 1).choice(
             num_clients - len(cohort), more, replace=False
         )
-        others_below = np.sort(cohort) - np.arange(len(cohort))  # each of the cohort
+        others_below = np.sort(cohort) - np.arange(len(cohort))  # for each client of the cohort
         extra = places + np.searchsorted(others_below, places, side="right")
         return sorted([*cohort, *extra.tolist()])
 
     def attempt(self, selected: list[int], steps: Ints, goal: int, seed: int, number: int) -> Attempt:
-        """Who reports of those `selected`, whose `steps` stand in the same order, until `goal` have."""
+        """Which of the `selected` clients, with these `steps` each, report until `goal` of them have."""
         chance = _uniform(selected, seed, number, 2)
         drop = np.array([self.drop[k] for k in selected] if isinstance(self.drop, list) else self.drop)
         seconds = self._seconds(selected, steps, seed, number)
@@ -82,13 +83,13 @@ class Availability:
             elif k not in reporting:
                 absent[k] = f"not needed: {goal} had reported"
         if len(reporting) == goal or not self.deadline:
-            closed = max(reporting.values(), default=0.0)
+            round_seconds = max(reporting.values(), default=0.0)
         else:
-            closed = self.deadline
-        return Attempt(sorted(reporting), dict(sorted(absent.items())), closed)
+            round_seconds = self.deadline
+        return Attempt(sorted(reporting), dict(sorted(absent.items())), round_seconds)
 
     def _seconds(self, selected: list[int], steps: Ints, seed: int, number: int) -> Floats:
-        """Until each reports; a client's own whoever else is selected."""
+        """(C,) the seconds until each client reports; a client's time does not depend on the other clients."""
         slow = _uniform(selected, seed, 0, 0) < self.stragglers
         z = [NORMAL.inv_cdf(max(u, 2.0**-54)) for u in _uniform(selected, seed, number, 3).tolist()]
         slowness: Floats = np.where(slow, self.slowdown, 1.0) * np.exp(self.jitter * np.array(z))
@@ -99,12 +100,12 @@ NORMAL = NormalDist()
 
 
 def _uniform(clients: list[int], seed: int, *key: int) -> Floats:
-    """(C,) of N numbers from 0 to 1, one a client, those of the ascending `clients`; the others' are not drawn."""
+    """(C,) one uniform number for each of the ascending `clients`; the numbers of other clients are skipped."""
     stream = random(seed, Stream.AVAILABILITY, *key)
     bits, last = stream.bit_generator, -1
     assert isinstance(bits, np.random.PCG64)
-    found = np.empty(len(clients))
+    numbers = np.empty(len(clients))
     for i, client in enumerate(clients):
         bits.advance(client - last - 1)
-        found[i], last = stream.random(), client
-    return found
+        numbers[i], last = stream.random(), client
+    return numbers

@@ -1,4 +1,4 @@
-"""What a client does: the same functions in every runtime."""
+"""The work of a client: training and evaluation, the same functions in every runtime."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,17 +21,18 @@ from fedsim.training.replica import Replica
 from fedsim.training.task import Task
 from fedsim.types import Job, State, Update, described, form_of
 
-RESERVED = ("buffers", "ema.model", "ema.buffers")  # of the server's entries, those that are no strategy's
+RESERVED = ("buffers", "ema.model", "ema.buffers")  # entries of the server's state that no strategy may have
 
-Work = Callable[[Replica, FederatedData, State, Any], Update]  # the last is a Job, or a TestChunk
+Work = Callable[[Replica, FederatedData, State, Any], Update]  # the last argument is a Job or a TestChunk
 
 
 @dataclass(frozen=True)
 class Train:
-    """One round of training. Batch-norm statistics travel here, so that strategies need not mention them.
+    """One client's training in one round. It sends and stores batch-norm statistics, so that strategies need not.
 
-    A runtime whose clients may be away waits for them with `wait_for_absent`; otherwise they fail at once, unless
-    no other is left. `config` has the settings that this was made from, for a runtime that sends no objects.
+    With `wait_for_absent`, a runtime on several machines waits for clients that are not connected; otherwise these
+    fail at once, unless no other client is left. `config` holds the settings from which this object was made, for
+    a runtime that cannot send objects.
     """
 
     strategy: Strategy
@@ -47,11 +48,11 @@ class Train:
         local = ClientObjective(replica, data, job, home["buffers"], self.recipe, self.seed, self.time_limit)
         update = self.client_update(server, client, local)
         local.check_time()
-        check_sound(update, client)
+        check_update(update, client)
         return update
 
     def client_update(self, server: State, client: State, local: LocalObjective) -> Update:
-        """What the strategy computes, and the statistics."""
+        """The update of the strategy, with metrics and batch-norm statistics."""
         update = self.strategy.client_update(server, client, local)._replace(metrics=local.metrics)
         if self.strategy.buffers == "average":
             return update._replace(message=update.message | {"buffers": local.buffers})
@@ -61,27 +62,27 @@ class Train:
 
 
 def initial_server_state(strategy: Strategy, task: Task, home: torch.device | None = None) -> State:
-    """What the server has before the first round: the strategy's entries, and statistics; raises ConfigError."""
+    """The server's state before the first round: the strategy's entries and statistics. Raises ConfigError."""
     own = strategy.init_server(task.initial_model.to(home))
     if taken := [name for name in RESERVED if name in own]:
-        raise ConfigError(f"strategy: init_server made {taken[0]!r}, a name that fedsim keeps for itself")
+        raise ConfigError(f"strategy: init_server made {taken[0]!r}, which is a reserved name")
     return own | {"buffers": task.initial_buffers.to(home)}
 
 
 def download(strategy: Strategy, server: State) -> State:
-    """The entries of the server's state that clients are sent; not copies."""
+    """The entries of the server's state that clients download; not copies."""
     return {name: server[name] for name in (*strategy.broadcast, "buffers")}
 
 
 def initial_client_state(strategy: Strategy, task: Task) -> State:
-    """What a client has before it first takes part."""
+    """The state of a client before it takes part for the first time."""
     state = strategy.init_client(task.initial_model, task.layout)
     return state | {"buffers": task.initial_buffers} if strategy.buffers == "private" else state
 
 
 @contextmanager
 def states_are_only_read(server: State, client: State) -> Iterator[None]:
-    """Raise where the code inside writes to a state in place: RoundError for the server's, which clients share."""
+    """Raise if the code inside writes to a state in place: RoundError if it is the server's, which all share."""
     versions = [{name: value._version for name, value in state.items()} for state in (server, client)]
 
     def written(state: State, before: dict[str, int]) -> str | None:
@@ -97,21 +98,21 @@ def states_are_only_read(server: State, client: State) -> Iterator[None]:
 
 
 def check_message(update: Update) -> None:
-    """Raise TypeError where a message is not made of named tensors."""
-    if strange := [name for name in update.message if not isinstance(name, str)]:
-        raise TypeError(f"message {strange[0]!r} is no name")
-    if strange := [name for name, value in update.message.items() if not isinstance(value, Tensor)]:
-        raise TypeError(f"message {strange[0]!r} is no tensor")
+    """Raise TypeError unless the message consists of named tensors."""
+    if invalid := [name for name in update.message if not isinstance(name, str)]:
+        raise TypeError(f"message {invalid[0]!r} is not a string")
+    if invalid := [name for name, value in update.message.items() if not isinstance(value, Tensor)]:
+        raise TypeError(f"message {invalid[0]!r} is not a tensor")
 
 
-def check_sound(update: Update, before: State) -> None:
-    """Raise ArithmeticError where a client could not go on from what it keeps, or its loss is not finite."""
-    kept = update.client
-    if form_of(kept) != form_of(before):
-        raise ArithmeticError(f"keeps {described(form_of(kept))}, and had {described(form_of(before))}")
-    for name, value in kept.items():
+def check_update(update: Update, before: State) -> None:
+    """Raise ArithmeticError if the client's state has another form than `before`, or a number is not finite."""
+    state = update.client
+    if form_of(state) != form_of(before):
+        raise ArithmeticError(f"its state is {described(form_of(state))}, and was {described(form_of(before))}")
+    for name, value in state.items():
         if value.is_floating_point() and not isfinite(largest(value)):
-            raise ArithmeticError(f"keeps {name}, which is not finite")
+            raise ArithmeticError(f"its state has {name}, which is not finite")
     for name, value in update.metrics.items():
         if not isfinite(value):
             raise ArithmeticError(f"{name} is not finite")
@@ -119,7 +120,7 @@ def check_sound(update: Update, before: State) -> None:
 
 @dataclass(frozen=True)
 class EvaluateClient:
-    """The client's own model on its own examples: those held out, or where there are none, all of its own."""
+    """The client's own model on its held-out examples, or on its training examples if none are held out."""
 
     strategy: Strategy
     batch_size: int
@@ -154,7 +155,7 @@ class EvaluateGlobal:
 def _evaluate(
     replica: Replica, model: Tensor, buffers: Tensor, batches: Iterable[tuple[Tensor, Tensor]], train: bool
 ) -> Update:
-    """Sums over examples, in eval mode or in that of `train`; the message is empty."""
+    """Sums over examples, in eval mode, or with `train` in training mode; the message is empty."""
     replica.begin_client(buffers, seed=0)
     replica.load(model)
     loss, correct, examples = buffers.new_zeros(()), buffers.new_zeros(()), 0

@@ -1,4 +1,4 @@
-"""Who takes part in a round."""
+"""How the clients of a round are chosen."""
 
 from typing import Protocol
 
@@ -10,7 +10,7 @@ from fedsim.types import Count, Share
 
 
 class Cohort(Protocol):
-    """Ids of the clients of one round, ascending, drawn from a stream that is the round's own."""
+    """The ids of the clients of one round, ascending, drawn from the round's own stream."""
 
     def __call__(self, num_clients: int, stream: np.random.Generator, /) -> list[int]: ...
 
@@ -23,7 +23,7 @@ def uniform(
     fraction: Share | None = None,
     size: Count | None = None,
 ) -> list[int]:
-    """A random `fraction` C of all, m = max(round(C N), 1), or `size` clients; without replacement."""
+    """A random `fraction` C of all clients, m = max(round(C N), 1), or `size` clients; without replacement."""
     if (fraction is None) == (size is None):
         raise ConfigError("cohort: set either cohort.fraction or cohort.size")
     m = size or max(round((fraction or 0) * num_clients), 1)
@@ -38,9 +38,9 @@ def everyone(num_clients: int, stream: np.random.Generator, /) -> list[int]:
 
 
 def fixed(num_clients: int, stream: np.random.Generator, /, *, clients: list[int]) -> list[int]:
-    """The same `clients` in every round, by their ids from 0."""
+    """The same `clients` in every round; ids count from 0."""
     if not clients or len(set(clients)) < len(clients) or min(clients) < 0 or max(clients) >= num_clients:
-        raise ConfigError(f"cohort.clients: {clients} should be different ids from 0 to {num_clients - 1}")
+        raise ConfigError(f"cohort.clients: {clients} must be different ids from 0 to {num_clients - 1}")
     return sorted(clients)
 
 

@@ -1,4 +1,4 @@
-"""What becomes of each client's update: a sum that all runtimes make in the same way, and a report."""
+"""How all runtimes process an update: they add its message to a sum, and report on the client."""
 
 from time import perf_counter
 
@@ -12,23 +12,23 @@ from fedsim.types import Job, Report, Update
 
 
 class Fold:
-    """Adds up what clients send, one at a time, and forgets it; `partial` is the sum so far."""
+    """Adds up the messages of clients, one at a time, without keeping them; `partial` is the sum so far."""
 
     def __init__(self, aggregator: Aggregator):
         self.aggregator, self.partial = aggregator, aggregator.fold([])
 
     def add(self, job: Job, outcome: Update | BaseException, began: float) -> Report:
-        """The report on a client that `began` at that perf_counter; what failed adds nothing.
+        """The report on a client that `began` at this value of perf_counter; a failed client adds nothing.
 
-        Raises RoundError for what is no single client's doing.
+        Raises RoundError for an error that is not the fault of a single client.
         """
         if not isinstance(outcome, BaseException):
             try:
                 return self._added(job, outcome, began)
             except RoundError:
                 raise
-            except torch.OutOfMemoryError as error:  # which may leave sums that have a part of the message
-                where = f"round {job.round + 1}: out of memory where messages are added up"
+            except torch.OutOfMemoryError as error:  # the sums may now contain a part of the message
+                where = f"round {job.round + 1}: out of memory while adding up messages"
                 raise RoundError(f"{where}; lower runtime.workers") from error
             except Exception as error:
                 outcome = error
@@ -50,12 +50,12 @@ def failure(job: Job, error: BaseException, seconds: float) -> Report:
 
 
 def cause(error: BaseException) -> str:
-    """In a line, why a client failed; where an error is not fedsim's own, with the place in the code."""
+    """Why a client failed, in one line; for an error in a user's code with its file and line."""
     own = isinstance(error, ArithmeticError | TimeoutError | NodeError)
     return one_line(error) if own else located(error)
 
 
 def compact(value: Tensor) -> Tensor:
-    """The tensor on the host, without the rest of a tensor that it is a view of."""
+    """The tensor on the host; a view of a larger tensor becomes a copy."""
     value = value.cpu()
     return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value

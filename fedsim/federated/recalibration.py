@@ -1,11 +1,11 @@
-"""Batch-norm statistics that the server makes anew after each round, for the model that it has just made.
+"""Recalibration: after each round the server computes the batch-norm statistics of the new global model.
 
-Averages of what clients saw, each at a model of its own and on labels of its own, are not the statistics of the
-new global model. One forward pass over some examples gives those: Wu & Johnson, Rethinking "Batch" in BatchNorm,
-2021, section 3, https://arxiv.org/abs/2105.07576. HeteroFL does it once, after training, by asking one client
-after the other: Diao et al., ICLR 2021, https://arxiv.org/abs/2010.01264.
+Each client computes its statistics with its own model and its own labels, so their average is not the statistics
+of the new global model. These come from one forward pass over some examples: Wu & Johnson, Rethinking "Batch" in
+BatchNorm, 2021, section 3, https://arxiv.org/abs/2105.07576. HeteroFL does the same once, after training, on one
+client after the other: Diao et al., ICLR 2021, https://arxiv.org/abs/2010.01264.
 
-Differs: after every round; and of a batch's variances the unbiased one is taken, as torch's batch norm does.
+Differs: after every round, and with the unbiased variance of each batch, as in torch's batch norm.
 """
 
 from collections.abc import Iterator
@@ -30,11 +30,11 @@ Few = Annotated[int, Ge(2)]  # one example has no variance
 
 @dataclass(frozen=True, kw_only=True)
 class Recalibrate:
-    """Which examples `strategy.buffers: recalibrated` makes batch-norm statistics of, after each round.
+    """The examples from which `strategy.buffers: recalibrated` computes batch-norm statistics after each round.
 
-    Up to `examples` of them, drawn anew each round, in batches of `batch_size`; a smaller rest is left out, for it
-    would count as much as a whole batch. Source `public` are the examples that the server has, `data.public`;
-    `clients` are all clients' training examples, which a simulation can look at and a real server cannot.
+    Up to `examples` of them are drawn anew in each round, in batches of `batch_size`. A smaller last batch is left
+    out, because it would have the weight of a full one. The source `public` is the server's own examples,
+    `data.public`; `clients` is the training examples of all clients, which only a simulation can access.
     """
 
     examples: Few = 1000
@@ -44,10 +44,10 @@ class Recalibrate:
 
 @dataclass(frozen=True)
 class Recalibration:
-    """A work of one job, in fp32: its message is `buffers` (Q,), the statistics of the global model.
+    """A work for one job, in fp32: its message is `buffers` (Q,), the statistics of the global model.
 
-    They are the means, over batches, of each batch's mean and of its unbiased variance, n / (n - 1) times that of
-    its n values: torch's cumulative average, `momentum=None`. Dropout draws as in training.
+    They are averages over batches of the mean and the unbiased variance of each batch, which is torch's cumulative
+    average, `momentum=None`. Dropout is active, as in training.
     """
 
     settings: Recalibrate
@@ -55,46 +55,48 @@ class Recalibration:
 
     def __call__(self, replica: Replica, data: FederatedData, server: State, job: Job) -> Update:
         stream = random(self.seed, Stream.RECALIBRATE, job.round)
-        rows, most = self._rows(data, stream), self.settings.batch_size
-        whole = len(rows) - len(rows) % min(most, len(rows))
+        rows, batch_size = self._rows(data, stream), self.settings.batch_size
+        whole = len(rows) - len(rows) % min(batch_size, len(rows))
         replica.begin_client(server["buffers"], int(stream.integers(2**63)))
         replica.load(server["model"])
         with torch.no_grad(), _cumulative(replica.network):
-            for part in torch.split(rows[:whole], most):
+            for part in torch.split(rows[:whole], batch_size):
                 replica.forward(data.batch(part)[0], train=True)
         return Update({"buffers": replica.buffers.clone()}, 1.0)
 
     def _rows(self, data: FederatedData, stream: np.random.Generator) -> Tensor:
-        most = self.settings.examples
+        examples = self.settings.examples
         if self.settings.source == "clients":
-            return torch.from_numpy(data.sample(most, stream))
-        return torch.from_numpy(stream.permutation(data.public)[:most])
+            return torch.from_numpy(data.sample(examples, stream))
+        return torch.from_numpy(stream.permutation(data.public)[:examples])
 
 
 def check_recalibration(settings: Recalibrate | None, buffers: str, task: Task, data: FederatedData) -> None:
-    """Raise ConfigError where `strategy.buffers` and `recalibrate` do not go together, with network or data."""
+    """Raise ConfigError if `strategy.buffers` and `recalibrate` contradict each other, the network or the data."""
     if settings is None:
         if buffers == "recalibrated":
             raise ConfigError("strategy.buffers: recalibrated needs settings, such as recalibrate.source=public")
         return
     if buffers != "recalibrated":
-        raise ConfigError(f"recalibrate: belongs to strategy.buffers recalibrated, and that is {buffers}")
+        raise ConfigError(f"recalibrate: belongs to strategy.buffers=recalibrated, and that is {buffers}")
     if not len(task.initial_buffers):
         raise ConfigError("strategy.buffers: recalibrated needs batch-norm statistics; the network has none")
     norms = _batch_norms(task.network)
     for name in task.buffer_layout.shapes:
         if name.rpartition(".")[0] not in norms:
-            raise ConfigError(f"strategy.buffers: recalibrated knows batch norm, and {name} is not of one")
+            raise ConfigError(
+                f"strategy.buffers: recalibrated supports only batch norm, and {name} belongs to another layer"
+            )
     if settings.source == "public" and len(data.public) < 2:
         raise ConfigError(
             f"recalibrate.source: public, and the server has {len(data.public)} examples of its own; "
-            "raise data.public, or let the source be clients"
+            "raise data.public, or set recalibrate.source=clients"
         )
 
 
 @contextmanager
 def _cumulative(network: nn.Module) -> Iterator[None]:
-    """Statistics that start anew, and count each batch as much as those before it."""
+    """Batch norm resets its statistics, and averages all batches with equal weights."""
     norms = _batch_norms(network).values()
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -108,7 +110,7 @@ def _cumulative(network: nn.Module) -> Iterator[None]:
 
 
 def _batch_norms(network: nn.Module) -> dict[str, Any]:
-    """Those that keep statistics, by name."""
+    """The batch-norm layers with running statistics, by name."""
     return {
         name: module
         for name, module in network.named_modules()

@@ -1,4 +1,4 @@
-"""Where clients run, as the simulation sees it."""
+"""The interface between the simulation and the runtimes, which run clients."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -26,58 +26,58 @@ class Call(NamedTuple):
 
 
 class Runtime(ABC):
-    """Runs clients one at a time or side by side; what they compute does not depend on it.
+    """Runs clients, one at a time or in parallel; their results do not depend on the runtime.
 
-    A runtime computes and reports, and decides nothing: a client that fails is reported with its error.
+    A runtime computes and reports. If a client fails it reports the error; the simulation decides what follows.
     """
 
-    elsewhere: ClassVar[bool] = False  # whether clients hold their data, and keep their states, on other machines
-    batches_runs: ClassVar[bool] = False  # whether `run_many` trains the clients of several runs as one batch
+    elsewhere: ClassVar[bool] = False  # whether data and states of clients stay on other machines
+    batches_runs: ClassVar[bool] = False  # whether `run_many` trains clients of several runs in one batch
 
-    home: torch.device  # of the server's state
-    exact: bool = True  # whether results equal serial's to the bit, and not only to rounding
+    home: torch.device  # where the server's state is
+    exact: bool = True  # whether results equal those of serial to the bit, not only up to rounding
 
     @property
     def workers(self) -> int:
-        """How many clients run side by side."""
+        """How many clients run in parallel."""
         return 1
 
     def check(self, work: Train) -> None:
-        """Raise ConfigError, naming the setting, where the runtime cannot train like that."""
+        """Raise ConfigError, with the name of the setting, if the runtime cannot do this training."""
         check_precision(work.recipe.precision, self.home)
 
     @abstractmethod
     def run(self, work: Work, server: State, jobs: Iterable[Job], aggregator: Aggregator) -> Results:
-        """Yield, as clients finish and in any order, partial sums to merge and a report on each client.
+        """Yield partial sums to merge, and a report on each client, as clients finish, in any order.
 
-        Raises RoundError for what is no single client's doing.
+        Raises RoundError for an error that is not the fault of a single client.
         """
 
     @abstractmethod
     def map(
         self, work: Work, server: State, items: Iterable[Item]
     ) -> Iterator[tuple[Item, Update | BaseException]]:
-        """What `work` gives for each item, or the error it ended with; in any order, and nothing is added up."""
+        """The result of `work` for each item, or the error it raised; in any order. Nothing is added up."""
 
     def run_many(self, calls: Sequence[Call]) -> list[list[tuple[Partial, list[Report]]]]:
-        """What `run` yields for each call."""
+        """The list of what `run` yields, for each call."""
         return [list(self.run(*call)) for call in calls]
 
-    def close(self) -> None:  # noqa: B027 - most have none
-        """End the processes that the runtime has started; its next run starts others."""
+    def close(self) -> None:  # noqa: B027 - most runtimes start no processes
+        """End the processes that the runtime has started; the next run starts new ones."""
 
     @property
     def choice(self) -> Spec | None:
-        """What a checkpoint has to know to go on in the same way, once it is known."""
+        """The runtime that was chosen, for checkpoints; None if there is nothing to choose, or no choice yet."""
         return None
 
     def restore_choice(self, choice: Spec, work: Train) -> bool:
-        """Whether the runtime goes on as `choice` of a checkpoint says; raises ConfigError where it cannot."""
+        """Use the `choice` of a checkpoint; returns whether it is used. Raises ConfigError if it cannot be."""
         return False
 
     def placeholder_state(self, initial: State) -> State:
-        """What the server keeps for a client that has not taken part: its `initial` state, if it keeps states."""
+        """The state of a client that has not taken part: `initial`, or a placeholder if clients keep states."""
         return initial
 
-    def checkpointed_rounds(self, rounds: list[int]) -> None:  # noqa: B027 - most need not
-        """Know after which rounds there are checkpoints, to which the run may go back."""
+    def checkpointed_rounds(self, rounds: list[int]) -> None:  # noqa: B027 - most runtimes need no action
+        """Called with the rounds of all checkpoints, to which the run may go back."""

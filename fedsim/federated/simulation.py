@@ -1,4 +1,4 @@
-"""The round: sample, train, aggregate, update. `Simulation` is the one object that changes from round to round."""
+"""The round loop: sample a cohort, train, aggregate, update. Only `Simulation` changes from round to round."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
@@ -54,10 +54,11 @@ from fedsim.types import (
 
 @dataclass(frozen=True, kw_only=True)
 class Failures:
-    """What a failing client does: `raise` stops the run, `drop` goes on while `min_clients` answered.
+    """What happens if a client fails: `raise` stops the run, `drop` continues without it.
 
-    A client fails that raises an exception, sends or keeps what is not finite or of another form than most, or is
-    over its `time_limit`, in seconds; it is asked before each of its batches, and at its end.
+    With `drop`, a round needs answers from `min_clients` clients. A client fails if it raises an exception, if its
+    message or state is not finite or has other tensors than those of most clients, or if it takes longer than
+    `time_limit` seconds, which is checked before each batch and at the end.
     """
 
     policy: Literal["raise", "drop"] = "raise"
@@ -66,18 +67,18 @@ class Failures:
 
 
 class Round(NamedTuple):
-    """What is known of a round when it is over."""
+    """The result of a round."""
 
     round: int  # from 1
     cohort: list[int]
-    train_loss: float | None  # mean over all mini-batch gradients that clients took, of what they minimised
+    train_loss: float | None  # mean of the minimised loss over all mini-batches of all clients
     fingerprint: str  # SHA-256 of the global model's bytes
     seconds: float
     steps: int  # of all clients
     bytes_up: int
     bytes_down: int
-    failed: dict[str, str]  # why, by client
-    absent: dict[str, str]  # the same for those that availability kept away
+    failed: dict[str, str]  # the reason, by client
+    absent: dict[str, str]  # the reason, by client, for those that `availability` removed
     clock: float  # virtual seconds since the start of the first round; 0 without availability
 
 
@@ -92,14 +93,15 @@ class Evaluation(NamedTuple):
 
 
 class Simulation:
-    """A federation between two rounds: `server`, `clients`, `number` and `clock` are all that changes.
+    """The state of a federation between two rounds: only `server`, `clients`, `number` and `clock` change.
 
-    `server` is the strategy's state, the batch-norm statistics and by `ema` a running mean of them and the model:
-    after each update ema = d ema + (1 - d) model, at first the initial one (Tarvainen & Valpola 2017,
-    https://arxiv.org/abs/1703.01780); no client trains from it. `clients` is what each client keeps that has taken
-    part; `number` the next round's, from 0; `clock` the virtual seconds so far. Nothing else is needed to go on,
-    since randomness has a key: (seed, use, round, client). `last` is the last round's result, and `pace` what
-    clients took, by which a runtime with several workers is handed the longest first.
+    `server` is the strategy's state, the batch-norm statistics and, with `ema`, a running mean of both model and
+    statistics: it starts at the initial ones, and after each update ema = d ema + (1 - d) model (Tarvainen &
+    Valpola 2017, https://arxiv.org/abs/1703.01780). Clients do not train from it. `clients` are the states of all
+    clients that have taken part; `number` is the number of the next round, from 0; `clock` counts virtual seconds.
+    Nothing else is needed to continue, since random numbers depend on a key: (seed, use, round, client). `last` is
+    the result of the last round. `pace` remembers the times of clients, so that several workers start with the
+    slowest.
     """
 
     def __init__(
@@ -124,7 +126,9 @@ class Simulation:
         strategy.check(recipe, task.layout)
         if availability:
             if data.clients_are_remote:
-                raise ConfigError("availability: is simulated, and real machines have their own; leave it out")
+                raise ConfigError(
+                    "availability: is only simulated, and these clients run on real machines; leave it out"
+                )
             availability.check(data.num_clients)
         check_recalibration(recalibrate, strategy.buffers, task, data)
         self.strategy, self.task, self.data, self.runtime, self.cohort = strategy, task, data, runtime, cohort
@@ -141,7 +145,7 @@ class Simulation:
         self.pace = Pace()
         self.number, self.clock = 0, 0.0
         self.last: Round | None = None
-        cohort_size = len(self.sample())  # which refuses a cohort that cannot be drawn
+        cohort_size = len(self.sample())  # raises ConfigError if no cohort can be drawn
         if failures.min_clients > cohort_size:
             raise ConfigError(
                 f"failures.min_clients: {failures.min_clients}, and a cohort has {cohort_size} clients"
@@ -149,7 +153,7 @@ class Simulation:
 
     @property
     def work(self) -> Train:
-        """What each client of a cohort does."""
+        """The training of each client of a cohort."""
         wait = self.failures.policy == "raise"
         return Train(self.strategy, self.recipe, self.seed, self.failures.time_limit, wait, self.config)
 
@@ -158,7 +162,7 @@ class Simulation:
         cohort = self.cohort(self.data.num_clients, random(self.seed, Stream.COHORT, self.number))
         last = self.data.num_clients - 1
         if not (isinstance(cohort, list) and cohort and min(cohort) >= 0 and max(cohort) <= last):
-            raise ConfigError(f"cohort: gave {cohort!r}; it should give a list of ids from 0 to {last}")
+            raise ConfigError(f"cohort: gave {cohort!r}; it must return a list of ids from 0 to {last}")
         if len(set(cohort)) < len(cohort):
             raise ConfigError(f"cohort: gave {cohort!r}, in which an id occurs twice")
         return cohort
@@ -168,9 +172,9 @@ class Simulation:
         after_client: Callable[[Report], None] = lambda report: None,
         before_client: Callable[[int], None] = lambda client: None,
     ) -> Round:
-        """Run one round, and call `before_client` and `after_client` as clients start and finish.
+        """Run one round, and call `before_client` and `after_client` when a client starts or finishes.
 
-        Raises ClientError or RoundError; the simulation is then as it was before.
+        Raises ClientError or RoundError; the simulation is then unchanged.
         """
         start, goal = perf_counter(), self.sample()
         selected, attempt = self._attempt(goal)
@@ -205,16 +209,16 @@ class Simulation:
 
     @property
     def ema(self) -> State | None:
-        """The running mean of the global model and its statistics, `model` (P,) and `buffers` (Q,), if kept."""
+        """The running mean of the global model: `model` (P,) and `buffers` (Q,); None without the option `ema`."""
         if self.decay is None:
             return None
         return {name: self.server[f"ema.{name}"] for name in ("model", "buffers")}
 
     def evaluate(self, batch_size: int = 500, server: State | None = None, *, train: bool = False) -> Evaluation:
-        """The global model on the whole test set, in eval mode; the same numbers in every runtime.
+        """Evaluate the global model on the whole test set, in eval mode; all runtimes give the same numbers.
 
-        Or another `model` (P,) with its `buffers` (Q,), such as those of `ema`. In `train` mode batch norm has the
-        statistics of each batch, and dropout drops.
+        `server` may be another `model` (P,) with its `buffers` (Q,), such as `ema`. With `train`, batch norm uses
+        the statistics of each batch, and dropout is active.
         """
         server, total = self.server if server is None else server, self.data.num_test
         chunks = [TestChunk(first, min(first + batch_size, total)) for first in range(0, total, batch_size)]
@@ -229,10 +233,10 @@ class Simulation:
     def evaluate_clients(
         self, clients: Iterable[int] | None = None, batch_size: int = 500, *, train: bool = False
     ) -> dict[int, Evaluation]:
-        """Each client's own model on its own examples, by client; all of them unless some are named.
+        """Evaluate the own model of each client, or of the given `clients`, on its own examples; by client.
 
-        On what it holds out, or where it holds out nothing, on what it trains on. With failures.policy=drop those
-        that fail are left out.
+        These are its held-out examples, or its training examples if none are held out. With failures.policy=drop,
+        clients that fail are left out.
         """
         ids = range(self.data.num_clients) if clients is None else clients
         drop = self.failures.policy == "drop"
@@ -246,7 +250,7 @@ class Simulation:
         return {client: _mean(sums[client]) for client in ids if client in sums}
 
     def digest(self) -> str:
-        """SHA-256 of what a run depends on besides settings and state: the data, and constants of networks."""
+        """SHA-256 of the data and the networks' constants, on which a run depends besides settings and state."""
         constants = self.task.constants()
         if not constants:
             return self.data.digest()
@@ -259,11 +263,11 @@ class Simulation:
         return _fingerprint(self.server)
 
     def _download(self) -> State:
-        """What clients are sent: copies."""
+        """The entries of the server's state that clients download, as copies."""
         return {name: value.clone() for name, value in download(self.strategy, self.server).items()}
 
     def _attempt(self, cohort: list[int]) -> tuple[list[int], Attempt]:
-        """The selected clients, and what becomes of them."""
+        """The selected clients, and which of them report."""
         if not self.availability:
             return cohort, Attempt(cohort, {}, 0.0)
         about = self.seed, self.number
@@ -284,9 +288,9 @@ class Simulation:
         after_client: Callable[[Report], None],
         before_client: Callable[[int], None],
     ) -> tuple[State, list[Report], dict[int, str]]:
-        """The new server's state, the reports by client, and who failed; what clients keep is staged."""
+        """The new server's state, the reports, and the failed clients; clients' new states are staged."""
         total, reports = self.aggregator.fold([]), list[Report]()
-        # Where results are equal to rounding only, that may depend on the order, and that on no clock.
+        # Results that are equal only up to rounding may depend on the order, so this must not depend on time.
         by_pace = self.runtime.workers > 1 and self.runtime.exact
         steps = self._steps(cohort) if by_pace else {}
         order = self.pace.order(steps) if by_pace else cohort
@@ -300,7 +304,7 @@ class Simulation:
             for partial, finished in running:
                 total = self.aggregator.merge(total, partial)
                 for report in finished:
-                    self._judge(report)
+                    self._raise_if_failed(report)
                     if report.client:
                         self.clients.stage(report.client_id, report.client)
                     if report.error is None and by_pace:
@@ -317,12 +321,12 @@ class Simulation:
             self.clients.discard(client)
         failed = dict(sorted((failed | mismatched).items()))
         answered = [client for client in cohort if client not in failed]
-        self._check_floor(answered, failed)
+        self._check_min_clients(answered, failed)
         server = self._server_update(self.aggregator.result(total), answered)
         return self._with_ema_and_recalibration(server), reports, failed
 
-    def _judge(self, report: Report) -> None:
-        """Raise ClientError where a client failed and `failures.policy` is `raise`."""
+    def _raise_if_failed(self, report: Report) -> None:
+        """Raise ClientError if a client failed and `failures.policy` is `raise`."""
         if report.error is not None and self.failures.policy == "raise":
             error = self._client_error(self.number, report.client_id, report.error, report.exception)
             raise error from report.exception
@@ -333,7 +337,7 @@ class Simulation:
         return ClientError(f"round {number + 1}, client {client}: {why}{advice}")
 
     def _steps(self, clients: list[int]) -> dict[int, int]:
-        """K_k of each."""
+        """K_k, the number of steps of each client."""
         sizes = self.data.sizes[clients].tolist()
         return {k: self.recipe.num_steps(n) for k, n in zip(clients, sizes, strict=True)}
 
@@ -344,7 +348,7 @@ class Simulation:
         cohort_examples = int(sizes[answered].sum())
         info = RoundInfo(self.number, answered, self.data.num_clients, noise, cohort_examples, total_examples)
         own = {name: value for name, value in self.server.items() if name not in RESERVED}
-        copy = {name: value.clone() for name, value in own.items()}  # of which it may do what it likes
+        copy = {name: value.clone() for name, value in own.items()}  # which the strategy may write to
         try:
             update = self.strategy.server_update(copy, mean, info)
         except (ConfigError, RoundError):
@@ -355,7 +359,7 @@ class Simulation:
         return self.server | update | buffers
 
     def _with_ema_and_recalibration(self, server: State) -> State:
-        """The server's state with statistics made anew and the running mean moved, where they are wanted."""
+        """The server's state with recalibrated statistics and an updated running mean, if these are on."""
         if self.recalibrate:
             server = server | self._recalibrated(server, self.recalibrate)
         if mean := self.ema:
@@ -375,17 +379,17 @@ class Simulation:
         return Job(client, number, self.clients.get(client, self.initial_client))
 
     def _check_update(self, update: State, own: State) -> None:
-        """Raise where server_update did not do what its name says."""
-        if strange := [name for name in update if name not in own]:
+        """Raise RoundError if server_update gave unknown entries, another form, or a model that is not finite."""
+        if unknown := [name for name in update if name not in own]:
             made = ", ".join(own)
-            raise RoundError(f"server_update gave {strange[0]!r}, which init_server did not make; it made {made}")
+            raise RoundError(f"server_update gave {unknown[0]!r}, which init_server did not make; it made {made}")
         if form_of(update) != form_of({name: own[name] for name in update}):
             made = described(form_of({name: own[name] for name in update}))
             raise RoundError(f"server_update gave {described(form_of(update))}, and init_server made {made}")
         if "model" in update and not isfinite(largest(update["model"])):
             raise RoundError(f"round {self.number + 1}: server_update gave a model that is not finite")
 
-    def _check_floor(self, answered: list[int], failed: dict[int, str]) -> None:
+    def _check_min_clients(self, answered: list[int], failed: dict[int, str]) -> None:
         if len(answered) < self.failures.min_clients:
             causes = "; ".join(f"client {k}: {cause}" for k, cause in list(failed.items())[:3])
             raise RoundError(
@@ -406,6 +410,6 @@ def _mean(sums: dict[str, float]) -> Evaluation:
 
 
 def _sums(metrics: Iterable[Metrics]) -> Metrics:
-    """Exact sums, so that neither order nor number of workers shows."""
+    """Exact sums, which depend neither on the order nor on the number of workers."""
     metrics = list(metrics)
     return {name: fsum(m[name] for m in metrics if name in m) for name in {name for m in metrics for name in m}}

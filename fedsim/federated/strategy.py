@@ -1,4 +1,4 @@
-"""A federated algorithm: pure functions of states, and the hyper-parameters they share."""
+"""The base class of federated algorithms: hyper-parameters, and pure functions of states."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -16,45 +16,45 @@ Buffers = Literal["average", "private", "frozen", "recalibrated"]
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy(ABC):
-    """Both halves of an algorithm, written for one client. Fields are hyper-parameters; all else is in states.
+    """An algorithm: its part at one client and its part at the server. Its fields are hyper-parameters only.
 
-    `broadcast` names the server's entries that clients download. `buffers` says what becomes of batch-norm
-    statistics: the weighted `average` of the cohort's, `private` to each client, `frozen` at the initial ones,
-    or `recalibrated`, made anew by the server for each new model. They travel apart from the model, and no method
-    here meets them.
+    `broadcast` names the entries of the server's state that clients download. `buffers` says how batch-norm
+    statistics are handled: the weighted `average` of the cohort, `private` to each client, `frozen` at their
+    initial values, or `recalibrated` by the server for each new model. They are separate from the model, and the
+    methods of a strategy do not handle them.
     """
 
     buffers: Buffers = "average"
 
     broadcast: ClassVar[tuple[str, ...]] = ("model",)
 
-    def check(self, recipe: Recipe, layout: Layout) -> None:  # noqa: B027 - most have nothing to refuse
-        """Raise ConfigError, naming the setting, where recipe or network break the algorithm's derivation."""
+    def check(self, recipe: Recipe, layout: Layout) -> None:  # noqa: B027 - most strategies accept all settings
+        """Raise ConfigError, with the setting's name, if recipe or network violate the algorithm's assumptions."""
 
     def init_server(self, model: Tensor) -> State:
-        """What the server holds before the first round; `model` is (P,)."""
+        """The server's state before the first round; `model` is (P,)."""
         return {"model": model}
 
     def init_client(self, model: Tensor, layout: Layout) -> State:
-        """What a client holds before it first takes part; the same names as every `Update.client`."""
+        """A client's state before it first takes part; each `Update.client` must have the same form."""
         return {}
 
     @abstractmethod
     def client_update(self, server: State, client: State, local: LocalObjective) -> Update:
-        """One client, one round. No branch on a tensor's value; states are read, never written."""
+        """One client in one round. It must not branch on the value of a tensor, nor write to a state in place."""
 
     @abstractmethod
     def server_update(self, server: State, mean: State, info: RoundInfo) -> State:
-        """The server's entries that change, given the weighted mean of the messages, entry by entry."""
+        """The entries of the server's state that change; `mean` is the weighted mean of the messages."""
 
     def client_model(self, server: State, client: State, layout: Layout) -> Tensor:
-        """(P,) the model a client uses for itself; personalised strategies override it."""
+        """(P,) the model that a client uses for its own examples; personalised strategies override it."""
         return server["model"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wrapper(Strategy):
-    """Changes what another strategy sends or receives, and passes on the rest."""
+    """A strategy around an inner one: passes all calls on to it; subclasses override some of them."""
 
     inner: Strategy
 
@@ -62,7 +62,7 @@ class Wrapper(Strategy):
 
     @property
     def broadcast(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Those of the inner strategy."""
+        """The `broadcast` of the inner strategy."""
         return self.inner.broadcast
 
     def check(self, recipe: Recipe, layout: Layout) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from fedsim.data import FederatedData
 from fedsim.errors import NodeError
-from fedsim.federated.aggregate import LARGEST, Aggregator, largest
+from fedsim.federated.aggregate import MAX_MAGNITUDE, Aggregator, largest
 from fedsim.federated.client import EvaluateClient, Train
 from fedsim.federated.fold import Fold
 from fedsim.federated.runtime import Results
@@ -211,7 +211,7 @@ class Dispatch:
         if strange := [name for name, value in sums.items() if not -MAX_METRIC <= value <= MAX_METRIC]:
             raise ValueError(f"has {strange[0]}, which is not finite")
         for name, value in message.items():  # so that no node spoils the sum of all
-            if value.is_floating_point() and abs(answer.weight) * largest(value) > LARGEST / self.cohort:
+            if value.is_floating_point() and abs(answer.weight) * largest(value) > MAX_MAGNITUDE / self.cohort:
                 raise ValueError(f"has {name}, which is too large")
         if (sums or not trained) and (sums.keys() != SUMS[type(self.work)] or sums["examples"] < 1):
             raise ValueError("has other metrics than its work gives")  # none where nothing was minimised

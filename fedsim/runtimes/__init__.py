@@ -1,4 +1,4 @@
-"""Where clients run: each runtime is a `fedsim.federated.runtime.Runtime`."""
+"""Runtimes, which run clients; each is a `fedsim.federated.runtime.Runtime`."""
 
 from fedsim.base.catalogue import Catalogue, Spec
 from fedsim.errors import ConfigError

@@ -1,4 +1,4 @@
-"""Streams of workers on GPUs, and results that repeat there."""
+"""CUDA streams of workers, and reproducible results on GPUs."""
 
 import os
 from collections.abc import Iterator
@@ -8,19 +8,19 @@ import torch
 
 
 def new_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """A worker's, on a GPU, which from then on repeats its results."""
+    """A stream for a worker on a GPU, whose results are reproducible from then on; None on a CPU."""
     if device.type != "cuda":
         return None
-    repeat_on_gpus()
+    make_gpus_deterministic()
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 @contextmanager
 def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """What is computed inside waits for the default stream, which has the broadcast, and is done at the end.
+    """Run the code inside on `stream`: after the default stream, which holds the broadcast, and until it is done.
 
-    After an error too, which frees memory that another stream may be given. Backward passes are in the calling
-    thread, and not in one that all of a GPU's workers share. Not yet seen to run on a GPU.
+    It waits for the end after an error, too, because memory that is freed may go to another stream. Backward
+    passes run in the calling thread, not in the thread that all workers of a GPU share. Not yet tested on a GPU.
     """
     if stream is None:
         yield
@@ -33,10 +33,10 @@ def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
             stream.synchronize()
 
 
-def repeat_on_gpus() -> None:
-    """Have CUDA's libraries choose kernels that give the same bits each time; torch warns where there is none."""
+def make_gpus_deterministic() -> None:
+    """Make CUDA's libraries use deterministic kernels; torch warns if an operation has none."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # Which that turns on, at the price of a kernel an allocation.
+    # The line above turns this on, which costs one kernel for each allocation.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

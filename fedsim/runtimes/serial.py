@@ -1,4 +1,4 @@
-"""Clients one after the other, in the calling thread: for debugging, and as the reference."""
+"""Clients one after the other, in the calling thread: for debugging, and as the reference for other runtimes."""
 
 from collections.abc import Iterable, Iterator
 from time import perf_counter
@@ -15,9 +15,9 @@ from fedsim.types import Job, State, Update
 
 
 class Serial(Runtime):
-    """One client at a time, in the calling thread: a debugger and a traceback lead to the client.
+    """One client at a time, in the calling thread, so that debuggers and tracebacks show the client's code.
 
-    With `graphs`, training steps on a GPU are captured as CUDA graphs where they can be.
+    With `graphs`, training steps on a GPU are captured as CUDA graphs, if the recipe allows it.
     """
 
     def __init__(self, task: Task, data: FederatedData, /, *, graphs: bool = True, device: str = "auto"):

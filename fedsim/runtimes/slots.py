@@ -1,4 +1,4 @@
-"""How many clients run at once, where that changes while they run."""
+"""A number of slots for clients that run at once; the number may change while they run."""
 
 import threading
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 
 class Slots:
-    """A number of slots, counted from 0; a thread that finds none free waits for one."""
+    """Slots, numbered from 0; a thread waits until one is free."""
 
     def __init__(self, number: int):
         self.number = number
@@ -15,7 +15,7 @@ class Slots:
 
     @contextmanager
     def take(self) -> Iterator[tuple[int, int]]:
-        """The lowest free slot, and how many slots there were when it was taken."""
+        """Take the lowest free slot; gives its number, and the number of slots at that time."""
         with self._change:
             self._change.wait_for(lambda: len(self._taken) < self.number)
             slot, number = min({*range(self.number)} - self._taken), self.number
@@ -28,7 +28,7 @@ class Slots:
                 self._change.notify_all()
 
     def change(self, before: int, after: int) -> bool:
-        """Have `after` slots, if there are `before`; returns whether there were. Slots in use stay until free."""
+        """Change from `before` to `after` slots; returns False if there are not `before`. Slots in use stay."""
         with self._change:
             if self.number != before:
                 return False

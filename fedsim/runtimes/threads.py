@@ -1,7 +1,7 @@
-"""Clients side by side in threads: one network a worker, shared data, no processes.
+"""Clients in parallel in threads: one network for each worker, shared data, no processes.
 
-PyTorch computes without the interpreter's lock, so threads keep all cores, or one GPU, busy; processes could not
-share the data, nor several of them a GPU without switching context.
+PyTorch releases the interpreter's lock while it computes, so threads can use all cores or a whole GPU. Processes
+could not share the data, and several processes on a GPU would have to switch contexts.
 """
 
 import threading
@@ -33,19 +33,19 @@ from fedsim.types import Count, Job, Report, State, Update
 Result = TypeVar("Result")
 Outcome = Update | BaseException
 
-MAX_WORKERS_PER_GPU = 8  # one stream each, and all in one interpreter
-USED = 0.9  # of a GPU's free memory
-SUMS = 40  # bytes that adding messages up takes for each byte of one: exact sums, and what waits to be added
+MAX_WORKERS_PER_GPU = 8  # one stream each; all share one interpreter
+GPU_MEMORY_FRACTION = 0.9  # of the free memory that workers may use
+SUM_BYTES_PER_BYTE = 40  # for exact sums, and for messages that are not added yet
 
 
 class Threads(Runtime):
-    """Several clients at once in a pool of threads; several GPUs take turns.
+    """Several clients in parallel in a pool of threads; workers are spread over all GPUs.
 
-    Each worker has a network of its own, on the CPU one intra-op thread, on a GPU one stream. `auto` is a worker
-    a core; on GPUs the first client trains alone, and `auto` is then as many as fit by the memory that it took, up
-    to 8 each. Where clients run out of memory all the same, there are half as many workers from then on, and they
-    run again. Workers merge what their clients send, so that memory does not grow with the cohort. With `graphs`,
-    training steps on a GPU are captured as CUDA graphs where they can be.
+    Each worker has its own network, and one intra-op thread on a CPU, or one stream on a GPU. `workers: auto` is
+    one worker for each core. On GPUs, `auto` first trains one client alone, and then uses as many workers as fit
+    in memory, up to 8 for each GPU. If clients still run out of memory, the number of workers is halved, and these
+    clients run again. Workers add up the messages of their clients, so memory does not grow with the cohort. With
+    `graphs`, training steps on a GPU are captured as CUDA graphs, if the recipe allows it.
     """
 
     def __init__(
@@ -64,21 +64,21 @@ class Threads(Runtime):
         self.data = {device: data.to(device) for device in self.devices}
         on_gpu = self.home.type == "cuda"
         if workers == "auto":
-            most = min(cores(), MAX_WORKERS_PER_GPU) * len(self.devices) if on_gpu else cores()
+            max_workers = min(cores(), MAX_WORKERS_PER_GPU) * len(self.devices) if on_gpu else cores()
         else:
-            most = workers
-        self.measures = workers == "auto" and on_gpu  # until the first client has trained
-        if self.measures:
+            max_workers = workers
+        self.measuring = workers == "auto" and on_gpu  # until the first client has trained
+        if self.measuring:
             torch.cuda.reset_peak_memory_stats(self.home)
-        self.reserved = torch.cuda.memory_reserved(self.home) if self.measures else 0
-        self.slots, self.most = Slots(1 if self.measures else most), most
+        self.reserved_before = torch.cuda.memory_reserved(self.home) if self.measuring else 0
+        self.slots, self.max_workers = Slots(1 if self.measuring else max_workers), max_workers
         self.networks: dict[int, Worker] = {}  # by slot
-        self.pool = ThreadPoolExecutor(most, "client")
-        self.first: AbstractContextManager[object] = threading.Lock()
+        self.pool = ThreadPoolExecutor(max_workers, "client")
+        self.first_client: AbstractContextManager[object] = threading.Lock()
 
     @property
     def workers(self) -> int:
-        """How many clients run side by side from now on."""
+        """How many clients run in parallel from now on."""
         return self.slots.number
 
     def run(self, work: Work, server: State, jobs: Iterable[Job], aggregator: Aggregator) -> Results:
@@ -88,8 +88,8 @@ class Threads(Runtime):
             if slot not in folds:
                 folds[slot] = Fold(aggregator)
             report = folds[slot].add(job, outcome, began)
-            if self.measures and isinstance(work, Train) and report.error is None:
-                self._fill(report.bytes_up)
+            if self.measuring and isinstance(work, Train) and report.error is None:
+                self._set_workers_by_memory(report.bytes_up)
             return report
 
         with closing(self._each(work, server, jobs, fold)) as finished:
@@ -106,9 +106,9 @@ class Threads(Runtime):
         work: Work,
         server: State,
         items: Iterable[Item],
-        then: Callable[[int, Item, Outcome, float], Result],
+        finish: Callable[[int, Item, Outcome, float], Result],
     ) -> Generator[Result, None, None]:
-        """What `then` makes, in the slot's thread, of slot, item, outcome and the perf_counter when it began."""
+        """The results of `finish(slot, item, outcome, began)`, called in the thread of the slot."""
         on_device = {device: {n: t.to(device) for n, t in server.items()} for device in self.devices}
         stopped = threading.Event()
 
@@ -120,16 +120,15 @@ class Threads(Runtime):
                     if stopped.is_set():
                         raise CancelledError
                     worker, began = self.networks.get(slot) or self._add_worker(slot), perf_counter()
-                    with (
-                        self.first
-                    ):  # alone: PyTorch 2.15 on a CPU may crash where two threads first use convolutions
+                    # Alone: PyTorch 2.15 may crash if two threads use convolutions for the first time.
+                    with self.first_client:
                         outcome = worker.run(work, on_device[worker.replica.device], item)
-                    self.first = nullcontext()
+                    self.first_client = nullcontext()
                     if not (isinstance(outcome, torch.OutOfMemoryError) and workers > 1):
                         with on_stream(worker.stream):
-                            return then(slot, item, outcome, began)
+                            return finish(slot, item, outcome, began)
                     cause = one_line(outcome)
-                    del outcome, worker  # and with them what the client had
+                    del outcome, worker  # frees the memory of the client
                     self.networks.pop(slot, None)
                 self._shrink(workers, cause)
 
@@ -142,24 +141,30 @@ class Threads(Runtime):
         worker = self.networks[slot] = Worker(self.task, self.data[device], device, graphs=self.graphs)
         return worker
 
-    def _fill(self, message: int) -> None:
-        """Have as many workers as fit by what the first one took, with sums of messages of so many bytes."""
-        self.measures = False
-        one = max(torch.cuda.max_memory_reserved(self.home) - self.reserved + SUMS * message, 1)
-        fit = [int(USED * torch.cuda.mem_get_info(device)[0]) // one for device in self.devices]
-        fit[0] += 1  # the first one, which is there
-        self.slots.change(1, min(max(min(fit), 1) * len(self.devices), self.most))
+    def _set_workers_by_memory(self, message_bytes: int) -> None:
+        """Use as many workers as fit, by the memory that the first one took; each sums messages of this size."""
+        self.measuring = False
+        worker_bytes = max(
+            torch.cuda.max_memory_reserved(self.home) - self.reserved_before + SUM_BYTES_PER_BYTE * message_bytes,
+            1,
+        )
+        fit = [
+            int(GPU_MEMORY_FRACTION * torch.cuda.mem_get_info(device)[0]) // worker_bytes
+            for device in self.devices
+        ]
+        fit[0] += 1  # the first worker, whose memory is in use already
+        self.slots.change(1, min(max(min(fit), 1) * len(self.devices), self.max_workers))
 
     def _shrink(self, before: int, cause: str) -> None:
-        """Half as many workers as `before`, unless another client has seen to it."""
+        """Halve the number of workers, unless another client has already changed it from `before`."""
         if self.slots.change(before, before // 2):
             warnings.warn(
-                f"runtime.workers: out of memory with {before} at once, going on with {before // 2}; {cause}",
+                f"runtime.workers: out of memory with {before} workers, continuing with {before // 2}; {cause}",
                 RuntimeWarning,
                 stacklevel=2,
             )
         for slot in [slot for slot in list(self.networks) if slot >= self.workers]:
-            self.networks.pop(slot, None)  # once the client there is done, its network goes
+            self.networks.pop(slot, None)  # its network is freed when its client is done
         if self.home.type == "cuda":
             with CAPTURING:
                 torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Calls side by side in a pool of threads, a bounded number at a time."""
+"""Parallel calls in a pool of threads, a bounded number at a time."""
 
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -12,20 +12,20 @@ def in_window(
     pool: ThreadPoolExecutor,
     call: Callable[[Item], Result],
     items: Iterable[Item],
-    most: Callable[[], int],
+    limit: Callable[[], int],
     stop: Callable[[], None] = lambda: None,
 ) -> Generator[list[Result], None, None]:
-    """What `call` gives for each item, as it comes: a bounded window, so that what is finished does not pile up.
+    """Yield the results of `call` for all items as they finish, in lists.
 
-    About `most()` are under way or waiting. After an error or an interrupt it asks those to `stop`, starts no
-    more, and waits for those under way.
+    At most about `limit()` calls run or wait at a time, so that finished results do not pile up. After an error or
+    an interrupt it calls `stop()`, starts no more calls, and waits for the running ones.
     """
     running, upcoming = set[Future[Result]](), iter(items)
     try:
         while True:
             for item in upcoming:
                 running.add(pool.submit(call, item))
-                if len(running) >= most():
+                if len(running) >= limit():
                     break
             if not running:
                 break

@@ -1,4 +1,4 @@
-"""One worker: a network, the data and a device, and one client at a time on them."""
+"""A worker: it has a network, the data and a device, and runs one client at a time."""
 
 from typing import Any
 
@@ -15,19 +15,19 @@ from fedsim.types import Job, State, Update
 
 
 class Worker:
-    """Runs clients in turn on a replica, and on a GPU a stream, of its own. Not for two threads at once."""
+    """Runs clients in turn, on its own replica, and on a GPU in its own stream. Not for two threads at once."""
 
     def __init__(self, task: Task, data: FederatedData, device: torch.device, *, graphs: bool = False):
         self.stream = new_stream(device)
         self.replica, self.data = Replica(task, device, graphs=graphs), data
 
     def run(self, work: Work, server: State, item: Any) -> Update | BaseException:
-        """What `work` gives for a Job or another item, or the error it ended with; raises RoundError."""
+        """The result of `work` for a Job or another item, or the error it raised. Raises RoundError."""
         with on_stream(self.stream):
             try:
                 client = dict[str, Tensor]()
-                if isinstance(item, Job) and item.client:  # a copy, so that what a client spoils is its own
-                    client = {name: _sent(value, self.replica.device) for name, value in item.client.items()}
+                if isinstance(item, Job) and item.client:  # a copy, in case the client writes to it
+                    client = {name: _copied_to(value, self.replica.device) for name, value in item.client.items()}
                     item = item._replace(client=client)
                 with states_are_only_read(server, client):
                     return work(self.replica, self.data, server, item)
@@ -37,8 +37,8 @@ class Worker:
                 return error
 
 
-def _sent(value: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device, for which nobody waits."""
+def _copied_to(value: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device; the copy to a GPU does not block."""
     if device.type == "cuda" and not value.is_cuda:
         return value.pin_memory().to(device, non_blocking=True)
     return value.to(device, copy=True)

@@ -1,1 +1,1 @@
-"""One client's learning: the task, the recipe, the objective that strategies see."""
+"""Training of one client: the task, the recipe, and the objective that strategies use."""

@@ -1,7 +1,7 @@
-"""Random numbers in a network's forward pass, from a generator of the client's own.
+"""Random numbers in a network's forward pass, drawn from a generator that belongs to one client.
 
-torch's global generator is shared by threads: what one client draws from it depends on the others. Inside
-this mode, dropout of any kind and torch's samplers take theirs from the given generator instead.
+All threads share torch's global generator, so a client's numbers from it would depend on the other clients. Inside
+`KeyedDraws`, every kind of dropout and torch's samplers use the given generator instead.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class KeyedDraws(TorchFunctionMode):
-    """While active in this thread, draws come from `generator`; `used` tells whether there were any."""
+    """While it is active in this thread, draws come from `generator`; `used` is True after the first draw."""
 
     def __init__(self, generator: torch.Generator):
         super().__init__()
@@ -40,13 +40,16 @@ class KeyedDraws(TorchFunctionMode):
         return torch.empty(shape, device=device).bernoulli_(probability, generator=self.generator)
 
 
-Keep = Callable[[torch.Size, torch.device, float], Tensor]  # of each entry 1 with this probability, else 0
+Keep = Callable[[torch.Size, torch.device, float], Tensor]  # (shape, device, p) -> each entry 1 with p, else 0
 
 
 def dropout(
     keep: Keep, whole: int | None, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> Tensor:
-    """Dropout of `x` (B, channels, ...) by draws of `keep`; all behind the first `whole` axes is kept together."""
+    """Dropout of `x` (B, channels, ...) by the draws of `keep`.
+
+    All entries behind the first `whole` axes share one draw; None means one draw for each entry.
+    """
     if not training or p == 0:
         return x
     shape = torch.Size(x.shape[:whole] + (1,) * (0 if whole is None else x.dim() - whole))
@@ -54,7 +57,7 @@ def dropout(
     return x.mul_(kept) if inplace else x * kept
 
 
-# What is dropped as a whole: single numbers (None), or all that lies behind the first two axes (B, channels).
+# The argument `whole` of `dropout`: None for single entries, 2 for whole channels.
 DROPOUTS: dict[Callable[..., Any], int | None] = {
     F.dropout: None,
     torch.dropout: None,

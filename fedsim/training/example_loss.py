@@ -1,4 +1,4 @@
-"""What clients minimise, and on which batches: the recipe's loss of each example, and the rows of mini-batches."""
+"""The loss of each example by the recipe, and the rows of each mini-batch."""
 
 from collections.abc import Iterator
 from itertools import count, islice
@@ -14,7 +14,7 @@ from fedsim.training.recipe import Recipe
 from fedsim.training.task import Task
 from fedsim.types import Batch
 
-AUXILIARY = 0.4  # of the loss at an auxiliary head (Szegedy et al. 2016, https://arxiv.org/abs/1512.00567)
+AUXILIARY_WEIGHT = 0.4  # of the loss of an auxiliary head (Szegedy et al. 2016, https://arxiv.org/abs/1512.00567)
 
 
 class ExampleLoss:
@@ -28,18 +28,18 @@ class ExampleLoss:
         self.distillation = recipe.distillation
 
     def __call__(self, heads: tuple[Tensor, ...], batch: Batch, teacher: Tensor | None = None) -> Tensor:
-        """(B,) of the main head, which is the first, and of auxiliary ones; `teacher` are logits to distil."""
+        """(B,) the losses of all heads, the main head first; `teacher` (B, classes) are logits to distil from."""
         logits, *auxiliary = heads
         losses = self.of_labels(logits, batch)
-        for other in auxiliary:
-            losses = losses + AUXILIARY * self.of_labels(other, batch)
+        for head in auxiliary:
+            losses = losses + AUXILIARY_WEIGHT * self.of_labels(head, batch)
         if self.distillation is None or teacher is None:
             return losses
         teacher = teacher.to(logits.dtype)
         return distilled(losses, logits, teacher, self.distillation.temperature, self.distillation.alpha)
 
     def of_labels(self, logits: Tensor, batch: Batch) -> Tensor:
-        """(B,) of mixed labels, or of labels that may be wrong; each times the weight of the class it is given."""
+        """(B,) the losses for mixed labels or labels that may be wrong; each label's term has its class weight."""
         if batch.label_error_prob is not None and batch.mixed_labels is not None:
             raise ConfigError("local.noisy_labels: cannot tell which label is wrong after mixup or cutmix")
         weights = self.class_weights
@@ -53,7 +53,7 @@ class ExampleLoss:
 def batch_rows(
     data: FederatedData, client: int, recipe: Recipe, stream: np.random.Generator, epochs: int | None = None
 ) -> Iterator[Tensor]:
-    """(B,) the rows of each of a client's mini-batches in a round, or in its first `epochs` epochs."""
+    """(B,) the rows of each mini-batch of a client, for the whole round or for its first `epochs` epochs."""
     own, steps = data.rows(client), None if epochs else recipe.steps
     passes = count() if steps else range(epochs or recipe.epochs)
     batch_size = recipe.batch_size_of(len(own))

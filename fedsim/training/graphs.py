@@ -1,9 +1,10 @@
-"""A training step as one CUDA graph: the same kernels on the same memory, launched at once.
+"""A training step as one CUDA graph, which launches all kernels of the step at once.
 
-A small network's step is some fifty kernels of a few microseconds each, and launching them one by one takes longer
-than they do (PyTorch, CUDA semantics, "CUDA Graphs"). Nothing of Python runs where a graph does, so only steps
-that differ in nothing but their rows are captured, and the first of each graph is taken both ways: where the two
-are not equal to the bit, the step stays as it is. Not yet seen to run on a GPU.
+A step of a small network has about fifty kernels of a few microseconds each, and launching them one by one takes
+longer than running them (PyTorch, CUDA semantics, "CUDA Graphs"). A graph replays the same kernels on the same
+memory without Python, so only steps that differ in nothing but their rows are captured. The first step of each
+graph is taken both ways; if the results are not equal to the bit, steps of that size are not captured. Not yet
+tested on a GPU.
 """
 
 import threading
@@ -20,39 +21,40 @@ from fedsim.errors import one_line
 from fedsim.training.recipe import Recipe
 from fedsim.training.replica import Replica
 
-PAYS = 16  # steps taken before one is captured, which takes about as long as six
-WARM_UPS = 1  # in the thread that captures: cuBLAS has a workspace for each thread and stream
+STEPS_BEFORE_CAPTURE = 16  # of one batch size; a capture takes about as long as six steps
+WARM_UP_STEPS = 1  # before a capture, in the same thread: cuBLAS has a workspace for each thread and stream
 
-CAPTURING = threading.Lock()  # one capture at a time in a process, and meanwhile no memory handed back
+CAPTURING = threading.Lock()  # a process captures one graph at a time, and frees no GPU memory meanwhile
 
 
 class Graph(NamedTuple):
-    """A captured step, and where it reads its rows."""
+    """A captured step, and the tensor from which it reads its rows."""
 
     graph: torch.cuda.CUDAGraph
     rows: Tensor  # (B,)
 
 
-def steps_of(replica: Replica, data: FederatedData, recipe: Recipe, lr: float, *, plain: bool) -> "Steps":
-    """Those of a client that begins; where all its steps are `plain`, with what earlier clients had captured.
+def steps_for(replica: Replica, data: FederatedData, recipe: Recipe, lr: float, *, plain: bool) -> "Steps":
+    """The steps of the next client; if they are `plain`, they reuse the graphs captured for earlier clients.
 
-    A plain step has the recipe's own loss and gradient.
+    Plain steps use the recipe's own loss, and its gradient without correction.
     """
     if not (plain and replica.graphs and capturable(recipe)) or data.mapped:
         return Steps(replica, recipe, captures=False)
     key = id(data), id(recipe), lr
-    if key not in replica.steps:
-        replica.steps.clear()  # those of an earlier learning rate, and their memory
-        replica.steps[key] = Steps(replica, recipe, captures=True), data, recipe  # which keeps the ids theirs
-    steps: Steps = replica.steps[key][0]
+    if key not in replica.captured_steps:
+        replica.captured_steps.clear()  # frees the graphs of an earlier learning rate
+        # Data and recipe are kept here so that their ids stay valid.
+        replica.captured_steps[key] = Steps(replica, recipe, captures=True), data, recipe
+    steps: Steps = replica.captured_steps[key][0]
     steps.total.zero_()
     return steps
 
 
 def capturable(recipe: Recipe) -> bool:
-    """Whether all that a step reads lies still from client to client, and no number is looked at on the host."""
+    """Whether a step reads the same memory for every client, and the host reads no result of it."""
     return (
-        recipe.optimizer in ("sgd", "lars")  # the others count steps, for the bias of their means
+        recipe.optimizer in ("sgd", "lars")  # the others count steps on the host, for bias correction
         and recipe.lr_every == "round"
         and recipe.precision != "fp16"
         and not recipe.augment
@@ -64,10 +66,10 @@ def capturable(recipe: Recipe) -> bool:
 
 
 class Steps:
-    """Training steps of one replica that differ in their rows alone: one recipe, one learning rate.
+    """Training steps of one replica that differ only in their rows: one recipe, one learning rate.
 
-    `total` () is the sum of the losses and `optimizer` what moves the weights, for one client after the other.
-    Without `captures` each step is only called.
+    `total` () is the sum of the losses; it and `optimizer` serve one client after the other. Without `captures`
+    no step is captured.
     """
 
     def __init__(self, replica: Replica, recipe: Recipe, captures: bool):
@@ -76,30 +78,30 @@ class Steps:
             recipe.make_optimizer(replica.task.layout),
             replica.flat.new_zeros(()),
         )
-        self.graphs: dict[int, Graph | None] = {}  # by batch size; None where it is not to be
-        self.taken: dict[int, int] = {}  # so far, by batch size
+        self.graphs: dict[int, Graph | None] = {}  # by batch size; None if capturing failed
+        self.taken: dict[int, int] = {}  # steps taken so far, by batch size
 
     def take(self, rows: Tensor, step: Callable[[Tensor], None]) -> None:
-        """Do what `step(rows)` does, (B,) rows on the device: replay it, once it was captured, or call it."""
+        """Take one step with (B,) rows on the device: replay the graph, or call `step(rows)` if there is none."""
         size = len(rows)
         if graph := self.graphs.get(size):
             graph.rows.copy_(rows)
             graph.graph.replay()
             return
         self.taken[size] = self.taken.get(size, 0) + 1
-        if self.captures and self.taken[size] > PAYS and size not in self.graphs:
-            self.graphs[size] = self._captured(rows, step)
+        if self.captures and self.taken[size] > STEPS_BEFORE_CAPTURE and size not in self.graphs:
+            self.graphs[size] = self._capture_and_compare(rows, step)
         else:
             step(rows)
 
-    def _captured(self, rows: Tensor, step: Callable[[Tensor], None]) -> Graph | None:
-        """The step as a graph, or None where it cannot be one. Either way the step is taken, once."""
+    def _capture_and_compare(self, rows: Tensor, step: Callable[[Tensor], None]) -> Graph | None:
+        """Capture the step, or return None if that fails. In both cases the step is taken exactly once."""
         before = self._state()
         try:
             graph = self._capture(rows, step)
-        except RuntimeError as error:  # for want of memory, too: a graph has memory of its own
+        except RuntimeError as error:  # also if memory runs out: a graph has memory of its own
             self._restore(before)
-            _tell(f"cannot be captured: {one_line(error)}")
+            _warn(f"cannot be captured: {one_line(error)}")
             step(rows)
             return None
         self._restore(before)
@@ -110,37 +112,39 @@ class Steps:
         if all(torch.equal(a, b) for a, b in zip(self._state(), expected, strict=True)):
             return graph
         self._restore(expected)
-        _tell("gives other numbers when replayed")
+        _warn("gives other numbers when replayed")
         return None
 
     def _capture(self, rows: Tensor, step: Callable[[Tensor], None]) -> Graph:
-        """On the worker's own stream: a side stream comes from a pool of 32, and may be another worker's."""
+        """Capture on the worker's own stream: torch has 32 side streams, which workers may have to share."""
         replica, graph = self.replica, Graph(torch.cuda.CUDAGraph(), rows.clone())
-        for _ in range(WARM_UPS):
+        for _ in range(WARM_UP_STEPS):
             step(graph.rows)
         if replica.task.draws:
             graph.graph.register_generator_state(replica.generator)
-        pool = next((other.graph.pool() for other in self.graphs.values() if other), None)  # one after the other
+        pool = next((other.graph.pool() for other in self.graphs.values() if other), None)  # shared by all graphs
         stream = torch.cuda.current_stream(replica.device)
         with CAPTURING, torch.cuda.graph(graph.graph, pool, stream, capture_error_mode="thread_local"):
             step(graph.rows)
         return graph
 
     def _state(self) -> list[Tensor]:
-        """Copies of all that a step changes; the last is the generator's."""
-        return [*(t.clone() for t in self._moving()), self.replica.generator.get_state()]
+        """Copies of all tensors that a step changes, and last the state of the generator."""
+        return [*(t.clone() for t in self._changing()), self.replica.generator.get_state()]
 
     def _restore(self, state: list[Tensor]) -> None:
         *moving, draws = state
         with torch.no_grad():
-            for tensor, value in zip(self._moving(), moving, strict=True):
+            for tensor, value in zip(self._changing(), moving, strict=True):
                 tensor.copy_(value)
         self.replica.generator.set_state(draws)
         self.replica.refresh()
 
-    def _moving(self) -> list[Tensor]:
-        return [self.total, *chain.from_iterable(self.optimizer.state), *self.replica.moving]
+    def _changing(self) -> list[Tensor]:
+        return [self.total, *chain.from_iterable(self.optimizer.state), *self.replica.changing]
 
 
-def _tell(why: str) -> None:
-    warnings.warn(f"runtime.graphs: a training step {why}; going on without", RuntimeWarning, stacklevel=2)
+def _warn(why: str) -> None:
+    warnings.warn(
+        f"runtime.graphs: a training step {why}; continuing without CUDA graphs", RuntimeWarning, stacklevel=2
+    )

@@ -1,4 +1,4 @@
-"""Where each named tensor lies in a flat vector."""
+"""The positions of named tensors in a flat vector."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,15 +10,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each named tensor lies in a flat vector.
+    """The positions of named tensors in a flat vector (P,).
 
-    With `channels_last`, a convolution's weight lies there in the order (out, height, width, in), which is
-    the order that convolutions over channels-last images read.
+    With `channels_last`, weights of convolutions are stored in the order (out, height, width, in), in which
+    convolutions over channels-last images read them.
     """
 
     shapes: dict[str, torch.Size]
     channels_last: bool = False
-    norms: frozenset[str] = frozenset()  # the names of normalisation layers' parameters
+    norms: frozenset[str] = frozenset()  # names of the parameters of normalisation layers
 
     @property
     def sizes(self) -> list[int]:
@@ -30,7 +30,7 @@ class Layout:
         return {name: self._shaped(p, s) for (name, s), p in zip(self.shapes.items(), parts, strict=True)}
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """(P,) the tensors, each at its place."""
+        """(P,) one vector with all tensors, each at its position."""
         dtype = next(iter(tensors.values())).dtype if tensors else torch.get_default_dtype()
         vector = torch.empty(sum(self.sizes), dtype=dtype)
         for name, view in self.split(vector).items():
@@ -38,7 +38,7 @@ class Layout:
         return vector
 
     def mask(self, keep: Callable[[str], bool]) -> Tensor:
-        """(P,) bool: True where the tensor's name is kept."""
+        """(P,) bool: True for the entries of tensors for whose name `keep` is true."""
         parts = [torch.full((size,), keep(name)) for name, size in zip(self.shapes, self.sizes, strict=True)]
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.bool)
 

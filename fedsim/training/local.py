@@ -1,4 +1,4 @@
-"""One client alone: F_k on a network of its own, and the training that lowers it."""
+"""The objective F_k of one client on a network of its own, and its training."""
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -14,38 +14,38 @@ from torch import Tensor
 from fedsim.data import FederatedData
 from fedsim.training.beta_mixture import BetaMixture
 from fedsim.training.example_loss import ExampleLoss, batch_rows
-from fedsim.training.graphs import Steps, steps_of
+from fedsim.training.graphs import Steps, steps_for
 from fedsim.training.losses import class_weights
 from fedsim.training.objective import Correction, LocalObjective, Loss
 from fedsim.training.optim import LossScale, clipped
 from fedsim.training.precision import AUTOCAST
 from fedsim.training.recipe import Recipe
-from fedsim.training.replica import Replica, blocks
+from fedsim.training.replica import Replica, cache_blocks
 from fedsim.types import Batch, Job, State, Stream, random
 
-GATHERED_BYTES = 2**18  # of mini-batches made at a time, which a core's cache holds
+BATCH_GROUP_BYTES = 2**18  # of mini-batches that are made at a time; a core's cache holds them
 
 
 class Pieces(NamedTuple):
-    """How the optimiser is given the weights: tensor by tensor, as one vector, or in blocks that fit the cache."""
+    """The optimiser's tensors: one a parameter, one flat vector, or blocks that fit in the cache."""
 
     weights: list[Tensor]
-    of: Callable[[list[Tensor]], list[Tensor]]  # gradients as `_backward` gives them, in the same pieces
+    regroup: Callable[[list[Tensor]], list[Tensor]]  # gradients of `_backward` -> the same pieces as the weights
 
 
 class Training(NamedTuple):
-    """What all steps of one `train` have in common."""
+    """The values that all steps of one call of `train` share."""
 
     loss: Loss
     correct: Correction | None
-    whole: bool  # whether gradients are one vector (P,), and not a tensor a parameter
+    flat_gradient: bool  # whether the gradient is one vector (P,), not one tensor a parameter
     pieces: Pieces
     steps: Steps
     scaler: LossScale | None
 
 
 class ClientObjective(LocalObjective):
-    """One client in one round, on a replica that is its own until the next client begins."""
+    """One client in one round; it has the replica for itself until the next client begins."""
 
     client_id: int
     lr: float
@@ -71,8 +71,8 @@ class ClientObjective(LocalObjective):
         self.num_steps = replica.flat.new_tensor(recipe.num_steps(n), device="cpu")
         self._began, self._time_limit = perf_counter(), time_limit
         self._example_loss = ExampleLoss(recipe, replica.task, self._class_weights())
-        self._label_error_prob: Tensor | None = None  # (n_k,) that each label is wrong, by row
-        self._start: tuple[Tensor, Tensor] | None = None  # (P,) and (Q,), where the start model is the teacher
+        self._label_error_prob: Tensor | None = None  # (n_k,) the probability for each row
+        self._start: tuple[Tensor, Tensor] | None = None  # (P,) and (Q,), if the start model is the teacher
         self._metrics: State = {}
         dtype = AUTOCAST.get(recipe.precision)
         self._autocast = torch.autocast(replica.device.type, dtype) if dtype else nullcontext()
@@ -89,15 +89,15 @@ class ClientObjective(LocalObjective):
     def batches(self, epochs: int | None = None) -> Iterator[Batch]:
         rows, step = self._batch_rows(epochs), 0
         batch_bytes = self._batch_size * prod(self.data.shape) * self.replica.flat.itemsize
-        together = 1 if self.recipe.augment else max(GATHERED_BYTES // batch_bytes, 1)
-        while some := list(islice(rows, together)):
-            for batch in self._gathered(some, step):
+        group_size = 1 if self.recipe.augment else max(BATCH_GROUP_BYTES // batch_bytes, 1)
+        while group := list(islice(rows, group_size)):
+            for batch in self._make_batches(group, step):
                 self.check_time()
                 yield batch
             step += 1
 
     def check_time(self) -> None:
-        """Raise TimeoutError where the client is over its time limit; `batches` asks before each batch."""
+        """Raise TimeoutError if the client is over its time limit; `batches` calls this before each batch."""
         if self._time_limit and perf_counter() - self._began > self._time_limit:
             raise TimeoutError(f"was over its time limit of {self._time_limit:g} s")
 
@@ -108,18 +108,18 @@ class ClientObjective(LocalObjective):
         if batch is not None:
             return self._losses(w, batch, train=True).mean()
         with torch.no_grad():
-            sums = [self._losses(w, part, train=False).sum() for part in self._examples()]
+            sums = [self._losses(w, part, train=False).sum() for part in self._all_examples()]
         return torch.stack(sums).sum() / self.num_examples
 
     def gradient(self, w: Tensor, batch: Batch | None = None) -> tuple[Tensor, Tensor]:
         replica = self.replica
-        iterate, in_use = replica.flat.clone(), replica.gradient.clone()  # of `train`, where `correct` asks
+        iterate, in_use = replica.flat.clone(), replica.gradient.clone()  # if `correct` calls this in `train`
         replica.load(w)
         g, total, n, steps = torch.zeros_like(iterate), iterate.new_zeros(()), 0, 0
         for part in [batch] if batch else self.batches(epochs=1):
             with torch.enable_grad():
                 f = self.loss(replica.w, part)
-            g.add_(self._backward(f, whole=True)[0], alpha=len(part.y))
+            g.add_(self._backward(f, flat_gradient=True)[0], alpha=len(part.y))
             total, n, steps = total + f.detach() * len(part.y), n + len(part.y), steps + 1
         replica.load(iterate)
         replica.gradient.copy_(in_use)
@@ -131,13 +131,13 @@ class ClientObjective(LocalObjective):
         replica.load(start)
         self._query_start_model(start)
         plain = loss is None and correct is None
-        whole = not plain or not recipe.adds_half_gradients
+        flat_gradient = not plain or not recipe.adds_half_gradients
         training = Training(
             loss or self.loss,
             correct,
-            whole,
-            self._pieces(whole),
-            steps_of(replica, self.data, recipe, self.lr, plain=plain),
+            flat_gradient,
+            self._optimizer_tensors(flat_gradient),
+            steps_for(replica, self.data, recipe, self.lr, plain=plain),
             LossScale(recipe.loss_scale) if recipe.precision == "fp16" else None,
         )
         steps = training.steps
@@ -160,7 +160,8 @@ class ClientObjective(LocalObjective):
     def _step(self, training: Training, batch: Batch, lr: float) -> None:
         """One step of the optimiser.
 
-        A method, so that what it makes is freed, and the next step finds the same memory, still in the cache.
+        This is a method so that its tensors are freed at its end: the next step reuses their memory, which is
+        cached.
         """
         replica, recipe, scaler = self.replica, self.recipe, training.scaler
         before = replica.snapshot() if scaler else None
@@ -169,7 +170,7 @@ class ClientObjective(LocalObjective):
             training.steps.total.add_(f, alpha=len(batch.y))
             if scaler and before:
                 unscaled = scaler.unscale(gradients)
-                if unscaled is None:  # it overflowed: the step is skipped
+                if unscaled is None:  # a gradient overflowed: skip the step
                     replica.restore(before)
                     return
                 gradients = unscaled
@@ -179,24 +180,24 @@ class ClientObjective(LocalObjective):
                 replica.restore(after)
             if recipe.clip_norm:
                 gradients = clipped(gradients, recipe.clip_norm, training.steps.optimizer.ops)
-            training.steps.optimizer.step(training.pieces.weights, training.pieces.of(gradients), lr)
+            training.steps.optimizer.step(training.pieces.weights, training.pieces.regroup(gradients), lr)
         replica.refresh()
 
-    def _pieces(self, whole: bool) -> Pieces:
+    def _optimizer_tensors(self, flat_gradient: bool) -> Pieces:
         views = list(self.replica.views.values())
         if self.recipe.by_layer:
-            return Pieces(views, lambda g: list(self.layout.split(g[0]).values()) if whole else g)
-        if whole:
+            return Pieces(views, lambda g: list(self.layout.split(g[0]).values()) if flat_gradient else g)
+        if flat_gradient:
             return Pieces([self.replica.flat], lambda g: g)
         if self.recipe.precision != "fp32":
-            return Pieces(blocks(views, views), lambda g: blocks(g, views))
+            return Pieces(cache_blocks(views, views), lambda g: cache_blocks(g, views))
         return Pieces(views, lambda g: g)
 
     def _random(self, stream: Stream, *key: int) -> np.random.Generator:
         return random(self._seed, stream, self._round, self.client_id, *key)
 
     def _batch_rows(self, epochs: int | None = None) -> Iterator[Tensor]:
-        """(B,) of each mini-batch; on a GPU all are sent there at once, and nobody waits."""
+        """(B,) the rows of each mini-batch; to a GPU all are copied at once, without blocking."""
         rows = batch_rows(self.data, self.client_id, self.recipe, self._random(Stream.BATCHES), epochs)
         home = self.data.labels.device
         if home.type == "cuda" and not self.data.mapped:
@@ -205,8 +206,8 @@ class ClientObjective(LocalObjective):
             return iter(torch.split(sent, [len(part) for part in parts]))
         return rows
 
-    def _gathered(self, rows: list[Tensor], step: int) -> Iterator[Batch]:
-        """The mini-batches of those rows, made together; the first of them is for the `step`-th step."""
+    def _make_batches(self, rows: list[Tensor], step: int) -> Iterator[Batch]:
+        """The mini-batches of these rows, made together; the first one is for step number `step`."""
         together, sizes = torch.cat(rows) if len(rows) > 1 else rows[0], [len(part) for part in rows]
         if self.recipe.augment:
             batch = self.data.training_batch(together, self.recipe.augment, self._random(Stream.AUGMENT, step))
@@ -218,8 +219,8 @@ class ClientObjective(LocalObjective):
         parts = [[None] * len(sizes) if t is None else torch.split(t, sizes) for t in batch]
         return (Batch(*part) for part in zip(*parts, strict=True))
 
-    def _examples(self) -> Iterator[Batch]:
-        """All of the client's, as they lie, batch by batch."""
+    def _all_examples(self) -> Iterator[Batch]:
+        """All examples of the client in their order, batch by batch, without augmentation."""
         for rows in torch.split(torch.from_numpy(self._rows), self._batch_size):
             yield Batch(*self.data.batch(rows))
 
@@ -230,22 +231,22 @@ class ClientObjective(LocalObjective):
         return class_weights(given, self.data.labels[self._rows], self.data.num_classes).to(self.replica.flat)
 
     def _query_start_model(self, start: Tensor) -> None:
-        """Keep the model that training starts from, where it is the teacher; ask it which labels are wrong."""
+        """Keep the start model if it is the teacher; estimate with it which labels are wrong."""
         distillation, noisy = self.recipe.distillation, self.recipe.noisy_labels
         if distillation and distillation.teacher == "global":
             self._start = start.clone(), self.buffers
         if noisy and self._round + 1 >= noisy.start:
             with torch.no_grad():
-                found = [
+                losses_by_batch = [
                     self._example_loss.label_loss(self._heads_in_fp32(self.replica.w, b.x, False)[0], b.y)
-                    for b in self._examples()
+                    for b in self._all_examples()
                 ]
-            losses = torch.cat(found).double().cpu().numpy()
+            losses = torch.cat(losses_by_batch).double().cpu().numpy()
             wrong = BetaMixture.fit(losses).posterior(losses)
             self._label_error_prob = torch.from_numpy(wrong).to(self.replica.flat)
 
     def _heads(self, w: Tensor, x: Tensor, train: bool) -> tuple[Tensor, ...]:
-        """(B, classes) at each head: at the iterate in place, where a training pass moves statistics."""
+        """(B, classes) of each head; at the replica's own `w`, a training pass updates batch-norm statistics."""
         with self._autocast:
             if w is self.replica.w:
                 return self.replica.forward(x, train=train)
@@ -255,55 +256,55 @@ class ClientObjective(LocalObjective):
         return tuple(head.to(w.dtype) for head in self._heads(w, x, train))
 
     def _losses(self, w: Tensor, batch: Batch, train: bool) -> Tensor:
-        """(B,) what the recipe has a client minimise."""
+        """(B,) the losses that the recipe defines."""
         heads = self._heads_in_fp32(w, batch.x, train)
         return self._example_loss(heads, batch, self._teacher_logits(batch.x) if train else None)
 
     def _teacher_logits(self, x: Tensor) -> Tensor | None:
-        """(B, classes) of the teacher, where there is one."""
+        """(B, classes) the teacher's logits, if there is a teacher."""
         distillation = self.recipe.distillation
         if distillation is None or (distillation.teacher == "global" and self._start is None):
             return None
         with torch.no_grad(), self._autocast:
             if self._start is None:
-                return self.replica.teach(x)
+                return self.replica.teacher_logits(x)
             start, buffers = self._start
             return self.replica.forward_at(start, x, train=False, buffers=buffers)[0]
 
     def _gradients(self, training: Training, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-        """() the loss, and its gradient, times the loss scale; by `accumulate` pieces of the batch."""
+        """() the loss, and its gradient times the loss scale, summed over `accumulate` pieces of the batch."""
         scale = training.scaler.scale if training.scaler else None
         if self.recipe.accumulate == 1:
             f = training.loss(self.replica.w, batch)
-            return f.detach(), self._backward(f * scale if scale else f, training.whole)
+            return f.detach(), self._backward(f * scale if scale else f, training.flat_gradient)
         total, gradients = self.replica.flat.new_zeros(()), list[Tensor]()
-        pieces = min(self.recipe.accumulate, max(len(batch.y) // 2, 1))  # of one, batch norm has no statistics
+        pieces = min(self.recipe.accumulate, max(len(batch.y) // 2, 1))  # batch norm needs two examples
         for piece in batch.split(pieces):
             f = training.loss(self.replica.w, piece) * (len(piece.y) / len(batch.y))
             total += f.detach()
-            parts = self._backward(f * scale if scale else f, training.whole)
+            parts = self._backward(f * scale if scale else f, training.flat_gradient)
             if gradients:
                 torch._foreach_add_(gradients, parts)
             else:
                 gradients = [part.clone() for part in parts]
         return total, gradients
 
-    def _backward(self, f: Tensor, whole: bool) -> list[Tensor]:
-        """The gradient of `f`: a tensor a parameter, or all in one (P,) that the next call overwrites."""
+    def _backward(self, f: Tensor, flat_gradient: bool) -> list[Tensor]:
+        """The gradient of `f`: one tensor a parameter, or one vector (P,) that the next call overwrites."""
         replica = self.replica
         of_w, *parts = torch.autograd.grad(f, [replica.w, *replica.parameters], allow_unused=True)
         gradients = [
             torch.zeros_like(p) if g is None else g for p, g in zip(replica.parameters, parts, strict=True)
         ]
-        if not whole:
+        if not flat_gradient:
             return gradients
         torch._foreach_copy_(replica.gradient_views, gradients)
-        if of_w is not None:  # a loss term of all of w at once
+        if of_w is not None:  # from loss terms of the whole vector w
             replica.gradient.add_(of_w)
         return [replica.gradient]
 
     def _record(self, total: Tensor, examples: int, steps: int) -> None:
-        """Sums over all mini-batch gradients that were taken; the mean is taken once, over the whole cohort."""
+        """Add to the sums over all mini-batch gradients; the mean is computed once, over the whole cohort."""
         for name, value in {
             "loss": total,
             "examples": total.new_tensor(examples, device="cpu"),

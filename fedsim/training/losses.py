@@ -1,4 +1,4 @@
-"""Losses of single examples, of mixed labels and of labels that may be wrong, and the balancing of classes.
+"""Losses of single examples, losses for mixed labels and for labels that may be wrong, and class balancing.
 
 `loss(logits, y, /, *, options) -> (B,)`: one loss per example, from logits (B, K) and labels (B,).
 Shapes: B batch, K classes, n examples of a client.
@@ -35,13 +35,13 @@ def cross_entropy(
     """-sum_k q_k log softmax(logits)_k, with label smoothing eps = `smoothing` (Szegedy 2016, arXiv 1512.00567).
 
     `all` spreads eps over the K classes, as Szegedy and torch do: q_y = 1 - eps + eps / K, elsewhere eps / K.
-    `others` takes it from the label: q_y = 1 - eps, elsewhere eps / (K - 1) (He 2019, Bag of Tricks,
-    arXiv 1812.01187).
+    `others` spreads eps over the other classes only: q_y = 1 - eps, elsewhere eps / (K - 1) (He 2019, Bag of
+    Tricks, arXiv 1812.01187).
     """
     if spread == "all" or not smoothing:
         return F.cross_entropy(logits, y, reduction="none", label_smoothing=smoothing)
     classes = logits.shape[-1]
-    eps = smoothing * classes / max(classes - 1, 1)  # of which the label itself gets eps / K back; may exceed 1
+    eps = smoothing * classes / max(classes - 1, 1)  # may exceed 1; eps / K of it goes to the label itself
     log_p = F.log_softmax(logits, -1)
     return (1 - eps) * F.nll_loss(log_p, y, reduction="none") - eps * log_p.mean(-1)
 
@@ -49,10 +49,10 @@ def cross_entropy(
 def hinge(
     logits: Tensor, y: Tensor, /, *, margin: Positive = 1.0, rivals: Literal["all", "strongest"] = "all"
 ) -> Tensor:
-    """How far other classes' scores come within `margin` of the label's: max(0, margin + s_k - s_y), k != y.
+    """max(0, margin + s_k - s_y) for the scores s_k of the other classes, k != y.
 
-    `all` is their sum over K, as torch's multi_margin_loss (Weston & Watkins 1999, without the 1 / K);
-    `strongest` is the largest of them (Crammer & Singer 2001).
+    `all` is the sum of these terms divided by K, as in torch's multi_margin_loss (Weston & Watkins 1999, without
+    the 1 / K); `strongest` is the largest term (Crammer & Singer 2001).
     """
     classes = logits.shape[-1]
     other = torch.arange(classes, device=logits.device) != y.unsqueeze(-1)
@@ -66,9 +66,9 @@ LOSSES = Catalogue(
 
 
 def mixed(loss: LabelLoss, logits: Tensor, batch: Batch) -> Tensor:
-    """(B,) lambda loss(y) + (1 - lambda) loss(other), for examples that were mixed (Zhang 2018, arXiv 1710.09412).
+    """(B,) lambda loss(y) + (1 - lambda) loss(y'), for mixed examples (Zhang 2018, arXiv 1710.09412).
 
-    lambda is `batch.mix_weight`; where nothing was mixed in, it is the loss itself.
+    lambda is `batch.mix_weight` and y' `batch.mixed_labels`; without these it is the loss of y.
     """
     if batch.mixed_labels is None or batch.mix_weight is None:
         return loss(logits, batch.y)
@@ -78,7 +78,7 @@ def mixed(loss: LabelLoss, logits: Tensor, batch: Batch) -> Tensor:
 def bootstrapped(loss: LabelLoss, logits: Tensor, batch: Batch) -> Tensor:
     """(B,) (1 - w) loss(y) + w loss(z): hard dynamic bootstrapping (Arazo 2019, arXiv 1904.11238, l_B*).
 
-    w is `batch.label_error_prob` and z the network's own prediction, its argmax; without w it is the plain loss.
+    w is `batch.label_error_prob` and z the network's own prediction, the argmax; without w it is the loss of y.
     """
     if batch.label_error_prob is None:
         return loss(logits, batch.y)
@@ -89,8 +89,8 @@ def bootstrapped(loss: LabelLoss, logits: Tensor, batch: Batch) -> Tensor:
 def distilled(losses: Tensor, logits: Tensor, teacher_logits: Tensor, temperature: float, alpha: float) -> Tensor:
     """(B,) (1 - alpha) losses + alpha T^2 KL(softmax(teacher / T) || softmax(student / T)) (arXiv 1503.02531).
 
-    Hinton 2015: T^2 makes the gradient's size independent of T = `temperature`. Shapes: `losses` (B,), both
-    logits (B, K). No gradient reaches the teacher.
+    The factor T^2, T = `temperature`, keeps the size of the gradient independent of T (Hinton 2015). Shapes:
+    `losses` (B,), both logits (B, K). The teacher gets no gradient.
     """
     student = F.log_softmax(logits / temperature, -1)
     teacher = F.log_softmax(teacher_logits.detach() / temperature, -1)
@@ -99,14 +99,14 @@ def distilled(losses: Tensor, logits: Tensor, teacher_logits: Tensor, temperatur
 
 
 def class_weights(given: Literal["balanced"] | Sequence[float], labels: Tensor, classes: int) -> Tensor:
-    """(K,) the weights that are `given`, or balanced ones for a client with these `labels` (n,)."""
+    """(K,) the `given` weights, or balanced weights for a client with these `labels` (n,)."""
     return balanced_weights(labels, classes) if given == "balanced" else torch.tensor(given)
 
 
 def balanced_weights(labels: Tensor, classes: int) -> Tensor:
-    """(K,) n / (K' n_c), K' the number of classes in `labels` (n,); a class that is not there weighs 1.
+    """(K,) n / (K' n_c), K' the number of classes in `labels` (n,); an absent class has weight 1.
 
-    The mean weight over the examples is 1, and each class present has the same sum (King & Zeng 2001;
+    The mean weight over the examples is 1, and all present classes have equal sums of weights (King & Zeng 2001;
     scikit-learn's "balanced").
     """
     counts = torch.bincount(labels, minlength=classes)
@@ -116,7 +116,7 @@ def balanced_weights(labels: Tensor, classes: int) -> Tensor:
 def oversampled(labels: Ints, rng: np.random.Generator) -> Ints:
     """(n,) positions in `labels` (n,), drawn with replacement: a class at random, then one of its examples.
 
-    So every class present is as likely as any other, whatever its size.
+    So all present classes are equally likely, whatever their sizes.
     """
     _, kind, counts = np.unique(labels, return_inverse=True, return_counts=True)
     first = np.cumsum(counts) - counts  # of each class, in the order of classes

@@ -1,4 +1,4 @@
-"""F_k, one client's objective: all that a strategy sees of a client, whatever runs it.
+"""F_k, the objective of one client: the interface through which a strategy uses a client, in every runtime.
 
 Two classes implement it: `fedsim.training.local.ClientObjective` for one client, and
 `fedsim.training.batched.objective.BatchedObjective` for each of a batch of clients under `torch.func.vmap`.
@@ -20,11 +20,11 @@ Correction = Callable[[Tensor, Tensor], Tensor]  # (gradient (P,), weights (P,))
 class LocalObjective(ABC):
     """One client in one round.
 
-    Which examples make a batch depends on (seed, round, client) alone. In a batch of clients, the numbers below
-    are tensors () of each client's own: compute with them, and never branch on one.
+    The examples of each mini-batch depend only on (seed, round, client). When several clients train as one batch,
+    the numbers below are tensors (), a different value for each client: compute with them, never branch on one.
     """
 
-    layout: Layout  # where each parameter lies in a model (P,)
+    layout: Layout  # the position of each parameter in a model (P,)
     recipe: Recipe  # the options of `local`
     client_id: int | Tensor
     num_examples: Tensor  # () n_k
@@ -33,35 +33,35 @@ class LocalObjective(ABC):
 
     @abstractmethod
     def train(self, start: Tensor, *, loss: Loss | None = None, correct: Correction | None = None) -> Tensor:
-        """Train from `start` (P,) by the recipe; returns the last iterate (P,).
+        """Train from `start` (P,) as the recipe says; returns the last iterate (P,).
 
-        `loss(w, batch)` replaces the objective; all it does to the iterate `w` is differentiated. `correct(g, w)`
-        changes each gradient before the step.
+        `loss(w, batch)` replaces the objective; its gradient with respect to all of `w` is taken. `correct(g, w)`
+        replaces each gradient `g` before the step.
         """
 
     @abstractmethod
     def loss(self, w: Tensor, batch: Batch | None = None) -> Tensor:
-        """() mean loss of a mini-batch in training mode; without one F_k(w), over all examples in eval mode."""
+        """() mean loss of a mini-batch in training mode; without `batch`, F_k(w) of all examples in eval mode."""
 
     @abstractmethod
     def gradient(self, w: Tensor, batch: Batch | None = None) -> tuple[Tensor, Tensor]:
-        """(P,) gradient and () loss at `w` (P,), of a mini-batch or of F_k, in training mode.
+        """(P,) gradient and () loss at `w` (P,), of a mini-batch or, without `batch`, of F_k; in training mode.
 
-        F_k goes batch by batch: without batch norm and dropout, `batch_size` there only bounds the memory.
+        F_k is computed batch by batch. Without batch norm and dropout, `batch_size` affects only the memory.
         """
 
     @abstractmethod
     def batches(self, epochs: int | None = None) -> Iterator[Batch]:
-        """The round's mini-batches in their order, augmented, or those of its first `epochs` epochs."""
+        """The augmented mini-batches of the round in their order, or of its first `epochs` epochs."""
 
     @abstractmethod
     def logits(self, w: Tensor, x: Tensor, *, train: bool = True) -> Tensor:
-        """(B, classes) at the weights `w` (P,) for examples `x` (B, ...), in the recipe's precision."""
+        """(B, classes) logits at the weights `w` (P,) for examples `x` (B, ...), in the recipe's precision."""
 
     @property
     @abstractmethod
     def buffers(self) -> Tensor:
-        """(Q,) batch-norm statistics, as the last training pass left them; a copy."""
+        """(Q,) a copy of the batch-norm statistics after the last training pass."""
 
     @property
     @abstractmethod
@@ -70,9 +70,10 @@ class LocalObjective(ABC):
 
 
 class ObjectiveWrapper(LocalObjective):
-    """Passes everything on to another objective; a subclass changes what it wants to, for a strategy inside it.
+    """Passes all calls on to another objective; a subclass overrides some of them for an inner strategy.
 
-    The other's own methods do not see the changes: its `train` takes its own `loss`, unless it is given one.
+    The methods of `inner` do not call the overridden ones: `inner.train` uses `inner.loss` unless it gets a
+    `loss`.
     """
 
     def __init__(self, inner: LocalObjective):

@@ -1,8 +1,8 @@
 """Local optimisers, in place on lists of tensors: the numbers of torch.optim, without its bookkeeping.
 
-A list holds the network's parameters one by one, or the one flat vector that they are views of. Each rule is
-defined once, by a few operations on lists: `Foreach` has them for one client, `fedsim.training.batched.optim` for
-a batch of clients under `torch.func.vmap`, where a learning rate may be a tensor () of each client's own.
+A list holds the network's parameters one by one, or only the flat vector that they are views of. Each update rule
+is defined once, by a few operations on lists. `Foreach` implements these for one client, `batched.optim` for a
+batch of clients under `torch.func.vmap`, where the learning rate may be a tensor () with a value for each client.
 """
 
 from abc import ABC, abstractmethod
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-Rate = float | Tensor  # a number, or () of each client's own
+Rate = float | Tensor  # a number, or under vmap a tensor () with a value for each client
 Tensors = list[Tensor]
 
 
 class Foreach:
-    """Operations on lists of tensors of one client, as torch fuses them."""
+    """Operations on the lists of tensors of one client, by torch's fused _foreach functions."""
 
     def mul_(self, a: Tensors, factor: Rate) -> None:
         """a *= factor."""
@@ -64,19 +64,19 @@ FOREACH = Foreach()
 
 
 class Optimizer(ABC):
-    """Changes the weights of one client at a time.
+    """Updates the weights of one client at a time.
 
-    `decayed` says of each tensor whether weight decay is for it; None is all.
+    `decayed` says for each tensor whether weight decay applies to it; None applies it to all.
     """
 
-    copies: int  # tensors that it keeps between steps for each of the weights'
+    copies: int  # tensors of state for each tensor of weights
 
     def __init__(self, weight_decay: float, decayed: list[bool] | None = None, ops: Foreach = FOREACH):
         self.weight_decay, self.decayed, self.ops = weight_decay, decayed, ops
-        self.state: list[list[Tensor]] = []  # `copies` lists like the weights
+        self.state: list[list[Tensor]] = []  # `copies` lists of tensors, shaped as the weights
 
     def begin(self, weights: Tensors) -> None:
-        """Forget the last client. What it keeps stays where it is in memory."""
+        """Reset the state for the next client, in place: captured CUDA graphs refer to its memory."""
         if not self.state:
             self.state = [[torch.zeros_like(w) for w in weights] for _ in range(self.copies)]
         for tensor in (tensor for tensors in self.state for tensor in tensors):
@@ -84,14 +84,14 @@ class Optimizer(ABC):
 
     @abstractmethod
     def step(self, weights: Tensors, gradients: Tensors, lr: Rate) -> None:
-        """One step, in place. `gradients` are only read: autograd may hand out one tensor twice."""
+        """One step, in place. `gradients` are never written: autograd may return one tensor twice."""
 
     def _decayed(self, tensors: Tensors) -> Tensors:
         return tensors if self.decayed is None else [t for t, d in zip(tensors, self.decayed, strict=True) if d]
 
 
 class SGD(Optimizer):
-    """torch.optim.SGD: v = m v + g; w -= lr v, or lr (g + m v) with Nesterov; g holds the weight decay."""
+    """torch.optim.SGD: v = m v + g; w -= lr v, or lr (g + m v) with Nesterov; g includes the weight decay."""
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class SGD(Optimizer):
 
 
 class Adam(Optimizer):
-    """torch.optim.Adam, or AdamW where the decay is `decoupled` from the gradient."""
+    """torch.optim.Adam, or AdamW if the weight decay is `decoupled` from the gradient."""
 
     copies = 2
 
@@ -168,8 +168,8 @@ class Adam(Optimizer):
 class LARS(Optimizer):
     """Layer-wise adaptive rates for very large batches (You et al. 2017, https://arxiv.org/abs/1708.03888).
 
-    v = m v + lr l (g + b w), w -= v, with the layer's own rate l = trust |w| / (|g| + b |w|), where b is the
-    weight decay. Layers that are 0, and tensors of one axis (biases and norms), have l = 1, as in practice.
+    v = m v + lr l (g + b w), w -= v, with the layer's local rate l = trust |w| / (|g| + b |w|) and weight decay b.
+    If w or g is 0, and for tensors of one axis (biases and norms), l = 1, as in common implementations.
     """
 
     copies = 1
@@ -195,7 +195,7 @@ class LARS(Optimizer):
         self.ops.add_(weights, v, -1)
 
     def rate(self, w: Tensor, g: Tensor, b: float) -> Tensor | float:
-        """() the layer's own rate."""
+        """() the layer's local rate l."""
         if w.dim() < 2:
             return 1.0
         w_norm, g_norm = w.norm(), g.norm()
@@ -204,22 +204,22 @@ class LARS(Optimizer):
 
 
 def clipped(gradients: Tensors, norm: float, ops: Foreach) -> list[Tensor]:
-    """Shrunk together to the L2 norm `norm`, where theirs is larger; as torch.nn.utils.clip_grad_norm_ has it."""
+    """The gradients, scaled to a joint L2 norm of at most `norm`, as by torch.nn.utils.clip_grad_norm_."""
     return ops.mul(gradients, (norm / (ops.norm(gradients) + 1e-6)).clamp(max=1))
 
 
 class LossScale:
     """Dynamic loss scaling for fp16, with the constants of torch.amp.GradScaler.
 
-    Halved where a gradient overflows, doubled after 2,000 steps that did not (Micikevicius et al. 2018,
-    https://arxiv.org/abs/1710.03740).
+    The scale is halved when a gradient overflows, and doubled after 2,000 steps in a row without overflow
+    (Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740).
     """
 
     def __init__(self, scale: float):
         self.scale, self.good_steps = scale, 0
 
     def unscale(self, gradients: Tensors) -> list[Tensor] | None:
-        """The gradients of the loss itself, or None where one overflowed and the step must be skipped."""
+        """The gradients divided by the scale, or None if one overflowed and the step must be skipped."""
         if not all(bool(torch.isfinite(g).all()) for g in gradients):
             self.scale, self.good_steps = self.scale / 2, 0
             return None

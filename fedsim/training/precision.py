@@ -1,4 +1,4 @@
-"""Low precision: which types a device trains in."""
+"""The floating-point types in which a device can train."""
 
 import torch
 
@@ -8,7 +8,7 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check_precision(precision: str, device: torch.device) -> None:
-    """Raise ConfigError where the device cannot train in it."""
+    """Raise ConfigError if the device cannot train in this precision."""
     if precision in AUTOCAST and not _trains_in(AUTOCAST[precision], device):
         fits = [name for name, dtype in AUTOCAST.items() if name != precision and _trains_in(dtype, device)]
         raise ConfigError(f"local.precision: {device} lacks {precision}; allowed: {', '.join(['fp32', *fits])}")

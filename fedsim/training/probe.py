@@ -1,4 +1,4 @@
-"""What a network does with a batch, tried before anything is trained."""
+"""A trial forward pass of a network, before training."""
 
 import copy
 import random
@@ -10,13 +10,13 @@ from torch import nn
 from fedsim.errors import ConfigError
 from fedsim.training.draws import KeyedDraws
 
-PROBES = 3  # passes: where all of them move a global generator, it is not another thread that does
+PROBE_PASSES = 3  # another thread may move a global generator during one pass, hardly during all
 
 
 def probe(network: nn.Module, shape: tuple[int, ...], classes: int) -> tuple[bool, set[str]]:
     """Whether a training pass draws random numbers, and the names of the buffers that are statistics.
 
-    Raises ConfigError where the network does not fit the data, or draws where fedsim has no say.
+    Raises ConfigError if the network does not fit the data, or draws from a generator that fedsim cannot replace.
     """
     dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
     network = copy.deepcopy(network).train()
@@ -24,11 +24,11 @@ def probe(network: nn.Module, shape: tuple[int, ...], classes: int) -> tuple[boo
     examples = torch.randn(2, *shape, dtype=dtype, generator=noise)
     before = {n: b.clone() for n, b in network.named_buffers()}
     try:
-        for _ in range(PROBES):
+        for _ in range(PROBE_PASSES):
             states = _global_states()
             with draws, torch.no_grad():
                 outputs = network(examples)
-            if drew_not := states == _global_states():
+            if global_states_unchanged := states == _global_states():
                 break
     except (RuntimeError, ValueError, IndexError) as error:
         raise ConfigError(f"model: cannot take examples of shape {shape}: {str(error).splitlines()[0]}") from error
@@ -37,10 +37,10 @@ def probe(network: nn.Module, shape: tuple[int, ...], classes: int) -> tuple[boo
             raise ConfigError(
                 f"model: gives {tuple(logits.shape)} for 2 examples; {classes} classes need (2, {classes})"
             )
-    if not drew_not:
+    if not global_states_unchanged:
         raise ConfigError(
-            "model: draws from a global generator, which threads share; nn.Dropout, F.dropout and torch.rand are "
-            "keyed, but not inside attention, nor numpy's and Python's own"
+            "model: draws from a global generator, which threads share; use nn.Dropout, F.dropout or "
+            "torch.rand, which fedsim seeds by client; it cannot seed dropout inside attention, numpy or random"
         )
     moved = {n for n, b in network.named_buffers() if not torch.equal(b, before[n])}
     modules = {name.rpartition(".")[0] for name in moved}
@@ -49,4 +49,4 @@ def probe(network: nn.Module, shape: tuple[int, ...], classes: int) -> tuple[boo
 
 
 def _global_states() -> tuple[bytes, object, str]:
-    return torch.get_rng_state().numpy().tobytes(), random.getstate(), repr(np.random.get_state())  # noqa: NPY002 - what a network may use
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), repr(np.random.get_state())  # noqa: NPY002 - networks may use it

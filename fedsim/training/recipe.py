@@ -1,4 +1,4 @@
-"""How a client trains: the settings under `local`."""
+"""How clients train: the settings under `local`."""
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -17,15 +17,15 @@ from fedsim.training.optim import FOREACH, LARS, SGD, Adam, Foreach, Optimizer
 from fedsim.training.schedules import Schedule, constant
 from fedsim.types import Count, Decay, NonNegative, Positive, Share
 
-BASE_BATCH = 256  # that lr_scaling counts from (Goyal et al. 2017, https://arxiv.org/abs/1706.02677)
+BASE_BATCH_SIZE = 256  # the batch size at which lr_scaling leaves `lr` as it is (Goyal et al. 2017, https://arxiv.org/abs/1706.02677)
 
 
 class Distillation(Options):
     """Knowledge distillation (Hinton et al. 2015, https://arxiv.org/abs/1503.02531).
 
-    The loss is (1 - alpha) L + alpha T^2 KL(teacher || student), both softened by the temperature T. The teacher
-    is `global`, the model that a client's training starts from, or a safetensors file, of the network itself or
-    of another `model`.
+    The loss is (1 - alpha) L + alpha T^2 KL(teacher || student), with the logits of both divided by the
+    temperature T. `teacher` is `global`, the model from which the client's training starts, or a safetensors file
+    with the weights of this network, or of another `model`.
     """
 
     teacher: Literal["global"] | Path = "global"
@@ -37,9 +37,9 @@ class Distillation(Options):
 class NoisyLabels(Options):
     """Correction of wrong labels by a Beta mixture (Arazo et al. 2019, https://arxiv.org/abs/1904.11238).
 
-    From round `start` on, counted from 1, a client fits two Beta distributions to the losses of its examples,
-    before it trains, and replaces each label by the network's own prediction in proportion to the probability
-    that it is wrong.
+    From round `start` on, counted from 1, each client first fits two Beta distributions to the losses of its
+    examples. In training, the loss of each label and the loss of the network's own prediction are then weighted by
+    the probability that the label is right or wrong.
     """
 
     start: Count = 6
@@ -47,24 +47,26 @@ class NoisyLabels(Options):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How every client trains between two messages.
+    """How each client trains in a round.
 
-    `epochs` passes over its examples, or `steps` mini-batches where that is set, of `batch_size` examples;
-    an epoch's last batch holds what is left, and `full` is McMahan's B = infinity. Each gradient is summed over
-    `accumulate` pieces of its batch, of two examples or more, for less memory; batch norm sees the pieces. With
-    `oversample` an epoch draws as many examples with replacement, of each of the client's classes as often;
-    `class_weights` weigh the loss instead, a number a class, or `balanced`, n_k / (classes n_kc).
+    A client makes `epochs` passes over its examples, or `steps` steps if that is set, in mini-batches of
+    `batch_size` examples; the last batch of an epoch may be smaller, and `full` puts all examples into one batch
+    (McMahan's B = infinity). `accumulate` splits each batch into so many pieces, of two examples or more, and sums
+    their gradients, to save memory; batch norm then normalises each piece. `oversample` draws the examples of an
+    epoch with replacement, with equal probability for each of the client's classes. `class_weights` weight the
+    loss instead: one number for each class, or `balanced`, which is n_k / (classes n_kc).
 
-    The learning rate is `lr`, times B / 256 with linear `lr_scaling` (Goyal et al. 2017), or its square root
-    (Krizhevsky 2014), times the schedule's factor, after a linear `warmup` of so many rounds. It changes with the
-    round or, by `lr_every`, with each step, a client's K steps being a round. `decay: weights` spares tensors of
-    one axis, biases and norms, from weight decay (He et al. 2019). `trust` is LARS's. Each gradient is clipped to
-    the norm `clip_norm`. bf16 and fp16 compute under autocast with fp32 weights; fp16 multiplies the loss by
-    `loss_scale`, and skips a step whose gradient overflows, which halves the scale.
+    The learning rate is `lr`; linear `lr_scaling` multiplies it by B / 256 (Goyal et al. 2017), sqrt by the square
+    root of that (Krizhevsky 2014). It rises linearly during the first `warmup` rounds, and then follows the
+    schedule. `lr_every` says whether it changes after each round or each step; a client's K steps are one round.
+    `decay: weights` applies no weight decay to tensors of one axis, biases and norms (He et al. 2019). `trust` is
+    the trust coefficient of LARS. `clip_norm` is the largest norm of a gradient. bf16 and fp16 compute under
+    autocast with fp32 weights. fp16 multiplies the loss by `loss_scale`; a step whose gradient overflows is
+    skipped, and the scale is halved.
     """
 
     schedule: Schedule = constant
-    label_loss: LabelLoss | None = None  # the task's
+    label_loss: LabelLoss | None = None  # None is the task's
     augment: Sequence[Augmentation] = ()
     _: KW_ONLY
     optimizer: Literal["sgd", "adam", "adamw", "lars"] = "sgd"
@@ -94,20 +96,22 @@ class Recipe:
     noisy_labels: NoisyLabels | None = None
 
     def check(self, classes: int | None = None) -> None:
-        """Raise ConfigError where two settings contradict each other, or one the number of classes."""
+        """Raise ConfigError if two settings contradict each other, or one does not fit the number of classes."""
         if classes and isinstance(self.class_weights, list) and len(self.class_weights) != classes:
             found = len(self.class_weights)
             raise ConfigError(f"local.class_weights: has {found} numbers; there are {classes} classes")
         if self.steps and self.epochs != 1:
             both = f"{self.epochs} and local.steps {self.steps}"
-            raise ConfigError(f"local.epochs: {both}: set one of the two; local.epochs=1 unsets it")
+            raise ConfigError(f"local.epochs: {both}: set only one of the two; local.epochs=1 is the default")
         for name in ("momentum", "nesterov") if self.optimizer not in ("sgd", "lars") else ():
             if getattr(self, name):
                 raise ConfigError(f"local.{name}: belongs to sgd; {self.optimizer} has local.betas")
         if self.nesterov and (self.optimizer == "lars" or not self.momentum):
             raise ConfigError("local.nesterov: needs sgd with local.momentum above 0")
         if self.lr_scaling != "none" and self.batch_size == "full":
-            raise ConfigError("local.lr_scaling: needs a local.batch_size; full is another number for each client")
+            raise ConfigError(
+                "local.lr_scaling: needs a number as local.batch_size; full differs from client to client"
+            )
         if self.decay == "weights" and not self.weight_decay:
             raise ConfigError("local.decay: needs local.weight_decay above 0")
         for name, user, used in (
@@ -125,14 +129,16 @@ class Recipe:
 
     @property
     def peak_lr(self) -> float:
-        """The learning rate after warm-up, before the schedule: `lr` as `lr_scaling` has it."""
-        share = 1.0 if self.batch_size == "full" or self.lr_scaling == "none" else self.batch_size / BASE_BATCH
-        return self.lr * (sqrt(share) if self.lr_scaling == "sqrt" else share)
+        """The learning rate after warm-up and before the schedule: `lr`, scaled by `lr_scaling`."""
+        factor = (
+            1.0 if self.batch_size == "full" or self.lr_scaling == "none" else self.batch_size / BASE_BATCH_SIZE
+        )
+        return self.lr * (sqrt(factor) if self.lr_scaling == "sqrt" else factor)
 
     def lr_at(self, number: int, step: int = 0, steps: int = 1) -> float:
-        """The learning rate in round `number`, from 0; by step in the `step`-th of a client's `steps`, from 0.
+        """The learning rate in round `number`, from 0; with `lr_every: step`, at `step` of `steps`, from 0.
 
-        By step and during warm-up, the i-th step of all m has i / m of it (Goyal et al. 2017).
+        In a warm-up by steps, the i-th of all m steps has i / m of `peak_lr` (Goyal et al. 2017).
         """
         if self.lr_every == "round":
             step, steps = 0, 1
@@ -142,26 +148,26 @@ class Recipe:
         return self.peak_lr * self.schedule((past - m) / steps)
 
     def num_steps(self, examples: int) -> int:
-        """K, the steps of a client that holds so many examples."""
+        """K, the number of steps of a client with so many examples."""
         return self.steps or self.epochs * ceil(examples / max(self.batch_size_of(examples), 1))
 
     def batch_size_of(self, examples: int) -> int:
-        """B, of a client that holds so many examples."""
+        """B, the batch size of a client with so many examples."""
         return examples if self.batch_size == "full" else min(self.batch_size, examples)
 
     @property
     def adds_half_gradients(self) -> bool:
-        """Whether gradients may stay in the precision they come in: true of a bf16 one that SGD adds to fp32."""
+        """Whether the optimiser can use gradients in the precision of the backward pass; SGD adds bf16 to fp32."""
         plain = self.optimizer == "sgd" and self.clip_norm is None and self.accumulate == 1
         return self.precision == "fp32" or (self.precision == "bf16" and plain)
 
     @property
     def by_layer(self) -> bool:
-        """Whether the optimiser tells one tensor from another."""
+        """Whether the optimiser treats the network's tensors differently, so that it needs them one by one."""
         return self.optimizer == "lars" or self.decay == "weights"
 
     def make_optimizer(self, layout: Layout, ops: Foreach = FOREACH) -> Optimizer:
-        """A fresh one for lists of such tensors: clients keep no optimiser state between rounds."""
+        """A new optimiser for tensors of this layout; clients keep no optimiser state between rounds."""
         decayed = None if self.decay == "all" else [len(shape) > 1 for shape in layout.shapes.values()]
         if self.optimizer == "sgd":
             return SGD(self.momentum, self.nesterov, self.weight_decay, decayed, ops)

@@ -1,7 +1,8 @@
-"""Activation checkpointing: a block's activations are computed again in the backward pass instead of kept.
+"""Activation checkpointing: a block's activations are not stored but computed again in the backward pass.
 
 Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016. https://arxiv.org/abs/1604.06174
-By torch.utils.checkpoint, which knows of neither batch-norm statistics, that must move once, nor keyed draws.
+It uses torch.utils.checkpoint, which handles neither of two things: batch-norm statistics, which must be updated
+only once, and random numbers of `KeyedDraws`.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def blocks_of(network: nn.Module) -> Iterator[nn.Module]:
-    """The outermost modules below the network and its containers that hold two layers or more."""
+    """The outermost modules that contain two layers or more; the network itself and containers do not count."""
     for child in network.children():
         if isinstance(child, CONTAINERS):
             yield from blocks_of(child)
@@ -27,7 +28,7 @@ def blocks_of(network: nn.Module) -> Iterator[nn.Module]:
 
 
 class Recompute:
-    """Has a network's blocks recomputed in the backward passes of what runs while it is `on`."""
+    """Recomputes a network's blocks in the backward pass, for forward passes that run while `on` is True."""
 
     def __init__(self, network: nn.Module, generator: torch.Generator):
         self.generator, self.on = generator, False
@@ -35,29 +36,29 @@ class Recompute:
             block.forward = self._wrapped(block, block.forward)
 
     def _wrapped(self, block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def again() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            return nullcontext(), self._as_before(block, self.generator.get_state())
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return nullcontext(), self._recomputation(block, self.generator.get_state())
 
         def run(*args: Any) -> Any:
             if not (self.on and torch.is_grad_enabled()):
                 return forward(*args)
-            args = tuple(list(arg) if isinstance(arg, list) else arg for arg in args)  # DenseNet's grows meanwhile
+            args = tuple(list(arg) if isinstance(arg, list) else arg for arg in args)  # DenseNet extends its list
             return checkpoint(
                 forward,
                 *args,
                 use_reentrant=False,
                 preserve_rng_state=False,
-                context_fn=again,
+                context_fn=contexts,
                 determinism_check="none",
             )
 
         return run
 
     @contextmanager
-    def _as_before(self, block: nn.Module, draws: torch.Tensor) -> Iterator[None]:
-        """In training mode, with the random numbers of the first time; statistics stay as that left them."""
+    def _recomputation(self, block: nn.Module, draws: torch.Tensor) -> Iterator[None]:
+        """Training mode with the random numbers of the first pass; afterwards the statistics are restored."""
         now, statistics = self.generator.get_state(), [buffer.clone() for buffer in block.buffers()]
-        training = block.training  # not if a teacher was asked since
+        training = block.training  # False if the network has been used as a teacher since
         self.generator.set_state(draws)
         block.train()
         try:

@@ -1,4 +1,4 @@
-"""One worker's copy of the network, laid over one flat vector."""
+"""One worker's copy of the network, whose parameters are views of one flat vector."""
 
 import copy
 from collections.abc import Callable
@@ -15,30 +15,30 @@ from fedsim.training.pooling import pool_faster
 from fedsim.training.recompute import Recompute
 from fedsim.training.task import Task
 
-CASTABLE: set[type] = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d}  # whose weights autocast casts
-BLOCK = 2**17  # entries that fit a core's cache
+CASTABLE: set[type] = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d}  # layers whose weights autocast casts
+CACHE_BLOCK = 2**17  # entries, which fit in a core's cache
 
-Snapshot = tuple[Tensor, dict[str, Tensor]]  # what a training pass moves in a network besides its weights
+Snapshot = tuple[Tensor, dict[str, Tensor]]  # batch-norm statistics (Q,), and counters by name
 
 
 class Replica:
-    """One worker's copy of the network, laid over one flat vector.
+    """One worker's copy of the network, whose parameters are views of one flat vector.
 
-    The network's parameters are views of `w` (P,) and its statistics views of `buffers` (Q,), so that loading
-    a model is one copy and an optimiser's step one pass. In low precision, `refresh` casts the convolution and
-    linear weights once a step, block by block in the cache, which autocast would do whole in every pass. On a CPU
-    depthwise convolutions stay in the precision of their weights: in bf16 their backward pass takes several times
-    as long.
+    The parameters are views of `w` (P,) and the batch-norm statistics views of `buffers` (Q,), so that loading a
+    model is one copy and a step of an optimiser one pass over memory. In low precision, `refresh` casts the
+    weights of convolution and linear layers once a step, in blocks that fit in the cache; autocast would cast them
+    in every pass. On a CPU, depthwise convolutions stay in fp32, because their backward pass in bf16 takes several
+    times as long.
     """
 
     def __init__(self, task: Task, device: torch.device | str = "cpu", *, graphs: bool = False):
         self.task, self.device = task, torch.device(device)
         self.graphs = graphs and self.device.type == "cuda"  # whether steps may be captured
-        self.steps: dict[object, Any] = {}  # captured training steps, by fedsim.training.graphs
+        self.captured_steps: dict[object, Any] = {}  # filled by fedsim.training.graphs
         self.network = copy.deepcopy(task.network).to(self.device).train()
         self.buffers = task.initial_buffers.to(self.device, copy=True)
         self.flat = task.initial_model.to(self.device, copy=True)
-        self.w = self.flat.detach().requires_grad_()  # the same numbers, as a leaf for a loss term over all of w
+        self.w = self.flat.detach().requires_grad_()  # the same memory, a leaf for loss terms of the vector
         named = dict(self.network.named_parameters())
         self.gradient = torch.empty_like(self.flat)
         self.views = task.layout.split(self.flat)
@@ -51,8 +51,8 @@ class Replica:
         self._kept_fp32 = depthwise(self.network) if self.device.type == "cpu" else []
         for module in self._kept_fp32:
             module.forward = partial(in_own_precision, module, module.forward)
-        self._halves: dict[torch.dtype | None, dict[int, Tensor]] = {}  # by place in `parameters`
-        self._cast: tuple[list[Tensor], list[Tensor]] = [], []  # half-precision blocks, and what they copy
+        self._low_precision_copies: dict[torch.dtype | None, dict[int, Tensor]] = {}  # by index in `parameters`
+        self._cast_pairs: tuple[list[Tensor], list[Tensor]] = [], []  # low-precision copies, and their originals
         self._dtype: torch.dtype | None = None
         statistics = task.buffer_layout.split(self.buffers)
         self._counters: dict[str, Tensor] = {}
@@ -68,29 +68,28 @@ class Replica:
         self._teacher = copy.deepcopy(task.teacher).to(self.device).eval() if task.teacher else None
 
     def begin_client(self, buffers: Tensor, seed: int, dtype: torch.dtype | None = None) -> None:
-        """Set statistics (Q,), counters and random numbers for the next client; compute in `dtype`, or in fp32."""
+        """Set statistics (Q,), counters and generator for the next client, which computes in `dtype` or fp32."""
         if dtype != self._dtype:
             self._bind_weights(dtype)
             if dtype and not self._runs_in(dtype):
-                self._bind_weights(
-                    None
-                )  # it leaves autocast somewhere and needs fp32 weights; autocast casts them
-                del self._halves[dtype]
+                # Some layer runs outside autocast and needs fp32 weights; so autocast casts the others.
+                self._bind_weights(None)
+                del self._low_precision_copies[dtype]
             self._dtype = dtype
         self.restore((buffers, self._initial_counters))
         self.generator.manual_seed(seed)
 
     def _bind_weights(self, dtype: torch.dtype | None) -> None:
-        """Give convolution and linear layers copies of their weights in `dtype`, or all layers views of `flat`."""
+        """Bind the layers' weights to copies in `dtype` (convolution and linear layers), or to views of `flat`."""
         castable = _weights_of(self.network, CASTABLE) if dtype else set()
         castable -= {parameter for module in self._kept_fp32 for parameter in module.parameters()}
-        own, copies = list(self.views.values()), self._halves.setdefault(dtype, {})
+        own, copies = list(self.views.values()), self._low_precision_copies.setdefault(dtype, {})
         for i, parameter in enumerate(self.parameters):
             if parameter in castable and i not in copies:
                 copies[i] = torch.empty_like(own[i], dtype=dtype)
             parameter.data = copies.get(i, own[i])
-        halves, views = list(copies.values()), [own[i] for i in copies]
-        self._cast = blocks(halves, views), blocks(views, views)
+        low, views = list(copies.values()), [own[i] for i in copies]
+        self._cast_pairs = cache_blocks(low, views), cache_blocks(views, views)
         self.refresh()
 
     def _runs_in(self, dtype: torch.dtype) -> bool:
@@ -107,7 +106,7 @@ class Replica:
         return self.buffers.clone(), {name: counter.clone() for name, counter in self._counters.items()}
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Make statistics and counters what they were."""
+        """Set statistics and counters back to a snapshot."""
         buffers, counters = snapshot
         with torch.no_grad():
             self.buffers.copy_(buffers)
@@ -115,81 +114,81 @@ class Replica:
                 self._counters[name].copy_(counter)
 
     @property
-    def moving(self) -> list[Tensor]:
-        """What a training step changes: weights (P,), batch-norm statistics (Q,) and counters; not copies."""
+    def changing(self) -> list[Tensor]:
+        """The tensors that a training step changes, not copies: weights (P,), statistics (Q,) and counters."""
         return [self.flat, self.buffers, *self._counters.values()]
 
     def load(self, model: Tensor) -> None:
-        """Make `model` (P,) the point `w` at which the network stands."""
+        """Set the network's weights to `model` (P,)."""
         with torch.no_grad():
             self.flat.copy_(model)
         self.refresh()
 
     def refresh(self) -> None:
-        """Have the half-precision weights, where there are some, follow a change of `flat`."""
-        halves, originals = self._cast
-        if halves:
+        """Update the low-precision copies, if there are any, after a change of `flat`."""
+        copies, originals = self._cast_pairs
+        if copies:
             with torch.no_grad():
-                torch._foreach_copy_(halves, originals)
+                torch._foreach_copy_(copies, originals)
 
     def forward(self, x: Tensor, *, train: bool) -> tuple[Tensor, ...]:
-        """(B, classes) at each head, at the loaded weights; a training pass moves the batch-norm statistics."""
-        self._prepare(train, recompute=train)
+        """(B, classes) of each head, at the loaded weights; with `train`, batch-norm statistics are updated."""
+        self._set_mode(train, recompute=train)
         with self._draws:
-            return _heads(self.network(self._in_format(x)))
+            return _heads(self.network(self._in_memory_format(x)))
 
     def forward_at(
         self, w: Tensor, x: Tensor, *, train: bool, buffers: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """(B, classes) at each head, as a function of `w` (P,); the replica's own weights and statistics stay.
+        """(B, classes) of each head, at the weights `w` (P,); the replica itself does not change.
 
-        `buffers` (Q,) are the statistics to use, the replica's own unless given.
+        `buffers` (Q,) are the batch-norm statistics to use, by default the replica's.
         """
-        self._prepare(train, recompute=False)  # a backward pass would find other weights in the network
+        self._set_mode(train, recompute=False)  # recomputation in the backward pass would use other weights
         present, counters = self.snapshot()
         statistics = self.task.buffer_layout.split(present if buffers is None else buffers)
         own = self.task.layout.split(w) | statistics | counters
         with self._draws:
-            return _heads(functional_call(self.network, own, (self._in_format(x),)))
+            return _heads(functional_call(self.network, own, (self._in_memory_format(x),)))
 
-    def teach(self, x: Tensor) -> Tensor:
-        """(B, classes) of the task's teacher, in eval mode, without gradients."""
+    def teacher_logits(self, x: Tensor) -> Tensor:
+        """(B, classes) of the task's teacher network, in eval mode, without gradients."""
         assert self._teacher
         with torch.no_grad():
-            return self._teacher(self._in_format(x))  # type: ignore[no-any-return]
+            return self._teacher(self._in_memory_format(x))  # type: ignore[no-any-return]
 
-    def _prepare(self, train: bool, recompute: bool) -> None:
-        if self.network.training != train:  # only then: it walks through all modules
+    def _set_mode(self, train: bool, recompute: bool) -> None:
+        if self.network.training != train:  # train() goes through all modules
             self.network.train(train)
         if self._recompute:
             self._recompute.on = recompute
 
-    def _in_format(self, x: Tensor) -> Tensor:
+    def _in_memory_format(self, x: Tensor) -> Tensor:
         channels_last = self.task.channels_last and x.dim() == 4
         return x.contiguous(memory_format=torch.channels_last) if channels_last else x
 
 
 def _heads(output: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """What a network gave, the main head first."""
+    """The outputs of all heads, the main head first."""
     return output if isinstance(output, tuple) else (output,)
 
 
-def blocks(tensors: list[Tensor], like: list[Tensor]) -> list[Tensor]:
-    """The tensors, flat and in blocks that fit a CPU's cache, where those they are `like` lie in one piece."""
+def cache_blocks(tensors: list[Tensor], originals: list[Tensor]) -> list[Tensor]:
+    """The tensors in flat blocks that fit in a CPU's cache; only those with contiguous `originals` are cut."""
     pieces: list[Tensor] = []
-    for tensor, other in zip(tensors, like, strict=True):
-        cut = other.device.type == "cpu" and other.is_contiguous() and other.numel() > BLOCK
-        pieces += torch.split(tensor.reshape(-1), BLOCK) if cut else [tensor]
+    for tensor, original in zip(tensors, originals, strict=True):
+        cut = original.device.type == "cpu" and original.is_contiguous() and original.numel() > CACHE_BLOCK
+        pieces += torch.split(tensor.reshape(-1), CACHE_BLOCK) if cut else [tensor]
     return pieces
 
 
 def depthwise(network: nn.Module) -> list[nn.Module]:
-    """The convolutions in which each channel sees only itself."""
+    """The depthwise convolutions: one group for each input channel."""
     return [m for m in network.modules() if type(m) is nn.Conv2d and m.groups == m.in_channels > 1]
 
 
 def in_own_precision(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The module's output, as if there were no autocast."""
+    """The module's output in the precision of its weights, without autocast."""
     if not torch.is_autocast_enabled("cpu"):
         return forward(x)
     with torch.autocast("cpu", enabled=False):
@@ -197,8 +196,8 @@ def in_own_precision(module: nn.Module, forward: Callable[[Tensor], Tensor], x: 
 
 
 def _weights_of(network: nn.Module, kinds: set[type]) -> set[nn.Parameter]:
-    """The parameters of modules of exactly these kinds, and of no other module."""
-    plain = {"weight", "bias"}  # and not those of which a parametrisation makes a weight
+    """The parameters that belong to modules of exactly these types and to no other module."""
+    plain = {"weight", "bias"}  # not the tensors from which a parametrisation computes a weight
     owned = [
         (type(m) in kinds and name in plain, p)
         for m in network.modules()

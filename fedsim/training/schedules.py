@@ -1,4 +1,4 @@
-"""The learning rate over time, as a factor on `local.lr`; time is in rounds, and may lie between two."""
+"""Learning-rate schedules: a factor on `local.lr` at each time; time is in rounds and may be fractional."""
 
 from math import cos, pi
 from typing import Protocol
@@ -8,7 +8,7 @@ from fedsim.types import Count, Positive
 
 
 class Schedule(Protocol):
-    """A factor at each time, in rounds, from 0."""
+    """The factor at `time`, in rounds from 0."""
 
     def __call__(self, time: float, /) -> float: ...
 
@@ -19,12 +19,12 @@ def constant(time: float, /) -> float:
 
 
 def step(time: float, /, *, every: Count, factor: Positive = 0.1) -> float:
-    """Times `factor` after every so many rounds."""
+    """The learning rate is multiplied by `factor` after each `every` rounds."""
     return float(factor ** (time // every))
 
 
 def exponential(time: float, /, *, factor: Positive) -> float:
-    """Times `factor` after each round; McMahan 2017 has 0.99 on CIFAR-10."""
+    """The learning rate is multiplied by `factor` after each round; McMahan 2017 uses 0.99 on CIFAR-10."""
     return float(factor**time)
 
 

@@ -1,4 +1,4 @@
-"""What is learned: a network as a function of one flat parameter vector."""
+"""The learning task: a network as a function of one flat parameter vector, and its loss."""
 
 import copy
 
@@ -15,12 +15,13 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 class Task:
-    """A network and its loss. The network is a template: its own weights are only where training starts.
+    """A network and its loss. The network is a template: its weights are the initial model.
 
-    Parameters that require no gradient are constants, and so are the buffers of modules whose floating-point
-    buffers no training pass changes. The others, batch-norm statistics, are the buffers (Q,), apart from the model
-    (P,): no algorithm but the averaging of buffers itself may touch them. In training the network may give a
-    tuple: its logits and those of auxiliary heads. A `teacher` is a network to distil from, for the same examples.
+    Parameters that require no gradient are constants. So are the buffers of a module if a training pass changes
+    none of its floating-point buffers; all other floating-point buffers, such as batch-norm statistics, form the
+    vector of buffers (Q,). It is separate from the model (P,), and strategies do not see it. In training mode the
+    network may return a tuple: its logits and the logits of auxiliary heads. `teacher` is a network to distil
+    from; it takes the same examples.
     """
 
     def __init__(
@@ -50,11 +51,11 @@ class Task:
         self.initial_buffers = self.buffer_layout.flatten(statistics).to(self.initial_model.dtype)
 
     def losses(self, logits: Tensor, y: Tensor) -> Tensor:
-        """(B,) one loss per example."""
+        """(B,) the cross-entropy of each example."""
         return F.cross_entropy(logits, y, reduction="none")
 
     def constants(self) -> dict[str, Tensor]:
-        """What of the network no run changes: frozen parameters and their like, and all of a teacher."""
+        """The tensors that no run changes: frozen parameters, constant buffers, and all tensors of a teacher."""
         own = dict(self.network.named_parameters()) | dict(self.network.named_buffers())
         moving = {*self.layout.shapes, *self.buffer_layout.shapes}
         fixed = {name: value for name, value in own.items() if name not in moving and value.is_floating_point()}
@@ -62,8 +63,8 @@ class Task:
         return fixed | {f"teacher: {name}": value for name, value in taught.items()}
 
     def state_dict(self, server: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The global model as `network.load_state_dict` takes it."""
-        network = copy.deepcopy(self.network)  # where tied parameters, which have several names there, stay tied
+        """The global model, as the state_dict of the network."""
+        network = copy.deepcopy(self.network)  # in a copy, tied parameters stay tied
         own = dict(network.named_parameters()) | dict(network.named_buffers())
         named = self.layout.split(server["model"]) | self.buffer_layout.split(server["buffers"])
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Which runtimes are worth a try on a device, with how many workers and chunks of which size."""
+"""The runtimes that are timed on a device, with their numbers of workers and chunk sizes."""
 
 import os
 import sys
@@ -10,33 +10,33 @@ from fedsim.base.devices import devices
 from fedsim.base.machine import cores
 from fedsim.runtimes import RUNTIMES
 
-CHUNKS = {"cpu": (4, 16), "cuda": (32, 128)}  # clients that a vectorized worker trains as one: few and many
-MOST = 256  # clients of a cohort that are looked at
+CHUNKS = {"cpu": (4, 16), "cuda": (32, 128)}  # chunk sizes of vectorized: a small and a large one
+MAX_TIMED_CLIENTS = 256  # of a cohort
 
 
-def enough(device: str) -> int:
-    """Clients of a cohort that keep any candidate busy, or that many as are looked at."""
-    return min(MOST, max(CHUNKS[devices(device)[0].type]) * _units(device))
+def num_clients_to_time(device: str) -> int:
+    """How many clients of a cohort to time: enough to keep each candidate busy, at most MAX_TIMED_CLIENTS."""
+    return min(MAX_TIMED_CLIENTS, max(CHUNKS[devices(device)[0].type]) * _cores_or_gpus(device))
 
 
 def candidate_specs(device: str, clients: int, *, exact: bool) -> list[Spec]:
-    """The reference, and then what may be faster for cohorts of so many `clients` or more, by likelihood.
+    """The reference, and then the runtimes that may be faster for cohorts of `clients` or more, most likely first.
 
-    Of `exact` ones, or of all. Ray is among them where the user has a cluster: one is joined, and never started.
+    `exact` leaves out runtimes that are not exact. Ray is included if there is a cluster to join; none is started.
     """
     threads = [{"name": "threads", "workers": workers, "device": device} for workers in _workers(device, clients)]
-    found: list[Spec] = [{"name": "serial", "device": device}, *threads[:1]]
-    kind, units = devices(device)[0].type, _units(device)
+    specs: list[Spec] = [{"name": "serial", "device": device}, *threads[:1]]
+    kind, num_workers = devices(device)[0].type, _cores_or_gpus(device)
     if "vectorized" in RUNTIMES.entries and not exact:
         few, many = CHUNKS[kind]
-        many = min(many, ceil(clients / units))
-        # A number of workers and not `auto`, for who is whose neighbour shows in the last bits.
-        vectorized = {"name": "vectorized", "workers": units, "device": device}
-        found += [vectorized | {"chunk": chunk} for chunk in ((many, few) if 2 * few <= many else (many,))]
-    found += threads[1:]
+        many = min(many, ceil(clients / num_workers))
+        # A fixed number of workers, not `auto`: the last bits depend on which clients share a chunk.
+        vectorized = {"name": "vectorized", "workers": num_workers, "device": device}
+        specs += [vectorized | {"chunk": chunk} for chunk in ((many, few) if 2 * few <= many else (many,))]
+    specs += threads[1:]
     if "ray" in RUNTIMES.entries and kind == "cpu" and ray_is_there():
-        found.append({"name": "ray", "address": None if _has_joined() else os.environ["RAY_ADDRESS"]})
-    return found
+        specs.append({"name": "ray", "address": None if _has_joined() else os.environ["RAY_ADDRESS"]})
+    return specs
 
 
 def ray_is_there() -> bool:
@@ -49,14 +49,14 @@ def _has_joined() -> bool:
     return bool(ray and ray.is_initialized())
 
 
-def _units(device: str) -> int:
-    """Cores, or GPUs."""
-    found = devices(device)
-    return cores() if found[0].type == "cpu" else len(found)
+def _cores_or_gpus(device: str) -> int:
+    """The number of cores, or of GPUs."""
+    available = devices(device)
+    return cores() if available[0].type == "cpu" else len(available)
 
 
 def _workers(device: str, clients: int) -> list[int | str]:
-    """Of threads, the most likely first; on a GPU that is as many as fit in its memory."""
+    """Numbers of workers for threads, most likely first; on a GPU first `auto`, as many as fit in memory."""
     if devices(device)[0].type == "cuda":
         return ["auto", *(workers for workers in (4, 2) if workers < clients)]
     fewer = (workers for workers in (cores() // 2, cores() // 4) if 1 < workers < clients)

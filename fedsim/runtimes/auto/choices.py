@@ -1,6 +1,6 @@
-"""Which runtime was the fastest, for a network, a recipe and a machine: remembered between runs, in a JSON file.
+"""The fastest runtime for each network, recipe and machine, remembered between runs in a JSON file.
 
-A file that is broken, from another version or not to be written is no error: then the runtimes are timed again.
+If the file is broken, from another version or not writable, that is no error: the runtimes are timed again.
 """
 
 import hashlib
@@ -27,13 +27,13 @@ from fedsim.data import FederatedData
 from fedsim.federated.client import Train
 from fedsim.training.task import Task
 
-LARGEST = 2**20  # bytes of the file
-MOST = 500  # choices in it, the newest
+MAX_FILE_BYTES = 2**20  # that are read
+MAX_CHOICES = 500  # in the file, the newest
 PLAIN = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 class Choice(BaseModel):
-    """A runtime, resolved, and why it was taken, in words."""
+    """A runtime with all its options, and the reason for the choice as text."""
 
     model_config = PLAIN
 
@@ -55,37 +55,37 @@ def path() -> Path:
     return (Path(home) if os.path.isabs(home) else Path.home() / ".cache") / "fedsim" / "runtime.json"
 
 
-_own: dict[str, Choice] = {}  # of this process
+_of_this_process: dict[str, Choice] = {}  # choices that are not in the file
 
 
 def recall(key: str) -> Choice | None:
-    """What was chosen, if anything."""
-    return _read().choices.get(key) or _own.get(key)
+    """The choice for a key, if there is one."""
+    return _read().choices.get(key) or _of_this_process.get(key)
 
 
 def remember(key: str, choice: Choice) -> None:
-    """Keep it for the runs to come, if that is possible; those of this process alone if the machine is busy."""
+    """Save a choice in the file, if possible; if the machine is busy, keep it only in this process."""
     if busy():
-        _own[key] = choice
+        _of_this_process[key] = choice
         return
-    with suppress(OSError, RuntimeError, Timeout):  # RuntimeError: of who has no home
+    with suppress(OSError, RuntimeError, Timeout):  # RuntimeError: if there is no home folder
         path().parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path().with_suffix(".lock"), timeout=1):
             choices = _read().choices
             choices.pop(key, None)
-            newest = dict([*choices.items(), (key, choice)][-MOST:])
+            newest = dict([*choices.items(), (key, choice)][-MAX_CHOICES:])
             write(path(), _File(choices=newest).model_dump_json(indent=1).encode())
 
 
 def busy() -> bool:
-    """Whether more runs on this machine than it has cores for: what is timed then may not hold."""
+    """Whether more processes run than this machine has cores, so that timings are unreliable."""
     return os.getloadavg()[0] > (os.cpu_count() or 1)
 
 
 def key(
     work: Train, task: Task, data: FederatedData, clients: int, candidates: Sequence[Spec], device: torch.device
 ) -> str:
-    """SHA-256 of what the choice among `candidates` depends on; `clients` is the scale of a cohort."""
+    """SHA-256 of all that a choice among `candidates` depends on; `clients` is the number of timed clients."""
     settings = {f.name: getattr(work.recipe, f.name) for f in fields(work.recipe)}
     about = {
         "candidates": candidates,
@@ -104,7 +104,7 @@ def key(
 def _read() -> _File:
     try:
         with open_regular(path()) as file:
-            return _File.model_validate_json(file.read(LARGEST))
+            return _File.model_validate_json(file.read(MAX_FILE_BYTES))
     except (OSError, RuntimeError, ValidationError):
         return _File()
 
@@ -116,7 +116,7 @@ def _machine(device: torch.device) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON, the same in every process: callables by name, and what else has fields by these."""
+    """The value as JSON that is equal in every process: callables by name, other objects by their fields."""
     if isinstance(value, partial):
         return [_name(value.func), _plain(value.args), _plain(value.keywords)]
     if isinstance(value, BaseModel):

@@ -1,8 +1,8 @@
-"""Clients in the processes of a Ray cluster: one machine or many, with the same result as in one process.
+"""Clients in the processes of a Ray cluster, on one machine or many, with the same results as in one process.
 
-Network and data go to each machine once, and all its actors map them. An actor adds up what its clients send and
-hands over one sum at the end of the run: what reaches the driver grows with the actors, not with the cohort.
-Ray itself is imported when a runtime is made.
+Network and data are sent to each machine once, and all its actors map them. An actor adds up the messages of its
+clients and returns one sum at the end of the run, so the traffic to the driver grows with the number of actors,
+not with the cohort. Ray itself is imported when the runtime is created.
 """
 
 from collections.abc import Iterable, Iterator
@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 
 
 class Ray(Runtime):
-    """Clients side by side in a Ray cluster's processes, one machine or many.
+    """Clients in parallel in the processes of a Ray cluster, on one machine or many.
 
-    `address` null is the Ray that this process has joined, or a local one that ends with it; `auto` is the cluster
-    on this machine, host:port any other. Each actor takes `cpus`, or a share of a GPU if `gpus` is above 0; `auto`
-    is as many as the cluster holds. They end with the experiment, or with this object. An actor or a machine that
-    dies is replaced, and its clients of the round run again; a client that kills three is said to fail. Raises
-    ConfigError where the cluster cannot do that.
+    `address: null` uses the cluster that this process has joined, or else starts a local Ray, which ends with this
+    process; `auto` is the cluster on this machine, and host:port any other. Each actor takes `cpus` CPUs, and
+    `gpus` GPUs, which may be a fraction of one. `actors: auto` is as many as the cluster has room for. Actors end
+    with the experiment, or with this object. If an actor or a machine dies, it is replaced and its clients of the
+    round run again; a client whose actors die three times counts as failed. Raises ConfigError if the cluster
+    cannot run them.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class Ray(Runtime):
 
         self.home = torch.device("cpu")
         if cpus > 1 and cpus % 1:
-            raise ConfigError(f"runtime.cpus: {cpus:g} should be whole, or less than 1, for Ray to count it")
+            raise ConfigError(f"runtime.cpus: {cpus:g} must be a whole number, or less than 1, as Ray requires")
         join(address)
         most = room(cpus, gpus)
         self.actors = most if actors == "auto" else actors
@@ -68,7 +69,7 @@ class Ray(Runtime):
         self.pool.check(work)
 
     def close(self) -> None:
-        """End the actors, and so leave their place in the cluster to others; the next run starts new ones."""
+        """End the actors, which frees their place in the cluster; the next run starts new ones."""
         self.pool.close()
 
     def run(self, work: Work, server: State, jobs: Iterable[Job], aggregator: Aggregator) -> Results:

@@ -1,4 +1,4 @@
-"""One process of the `ray` runtime: a worker, and for each `run` under way the sum of what its clients sent."""
+"""One process of the `ray` runtime: a worker, and for each running `run` the sum of its clients' messages."""
 
 import os
 import pickle
@@ -29,12 +29,12 @@ R = TypeVar("R")
 
 
 class Failure(NamedTuple):
-    """An exception on its way to the driver, which raises it from its cause."""
+    """A pickled exception for the driver, with its cause."""
 
     content: bytes
 
     def error(self) -> BaseException:
-        """The exception, with its cause and where it came from."""
+        """The exception, with its cause and a note on where it was raised."""
         error, cause, where = pickle.loads(self.content)
         error.__cause__ = cause
         (cause or error).add_note(where)
@@ -42,16 +42,16 @@ class Failure(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What one client's work gave: a report where messages are added up, and else the update."""
+    """The result of one item: a report if messages are added up, or else the update."""
 
     report: Report | None  # without the client's state and exception
-    client: Packed | None  # its state
+    client: Packed | None  # the client's state
     update: Packed | None
     failure: Failure | None
 
 
 class Order(NamedTuple):
-    """What all items of one `run` or `map` have in common; without an aggregator nothing is added up."""
+    """The data that all items of one `run` or `map` share; `map` has no aggregator."""
 
     work: Work
     server: State
@@ -60,7 +60,7 @@ class Order(NamedTuple):
 
 @dataclass
 class Execution:
-    """An order under way, and the sum of what clients of this process have sent."""
+    """An order that is being executed, and the sum of the messages of this process's clients."""
 
     order: Order
     fold: Fold | None
@@ -69,7 +69,7 @@ class Execution:
 def failures_returned(
     method: "Callable[Concatenate[Actor, P], R]",
 ) -> "Callable[Concatenate[Actor, P], R | Failure]":
-    """The method, with exceptions returned and not raised: Ray would wrap them, and so lose their cause."""
+    """The method, which returns exceptions instead of raising them: Ray would wrap them and lose their cause."""
 
     @wraps(method)
     def returning(self: "Actor", /, *arguments: P.args, **named: P.kwargs) -> R | Failure:
@@ -82,33 +82,35 @@ def failures_returned(
 
 
 class Actor:
-    """Runs the clients that it is sent, one at a time, on one intra-op thread or on the GPU that Ray gives it."""
+    """Runs clients one at a time, with one intra-op thread or on the GPU that Ray assigns to it."""
 
     def __init__(self) -> None:
         self.executions: dict[int, Execution | Failure] = {}
 
     @failures_returned
     def open(self, packed: Packed, paths: list[str], folder: str, gpu: bool) -> tuple[int, str]:
-        """Load network and data, with the driver's import path; returns process id and machine."""
+        """Load network and data, and use the driver's import path; returns process id and host name."""
         sys.path += [path for path in paths if path not in sys.path]
-        with suppress(OSError):  # the driver's folder may not be there
+        with suppress(OSError):  # the driver's folder may not exist here
             os.chdir(folder)
         torch.set_num_threads(1)
         self.device = torch.device("cuda", 0) if gpu else torch.device("cpu")
         if gpu and not torch.cuda.is_available():
-            raise ConfigError(f"runtime.gpus: Ray has a GPU on {socket.gethostname()} and PyTorch sees none there")
+            raise ConfigError(
+                f"runtime.gpus: Ray has a GPU on {socket.gethostname()}, but PyTorch finds none there"
+            )
         task, data = _imported(packed)
         self.worker = Worker(task, data.to(self.device), self.device)
         return os.getpid(), socket.gethostname()
 
     @failures_returned
     def check(self, packed: Packed) -> None:
-        """Raise ConfigError for what cannot be imported here, and for a precision that the device lacks."""
+        """Raise ConfigError if modules cannot be imported here, or the device cannot train in the precision."""
         work: Train = _imported(packed)
         check_precision(work.recipe.precision, self.device)
 
     def begin(self, number: int, packed: Packed) -> None:
-        """Start an order; where it cannot be unpacked, each of its clients reports that."""
+        """Start an order; if it cannot be unpacked, each of its items returns that error."""
         try:
             order: Order = _imported(packed)
             server = {name: value.to(self.device) for name, value in order.server.items()}
@@ -119,7 +121,7 @@ class Actor:
 
     @failures_returned
     def work(self, number: int, item: Any, client: Packed | None) -> Answer | Failure:
-        """Do one item's work, and add what it sends to the sum."""
+        """Run one item, and add its message to the sum."""
         execution = self.executions[number]
         if isinstance(execution, Failure):
             return execution
@@ -138,7 +140,7 @@ class Actor:
 
     @failures_returned
     def finish(self, number: int) -> Packed | Failure:
-        """End a `run`; returns the sum of what its clients sent."""
+        """End a `run`; returns the sum of its clients' messages."""
         execution = self.executions.pop(number)
         if isinstance(execution, Failure):
             return execution
@@ -146,17 +148,17 @@ class Actor:
         return pack(execution.fold.partial)
 
     def forget(self, number: int) -> None:
-        """End an order whose sum is not wanted."""
+        """End an order without its sum."""
         self.executions.pop(number, None)
 
 
 def _imported(packed: Packed) -> Any:
-    """What was packed; raises ConfigError where a user's module is not to be found."""
+    """The unpacked object; raises ConfigError if a user's module cannot be found."""
     try:
         return unpack(packed)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
-            f"runtime: a Ray actor on {socket.gethostname()} cannot import what it should run "
+            f"runtime: a Ray actor on {socket.gethostname()} cannot import the code it should run "
             f"({one_line(error)}); is the module's folder on PYTHONPATH there?"
         ) from error
 
@@ -168,7 +170,7 @@ def _failure(error: BaseException) -> Failure:
 
 
 def _portable(error: BaseException) -> BaseException:
-    """The exception, or where it cannot be pickled and made again, its text."""
+    """The exception, or one with the same text if it cannot be pickled and unpickled."""
     try:
         pickle.loads(cloudpickle.dumps(error))
     except Exception:

@@ -1,4 +1,4 @@
-"""The actors of a runtime: they start, some late or never; those that die are replaced."""
+"""The pool of actors of a runtime: it starts them, waits for their places, and replaces dead ones."""
 
 import gc
 import os
@@ -22,9 +22,9 @@ from fedsim.training.task import Task
 
 Ref = Any  # a ray.ObjectRef
 
-MAX_FAILED_STARTS = 3  # of actors, in a row, after which no more are tried
-POLL_SECONDS = 1.0  # between two looks at actors that do not start
-WARN_AFTER_SECONDS = 10.0  # that an actor has no place in the cluster
+MAX_FAILED_STARTS = 3  # of actors in a row; then no more are started
+POLL_SECONDS = 1.0  # between two checks of actors that do not start
+WARN_AFTER_SECONDS = 10.0  # without a place in the cluster for an actor
 MAX_WAIT_SECONDS = 60.0  # for a first actor's place in the cluster
 POOLS = weakref.WeakSet["Pool"]()  # of this process
 
@@ -34,16 +34,16 @@ class Slot:
     """An actor, as the driver knows it."""
 
     actor: Any
-    opening: Ref  # None once it has network and data
+    opening: Ref  # None when the actor has network and data
     since: float
     name: str = "an actor that was starting"
-    warned: bool = False  # that it found no place
+    warned: bool = False  # whether a warning was given that it has no place
 
 
 class Pool:
-    """The `wanted` actors with network and data, or as many as the cluster has a place for.
+    """`wanted` actors with network and data, or as many as the cluster has a place for.
 
-    They end when the pool is closed or garbage, at once, even where others hold a handle to them.
+    They end at once when the pool is closed or garbage-collected, even if other objects hold handles to them.
     """
 
     def __init__(self, task: Task, data: FederatedData, wanted: int, cpus: float, gpus: float):
@@ -51,19 +51,19 @@ class Pool:
         self._actor = made.options(enable_task_events=False, scheduling_strategy="SPREAD")
         self._gpu, self._content = gpus > 0, ray.put(pack((task, data), files=True))
         self._failed_starts = 0  # actors in a row that died while they started
-        self.wanted, self.alive = wanted, monotonic()  # when one last showed that it is
+        self.wanted, self.alive = wanted, monotonic()  # `alive`: the time of the last answer
         self.slots: list[Slot] = []
-        weakref.finalize(self, _end, self.slots).atexit = False  # Ray ends them there
+        weakref.finalize(self, _end, self.slots).atexit = False  # at exit, Ray ends them
         try:
             self.open()
         except RoundError as error:
             raise ConfigError(f"runtime.actors: {error}") from error
 
     def open(self) -> None:
-        """Start the actors, unless they run; raises RoundError where the cluster has no place for any."""
+        """Start the actors, unless they run; raises RoundError if the cluster has no place for any."""
         if self.slots:
             return
-        if POOLS:  # one that is garbage still has its actors
+        if POOLS:  # the actors of an unreachable pool run until it is collected
             gc.collect()
         self._failed_starts, self.alive = 0, monotonic()
         POOLS.add(self)
@@ -76,31 +76,31 @@ class Pool:
             raise
 
     def close(self) -> None:
-        """End the actors; `open` starts others."""
+        """End the actors; `open` starts new ones."""
         _end(self.slots)
         POOLS.discard(self)
 
     def ready(self) -> list[Slot]:
-        """Those that can take clients."""
+        """The actors that can run clients."""
         return [slot for slot in self.slots if not slot.opening]
 
     def starting(self) -> list[Slot]:
-        """Those that have no place yet, or not network and data."""
+        """The actors without a place, or without network and data."""
         return [slot for slot in self.slots if slot.opening]
 
     def check(self, work: Train) -> None:
-        """Have all actors check it; raises ConfigError."""
+        """Let all actors check the work; raises ConfigError."""
         self.open()
         self._wait_for_actors()
         packed = pack(work)
         for ref in [slot.actor.check.remote(packed) for slot in self.ready()]:
             try:
                 answer(ref)
-            except ray.exceptions.RayError:  # it died, and the next run replaces it
+            except ray.exceptions.RayError:  # the actor died; the next run replaces it
                 continue
 
     def opened(self, slot: Slot) -> Failure | None:
-        """Have an actor that has answered among those that are ready; its failure if it cannot do the work."""
+        """Mark an actor that has answered as ready; returns its failure if it cannot run clients."""
         self.alive = monotonic()
         try:
             opened = ray.get(slot.opening)
@@ -119,29 +119,29 @@ class Pool:
         return None
 
     def replace(self, slot: Slot) -> None:
-        """Start another actor, on any machine, for one that died, unless that has been done."""
+        """Replace an actor that died by a new one on any machine, unless that has been done."""
         if slot in self.slots:
             self.slots.remove(slot)
-            ray.kill(slot.actor)  # which may only be out of reach
+            ray.kill(slot.actor)  # it may be alive but unreachable
             self._add()
 
     def check_waiting(self) -> None:
-        """Warn of actors without a place in the cluster; raise RoundError where there is no other actor."""
+        """Warn about actors without a place in the cluster; raise RoundError if there is no other actor."""
         waiting, ready = self._overdue(), len(self.ready())
         if not ready and monotonic() - max([self.alive, *(slot.since for slot in self.slots)]) > MAX_WAIT_SECONDS:
             others = sum(len(pool.slots) for pool in POOLS if pool is not self)
-            held = f"; {counted(others, 'actor')} of this process's other runs are on it" if others else ""
+            held = f"; {counted(others, 'actor')} of this process's other runs use it" if others else ""
             raise RoundError(f"no Ray actor is left, and the cluster, {resources()}, has no place for one{held}")
         if ready and not all(slot.warned for slot in waiting):
             for slot in waiting:
                 slot.warned = True
             warn(
-                f"goes on with {ready} of {self.wanted} Ray actors; the cluster, {resources()}, "
+                f"continuing with {ready} of {self.wanted} Ray actors; the cluster, {resources()}, "
                 "has no place for the others yet"
             )
 
     def _wait_for_actors(self) -> None:
-        """Wait for those that start, as long as they come."""
+        """Wait for starting actors, as long as they have a place."""
         while starting := self.starting():
             ready, _ = ray.wait([slot.opening for slot in starting], timeout=POLL_SECONDS)
             for slot in starting:
@@ -152,7 +152,7 @@ class Pool:
                 break
 
     def _overdue(self) -> list[Slot]:
-        """Actors that should have a place by now, since others came up."""
+        """Actors that are still without a place, long after the last answer of another actor."""
         return [slot for slot in self.starting() if monotonic() - max(slot.since, self.alive) > WARN_AFTER_SECONDS]
 
     def _add(self) -> None:
@@ -163,7 +163,7 @@ class Pool:
 
 
 def _end(slots: list[Slot]) -> None:
-    """Kill the actors, even where their Ray is gone already."""
+    """Kill the actors; that their cluster has ended is no error."""
     for slot in slots:
         with suppress(ray.exceptions.RayError, ValueError):
             ray.kill(slot.actor)
@@ -171,10 +171,10 @@ def _end(slots: list[Slot]) -> None:
 
 
 def answer(ref: Ref) -> Any:
-    """What an actor returned; raises what it raised, or a RayError where it died."""
+    """The return value of an actor; raises the exception it raised, or a RayError if it died."""
     try:
         returned = ray.get(ref)
-    except ray.exceptions.RayTaskError as error:  # not of a client
+    except ray.exceptions.RayTaskError as error:  # not an error of a client
         raise RoundError(f"a Ray actor failed: {one_line(error.cause)}") from error
     if isinstance(returned, Failure):
         raise returned.error()
@@ -182,5 +182,5 @@ def answer(ref: Ref) -> Any:
 
 
 def warn(text: str) -> None:
-    """Warn of something after which the run goes on."""
+    """Warn about a problem that does not end the run."""
     warnings.warn(f"runtime: {text}", RuntimeWarning, stacklevel=3)

@@ -1,7 +1,7 @@
 """Clients of a cohort as one batch of networks: their weights are (C, P), and one kernel computes for all of them.
 
-Chunks of clients are batches for `torch.func.vmap`, of similar numbers of steps each; a chunk's results depend on
-nothing but its clients. They equal a single client's up to rounding.
+Each chunk of clients is a batch for `torch.func.vmap`, of clients with similar numbers of steps. The results of a
+chunk depend only on its clients, and equal those of single clients up to rounding.
 """
 
 import threading
@@ -21,10 +21,10 @@ from fedsim.base.machine import cores, memory
 from fedsim.data import FederatedData
 from fedsim.errors import ConfigError, RoundError
 from fedsim.federated.aggregate import Aggregator, Partial
-from fedsim.federated.client import Train, Work, check_sound
+from fedsim.federated.client import Train, Work, check_update
 from fedsim.federated.fold import Fold
 from fedsim.federated.runtime import Call, Item, Results, Runtime
-from fedsim.runtimes.cuda import new_stream, on_stream, repeat_on_gpus
+from fedsim.runtimes.cuda import make_gpus_deterministic, new_stream, on_stream
 from fedsim.runtimes.threads import Threads
 from fedsim.runtimes.vectorized.compute import Client, updates
 from fedsim.runtimes.vectorized.graph import Graphs, capturable
@@ -38,14 +38,14 @@ from fedsim.types import Count, Job, Report, State, Update
 
 MAX_CLIENTS_ON_CPU = 64  # clients in a batch
 MIN_CLIENTS_ON_CPU = 4
-CACHE = 2**24  # bytes of weights in a batch on a CPU: with more, memory is what it waits for
+CACHED_WEIGHT_BYTES = 2**24  # of weights in a batch on a CPU; more would not fit in the cache
 MAX_CLIENTS_ON_GPU = 256
-SHARE = 0.35  # of the memory: a graph has as much of its own, and there are the data
-WINDOW = 32  # chunks, of whose clients those with as many steps go together
+MEMORY_FRACTION = 0.35  # of the memory; a CUDA graph takes as much again, and the data are there, too
+WINDOW_CHUNKS = 32  # clients of so many chunks are sorted by their numbers of steps
 
 
 class Row(NamedTuple):
-    """A client, and the place of the call that it belongs to."""
+    """A client, and the index of the call that it belongs to."""
 
     call: int
     job: Job
@@ -54,11 +54,11 @@ class Row(NamedTuple):
 class Vectorized(Runtime):
     """Chunks of clients as one batch of networks; equal to the other runtimes up to rounding.
 
-    `chunk` is how many clients make a batch; `auto` takes what memory allows. `conv` is how their convolutions
-    are computed: as products of matrices (`im2col`), or as one grouped convolution (`grouped`), as `vmap` does;
-    `auto` is `grouped` on a CPU and `im2col` on a GPU. Each of `workers` threads takes a chunk at a time, on a GPU
-    on a stream of its own. With `graphs` a GPU is given a chunk's work as one CUDA graph where it can be: no
-    augmentation, data on the device, and dropout only where its clients have as many examples each.
+    `chunk` is the number of clients in a batch; `auto` is as many as fit in memory. `conv` says how convolutions
+    are computed: as matrix products (`im2col`), or as one grouped convolution (`grouped`), as `vmap` does; `auto`
+    is `grouped` on a CPU and `im2col` on a GPU. Each of the `workers` threads trains one chunk at a time, on a GPU
+    in its own stream. With `graphs`, a GPU runs a chunk as one CUDA graph if possible: without augmentation, with
+    data on the device, and with dropout only if the clients have equally many examples.
     """
 
     exact = False
@@ -76,23 +76,23 @@ class Vectorized(Runtime):
         graphs: bool = True,
         device: str = "auto",
     ):
-        self.singly = Threads(task, data, device=device)  # for all works but training
-        self.devices, self.home = self.singly.devices, self.singly.home
+        self.threads = Threads(task, data, device=device)  # for all work except training
+        self.devices, self.home = self.threads.devices, self.threads.home
         on_cpu = self.home.type == "cpu"
         if workers == "auto":
             workers = cores() if on_cpu else len(self.devices)
         self.conv: ConvMethod = conv if conv != "auto" else "grouped" if on_cpu else "im2col"
         if not on_cpu:
-            repeat_on_gpus()
+            make_gpus_deterministic()
         self.task, self.num_workers, self.chunk, self.graphs = task, workers, chunk, graphs
-        self.data = self.singly.data
+        self.data = self.threads.data
         self.pool = ThreadPoolExecutor(workers, "chunk")
         self.local = threading.local()
-        self.number = count()  # of the next worker
-        self.fits: dict[int, int] = {}  # how many clients memory allows, by batch size
-        self.most = MAX_CLIENTS_ON_GPU
-        self.recorded: list[Graphs] = []  # by worker
-        self.first: AbstractContextManager[object] = threading.Lock()
+        self.worker_number = count()  # index of the next worker
+        self.fit_in_memory: dict[int, int] = {}  # clients in a chunk, by batch size
+        self.max_clients = MAX_CLIENTS_ON_GPU
+        self.all_graphs: list[Graphs] = []  # by worker
+        self.first_chunk: AbstractContextManager[object] = threading.Lock()
 
     @property
     def workers(self) -> int:
@@ -106,7 +106,7 @@ class Vectorized(Runtime):
 
     def run(self, work: Work, server: State, jobs: Iterable[Job], aggregator: Aggregator) -> Results:
         if not isinstance(work, Train):
-            yield from self.singly.run(work, server, jobs, aggregator)
+            yield from self.threads.run(work, server, jobs, aggregator)
             return
         call = Call(work, server, [], aggregator)
         for _, partial, reports in self._run([call], [work], (Row(0, job) for job in jobs)):
@@ -115,10 +115,10 @@ class Vectorized(Runtime):
     def map(
         self, work: Work, server: State, items: Iterable[Item]
     ) -> Iterator[tuple[Item, Update | BaseException]]:
-        return self.singly.map(work, server, items)
+        return self.threads.map(work, server, items)
 
     def run_many(self, calls: Sequence[Call]) -> list[list[tuple[Partial, list[Report]]]]:
-        """What `run` yields for each call; those that differ only in seed, state and lr go as one batch."""
+        """A list of what `run` yields for each call; calls that differ only in seed, state or lr share batches."""
         results: list[list[tuple[Partial, list[Report]]]] = [[] for _ in calls]
         alike: dict[object, list[int]] = {}
         for i, call in enumerate(calls):
@@ -126,7 +126,7 @@ class Vectorized(Runtime):
                 settings = repr((call.work.strategy, replace(call.work.recipe, lr=1.0)))
                 alike.setdefault(settings, []).append(i)
             else:
-                results[i] += self.singly.run(*call)
+                results[i] += self.threads.run(*call)
         for places in alike.values():
             together = [calls[i] for i in places]
             works = [call.work for call in together if isinstance(call.work, Train)]
@@ -138,7 +138,7 @@ class Vectorized(Runtime):
     def _run(
         self, calls: Sequence[Call], works: Sequence[Train], rows: Iterator[Row]
     ) -> Iterator[tuple[int, Partial, list[Report]]]:
-        """Partial results and reports, with the place of their call."""
+        """Partial sums and reports, with the index of their call."""
         on_device = {d: [{n: t.to(d) for n, t in c.server.items()} for c in calls] for d in self.devices}
         folds: dict[tuple[int, int], Fold] = {}  # by thread and call
         size = self._size(works[0])
@@ -151,15 +151,16 @@ class Vectorized(Runtime):
                 servers = on_device[network.device]
                 clients = [Client(works[i], servers[i], job) for i, job in chunk]
                 began, done = perf_counter(), list[tuple[int, Report]]()
-                with self.first:  # alone: PyTorch 2.15 on a CPU may crash where two threads first use convolutions
+                # Alone: PyTorch 2.15 may crash if two threads use convolutions for the first time.
+                with self.first_chunk:
                     outcomes = self._attempt(network, clients)
-                self.first = nullcontext()
+                self.first_chunk = nullcontext()
                 each = (perf_counter() - began) / len(chunk)
                 for (i, job), outcome in zip(chunk, outcomes, strict=True):
                     key = threading.get_ident(), i
                     if key not in folds:
                         folds[key] = Fold(calls[i].aggregator)
-                    report = folds[key].add(job, _sound(outcome, job), began)
+                    report = folds[key].add(job, _checked(outcome, job), began)
                     done.append((i, report._replace(seconds=each)))
             return done
 
@@ -171,34 +172,38 @@ class Vectorized(Runtime):
             yield i, fold.partial, []
 
     def _size(self, work: Train) -> int:
-        """How many clients make a batch; on one machine always the same, unless memory ran out."""
+        """The number of clients in a batch; on one machine always the same, unless memory ran out."""
         if self.chunk != "auto":
-            return min(self.chunk, self.most)
+            return min(self.chunk, self.max_clients)
         batch = work.recipe.batch_size_of(int(self.data[self.home].sizes.max()))
-        if batch not in self.fits:
+        if batch not in self.fit_in_memory:
             need = bytes_per_client(self.task, work, self.conv == "im2col", batch)
-            self.fits[batch] = max(1, int(SHARE * _memory(self.home) / (self.workers * need)))
-        near = max(CACHE // self.task.initial_model.nbytes, MIN_CLIENTS_ON_CPU)
-        return min(self.fits[batch], self.most, *([near, MAX_CLIENTS_ON_CPU] if self.home.type == "cpu" else []))
+            self.fit_in_memory[batch] = max(1, int(MEMORY_FRACTION * _memory(self.home) / (self.workers * need)))
+        fit_in_cache = max(CACHED_WEIGHT_BYTES // self.task.initial_model.nbytes, MIN_CLIENTS_ON_CPU)
+        return min(
+            self.fit_in_memory[batch],
+            self.max_clients,
+            *([fit_in_cache, MAX_CLIENTS_ON_CPU] if self.home.type == "cpu" else []),
+        )
 
     def _chunks(self, rows: Iterator[Row], size: int, recipe: Recipe) -> Iterator[list[Row]]:
-        """Chunks of `size` clients, those of most steps first; looks at a bounded number of clients at a time."""
-        sizes = self.singly.data[self.home].sizes
+        """Chunks of `size` clients, most steps first; it sorts a bounded number of clients at a time."""
+        sizes = self.threads.data[self.home].sizes
 
         def longest(row: Row) -> tuple[int, int]:
             n = int(sizes[row.job.client_id])
             return -recipe.num_steps(n), -n
 
-        while window := list(islice(rows, WINDOW * size)):
+        while window := list(islice(rows, WINDOW_CHUNKS * size)):
             window.sort(key=longest)
             parts = -(-len(window) // size)
-            if self.chunk == "auto":  # as much work for each
+            if self.chunk == "auto":  # equally many for each worker
                 parts = min(-(-parts // self.workers) * self.workers, len(window))
             ends = [len(window) * i // parts for i in range(parts + 1)]
             yield from (window[a:b] for a, b in pairwise(ends))
 
     def _attempt(self, network: Network, batch: Sequence[Client]) -> list[Update | Exception]:
-        """What each client computes, or why not: a batch that fails is halved, down to the client at fault."""
+        """The update or error of each client; a batch that fails is halved until the failing client is found."""
         try:
             return list(self._updates(network, batch))
         except (ConfigError, RoundError):
@@ -206,9 +211,9 @@ class Vectorized(Runtime):
         except torch.OutOfMemoryError as error:
             if len(batch) == 1:
                 return [error]
-            self.most = min(self.most, max(1, len(batch) // 2))
+            self.max_clients = min(self.max_clients, max(1, len(batch) // 2))
             warnings.warn(
-                f"runtime.chunk: {len(batch)} clients need too much memory; from now on {self.most}",
+                f"runtime.chunk: out of memory with {len(batch)} clients, continuing with {self.max_clients}",
                 stacklevel=2,
             )
         except Exception as error:
@@ -223,30 +228,30 @@ class Vectorized(Runtime):
             return updates(network, data, batch)
         if not hasattr(self.local, "graphs"):
             self.local.graphs = Graphs(network, data)
-            self.recorded.append(self.local.graphs)
+            self.all_graphs.append(self.local.graphs)
         graphs: Graphs = self.local.graphs
         return graphs(batch)
 
     def _start_worker(self) -> None:
-        device = self.devices[next(self.number) % len(self.devices)]
+        device = self.devices[next(self.worker_number) % len(self.devices)]
         if device.type == "cpu":
             torch.set_num_threads(1)  # this thread's
         self.local.network = Network(self.task, device, self.conv)
         self.local.stream = new_stream(device)
 
 
-def _sound(outcome: Update | Exception, job: Job) -> Update | Exception:
-    """The update, or why a client could not go on from it."""
+def _checked(outcome: Update | Exception, job: Job) -> Update | Exception:
+    """The update, or an error if the client's new state is invalid."""
     if not isinstance(outcome, Exception):
         try:
-            check_sound(outcome, job.client or {})
+            check_update(outcome, job.client or {})
         except ArithmeticError as error:
             return error
     return outcome
 
 
 def _memory(device: torch.device) -> int:
-    """All bytes of a device, of which some may be in use: what is free differs from run to run."""
+    """All bytes of a device, used ones too, because the free bytes differ from run to run."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return memory()

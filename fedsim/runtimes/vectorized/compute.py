@@ -1,4 +1,4 @@
-"""What each of C clients computes in a round: the strategy, written for one client, under `torch.func.vmap`."""
+"""The updates of C clients in a round: `client_update`, written for one client, under `torch.func.vmap`."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,13 +9,13 @@ from torch.func import vmap
 
 from fedsim.data import FederatedData
 from fedsim.federated.client import Train, check_message, states_are_only_read
-from fedsim.training.batched.cohort import Cohort, Member
+from fedsim.training.batched.cohort import ClientJob, Cohort
 from fedsim.training.batched.objective import BatchedObjective, Network
 from fedsim.types import Job, State, Update
 
 
 class Client(NamedTuple):
-    """One client of a batch: what it does, what it is sent, and its job."""
+    """One client of a batch: its work, the server's state that it downloads, and its job."""
 
     work: Train
     server: State
@@ -23,7 +23,7 @@ class Client(NamedTuple):
 
 
 class Computed(NamedTuple):
-    """What C clients computed, (C, ...) each."""
+    """The results of C clients, each (C, ...)."""
 
     message: State
     weight: Tensor
@@ -31,7 +31,7 @@ class Computed(NamedTuple):
     metrics: State
 
     def rows(self) -> list[Update]:
-        """By client: rows of the same tensors, numbers on the host."""
+        """One update a client: rows of these tensors; weights and metrics are on the host."""
         weight, metrics = self.weight.cpu(), {name: value.cpu() for name, value in self.metrics.items()}
         return [
             Update(_row(self.message, i), weight[i], _row(self.client, i), _row(metrics, i))
@@ -40,13 +40,14 @@ class Computed(NamedTuple):
 
 
 def compute(network: Network, work: Train, cohort: Cohort, server: State, own: State, clients: State) -> Computed:
-    """What each client computes, all in one batch.
+    """The results of all clients, computed in one batch.
 
-    `server` is what they share of the server's state; `own`, of each (C, ...), comes in the place of it where rows
-    belong to different runs. `clients` (C, ...) is what they kept. Raises, for all, what the strategy raises.
+    `server` is the server's state, if all clients share it. If the clients belong to different runs, `own`
+    (C, ...) has their servers' states instead. `clients` (C, ...) are the clients' states. An exception of the
+    strategy is raised for all clients together.
     """
 
-    def one(index: Tensor, own: State, client: State) -> tuple[State, Tensor, State, State]:
+    def compute_one(index: Tensor, own: State, client: State) -> tuple[State, Tensor, State, State]:
         broadcast = server | own
         home = client if work.strategy.buffers == "private" else broadcast
         local = BatchedObjective(network, cohort, index, home["buffers"])
@@ -55,32 +56,32 @@ def compute(network: Network, work: Train, cohort: Cohort, server: State, own: S
         weight = update.weight if isinstance(update.weight, Tensor) else network.like.new_full((), update.weight)
         return update.message, weight.to(network.like), update.client, update.metrics
 
-    index = torch.arange(len(cohort.members), device=network.device)
+    index = torch.arange(len(cohort.client_jobs), device=network.device)
     with states_are_only_read(server | own, clients):
-        return Computed(*vmap(one)(index, own, clients))
+        return Computed(*vmap(compute_one)(index, own, clients))
 
 
 def inputs(batch: Sequence[Client], device: torch.device) -> tuple[State, State, State]:
-    """Of `compute`: what the clients share of the server's state, what they do not, and what they kept."""
+    """The arguments `server`, `own` and `clients` of `compute`."""
     server = batch[0].server
     shared = all(client.server is server for client in batch)
     own = {} if shared else stacked([client.server for client in batch], device)
     return server if shared else {}, own, stacked([client.job.client or {} for client in batch], device)
 
 
-def members(batch: Sequence[Client]) -> list[Member]:
-    """What a cohort has to know of the clients."""
-    return [Member(client.work.recipe, client.work.seed, client.job) for client in batch]
+def client_jobs(batch: Sequence[Client]) -> list[ClientJob]:
+    """The clients, as `Cohort` takes them."""
+    return [ClientJob(client.work.recipe, client.work.seed, client.job) for client in batch]
 
 
 def updates(network: Network, data: FederatedData, batch: Sequence[Client]) -> list[Update]:
-    """What each client computes, all in one batch."""
-    cohort = Cohort(data, members(batch), network.like)
+    """The update of each client, computed in one batch."""
+    cohort = Cohort(data, client_jobs(batch), network.like)
     return compute(network, batch[0].work, cohort, *inputs(batch, network.device)).rows()
 
 
 def stacked(states: Sequence[State], device: torch.device) -> State:
-    """(C, ...) of each name."""
+    """Each entry of the states, stacked: (C, ...)."""
     return {name: torch.stack([state[name] for state in states]).to(device) for name in states[0]}
 
 

@@ -1,4 +1,4 @@
-"""Whether strategy, network and recipe can be batched, tried on two clients before a run starts."""
+"""A test before each run, on two clients, whether strategy, network and recipe can be batched."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,49 +17,52 @@ from fedsim.training.replica import Replica
 from fedsim.training.task import Task
 from fedsim.types import Job, State, Update
 
-COMPARED = {"loss", "buffers"}
-TRIALS = 3  # two examples may be so alike that batch norm makes much of rounding; not in all of them
-NEAR = {"fp32": 0.02, "bf16": 0.2, "fp16": 0.2}  # as a share of the norm; what is drawn otherwise differs by more
+COMPARED_ENTRIES = {"loss", "buffers"}
+MAX_TRIALS = 3  # with very similar examples, batch norm amplifies rounding errors in some trials
+TOLERANCE = {"fp32": 0.02, "bf16": 0.2, "fp16": 0.2}  # of the norm; other random numbers differ by more
 
 
 def check_options(work: Train) -> None:
-    """Raise ConfigError for what a batch of clients cannot have."""
+    """Raise ConfigError for options that a batch of clients does not support."""
     recipe = work.recipe
     for wanted, why in (
-        (recipe.precision == "fp16", "local.precision: fp16 has a loss scale for each client; use bf16 or fp32"),
-        (recipe.accumulate > 1, "local.accumulate: clients' batches differ in their pieces; lower runtime.chunk"),
-        (recipe.noisy_labels, "local.noisy_labels: each client fits a mixture of its own"),
+        (recipe.precision == "fp16", "local.precision: fp16 needs a loss scale for each client; use bf16 or fp32"),
+        (
+            recipe.accumulate > 1,
+            "local.accumulate: pieces differ from client to client; lower runtime.chunk",
+        ),
+        (recipe.noisy_labels, "local.noisy_labels: each client fits its own mixture"),
         (recipe.activation_checkpointing, "local.activation_checkpointing: lower runtime.chunk instead"),
-        (work.time_limit, "failures.time_limit: the clients of a batch end together"),
+        (work.time_limit, "failures.time_limit: all clients of a batch finish together"),
     ):
         if wanted:
-            raise ConfigError(f"{why}; not in runtime vectorized; threads has it")
+            raise ConfigError(f"{why}; runtime vectorized does not support it, threads does")
 
 
 def check_batchable(network: Network, data: FederatedData, work: Train) -> None:
-    """Train two clients of unequal size, alone and as a batch; raise ConfigError where that fails or differs.
+    """Train two clients of unequal size, alone and as a batch; raise ConfigError if the batch fails or differs.
 
-    Compared are loss and statistics of the first step: what follows from it may be ill-conditioned. What fails
-    alone too is left to the run to tell.
+    It compares loss and statistics of the first step, since later values may be ill-conditioned. An error that
+    also occurs without batching is ignored here; the run reports it.
     """
     server = download(work.strategy, initial_server_state(work.strategy, network.task, network.device))
     clients = _unequal(data, work.recipe)
-    one, two = (replace(work, recipe=replace(work.recipe, epochs=1, steps=steps)) for steps in (1, 2))
-    for number in range(TRIALS):
-        far = _tried(network, data, one, server, clients, number)
-        if not far:
-            _tried(network, data, two, server, clients, number)
+    one_step, two_steps = (replace(work, recipe=replace(work.recipe, epochs=1, steps=steps)) for steps in (1, 2))
+    for number in range(MAX_TRIALS):
+        differing = _compare(network, data, one_step, server, clients, number)
+        if not differing:
+            _compare(network, data, two_steps, server, clients, number)
             return
     raise ConfigError(
-        f"runtime.name: vectorized gives another {far} than a client alone: the model mixes the examples "
-        "of a batch, or draws random numbers, in a way it does not know; threads trains it"
+        f"runtime.name: vectorized computes another {differing} than a client alone: the model mixes the examples "
+        "of a batch, or draws random numbers, in a way that vectorized does not support; use threads"
     )
 
 
-def _tried(
+def _compare(
     network: Network, data: FederatedData, work: Train, server: State, clients: Sequence[int], number: int
 ) -> str | None:
-    """In that round, the name of what differs, if something does."""
+    """The name of an entry that differs in round `number`, or None."""
     initial = initial_client_state(work.strategy, network.task)
     state = {name: value.to(network.device) for name, value in initial.items()}
     batch = [Client(work, server, Job(client, number, state)) for client in clients]
@@ -69,19 +72,21 @@ def _tried(
     except Exception:
         return None
     try:
-        together = _together(network, data, batch)
+        together = _batched_updates(network, data, batch)
     except ConfigError:
         raise
     except Exception as error:
         raise ConfigError(
-            f"runtime.name: vectorized cannot batch this strategy and model: {located(error)}; threads trains it"
+            f"runtime.name: vectorized cannot batch this strategy and model: {located(error)}; use threads"
         ) from error
-    far = (_far(a, b, NEAR[work.recipe.precision]) for a, b in zip(alone, together, strict=True))
-    return next(filter(None, far), None)
+    differences = (
+        _difference(a, b, TOLERANCE[work.recipe.precision]) for a, b in zip(alone, together, strict=True)
+    )
+    return next(filter(None, differences), None)
 
 
 def _unequal(data: FederatedData, recipe: Recipe) -> tuple[int, int]:
-    """Two small clients, whose batches are of unequal size where there are such clients."""
+    """Two small clients, with batches of unequal sizes if there are such clients."""
     order = np.argsort(data.sizes, kind="stable")
     sizes = data.sizes[order]
     unequal = recipe.batch_size_of(int(sizes[0])) < recipe.batch_size_of(int(sizes[-1]))
@@ -89,25 +94,25 @@ def _unequal(data: FederatedData, recipe: Recipe) -> tuple[int, int]:
     return int(order[0]), int(order[other])
 
 
-def _together(network: Network, data: FederatedData, batch: Sequence[Client]) -> list[Update]:
+def _batched_updates(network: Network, data: FederatedData, batch: Sequence[Client]) -> list[Update]:
     try:
         return updates(network, data, batch)
     except RaggedError:
         return [update for client in batch for update in updates(network, data, [client])]
 
 
-def _far(one: Update, batched: Update, share: float) -> str | None:
-    """The name of what differs by more than that share of its norm."""
-    mine, theirs = (update.message | update.client | update.metrics for update in (one, batched))
-    for name in COMPARED & mine.keys():
+def _difference(alone: Update, batched: Update, tolerance: float) -> str | None:
+    """The name of an entry that differs by more than `tolerance` times its norm, or None."""
+    mine, theirs = (update.message | update.client | update.metrics for update in (alone, batched))
+    for name in COMPARED_ENTRIES & mine.keys():
         a, b = (values[name].detach().double().cpu() for values in (mine, theirs))
-        if bool(torch.isfinite(a).all()) and float((a - b).norm()) > share * float(a.norm()) + 1e-6:
+        if bool(torch.isfinite(a).all()) and float((a - b).norm()) > tolerance * float(a.norm()) + 1e-6:
             return name
     return None
 
 
 def bytes_per_client(task: Task, work: Train, im2col: bool, batch: int) -> int:
-    """About what a client takes in a batch: vectors (P,) and the activations of `batch` examples."""
+    """About the memory of a client in a batch: vectors (P,) and the activations of `batch` examples."""
     saved = dict[int, int]()
 
     def keep(tensor: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""C clients trained as one batch of networks: what a client does, for `torch.func.vmap` over many of them."""
+"""Training of C clients as one batch of networks, by `torch.func.vmap` over the clients."""

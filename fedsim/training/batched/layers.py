@@ -1,4 +1,4 @@
-"""Layers for which `vmap` alone is not enough: batch norm of padded batches, draws by client, fast convolutions.
+"""Layers that `vmap` alone cannot batch: batch norm with padding, random draws by client, fast convolutions.
 
 Shapes: C clients, B examples of a client, with padding.
 """
@@ -20,17 +20,17 @@ Pair = tuple[int, int]
 
 
 class BatchedLayers(TorchFunctionMode):
-    """While active in this thread, layers respect padding, and draw from a generator of each client's own.
+    """While it is active in this thread, layers ignore padding, and each client draws from its own generator.
 
-    `counts` (C,) says how many of a batch's B examples are a client's own, the first ones; None is all. Draws
-    are those of `training.draws.KeyedDraws`, client by client: for its own examples, none in a step it sits out.
+    `counts` (C,): the first so many of a client's B examples are no padding; None means all. Each client draws the
+    same numbers as with `training.draws.KeyedDraws`: none for padding, and none in a step without examples.
     """
 
-    def __init__(self, one: Tensor, generators: Sequence[torch.Generator], conv: ConvMethod):
+    def __init__(self, client_index: Tensor, generators: Sequence[torch.Generator], conv: ConvMethod):
         super().__init__()
-        self.one, self.generators, self.conv = one, generators, conv
+        self.client_index, self.generators, self.conv = client_index, generators, conv
         self.counts: list[int] | None = None
-        self.mask: Tensor | None = None  # (B,) bool, the same as `counts`
+        self.mask: Tensor | None = None  # (B,) bool, the same information as `counts`
 
     def __torch_function__(
         self,
@@ -46,16 +46,16 @@ class BatchedLayers(TorchFunctionMode):
             return self._batch_norm(*args, **kwargs)
         if func in DROPOUTS:
             return dropout(self._keep, DROPOUTS[func], *args, **kwargs)
-        if func in _FILLS:
+        if func in _IN_PLACE_SAMPLERS:
             return self._draw(args[0].shape, args[0], lambda t, g: func(t, *args[1:], generator=g, **kwargs))
-        if func in _SIZED:
+        if func in _SHAPE_SAMPLERS:
             shape = torch.Size(args[0] if not isinstance(args[0], int) else args)
-            fill = _SIZED[func]
+            fill = _SHAPE_SAMPLERS[func]
             like = torch.empty(0, dtype=kwargs.get("dtype"), device=kwargs.get("device"))
             return self._draw(shape, like, lambda t, g: fill(t, generator=g))
         if func in SAMPLERS:
             name = getattr(func, "__name__", str(func))
-            raise ConfigError(f"model: draws with {name}, which runtime vectorized has no keys for; threads has")
+            raise ConfigError(f"model: draws with {name}; runtime vectorized does not support that, threads does")
         return func(*args, **kwargs)
 
     def _batch_norm(
@@ -69,8 +69,8 @@ class BatchedLayers(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        """F.batch_norm with the statistics of the rows that are no padding, in any precision."""
-        mixed = running_mean is not None and x.dtype != running_mean.dtype  # which its rule for vmap lacks
+        """F.batch_norm with the statistics of all rows but padding, in any precision."""
+        mixed = running_mean is not None and x.dtype != running_mean.dtype  # not supported by its vmap rule
         if not mixed and (not training or self.mask is None):
             return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
         dims, channels = [0, *range(2, x.dim())], (1, -1, *(1,) * (x.dim() - 2))
@@ -96,25 +96,25 @@ class BatchedLayers(TorchFunctionMode):
         return self._draw(shape, like, lambda t, g: t.bernoulli_(probability, generator=g))
 
     def _draw(self, shape: torch.Size, like: Tensor, fill: Callable[[Tensor, torch.Generator], Any]) -> Tensor:
-        """`shape` (B, ...) random numbers, filled in client by client."""
+        """(C, B, ...) random numbers, where `shape` is (B, ...), drawn client by client."""
         counts = self.counts or [1] * len(self.generators)
         full = max(counts)
 
         def drawn() -> Tensor:
             rows = like.new_zeros(len(counts), *shape)
             for row, generator, count in zip(rows, self.generators, counts, strict=True):
-                own = row[: len(row) * count // full] if row.dim() else row  # there may be several rows an example
+                own = row[: len(row) * count // full] if row.dim() else row  # an example may have several rows
                 if count:
                     own.copy_(fill(like.new_empty(own.shape), generator))
             return rows
 
-        return per_client_value(self.one, drawn)
+        return per_client_value(self.client_index, drawn)
 
 
 def _moments(
     x: Tensor, mask: Tensor | None, dims: list[int], channels: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and variance of each channel over the rows in `mask` (B,), and () how many values that is."""
+    """Mean and variance of each channel over the rows in `mask` (B,), and () the number of values."""
     own = _rows_like(mask, x) if mask is not None else x.new_ones(len(x), dtype=torch.bool)
     own = own.view(-1, *(1,) * (x.dim() - 1))
     count = own.sum() * (x[0, 0].numel() if x.dim() > 2 else 1)
@@ -124,12 +124,12 @@ def _moments(
 
 
 def _rows_like(mask: Tensor, x: Tensor) -> Tensor:
-    """`mask` (B,) for the rows of `x`, which may have several to an example."""
+    """`mask` (B,), repeated if `x` has several rows for each example."""
     return mask if len(mask) == len(x) else mask.repeat_interleave(len(x) // len(mask))
 
 
-_FILLS = {Tensor.bernoulli_, Tensor.uniform_, Tensor.normal_, Tensor.exponential_}
-_SIZED: dict[Callable[..., Any], Callable[..., Tensor]] = {
+_IN_PLACE_SAMPLERS = {Tensor.bernoulli_, Tensor.uniform_, Tensor.normal_, Tensor.exponential_}
+_SHAPE_SAMPLERS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     torch.rand: Tensor.uniform_,
     torch.randn: Tensor.normal_,
 }
@@ -144,58 +144,58 @@ def conv2d(
     dilation: int | Pair = 1,
     groups: int = 1,
 ) -> Tensor:
-    """torch.conv2d of each client's `x` (B, ...) with weights of its own, as products of matrices."""
+    """torch.conv2d of each client's `x` (B, ...) with its own weights, as matrix products (im2col)."""
     if isinstance(padding, str) or groups > 1:
         return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    y: Tensor = _Conv.apply(x, weight, (_pair(stride), _pair(padding), _pair(dilation)))
+    y: Tensor = _ConvIm2col.apply(x, weight, (_pair(stride), _pair(padding), _pair(dilation)))
     return y if bias is None else y + bias.view(-1, 1, 1)
 
 
-How = tuple[Pair, Pair, Pair]  # stride, padding, dilation
+ConvSettings = tuple[Pair, Pair, Pair]  # stride, padding, dilation
 
 
-class _Conv(torch.autograd.Function):
+class _ConvIm2col(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, how: How) -> Tensor:
-        return torch.conv2d(x, weight, None, *how)
+    def forward(x: Tensor, weight: Tensor, settings: ConvSettings) -> Tensor:
+        return torch.conv2d(x, weight, None, *settings)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, weight, ctx.how = inputs
+        x, weight, ctx.settings = inputs
         ctx.save_for_backward(x, weight)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, x: Tensor, weight: Tensor, how: How) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: Any, x: Tensor, weight: Tensor, settings: ConvSettings) -> tuple[Tensor, int]:
         x = clients_first(x, in_dims[0], info)
-        if in_dims[1] is None:  # the clients share them: one large batch
-            y = torch.conv2d(x.flatten(0, 1), weight, None, *how)
+        if in_dims[1] is None:  # the clients share the weights: one large batch
+            y = torch.conv2d(x.flatten(0, 1), weight, None, *settings)
             return y.view(*x.shape[:2], *y.shape[1:]), 0
         weight = clients_first(weight, in_dims[1], info)
-        y = torch.bmm(weight.flatten(2), _columns(x, weight, how))  # (C, out, B * places)
-        return y.view(*weight.shape[:2], x.shape[1], *_out(x, weight, how)).transpose(1, 2), 0
+        y = torch.bmm(weight.flatten(2), _im2col(x, weight, settings))  # (C, out, B * places)
+        return y.view(*weight.shape[:2], x.shape[1], *_output_size(x, weight, settings)).transpose(1, 2), 0
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         for_x, for_weight = ctx.needs_input_grad[:2]
-        g_x, g_w = _ConvGradient.apply(gradient, x, weight, ctx.how, (for_x, for_weight))
+        g_x, g_w = _ConvIm2colGradient.apply(gradient, x, weight, ctx.settings, (for_x, for_weight))
         return g_x if for_x else None, g_w if for_weight else None, None
 
 
-class _ConvGradient(torch.autograd.Function):
-    """The gradients with respect to input and weights; one that is not needed is empty."""
+class _ConvIm2colGradient(torch.autograd.Function):
+    """The gradients with respect to input and weights; a gradient that is not needed is empty."""
 
     @staticmethod
     def forward(
-        gradient: Tensor, x: Tensor, weight: Tensor, how: How, needs: tuple[bool, bool]
+        gradient: Tensor, x: Tensor, weight: Tensor, settings: ConvSettings, needs: tuple[bool, bool]
     ) -> tuple[Tensor, Tensor]:
         wanted = [*needs, False]
         g_x, g_w, _ = torch.ops.aten.convolution_backward(
-            gradient, x, weight, None, *how, False, (0, 0), 1, wanted
+            gradient, x, weight, None, *settings, False, (0, 0), 1, wanted
         )
         return x.new_empty(0) if g_x is None else g_x, x.new_empty(0) if g_w is None else g_w
 
@@ -210,7 +210,7 @@ class _ConvGradient(torch.autograd.Function):
         gradient: Tensor,
         x: Tensor,
         weight: Tensor,
-        how: How,
+        settings: ConvSettings,
         needs: tuple[bool, bool],
     ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
         tensors = zip((gradient, x, weight), in_dims[:3], strict=True)
@@ -218,9 +218,9 @@ class _ConvGradient(torch.autograd.Function):
         flat = gradient.transpose(1, 2).flatten(2)  # (C, out, B * places)
         g_x, g_w = x.new_empty(len(x)), x.new_empty(len(x))
         if needs[1]:
-            g_w = torch.bmm(flat, _columns(x, weight, how).mT).view(weight.shape)
+            g_w = torch.bmm(flat, _im2col(x, weight, settings).mT).view(weight.shape)
         if needs[0]:
-            g_x = _images(torch.bmm(weight.flatten(2).mT, flat), x, weight, how)
+            g_x = _col2im(torch.bmm(weight.flatten(2).mT, flat), x, weight, settings)
         return (g_x, g_w), (0, 0)
 
 
@@ -228,9 +228,9 @@ def _pair(value: Any) -> Pair:
     return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
-def _out(x: Tensor, weight: Tensor, how: How) -> Pair:
+def _output_size(x: Tensor, weight: Tensor, settings: ConvSettings) -> Pair:
     """Height and width of a convolution's output."""
-    stride, padding, dilation = how
+    stride, padding, dilation = settings
     height, width = (
         (x.shape[-2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[-2 + i] - 1) - 1) // stride[i] + 1
         for i in range(2)
@@ -238,10 +238,10 @@ def _out(x: Tensor, weight: Tensor, how: How) -> Pair:
     return height, width
 
 
-def _columns(x: Tensor, weight: Tensor, how: How) -> Tensor:
-    """(C, in * kernel, B * places): what each place of the output sees."""
-    stride, padding, dilation = how
-    height, width = _out(x, weight, how)
+def _im2col(x: Tensor, weight: Tensor, settings: ConvSettings) -> Tensor:
+    """(C, in * kernel, B * places): the patch of the input for each place of the output."""
+    stride, padding, dilation = settings
+    height, width = _output_size(x, weight, settings)
     x = F.pad(x.transpose(1, 2), (padding[1], padding[1], padding[0], padding[0]))  # (C, in, B, H, W)
     c, i, b, h, w = x.stride()
     shape = (*x.shape[:2], *weight.shape[-2:], x.shape[2], height, width)
@@ -249,9 +249,9 @@ def _columns(x: Tensor, weight: Tensor, how: How) -> Tensor:
     return x.as_strided(shape, strides).reshape(x.shape[0], -1, x.shape[2] * height * width)
 
 
-def _images(columns: Tensor, x: Tensor, weight: Tensor, how: How) -> Tensor:
-    """The sum (C, B, in, H, W) of what `_columns` took apart."""
-    stride, padding, dilation = how
+def _col2im(columns: Tensor, x: Tensor, weight: Tensor, settings: ConvSettings) -> Tensor:
+    """(C, B, in, H, W): the adjoint of `_im2col`, which adds overlapping patches."""
+    stride, padding, dilation = settings
     parts = columns.view(*columns.shape[:2], x.shape[1], -1).transpose(1, 2).flatten(0, 1)
     size, kernel = (x.shape[-2], x.shape[-1]), (weight.shape[-2], weight.shape[-1])
     return F.fold(parts, size, kernel, dilation, padding, stride).view(x.shape)

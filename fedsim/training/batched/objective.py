@@ -1,7 +1,7 @@
-"""F_k inside a `torch.func.vmap` over clients: what `fedsim.training.local` is for one client alone.
+"""F_k inside a `torch.func.vmap` over clients; `fedsim.training.local` is the same for a single client.
 
-What differs from client to client and is known before any client computes, such as rows, sizes and learning rates,
-is prepared by `Cohort`, and each client gets its own row of it.
+`Cohort` prepares the values that differ from client to client and are known before training, such as rows, sizes
+and learning rates; each client gets its own row of them.
 
 Shapes: C clients, K steps of the longest of them, B examples of the largest batch among them, P, Q.
 """
@@ -19,7 +19,7 @@ from torch.func import functional_call, grad_and_value
 
 from fedsim.training.batched.cohort import IN_ORDER, Cohort, Step
 from fedsim.training.batched.layers import BatchedLayers, ConvMethod
-from fedsim.training.batched.optim import OneByOne
+from fedsim.training.batched.optim import VmapOps
 from fedsim.training.batched.per_client import per_client_row, per_client_value
 from fedsim.training.example_loss import ExampleLoss
 from fedsim.training.objective import Correction, LocalObjective, Loss
@@ -29,15 +29,15 @@ from fedsim.training.replica import depthwise, in_own_precision
 from fedsim.training.task import Task
 from fedsim.types import Batch, State
 
-COUNTER = "num_batches_tracked"  # batch norm's: on the host, where it is read, and no device waits for it
+COUNTER = "num_batches_tracked"  # of batch norm: kept on the host, which reads it without waiting for the device
 
 
 class RaggedError(Exception):
-    """The strategy steps through batches itself, which needs clients with as many examples each."""
+    """The strategy iterates over `batches` itself, so all clients of a batch must have equally many examples."""
 
 
 class Network:
-    """One thread's copy of the network, as a function of weights and statistics."""
+    """One thread's copy of the network, as a function of weights, statistics and counters."""
 
     def __init__(self, task: Task, device: torch.device, conv: ConvMethod):
         self.task, self.device, self.conv = task, device, conv
@@ -52,13 +52,13 @@ class Network:
             for name, buffer in self.network.named_buffers()
             if name not in statistics and not buffer.is_floating_point()
         }
-        self.like = task.initial_model.to(device)  # (P,), of which only type and place matter
+        self.like = task.initial_model.to(device)  # (P,); only its type and device are used
 
-    def __call__(self, weights: State, moving: State, x: Tensor, train: bool) -> tuple[Tensor, ...]:
-        """(B, classes) at each head; a training pass changes `moving`, statistics and counters, in place."""
+    def __call__(self, weights: State, statistics: State, x: Tensor, train: bool) -> tuple[Tensor, ...]:
+        """(B, classes) of each head; with `train`, `statistics`, which includes counters, is updated in place."""
         if self.network.training != train:
             self.network.train(train)
-        output = functional_call(self.network, weights | moving, (x,))
+        output = functional_call(self.network, weights | statistics, (x,))
         return output if isinstance(output, tuple) else (output,)
 
 
@@ -67,22 +67,22 @@ W = TypeVar("W", Tensor, State)
 
 
 class BatchedObjective(LocalObjective):
-    """One client in one round, inside a `vmap` over clients; `one` is any tensor that differs between them."""
+    """One client in one round, inside a `vmap` over clients; `client_index` () is its place in the cohort."""
 
-    def __init__(self, network: Network, cohort: Cohort, one: Tensor, buffers: Tensor):
-        self._cohort, self._one, self._network = cohort, one, network
+    def __init__(self, network: Network, cohort: Cohort, client_index: Tensor, buffers: Tensor):
+        self._cohort, self._client_index, self._network = cohort, client_index, network
         self.recipe, self.layout = cohort.recipe, network.task.layout
-        self.client_id, self.num_examples = self._given("clients"), self._given("num_examples")
-        self.num_steps = self._given("num_steps")
+        self.client_id, self.num_examples = self._own_value("clients"), self._own_value("num_examples")
+        self.num_steps = self._own_value("num_steps")
         self.lr = self._rate(cohort.lr(), "lr")
-        weights = self._given("weights of classes") if self.recipe.class_weights else None
+        weights = self._own_value("class_weights") if self.recipe.class_weights else None
         self._example_loss = ExampleLoss(self.recipe, network.task, weights)
-        self._start: tuple[Tensor, Tensor] | None = None  # (P,) and (Q,), where the start model is the teacher
+        self._start: tuple[Tensor, Tensor] | None = None  # (P,) and (Q,), if the start model is the teacher
         layout = self._network.task.buffer_layout
-        buffers = torch.where(one >= 0, buffers, buffers)  # of each client's own, where they were shared
-        self._moving: State = layout.split(buffers) | self._network.counters
-        self._at: Weights | None = None  # the iterate: a training pass there moves statistics
-        self._layers = BatchedLayers(one, cohort.generators, self._network.conv)
+        buffers = torch.where(client_index >= 0, buffers, buffers)  # from here on, each client has its own
+        self._statistics: State = layout.split(buffers) | self._network.counters
+        self._at: Weights | None = None  # the iterate; a training pass there updates statistics
+        self._layers = BatchedLayers(client_index, cohort.generators, self._network.conv)
         self._metrics: State = {}
 
     @property
@@ -91,7 +91,7 @@ class BatchedObjective(LocalObjective):
 
     @property
     def buffers(self) -> Tensor:
-        parts = [self._moving[name].reshape(-1) for name in self._network.task.buffer_layout.shapes]
+        parts = [self._statistics[name].reshape(-1) for name in self._network.task.buffer_layout.shapes]
         return torch.cat(parts) if parts else self._network.like.new_zeros(0)
 
     def batches(self, epochs: int | None = None) -> Iterator[Batch]:
@@ -109,14 +109,14 @@ class BatchedObjective(LocalObjective):
         total = self.num_examples.new_zeros(())
         with torch.no_grad():
             for step in self._cohort.steps(IN_ORDER):
-                part = self._handed_out(step, augmented=False)
+                part = self._client_batch(step, augmented=False)
                 losses = self._losses(w, part, train=False)
                 total = total + (losses if part.mask is None else torch.where(part.mask, losses, 0)).sum()
         return total / self.num_examples
 
     def gradient(self, w: Tensor, batch: Batch | None = None) -> tuple[Tensor, Tensor]:
         if batch is not None:
-            g, f, self._moving = self._differentiated(self.loss, w, batch)
+            g, f, self._statistics = self._differentiated(self.loss, w, batch)
             self._record(f * len(batch.y), len(batch.y), 1)
             return g, f
         g_k, total, steps = torch.zeros_like(w), w.new_zeros(()), w.new_zeros(())
@@ -124,7 +124,7 @@ class BatchedObjective(LocalObjective):
             g, f, moved = self._differentiated(self.loss, w, part)
             n = self._count(step)
             g_k, total = g_k + g * n, total + f * n
-            self._moving = self._kept(step, moved)
+            self._statistics = self._statistics_after(step, moved)
             steps = steps + (n > 0)
         self._record(total, self.num_examples, steps)
         return g_k / self.num_examples, total / self.num_examples
@@ -134,11 +134,11 @@ class BatchedObjective(LocalObjective):
         examples: Rate = 0
         if recipe.distillation and recipe.distillation.teacher == "global":
             self._start = start, self.buffers
-        optimizer, names = recipe.make_optimizer(self.layout, OneByOne()), list(self.layout.shapes)
-        whole = loss is not None or correct is not None  # which are functions of the one vector
+        optimizer, names = recipe.make_optimizer(self.layout, VmapOps()), list(self.layout.shapes)
+        flat_gradient = loss is not None or correct is not None  # these need the flat vector (P,)
         w, pieces, shared = start, list(self.layout.split(start).values()), True
         for step, batch in self._batches():
-            if whole:
+            if flat_gradient:
                 g, f, moved = self._differentiated(loss or self.loss, w, batch)
                 g = correct(g, w) if correct else g
                 gradients = list(self.layout.split(g).values()) if recipe.by_layer else [g]
@@ -146,23 +146,23 @@ class BatchedObjective(LocalObjective):
                 by_name = dict(zip(names, pieces, strict=True))
                 parts, f, moved = self._differentiated(self._mean, by_name, batch)
                 gradients = list(parts.values())
-            if shared:  # from here on the weights are each client's own, and change in place
+            if shared:  # from here on each client has its own weights, updated in place
                 w, shared = gradients[0].new_empty(start.shape).copy_(start), False
-                pieces = [w] if whole and not recipe.by_layer else list(self.layout.split(w).values())
+                pieces = [w] if flat_gradient and not recipe.by_layer else list(self.layout.split(w).values())
                 optimizer.begin(pieces)
             if recipe.clip_norm:
                 gradients = clipped(gradients, recipe.clip_norm, optimizer.ops)
             self._step(optimizer, pieces, gradients, step)
             n = self._count(step)
             total, examples = total + f * n, examples + n
-            self._moving = self._kept(step, moved)
+            self._statistics = self._statistics_after(step, moved)
         self._record(total, examples, self.num_steps)
         return w
 
     def _step(self, optimizer: Optimizer, weights: list[Tensor], gradients: list[Tensor], step: Step) -> None:
-        """One step of the optimiser; a client that does not take it stays as it is."""
+        """One step of the optimiser; a client that has no step left does not change."""
         lr = self._lr(step) if self.recipe.lr_every == "step" else self.lr
-        if not step.waits:
+        if not step.may_be_idle:
             optimizer.step(weights, gradients, lr)
         elif not optimizer.copies:
             optimizer.step(weights, gradients, self._active(step).to(weights[0].dtype) * lr)
@@ -174,7 +174,7 @@ class BatchedObjective(LocalObjective):
                 after.copy_(torch.where(active, after, old))
 
     def _losses(self, w: Weights, batch: Batch, train: bool) -> Tensor:
-        """(B,) what the recipe has a client minimise."""
+        """(B,) the losses that the recipe defines."""
         heads = tuple(head.to(self._network.like.dtype) for head in self._heads(w, batch.x, train))
         return self._example_loss(heads, batch, self._teacher_logits(batch.x) if train else None)
 
@@ -187,84 +187,84 @@ class BatchedObjective(LocalObjective):
     def _batches(self, epochs: int | None = None) -> Iterator[tuple[Step, Batch]]:
         try:
             for step in self._cohort.steps(epochs):
-                batch = self._handed_out(step, augmented=True)
+                batch = self._client_batch(step, augmented=True)
                 self._layers.counts, self._layers.mask = step.counts if step.padded else None, batch.mask
                 yield step, batch
         finally:
             self._layers.counts = self._layers.mask = None
 
-    def _handed_out(self, step: Step, augmented: bool) -> Batch:
-        stacked = self._cohort.batch(step, augmented)
-        return Batch(**{n: per_client_row(self._one, t) for n, t in stacked._asdict().items() if t is not None})
+    def _client_batch(self, step: Step, augmented: bool) -> Batch:
+        stacked = self._cohort.batch(step, augmented)._asdict()
+        return Batch(**{n: per_client_row(self._client_index, t) for n, t in stacked.items() if t is not None})
 
     def _differentiated(self, loss: Callable[[W, Batch], Tensor], w: W, batch: Batch) -> tuple[W, Tensor, State]:
-        """The gradient, () the loss, and what a training pass at `w` makes of statistics and counters."""
-        before = self._moving
+        """The gradient, () the loss, and the statistics and counters after a training pass at `w`."""
+        before = self._statistics
 
         def value(w: W) -> tuple[Tensor, State]:
-            self._at, self._moving = w, {name: value.clone() for name, value in before.items()}
-            return loss(w, batch), self._moving
+            self._at, self._statistics = w, {name: value.clone() for name, value in before.items()}
+            return loss(w, batch), self._statistics
 
         try:
             g, (f, moved) = grad_and_value(value, has_aux=True)(w)
         finally:
-            self._at, self._moving = None, before
+            self._at, self._statistics = None, before
         return g, f, moved
 
-    def _kept(self, step: Step, moved: State) -> State:
-        """Statistics after a step; counters are the same for all who take it."""
+    def _statistics_after(self, step: Step, moved: State) -> State:
+        """Statistics and counters after a step; counters are equal for all clients that take it."""
         names = list(self._network.task.buffer_layout.shapes)
-        if not step.waits:
+        if not step.may_be_idle:
             return moved
         active = self._active(step)
-        return moved | {name: torch.where(active, moved[name], self._moving[name]) for name in names}
+        return moved | {name: torch.where(active, moved[name], self._statistics[name]) for name in names}
 
     def _heads(self, w: Weights, x: Tensor, train: bool) -> tuple[Tensor, ...]:
-        moving = self._moving
+        statistics = self._statistics
         if train and w is not self._at:
-            moving = {name: value.clone() for name, value in moving.items()}
-        with self._computing():
-            return self._network(self.layout.split(w) if isinstance(w, Tensor) else w, moving, x, train)
+            statistics = {name: value.clone() for name, value in statistics.items()}
+        with self._compute_mode():
+            return self._network(self.layout.split(w) if isinstance(w, Tensor) else w, statistics, x, train)
 
     def _teacher_logits(self, x: Tensor) -> Tensor | None:
-        """(B, classes) of the teacher, where there is one."""
+        """(B, classes) the teacher's logits, if there is a teacher."""
         distillation, network = self.recipe.distillation, self._network
         if distillation is None or (distillation.teacher == "global" and self._start is None):
             return None
-        with torch.no_grad(), self._computing():
+        with torch.no_grad(), self._compute_mode():
             if self._start is None:
                 return cast(Tensor, cast(nn.Module, network.teacher)(x))
             start, buffers = self._start
-            moving = network.task.buffer_layout.split(buffers) | network.counters
-            return network(self.layout.split(start), moving, x, train=False)[0]
+            statistics = network.task.buffer_layout.split(buffers) | network.counters
+            return network(self.layout.split(start), statistics, x, train=False)[0]
 
     @contextmanager
-    def _computing(self) -> Iterator[None]:
+    def _compute_mode(self) -> Iterator[None]:
         dtype = AUTOCAST.get(self.recipe.precision)
         device = self._network.device.type
         with self._layers, torch.autocast(device, dtype, cache_enabled=False) if dtype else nullcontext():
             yield
 
-    def _given(self, name: str, schedule: int | None = None, step: int | None = None) -> Tensor:
-        return per_client_value(self._one, lambda: self._cohort.tensor(name, schedule, step))
+    def _own_value(self, name: str, schedule: int | None = None, step: int | None = None) -> Tensor:
+        return per_client_value(self._client_index, lambda: self._cohort.tensor(name, schedule, step))
 
     def _lr(self, step: Step) -> Rate:
-        return self._rate(self._cohort.lr(step.number), "lr of step", step)
+        return self._rate(self._cohort.lr(step.number), "step_lr", step)
 
     def _count(self, step: Step) -> Rate:
         return self._rate(step.counts, "counts", step)
 
     def _active(self, step: Step) -> Tensor:
-        """() whether the client takes the step."""
-        return self._given("counts", step.schedule, step.number) > 0
+        """() whether the client has this step."""
+        return self._own_value("counts", step.schedule, step.number) > 0
 
     def _rate(self, numbers: Sequence[float], name: str, step: Step | None = None) -> Rate:
-        """One number where it is the same for all, else each client's own."""
-        if len(set(numbers)) == 1 and not self._cohort.fixed:
+        """A number if it is equal for all clients, or else a tensor with a value for each client."""
+        if len(set(numbers)) == 1 and not self._cohort.static_shapes:
             return numbers[0]
-        return self._given(name, step.schedule, step.number) if step else self._given(name)
+        return self._own_value(name, step.schedule, step.number) if step else self._own_value(name)
 
     def _record(self, total: Tensor, examples: Tensor | float, steps: Tensor | float) -> None:
-        """Sums over all mini-batch gradients that were taken, as `ClientObjective` has them."""
+        """Add to the sums over all mini-batch gradients, as `ClientObjective` does."""
         for name, value in {"loss": total, "examples": examples, "steps": steps}.items():
             self._metrics[name] = self._metrics.get(name, torch.zeros_like(total)) + value

@@ -1,4 +1,4 @@
-"""What the optimisers compute with under `torch.func.vmap`, where some operations on lists have no rule."""
+"""The optimisers' operations under `torch.func.vmap`, which does not support all of torch's _foreach functions."""
 
 import torch
 from torch import Tensor
@@ -7,8 +7,8 @@ from fedsim.training.batched.per_client import add_product
 from fedsim.training.optim import Foreach, Rate, Tensors
 
 
-class OneByOne(Foreach):
-    """The operations of `Foreach`, tensor by tensor; a factor may be () of each client's own."""
+class VmapOps(Foreach):
+    """The operations of `Foreach`, tensor by tensor; a factor may be a tensor () with a value for each client."""
 
     def mul_(self, a: Tensors, factor: Rate) -> None:
         for each in a:

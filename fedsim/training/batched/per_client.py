@@ -1,7 +1,7 @@
-"""Inside a `torch.func.vmap` over clients: how each client gets values that are known outside of it.
+"""Inside a `torch.func.vmap` over clients: how each client gets its row of tensors from outside the `vmap`.
 
-Under `vmap` code is written for one client, and each tensor hides an axis of C clients. A
-`torch.autograd.Function` with a `vmap` of its own is the public way to that axis.
+Code under `vmap` is written for one client, and each tensor has a hidden axis of C clients. A
+`torch.autograd.Function` with its own `vmap` method is the public way to access that axis.
 """
 
 from collections.abc import Callable
@@ -13,29 +13,29 @@ from torch import Tensor
 
 class _PerClient(torch.autograd.Function):
     @staticmethod
-    def forward(one: Tensor, make: Callable[[], Tensor]) -> Tensor:
-        raise NotImplementedError("outside vmap there is one client")
+    def forward(client_index: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        raise NotImplementedError("per_client_value works only inside vmap")
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         pass
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, one: Tensor, make: Callable[[], Tensor]) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: Any, client_index: Tensor, make: Callable[[], Tensor]) -> tuple[Tensor, int]:
         return make(), 0
 
 
-def per_client_value(one: Tensor, make: Callable[[], Tensor]) -> Tensor:
-    """Inside a `vmap` over clients: to each its own row of what `make` gives, (C, ...), outside of it.
+def per_client_value(client_index: Tensor, make: Callable[[], Tensor]) -> Tensor:
+    """Inside a `vmap` over clients: the client's row of `make()`, (C, ...), which is called outside the `vmap`.
 
-    `one` is any tensor that differs from client to client.
+    `client_index` may be any tensor that differs from client to client.
     """
-    return _PerClient.apply(one, make)  # type: ignore[no-any-return]
+    return _PerClient.apply(client_index, make)  # type: ignore[no-any-return]
 
 
-def per_client_row(one: Tensor, stacked: Tensor) -> Tensor:
-    """Inside a `vmap` over clients: to each its own row of `stacked` (C, ...), without a copy."""
-    return per_client_value(one, lambda: stacked.view_as(stacked))
+def per_client_row(client_index: Tensor, stacked: Tensor) -> Tensor:
+    """Inside a `vmap` over clients: the client's row of `stacked` (C, ...), without a copy."""
+    return per_client_value(client_index, lambda: stacked.view_as(stacked))
 
 
 class _AddProduct(torch.autograd.Function):
@@ -55,10 +55,10 @@ class _AddProduct(torch.autograd.Function):
 
 
 def add_product(w: Tensor, factor: Tensor, g: Tensor) -> None:
-    """`w` += `factor` () * `g`, in place: `vmap` has no rule for addcmul_, which takes one pass over memory."""
+    """`w` += `factor` () * `g`, in place: `vmap` does not support addcmul_, which takes one pass over memory."""
     _AddProduct.apply(w, factor, g)
 
 
 def clients_first(tensor: Tensor, dim: int | None, info: Any) -> Tensor:
-    """The tensor (C, ...) with the axis of clients in front; where all clients share it, expanded."""
+    """The tensor (C, ...) with the axis of clients first; a tensor that all clients share is expanded."""
     return tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
