@@ -429,7 +429,7 @@ def test_a_resume_repeats_the_choice_and_has_the_same_end(rounded, rates, tmp_pa
 def test_vectorized_too_has_the_same_end(rates, tmp_path, monkeypatch, request):
     from fedsim.runtimes.vectorized import Vectorized
 
-    monkeypatch.setattr(RUNTIMES, "entries", RUNTIMES.entries | {"vectorized": "vectorized:Vectorized"})
+    monkeypatch.setattr(RUNTIMES, "entries", RUNTIMES.entries | {"vectorized": "runtimes.vectorized:Vectorized"})
     rates[Vectorized.__name__.lower()] = 100.0
     done, killed = stopped(tmp_path)
     (checkpoint, _), _ = fedsim.experiment.checkpoint.Checkpoints(killed / "checkpoints").latest(killed)
