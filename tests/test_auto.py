@@ -80,7 +80,7 @@ def rounded(monkeypatch):
 def rates(monkeypatch):
     """Client steps a second by runtime, for what is in there is not measured, however busy the machine."""
     given = {"serial": 1.0, "threads": 0.5, "rounded": 0.5}
-    monkeypatch.setattr(calibration, "SECONDS", 1e3)
+    monkeypatch.setattr(calibration, "TOTAL_SECONDS", 1e3)
     monkeypatch.setattr(Calibration, "reference", lambda self, runtime: given["serial"])
     monkeypatch.setattr(Calibration, "rate", lambda self, runtime, chunk=1: given[type(runtime).__name__.lower()])
     return given

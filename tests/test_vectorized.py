@@ -423,7 +423,7 @@ def test_a_graph_is_recorded_once_and_gives_each_cohort_its_results(monkeypatch,
         for one, other in zip(graphs(batch), expected, strict=True):
             close(one.message, other.message)
             close(one.metrics, other.metrics)
-    assert len(graphs.captured) == captured
+    assert len(graphs.graphs) == captured
 
 
 def test_numbers_of_steps_are_rounded_to_few():

@@ -24,7 +24,7 @@ from fedsim.types import Job, State, Update
 
 log = logging.getLogger(__name__)  # reports the choice and its reason
 MIN_SPEEDUP_IF_NOT_EXACT = 1.5  # over the fastest exact runtime, since timing noise should not affect results
-ROUNDED_NOTICE = "runtime: results equal those of serial up to rounding; runtime.exact=true excludes such runtimes"
+ROUNDED_NOTICE = "runtime: results equal serial's up to rounding; runtime.exact=true excludes this"
 
 
 class TimedRuntime(NamedTuple):
