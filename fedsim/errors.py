@@ -1,7 +1,7 @@
 """The exceptions of fedsim, and functions that put an error into one line."""
 
 from pathlib import Path
-from traceback import extract_tb
+from traceback import clear_frames, extract_tb
 
 
 class ConfigError(ValueError):
@@ -21,7 +21,7 @@ class RoundError(RuntimeError):
 
 
 def how_to_install(extra: str) -> str:
-    """The command that installs an extra of pyproject.toml; no package index has fedsim."""
+    """The command that installs an extra of pyproject.toml; on the package index `fedsim` is another project."""
     return f"pip install -e '.[{extra}]' in fedsim's folder installs it"
 
 
@@ -50,4 +50,14 @@ def located(error: BaseException) -> str:
     """An error in a user's code in one line, with the file and line: "TypeError: ... (mine.py:12)"."""
     frames = extract_tb(error.__traceback__)
     own = [frame for frame in frames if "site-packages" not in frame.filename] or frames
-    return f"{one_line(f'{type(error).__name__}: {error}')} ({Path(own[-1].filename).name}:{own[-1].lineno})"
+    where = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
+    return one_line(f"{type(error).__name__}: {error}") + where
+
+
+def forget_variables(error: BaseException | None) -> None:
+    """Clear the variables of all functions that an error passed through; file and line of each stay."""
+    seen = set[int]()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

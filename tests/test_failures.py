@@ -3,6 +3,7 @@
 import gc
 import random
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -16,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedsim import ClientError, ConfigError, RoundError, Strategy, Update, Wrapper
+from fedsim.errors import located
 from fedsim.federated.fold import Fold
 from fedsim.federated.runtime import Runtime
 from fedsim.federated.simulation import Failures
@@ -633,3 +635,75 @@ def test_a_time_limit_is_above_0(seconds):
     config = {"rounds": 1, "data": {"name": "digits", "clients": 2}, "model": "2nn", "strategy": "fedavg"}
     with pytest.raises(ConfigError, match=r"^failures\.time_limit: .* should be a number > 0, or null$"):
         load(config | {"cohort": "all"}, {"failures.time_limit": seconds})
+
+
+# What a failure leaves behind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Raises(Wrapper):
+    """Client 1 raises, and holds a large tensor when it does."""
+
+    error: type[Exception] = KeyError
+
+    def client_update(self, server, client, local):
+        if local.client_id == 1:
+            held = LARGE_ONE()
+            LARGE.add(held)
+            raise self.error("x")
+        return super().client_update(server, client, local)
+
+
+class LARGE_ONE:  # noqa: N801 - stands for what a client had in memory
+    pass
+
+
+LARGE = weakref.WeakSet()
+
+
+@pytest.mark.parametrize("runtime", ["serial", {"name": "threads", "workers": 1}], ids=str)
+def test_a_dropped_client_leaves_nothing_in_memory_while_others_train(runtime):
+    """Its exception is let go of with the variables of the functions that it passed through."""
+    alive, strategy = [], Raises(inner=make_strategy("fedavg"))
+    simulation = make_simulation(strategy, runtime=runtime, failures=DROP)
+    gc.collect()
+    gc.disable()
+    try:
+        done = simulation.round(after_client=lambda report: alive.append((report.error is None, len(LARGE))))
+        left = len(LARGE)
+    finally:
+        gc.enable()
+    assert done.failed.keys() == {"1"}
+    assert left == 0
+    if runtime == "serial":
+        assert [count for answered, count in alive if answered] == [0] * (len(SIZES) - 1)
+
+
+@pytest.mark.parametrize("runtime", ["serial", "threads"])
+@pytest.mark.parametrize("error", [RoundError, ConfigError])
+def test_an_error_of_fedsim_in_client_code_is_the_clients_failure(runtime, error):
+    strategy = Raises(inner=make_strategy("fedavg"), error=error)
+    done = make_simulation(strategy, runtime=runtime, failures=DROP).round()
+    assert done.failed.keys() == {"1"}
+    with pytest.raises(ClientError, match=r"^round 1, client 1: "):
+        make_simulation(strategy, runtime=runtime).round()
+
+
+def test_an_error_without_a_traceback_is_told_by_its_text():
+    assert located(KeyError("x")) == "KeyError: 'x'"
+
+
+def test_statistics_that_are_not_finite_fail_the_recalibration(monkeypatch):
+    from fedsim.federated.recalibration import Recalibrate, Recalibration
+
+    call = Recalibration.__call__
+
+    def spoiled(self, *given):
+        update = call(self, *given)
+        return update._replace(message={"buffers": update.message["buffers"] * float("nan")})
+
+    monkeypatch.setattr(Recalibration, "__call__", spoiled)
+    strategy = make_strategy("fedavg", buffers="recalibrated")
+    simulation = make_simulation(strategy, recalibrate=Recalibrate(source="clients", examples=8, batch_size=4))
+    with pytest.raises(RoundError, match=r"^recalibrate, round 1: buffers is not finite"):
+        simulation.round()

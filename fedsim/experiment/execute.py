@@ -1,14 +1,15 @@
 """A whole run: rounds and tests, the hooks around them, checkpoints as it goes, and its results at the end."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from fedsim.base.files import uninterrupted
+from fedsim.errors import ConfigError, RoundError, located
 from fedsim.experiment.config import load
 from fedsim.experiment.figures import evaluate, summarize
 from fedsim.experiment.folder import finite
@@ -160,16 +161,17 @@ class Checkpointer:
         now = run.simulation.number, run.unlogged is None, run.stopped
         if run.folder is None or now == self.saved:
             return
-        run.folder.checkpoints.save(
-            run.simulation,
-            run.folder.log(),
-            self.settings.keep,
-            config=run.config.model_dump(mode="json"),
-            data=self.data,
-            last=run.unlogged._asdict() if run.unlogged else None,
-            stopped=run.stopped,
-            seconds=run.seconds,
-        )
+        with _saving("checkpoint"):
+            run.folder.checkpoints.save(
+                run.simulation,
+                run.folder.log(),
+                self.settings.keep,
+                config=run.config.model_dump(mode="json"),
+                data=self.data,
+                last=run.unlogged._asdict() if run.unlogged else None,
+                stopped=run.stopped,
+                seconds=run.seconds,
+            )
         self.saved = now
 
 
@@ -177,8 +179,20 @@ def _save_results(run: Run) -> None:
     """The global model and its running mean, and where the run reached its end, summary.json."""
     if run.folder:
         task, server, ema = run.simulation.task, run.simulation.server, run.simulation.ema
-        means = None if ema is None else task.state_dict(ema)
-        run.folder.finish(task.state_dict(server), means, None if run.failure else run.summary)
+        with _saving("results"):
+            means = None if ema is None else task.state_dict(ema)
+            run.folder.finish(task.state_dict(server), means, None if run.failure else run.summary)
+
+
+@contextmanager
+def _saving(what: str) -> Iterator[None]:
+    """Raise RoundError for what cannot be written because of what it is; OSError, of the disk, stays."""
+    try:
+        yield
+    except (OSError, ConfigError, RoundError):
+        raise
+    except Exception as error:
+        raise RoundError(f"{what}: cannot be written: {located(error)}") from error
 
 
 def _end(endings: list[Callable[[], None]]) -> None:

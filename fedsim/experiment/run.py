@@ -13,7 +13,7 @@ Record = dict[str, Any]  # a line of rounds.jsonl
 
 @dataclass
 class Run:
-    """A run under way; hooks are spec_text it."""
+    """A run under way; hooks look at it."""
 
     config: Config
     simulation: Simulation
@@ -27,6 +27,16 @@ class Run:
 
     def __post_init__(self) -> None:
         self.start_time = perf_counter()
+
+    @property
+    def before(self) -> float:
+        """The old name of `earlier_seconds`, for one release."""
+        return self.earlier_seconds
+
+    @property
+    def began(self) -> float:
+        """The old name of `start_time`, for one release."""
+        return self.start_time
 
     @property
     def unlogged(self) -> Round | None:

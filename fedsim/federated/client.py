@@ -23,7 +23,7 @@ from fedsim.types import Job, State, Update, described, form_of
 
 RESERVED = ("buffers", "ema.model", "ema.buffers")  # entries of the server's state that no strategy may have
 
-Work = Callable[[Replica, FederatedData, State, Any], Update]  # the last argument is a Job or a TestChunk
+Work = Callable[[Replica, FederatedData, State, Any], Update]  # the last argument is a Job or a EvaluationChunk
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,13 @@ def initial_client_state(strategy: Strategy, task: Task) -> State:
     return state | {"buffers": task.initial_buffers} if strategy.buffers == "private" else state
 
 
+class SharedStateError(RoundError):
+    """A client wrote to the server's state, which all clients share."""
+
+
 @contextmanager
 def states_are_only_read(server: State, client: State) -> Iterator[None]:
-    """Raise if the code inside writes to a state in place: RoundError if it is the server's, which all share."""
+    """Raise if the code inside writes to a state in place: SharedStateError if it is the server's."""
     versions = [{name: value._version for name, value in state.items()} for state in (server, client)]
 
     def written(state: State, before: dict[str, int]) -> str | None:
@@ -92,7 +96,7 @@ def states_are_only_read(server: State, client: State) -> Iterator[None]:
         yield
     finally:
         if name := written(server, versions[0]):
-            raise RoundError(f"client_update wrote server[{name!r}] in place; states are only read")
+            raise SharedStateError(f"client_update wrote server[{name!r}] in place; states are only read")
     if name := written(client, versions[1]):
         raise RuntimeError(f"client[{name!r}] was written in place; states are only read")
 
@@ -134,7 +138,7 @@ class EvaluateClient:
         return _evaluate(replica, model, client.get("buffers", server["buffers"]), batches, self.train)
 
 
-class TestChunk(NamedTuple):
+class EvaluationChunk(NamedTuple):
     """A part of the test set: rows `first` to `last` - 1."""
 
     first: int
@@ -147,7 +151,7 @@ class EvaluateGlobal:
 
     train: bool = False
 
-    def __call__(self, replica: Replica, data: FederatedData, server: State, chunk: TestChunk) -> Update:
+    def __call__(self, replica: Replica, data: FederatedData, server: State, chunk: EvaluationChunk) -> Update:
         batch = data.test_batch(torch.arange(*chunk))
         return _evaluate(replica, server["model"], server["buffers"], [batch], self.train)
 

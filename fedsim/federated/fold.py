@@ -22,25 +22,25 @@ class Fold:
 
         Raises RoundError for an error that is not the fault of a single client.
         """
-        if not isinstance(outcome, BaseException):
-            try:
-                return self._added(job, outcome, began)
-            except RoundError:
-                raise
-            except torch.OutOfMemoryError as error:  # the sums may now contain a part of the message
-                where = f"round {job.round + 1}: out of memory while adding up messages"
-                raise RoundError(f"{where}; lower runtime.workers") from error
-            except Exception as error:
-                outcome = error
-        return failure(job, outcome, perf_counter() - began)
+        if isinstance(outcome, BaseException):
+            return failure(job, outcome, perf_counter() - began)
+        try:
+            return self._added(job, outcome, began)
+        except RoundError:
+            raise
+        except torch.OutOfMemoryError as error:  # the sums may now contain a part of the message
+            where = f"round {job.round + 1}: out of memory while adding up messages"
+            raise RoundError(f"{where}; lower runtime.workers") from error
+        except Exception as error:
+            return failure(job, error, perf_counter() - began)
 
     def _added(self, job: Job, update: Update, began: float) -> Report:
         metrics = {name: float(value) for name, value in update.metrics.items()}
         weight = float(update.weight)
         check_message(update)
-        self.partial = self.aggregator.fold([(job.client_id, update.message, weight)], self.partial)
         client = {name: compact(value) for name, value in update.client.items()}
         size = sum(value.nbytes for value in update.message.values())
+        self.partial = self.aggregator.fold([(job.client_id, update.message, weight)], self.partial)
         return Report(job.client_id, weight, metrics, client, perf_counter() - began, size)
 
 

@@ -1,7 +1,7 @@
 """The interface between the simulation and the runtimes, which run clients."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -14,6 +14,7 @@ from fedsim.types import Job, Report, State, Update
 
 Item = TypeVar("Item")
 Results = Generator[tuple[Partial, list[Report]], None, None]
+Outcomes = Generator[tuple[Item, Update | BaseException], None, None]
 
 
 class Call(NamedTuple):
@@ -54,9 +55,7 @@ class Runtime(ABC):
         """
 
     @abstractmethod
-    def map(
-        self, work: Work, server: State, items: Iterable[Item]
-    ) -> Iterator[tuple[Item, Update | BaseException]]:
+    def map(self, work: Work, server: State, items: Iterable[Item]) -> Outcomes[Item]:
         """The result of `work` for each item, or the error it raised; in any order. Nothing is added up."""
 
     def run_many(self, calls: Sequence[Call]) -> list[list[tuple[Partial, list[Report]]]]:

@@ -14,14 +14,14 @@ from fedsim.base.catalogue import Spec
 from fedsim.base.devices import one_thread
 from fedsim.base.files import uninterrupted
 from fedsim.data import FederatedData
-from fedsim.errors import ClientError, ConfigError, NodeError, RoundError, located
+from fedsim.errors import ClientError, ConfigError, NodeError, RoundError, forget_variables, located
 from fedsim.federated.aggregate import Aggregator, WeightedMean, largest
 from fedsim.federated.availability import Attempt, Availability
 from fedsim.federated.client import (
     RESERVED,
     EvaluateClient,
     EvaluateGlobal,
-    TestChunk,
+    EvaluationChunk,
     Train,
     download,
     initial_client_state,
@@ -152,6 +152,11 @@ class Simulation:
             )
 
     @property
+    def newcomer(self) -> State:
+        """The old name of `initial_client`, for one release."""
+        return self.initial_client
+
+    @property
     def work(self) -> Train:
         """The training of each client of a cohort."""
         wait = self.failures.policy == "raise"
@@ -221,13 +226,14 @@ class Simulation:
         the statistics of each batch, and dropout is active.
         """
         server, total = self.server if server is None else server, self.data.num_test
-        chunks = [TestChunk(first, min(first + batch_size, total)) for first in range(0, total, batch_size)]
+        chunks = [EvaluationChunk(first, min(first + batch_size, total)) for first in range(0, total, batch_size)]
         found = list[Metrics]()
-        for chunk, outcome in self.runtime.map(EvaluateGlobal(train), server, chunks):
-            if isinstance(outcome, BaseException):
-                where = f"test after round {self.number}, examples {chunk.first} to {chunk.last - 1}"
-                raise RoundError(f"{where}: {cause(outcome)}") from outcome
-            found.append({name: float(value) for name, value in outcome.metrics.items()})
+        with closing(self.runtime.map(EvaluateGlobal(train), server, chunks)) as outcomes:
+            for chunk, outcome in outcomes:
+                if isinstance(outcome, BaseException):
+                    where = f"test after round {self.number}, examples {chunk.first} to {chunk.last - 1}"
+                    raise RoundError(f"{where}: {cause(outcome)}") from outcome
+                found.append({name: float(value) for name, value in outcome.metrics.items()})
         return _mean(_sums(found))
 
     def evaluate_clients(
@@ -242,11 +248,13 @@ class Simulation:
         drop = self.failures.policy == "drop"
         work = EvaluateClient(self.strategy, batch_size, train, wait_for_absent=not drop)
         sums = dict[int, Metrics]()
-        for job, outcome in self.runtime.map(work, self._download(), (self._job(k, self.number - 1) for k in ids)):
-            if not isinstance(outcome, BaseException):
-                sums[job.client_id] = {name: float(value) for name, value in outcome.metrics.items()}
-            elif not drop:
-                raise self._client_error(job.round, job.client_id, cause(outcome), outcome) from outcome
+        jobs = (self._job(k, self.number - 1) for k in ids)
+        with closing(self.runtime.map(work, self._download(), jobs)) as outcomes:
+            for job, outcome in outcomes:
+                if not isinstance(outcome, BaseException):
+                    sums[job.client_id] = {name: float(value) for name, value in outcome.metrics.items()}
+                elif not drop:
+                    raise self._client_error(job.round, job.client_id, cause(outcome), outcome) from outcome
         return {client: _mean(sums[client]) for client in ids if client in sums}
 
     def digest(self) -> str:
@@ -305,6 +313,7 @@ class Simulation:
                 total = self.aggregator.merge(total, partial)
                 for report in finished:
                     self._raise_if_failed(report)
+                    forget_variables(report.exception)  # of a client that is dropped
                     if report.client:
                         self.clients.stage(report.client_id, report.client)
                     if report.error is None and by_pace:
@@ -372,6 +381,8 @@ class Simulation:
         [(_, outcome)] = self.runtime.map(work, server, [Job(0, self.number, None)])
         if isinstance(outcome, BaseException):
             raise RoundError(f"recalibrate, round {self.number + 1}: {cause(outcome)}") from outcome
+        if not isfinite(largest(outcome.message["buffers"])):
+            raise RoundError(f"recalibrate, round {self.number + 1}: buffers is not finite")
         return {name: value.to(self.runtime.home) for name, value in outcome.message.items()}
 
     def _job(self, client: int, number: int | None = None) -> Job:

@@ -15,7 +15,7 @@ from fedsim.errors import NodeError
 from fedsim.federated.aggregate import MAX_MAGNITUDE, Aggregator, largest
 from fedsim.federated.client import EvaluateClient, Train
 from fedsim.federated.fold import Fold
-from fedsim.federated.runtime import Results
+from fedsim.federated.runtime import Outcomes, Results
 from fedsim.flower import wire
 from fedsim.flower.internals import LinkError, Reply
 from fedsim.flower.messages import Answer, Order
@@ -39,8 +39,8 @@ class Waiting(NamedTuple):
     """A client whose order has yet to be sent; both times are by monotonic."""
 
     job: Job
-    least: float  # until when it waits for its node,
-    most: float  # and until when it does while there is no other to go on with
+    until: float  # it waits for its node,
+    at_most_until: float  # and while no other client has work
     why: str | None = None  # its node went away, if it did
 
 
@@ -91,15 +91,17 @@ class Dispatch:
         """Reports as answers come, and the sum of what they brought at the end."""
         fold = Fold(aggregator)
         with closing(self._answers(jobs)) as answers:
-            for found in answers:
-                yield aggregator.fold([]), [self._report(fold, each) for each in found]
+            for each in answers:
+                report = self._report(fold, each)
+                del each  # the message is in the sum
+                yield aggregator.fold([]), [report]
         yield fold.partial, []
 
-    def map(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Update | BaseException]]:
+    def map(self, jobs: Iterable[Job]) -> Outcomes[Job]:
         """Each job and what the client answered, or why it did not."""
         with closing(self._answers(jobs)) as answers:
-            for found in answers:
-                yield from ((each.job, each.outcome) for each in found)
+            for each in answers:
+                yield each.job, each.outcome
 
     def _report(self, fold: Fold, each: Answered) -> Report:
         report = fold.add(each.job, each.outcome, each.since)._replace(bytes_up=each.bytes)
@@ -109,40 +111,47 @@ class Dispatch:
             report = report._replace(error=f"{self._name(each.job)}: {report.error}")
         return report
 
-    def _answers(self, jobs: Iterable[Job]) -> Generator[list[Answered], None, None]:
+    def _answers(self, jobs: Iterable[Job]) -> Generator[Answered, None, None]:
         """What becomes of each job's order, as answers come."""
         self.federation.gather()
         self.began = last = heard = monotonic()
         self._wait_for(jobs, self.wait)
-        self.cohort, shaken = len(self.todo), False
+        self.cohort, link_failed = len(self.todo), False
         try:
             while self.todo or self.flights:
                 try:
-                    if shaken:
+                    if link_failed:
                         self._again(self.flights)
-                    answered, heard, shaken = self._step(), monotonic(), False
+                    found = False
+                    for answered in self._step():
+                        last, self.reported, found = monotonic(), True, True
+                        yield answered
+                        del answered
+                    heard, link_failed = monotonic(), False
                 except LinkError as error:
-                    shaken = True  # an answer may have been lost, and a node that has given it gives it again
+                    link_failed = True  # an answer may have been lost, and a node that has given it gives it again
                     if not error.again or monotonic() - heard > GRACE_SECONDS:
                         self.federation.reconnect(error, self._left())
                         heard = monotonic()
                     sleep(POLL_SECONDS[1])
                     continue
-                if answered:
-                    last, self.reported = monotonic(), True
-                    yield answered
-                else:
+                if not found:
                     sleep(min(max(POLL_SHARE * (monotonic() - last), POLL_SECONDS[0]), POLL_SECONDS[1]))
         finally:
             self.federation.abandon(self.flights)
 
-    def _step(self) -> list[Answered]:
-        """Send what can be sent, and take what has come."""
+    def _step(self) -> Iterator[Answered]:
+        """Send what can be sent, and take what has come, one answer at a time."""
         self.federation.look()
         self._send()
         replies = self.federation.link().receive(self.flights, most_bytes=self.most) if self.flights else []
-        answered = [self._answered(self.flights.pop(reply.to), reply) for reply in replies]
-        return [each for each in [*answered, *self._given_up()] if each]
+        while replies:
+            reply = replies.pop(0)
+            if answered := self._answered(self.flights.pop(reply.to), reply):
+                del reply
+                yield answered
+            del answered
+        yield from self._given_up()
 
     def _send(self) -> None:
         roster = self.federation.roster
@@ -250,7 +259,7 @@ class Dispatch:
         others, now = self.flights or self.reported, monotonic()
         for each in [*self.todo]:
             refusal = roster.refusal(each.job.client_id)
-            if late or refusal or now > (each.least if others else each.most):
+            if late or refusal or now > (each.until if others else each.at_most_until):
                 self.todo.remove(each)
                 why = refusal or each.why or roster.absence(each.job.client_id)
                 yield self._failed(Flight(each.job, 0, perf_counter()), why)

@@ -40,7 +40,7 @@ from fedsim.training.precision import check_precision
 from fedsim.types import Form, Job, Positive, State, described, form_of
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-MOST_ROUNDS = 10**9 - 1
+MAX_ROUNDS = 10**9 - 1
 
 
 def _name(name: str) -> str:
@@ -151,7 +151,7 @@ class Node:
                 role = self._role(run, plan, initial)
             self.state_files.join(run, plan, initial)
         except Exception as error:
-            return Joined(self.settings.name, versions(), _told(error))
+            return Joined(self.settings.name, versions(), _error_line(error))
         self.role = role
         return Joined(self.settings.name, versions())
 
@@ -162,7 +162,7 @@ class Node:
             with one_thread():
                 return self._work(order, began)
         except Exception as error:
-            return failure(_told(error), seconds=perf_counter() - began)
+            return failure(_error_line(error), seconds=perf_counter() - began)
 
     def _work(self, order: Order, began: float) -> Answer:
         role = self._known(order)
@@ -245,7 +245,7 @@ class Node:
         evaluates = order.task == "evaluate"
         most = self.settings.allow.max_batch_size
         for name, value, low, high in (
-            ("round", order.round, 0, MOST_ROUNDS - 1),
+            ("round", order.round, 0, MAX_ROUNDS - 1),
             ("client", order.client, 0, 2**31),
             ("version", order.version, 0, order.round + evaluates),
             ("batch_size", order.batch_size, 1, most),
@@ -290,7 +290,7 @@ def _same(order: Order, other: Order) -> bool:
     return all(torch.equal(value, other.server[name]) for name, value in order.server.items())
 
 
-def _told(error: Exception) -> str:
+def _error_line(error: Exception) -> str:
     """In a line: what was found wrong, or else where it went wrong."""
     if isinstance(error, OSError) and error.filename:
         return one_line(f"{error.filename}: {error.strerror}")

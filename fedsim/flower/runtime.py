@@ -1,6 +1,6 @@
 """Clients on machines of their own, over Flower: nodes that hold their data and keep their states themselves."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +11,13 @@ from fedsim.data import FederatedData
 from fedsim.errors import ConfigError
 from fedsim.federated.aggregate import Aggregator
 from fedsim.federated.client import EvaluateClient, Train, Work
-from fedsim.federated.runtime import Results, Runtime
+from fedsim.federated.runtime import Outcomes, Results, Runtime
 from fedsim.flower import needs_flwr
 from fedsim.flower.plan import initial_of, plan_of
 from fedsim.flower.transport import ROUNDED, Transport
 from fedsim.runtimes.threads import Threads
 from fedsim.training.task import Task
-from fedsim.types import Job, Positive, State, Update
+from fedsim.types import Job, Positive, State
 
 if TYPE_CHECKING:
     from fedsim.flower.dispatch import Dispatch
@@ -110,12 +110,12 @@ class Flower(Runtime):
         self.federation.close()
 
     def run(self, work: Work, server: State, jobs: Iterable[Job], aggregator: Aggregator) -> Results:
-        if not isinstance(work, Train | EvaluateClient):  # of the server's own examples
+        if not isinstance(work, Train):
             return self.local.run(work, server, jobs, aggregator)
         return self._dispatch(work, server).run(jobs, aggregator)
 
-    def map(self, work: Work, server: State, items: Iterable[Any]) -> Iterator[tuple[Any, Update | BaseException]]:
-        if not isinstance(work, Train | EvaluateClient):
+    def map(self, work: Work, server: State, items: Iterable[Any]) -> Outcomes[Any]:
+        if not isinstance(work, Train | EvaluateClient):  # of the server's own examples
             return self.local.map(work, server, items)
         return self._dispatch(work, server).map(items)
 

@@ -1,6 +1,6 @@
 """Clients one after the other, in the calling thread: for debugging, and as the reference for other runtimes."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from time import perf_counter
 
 from fedsim.base.devices import devices, one_thread
@@ -8,10 +8,10 @@ from fedsim.data import FederatedData
 from fedsim.federated.aggregate import Aggregator
 from fedsim.federated.client import Work
 from fedsim.federated.fold import Fold
-from fedsim.federated.runtime import Item, Results, Runtime
+from fedsim.federated.runtime import Item, Outcomes, Results, Runtime
 from fedsim.runtimes.worker import Worker
 from fedsim.training.task import Task
-from fedsim.types import Job, State, Update
+from fedsim.types import Job, State
 
 
 class Serial(Runtime):
@@ -33,9 +33,7 @@ class Serial(Runtime):
             yield aggregator.fold([]), [report]
         yield fold.partial, []
 
-    def map(
-        self, work: Work, server: State, items: Iterable[Item]
-    ) -> Iterator[tuple[Item, Update | BaseException]]:
+    def map(self, work: Work, server: State, items: Iterable[Item]) -> Outcomes[Item]:
         for item in items:
             with one_thread():
                 outcome = self.worker.run(work, server, item)

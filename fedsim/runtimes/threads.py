@@ -6,7 +6,7 @@ could not share the data, and several processes on a GPU would have to switch co
 
 import threading
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
 from time import perf_counter
@@ -21,7 +21,7 @@ from fedsim.errors import one_line
 from fedsim.federated.aggregate import Aggregator
 from fedsim.federated.client import Train, Work
 from fedsim.federated.fold import Fold
-from fedsim.federated.runtime import Item, Results, Runtime
+from fedsim.federated.runtime import Item, Outcomes, Results, Runtime
 from fedsim.runtimes.cuda import on_stream
 from fedsim.runtimes.slots import Slots
 from fedsim.runtimes.window import in_window
@@ -98,7 +98,7 @@ class Threads(Runtime):
         for total in folds.values():
             yield total.partial, []
 
-    def map(self, work: Work, server: State, items: Iterable[Item]) -> Iterator[tuple[Item, Outcome]]:
+    def map(self, work: Work, server: State, items: Iterable[Item]) -> Outcomes[Item]:
         return self._each(work, server, items, lambda slot, item, outcome, began: (item, outcome))
 
     def _each(

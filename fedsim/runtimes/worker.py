@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fedsim.data import FederatedData
-from fedsim.errors import RoundError
-from fedsim.federated.client import Work, states_are_only_read
+from fedsim.errors import forget_variables
+from fedsim.federated.client import SharedStateError, Work, states_are_only_read
 from fedsim.runtimes.cuda import new_stream, on_stream
 from fedsim.training.replica import Replica
 from fedsim.training.task import Task
@@ -22,7 +22,7 @@ class Worker:
         self.replica, self.data = Replica(task, device, graphs=graphs), data
 
     def run(self, work: Work, server: State, item: Any) -> Update | BaseException:
-        """The result of `work` for a Job or another item, or the error it raised. Raises RoundError."""
+        """The result of `work` for a Job or another item, or the error it raised. Raises SharedStateError."""
         with on_stream(self.stream):
             try:
                 client = dict[str, Tensor]()
@@ -31,8 +31,11 @@ class Worker:
                     item = item._replace(client=client)
                 with states_are_only_read(server, client):
                     return work(self.replica, self.data, server, item)
-            except RoundError:
+            except SharedStateError:
                 raise
+            except torch.OutOfMemoryError as error:
+                forget_variables(error)  # which hold the memory
+                return error
             except (Exception, SystemExit) as error:
                 return error
 

@@ -8,7 +8,7 @@ Ctrl-C reaches the main thread, which ends every run with a checkpoint.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from threading import Semaphore, Thread
 from typing import Any, NamedTuple
@@ -22,11 +22,11 @@ from fedsim.experiment.config import Config
 from fedsim.experiment.execute import Result
 from fedsim.federated.aggregate import Aggregator
 from fedsim.federated.client import Train, Work
-from fedsim.federated.runtime import Call, Item, Results, Runtime
+from fedsim.federated.runtime import Call, Item, Outcomes, Results, Runtime
 from fedsim.federated.simulation import Simulation
 from fedsim.runtimes import RUNTIMES
 from fedsim.training.task import Task
-from fedsim.types import Job, State, Update, hash_into
+from fedsim.types import Job, State, hash_into
 
 SERVER_SETTINGS = (  # that Simulation and experiment handle, whatever trains the clients
     *("seed", "rounds", "cohort", "availability", "evaluate", "checkpoint", "client_store"),
@@ -34,7 +34,7 @@ SERVER_SETTINGS = (  # that Simulation and experiment handle, whatever trains th
 )
 
 
-class Mapping(NamedTuple):
+class MapCall(NamedTuple):
     """The arguments of one `Runtime.map`."""
 
     work: Work
@@ -49,7 +49,7 @@ class RowRuntime(Runtime):
 
     def __init__(self, shared: Runtime, choice: Spec | None):
         self.shared, self.home, self._choice = shared, shared.home, choice
-        self.request: Call | Mapping | None = None
+        self.request: Call | MapCall | None = None
         self.result: Result | None = None
         self.error: BaseException | None = None
         self._answer: list[Any] | BaseException | None = None
@@ -69,10 +69,8 @@ class RowRuntime(Runtime):
     def run(self, work: Work, server: State, jobs: Iterable[Job], aggregator: Aggregator) -> Results:
         yield from self._ask(Call(work, server, list(jobs), aggregator))
 
-    def map(
-        self, work: Work, server: State, items: Iterable[Item]
-    ) -> Iterator[tuple[Item, Update | BaseException]]:
-        yield from self._ask(Mapping(work, server, list(items)))
+    def map(self, work: Work, server: State, items: Iterable[Item]) -> Outcomes[Item]:
+        yield from self._ask(MapCall(work, server, list(items)))
 
     def start(self, execute: Callable[[], Result]) -> None:
         """Let the run go on until it requests something, or has ended."""
@@ -97,7 +95,7 @@ class RowRuntime(Runtime):
             self._go.release()
             self._back.acquire()
 
-    def _ask(self, request: Call | Mapping) -> list[Any]:
+    def _ask(self, request: Call | MapCall) -> list[Any]:
         self.request = request
         self._back.release()
         self._go.acquire()
@@ -123,10 +121,10 @@ def train_together(
             if not row.request:
                 ended(row)
         while waiting := [(row, row.request) for row in rows if row.request]:
-            mappings = [(row, request) for row, request in waiting if isinstance(request, Mapping)]
-            for row, mapping in mappings:
-                answer(row, _map(row.shared, mapping))
-            if not mappings:
+            map_calls = [(row, request) for row, request in waiting if isinstance(request, MapCall)]
+            for row, map_call in map_calls:
+                answer(row, _map(row.shared, map_call))
+            if not map_calls:
                 found = _run(rows[0].shared, [request for _, request in waiting if isinstance(request, Call)])
                 for (row, _), each in zip(waiting, found, strict=True):
                     answer(row, each)
@@ -139,9 +137,9 @@ def train_together(
     return True
 
 
-def _map(shared: Runtime, mapping: Mapping) -> list[Any] | Exception:
+def _map(shared: Runtime, map_call: MapCall) -> list[Any] | Exception:
     try:
-        return list(shared.map(*mapping))
+        return list(shared.map(*map_call))
     except Exception as error:
         return error
 

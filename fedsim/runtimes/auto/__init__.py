@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain, islice
 from typing import NamedTuple
 
@@ -13,14 +13,14 @@ from fedsim.data import FederatedData
 from fedsim.errors import ConfigError, printable, reason
 from fedsim.federated.aggregate import Aggregator
 from fedsim.federated.client import Train, Work
-from fedsim.federated.runtime import Item, Results, Runtime
+from fedsim.federated.runtime import Item, Outcomes, Results, Runtime
 from fedsim.runtimes import RUNTIMES, runtime_class
 from fedsim.runtimes.auto import choices
 from fedsim.runtimes.auto.calibration import TOTAL_SECONDS, Calibration, release
 from fedsim.runtimes.auto.candidates import candidate_specs, num_clients_to_time, ray_is_there
 from fedsim.runtimes.auto.choices import Choice
 from fedsim.training.task import Task
-from fedsim.types import Job, State, Update
+from fedsim.types import Job, State
 
 log = logging.getLogger(__name__)  # reports the choice and its reason
 MIN_SPEEDUP_IF_NOT_EXACT = 1.5  # over the fastest exact runtime, since timing noise should not affect results
@@ -97,9 +97,7 @@ class Auto(Runtime):
             jobs = chain(first_jobs, jobs)
         yield from self.runtime.run(work, server, jobs, aggregator)
 
-    def map(
-        self, work: Work, server: State, items: Iterable[Item]
-    ) -> Iterator[tuple[Item, Update | BaseException]]:
+    def map(self, work: Work, server: State, items: Iterable[Item]) -> Outcomes[Item]:
         return self.runtime.map(work, server, items)
 
     def _choose(self, work: Train, server: State, first_jobs: list[Job], aggregator: Aggregator) -> None:

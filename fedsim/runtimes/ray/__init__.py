@@ -5,7 +5,7 @@ clients and returns one sum at the end of the run, so the traffic to the driver 
 not with the cohort. Ray itself is imported when the runtime is created.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
@@ -15,9 +15,9 @@ from fedsim.data import FederatedData
 from fedsim.errors import ConfigError
 from fedsim.federated.aggregate import Aggregator
 from fedsim.federated.client import Train, Work
-from fedsim.federated.runtime import Item, Results, Runtime
+from fedsim.federated.runtime import Item, Outcomes, Results, Runtime
 from fedsim.training.task import Task
-from fedsim.types import Count, Job, State, Update
+from fedsim.types import Count, Job, State
 
 if TYPE_CHECKING:
     from fedsim.runtimes.ray.dispatch import Dispatch
@@ -75,9 +75,7 @@ class Ray(Runtime):
     def run(self, work: Work, server: State, jobs: Iterable[Job], aggregator: Aggregator) -> Results:
         return self._dispatch(work, server, jobs, aggregator).run()
 
-    def map(
-        self, work: Work, server: State, items: Iterable[Item]
-    ) -> Iterator[tuple[Item, Update | BaseException]]:
+    def map(self, work: Work, server: State, items: Iterable[Item]) -> Outcomes[Item]:
         return self._dispatch(work, server, items, None).map()
 
     def _dispatch(

@@ -44,6 +44,7 @@ class Failure(NamedTuple):
 class Answer(NamedTuple):
     """The result of one item: a report if messages are added up, or else the update."""
 
+    seconds: float
     report: Report | None  # without the client's state and exception
     client: Packed | None  # the client's state
     update: Packed | None
@@ -131,12 +132,12 @@ class Actor:
         outcome = self.worker.run(order.work, order.server, item)
         if execution.fold is None:
             if isinstance(outcome, BaseException):
-                return Answer(None, None, None, _failure(outcome))
-            return Answer(None, None, pack(outcome), None)
+                return Answer(perf_counter() - began, None, None, None, _failure(outcome))
+            return Answer(perf_counter() - began, None, None, pack(outcome), None)
         report = execution.fold.add(item, outcome, began)
         failure = _failure(report.exception) if report.exception else None
         client = pack(report.client) if report.client else None
-        return Answer(report._replace(client={}, exception=None), client, None, failure)
+        return Answer(report.seconds, report._replace(client={}, exception=None), client, None, failure)
 
     @failures_returned
     def finish(self, number: int) -> Packed | Failure:

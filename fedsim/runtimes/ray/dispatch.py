@@ -11,12 +11,12 @@ import ray
 
 from fedsim.errors import NodeError, RoundError
 from fedsim.federated.fold import failure
-from fedsim.federated.runtime import Results
+from fedsim.federated.runtime import Outcomes, Results
 from fedsim.runtimes.ray.actor import Answer, Order
 from fedsim.runtimes.ray.cluster import first_line
 from fedsim.runtimes.ray.packing import Packed, pack, unpack
 from fedsim.runtimes.ray.pool import POLL_SECONDS, Pool, Ref, Slot, answer, warn
-from fedsim.types import Job, Report, Update
+from fedsim.types import Job, Report
 
 MAX_DEATHS = 3  # of actors while they run one item; then the item counts as failed
 SHORT_ITEM_SECONDS = 0.05  # for shorter items, an actor has a second one queued, so as not to wait for the driver
@@ -79,7 +79,7 @@ class Dispatch:
         finally:
             self._close()
 
-    def map(self) -> Iterator[tuple[Any, Update | BaseException]]:
+    def map(self) -> Outcomes[Any]:
         """Each item with the result of the work, or with the error it raised."""
         try:
             yield from self._answers()
@@ -150,13 +150,13 @@ class Dispatch:
             return self._replace_dead(slot, error)
         items.pending.popleft()
         self.pool.alive = monotonic()
+        self.queue_length = 1 if result.seconds > SHORT_ITEM_SECONDS else 2
         raised = result.failure.error() if result.failure else None
         if result.report is None:
             return self._if_first(sent, (sent.item, raised or unpack(result.update, own=True)))  # type: ignore[arg-type]
         report = result.report._replace(
             client=unpack(result.client, own=True) if result.client else {}, exception=raised
         )
-        self.queue_length = 1 if report.seconds > SHORT_ITEM_SECONDS else 2
         if not report.error:
             items.summed.append(sent)
         return self._if_first(sent, report)

@@ -23,7 +23,7 @@ from fedsim.errors import ConfigError, RoundError
 from fedsim.federated.aggregate import Aggregator, Partial
 from fedsim.federated.client import Train, Work, check_update
 from fedsim.federated.fold import Fold
-from fedsim.federated.runtime import Call, Item, Results, Runtime
+from fedsim.federated.runtime import Call, Item, Outcomes, Results, Runtime
 from fedsim.runtimes.cuda import make_gpus_deterministic, new_stream, on_stream
 from fedsim.runtimes.threads import Threads
 from fedsim.runtimes.vectorized.compute import Client, updates
@@ -112,9 +112,7 @@ class Vectorized(Runtime):
         for _, partial, reports in self._run([call], [work], (Row(0, job) for job in jobs)):
             yield partial, reports
 
-    def map(
-        self, work: Work, server: State, items: Iterable[Item]
-    ) -> Iterator[tuple[Item, Update | BaseException]]:
+    def map(self, work: Work, server: State, items: Iterable[Item]) -> Outcomes[Item]:
         return self.threads.map(work, server, items)
 
     def run_many(self, calls: Sequence[Call]) -> list[list[tuple[Partial, list[Report]]]]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.data import FederatedData
-from fedsim.errors import ConfigError, located
+from fedsim.errors import ConfigError, RoundError, located
 from fedsim.federated.client import Train, download, initial_client_state, initial_server_state
 from fedsim.runtimes.vectorized.compute import Client, updates
 from fedsim.training.batched.objective import Network, RaggedError
@@ -73,7 +73,7 @@ def _compare(
         return None
     try:
         together = _batched_updates(network, data, batch)
-    except ConfigError:
+    except (ConfigError, RoundError):
         raise
     except Exception as error:
         raise ConfigError(
@@ -135,5 +135,6 @@ def bytes_per_client(task: Task, work: Train, im2col: bool, batch: int) -> int:
     own = {t.untyped_storage().data_ptr() for t in (replica.flat, replica.buffers)}
     activations = sum(size for pointer, size in saved.items() if pointer not in own) // len(x)
     workspace = 2 * max(columns, default=0) if im2col else 0
-    vectors = 8 + 2 * (work.recipe.optimizer in ("adam", "adamw"))
+    copies = work.recipe.make_optimizer(task.layout).copies
+    vectors = 8 + 2 * (copies > 1) + 1 + copies  # weights and state once more, where some clients sit steps out
     return vectors * replica.flat.nbytes + batch * (2 * activations + workspace)
