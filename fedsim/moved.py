@@ -55,4 +55,4 @@ class Moved(MetaPathFinder, Loader):
         module.__getattr__ = attribute  # type: ignore[method-assign]
 
 
-sys.meta_path.append(Moved())
+sys.meta_path.insert(0, Moved())  # before a folder that an older checkout left with nothing but __pycache__
