@@ -514,7 +514,7 @@ def test_a_hook_of_your_own_that_fails_is_one_line_and_status_1(fedsim_, place):
     assert re.fullmatch(
         r"fedsim: hook Careless, after_round: KeyError: 'no such key' \(my_hooks\.py:\d+\)\n", done.err
     )
-    assert "rounds that are done: 1; fedsim resume run goes on after them" in done.out
+    assert "rounds done: 1; once the cause is removed, fedsim resume run continues" in done.out
     assert fedsim_("resume", "run", "hooks=[]").status == 0
 
 

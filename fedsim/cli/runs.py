@@ -109,7 +109,9 @@ def execute_and_show(started: "Started") -> None:
     try:
         result = execute(run, [*hooks, Bar(console) if console.is_terminal else Plain(console)])
     except (ClientError, RoundError, OSError):
-        console.out(f"rounds that are done: {len(run.records)}; fedsim resume {folder} goes on after them")
+        console.out(
+            f"rounds done: {len(run.records)}; once the cause is removed, fedsim resume {folder} continues"
+        )
         raise
     found = result.summary
     if found["test_accuracy"] is not None:
