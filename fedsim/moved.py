@@ -47,6 +47,10 @@ class Moved(MetaPathFinder, Loader):
         homes = MOVED[module.__name__.partition(".")[2]]
 
         def attribute(name: str) -> Any:
+            if name == "__all__":
+                return [name for home in homes for name in dir(import_module(f"fedsim.{home}")) if name[0] != "_"]
+            if name.startswith("__"):  # asked while other modules are being imported
+                raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
             for home in homes:
                 if hasattr(found := import_module(f"fedsim.{home}"), name):
                     return getattr(found, name)

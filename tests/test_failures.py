@@ -707,3 +707,37 @@ def test_statistics_that_are_not_finite_fail_the_recalibration(monkeypatch):
     simulation = make_simulation(strategy, recalibrate=Recalibrate(source="clients", examples=8, batch_size=4))
     with pytest.raises(RoundError, match=r"^recalibrate, round 1: buffers is not finite"):
         simulation.round()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rebinds(Wrapper):
+    """Each client changes the dictionary that it is given, and not a tensor."""
+
+    def client_update(self, server, client, local):
+        update = super().client_update(server, client, local)
+        server["model"] = server["model"] * 0.5
+        server["mine"] = server["model"]
+        return update
+
+
+@runtimes
+def test_a_client_that_changes_its_dictionary_changes_nothing_for_others(runtime):
+    changing = Rebinds(inner=make_strategy("fedavg"))
+    assert trace(make_simulation(changing, runtime=runtime)) == trace(make_simulation("fedavg"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leaves(Wrapper):
+    """server_update calls sys.exit, or returns nothing."""
+
+    exits: bool = True
+
+    def server_update(self, server, mean, info):
+        if self.exits:
+            raise SystemExit(0)
+
+
+@pytest.mark.parametrize(("exits", "why"), [(True, "server_update: SystemExit: 0"), (False, "gave NoneType")])
+def test_a_server_update_that_leaves_or_gives_nothing_fails_the_round(exits, why):
+    with pytest.raises(RoundError, match=why):
+        make_simulation(Leaves(inner=make_strategy("fedavg"), exits=exits)).round()

@@ -2,6 +2,8 @@
 
 import importlib
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -64,3 +66,9 @@ def test_old_fields_are_the_new_ones():
     assert (batch.other, batch.share, batch.doubt) == (one, two, three)
     info = RoundInfo(0, [0], 1, torch.Generator(), cohort_examples=3, total_examples=6)
     assert (info.held, info.examples, info.share) == (3, 6, 0.5)
+
+
+def test_old_modules_may_be_imported_before_torch_and_whole():
+    script = "import fedsim.config, fedsim.simulation, torch\nfrom fedsim.task import *\nassert Task and Layout"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

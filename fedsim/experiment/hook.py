@@ -70,7 +70,7 @@ def call_hook(hook: Hook, event: str, *arguments: Any) -> None:
         getattr(hook, event)(*arguments)
     except (ConfigError, ClientError, RoundError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if isinstance(error, OSError) and error.filename:  # names the file and the reason already
             raise
         raise RoundError(f"hook {type(hook).__name__}, {event}: {located(error)}") from error

@@ -87,17 +87,17 @@ class SharedStateError(RoundError):
 @contextmanager
 def states_are_only_read(server: State, client: State) -> Iterator[None]:
     """Raise if the code inside writes to a state in place: SharedStateError if it is the server's."""
-    versions = [{name: value._version for name, value in state.items()} for state in (server, client)]
+    before = [[(name, value, value._version) for name, value in state.items()] for state in (server, client)]
 
-    def written(state: State, before: dict[str, int]) -> str | None:
-        return next((name for name, value in state.items() if value._version != before[name]), None)
+    def written(tensors: list[tuple[str, Tensor, int]]) -> str | None:
+        return next((name for name, value, version in tensors if value._version != version), None)
 
     try:
         yield
     finally:
-        if name := written(server, versions[0]):
+        if name := written(before[0]):
             raise SharedStateError(f"client_update wrote server[{name!r}] in place; states are only read")
-    if name := written(client, versions[1]):
+    if name := written(before[1]):
         raise RuntimeError(f"client[{name!r}] was written in place; states are only read")
 
 

@@ -362,8 +362,11 @@ class Simulation:
             update = self.strategy.server_update(copy, mean, info)
         except (ConfigError, RoundError):
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise RoundError(f"round {self.number + 1}: server_update: {located(error)}") from error
+        if not isinstance(update, dict):
+            made = type(update).__name__
+            raise RoundError(f"round {self.number + 1}: server_update gave {made}; it should give a dictionary")
         self._check_update(update, own)
         return self.server | update | buffers
 

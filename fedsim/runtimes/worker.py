@@ -30,7 +30,7 @@ class Worker:
                     client = {name: _copied_to(value, self.replica.device) for name, value in item.client.items()}
                     item = item._replace(client=client)
                 with states_are_only_read(server, client):
-                    return work(self.replica, self.data, server, item)
+                    return work(self.replica, self.data, dict(server), item)  # clients share the tensors only
             except SharedStateError:
                 raise
             except torch.OutOfMemoryError as error:

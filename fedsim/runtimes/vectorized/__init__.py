@@ -200,7 +200,7 @@ class Vectorized(Runtime):
             ends = [len(window) * i // parts for i in range(parts + 1)]
             yield from (window[a:b] for a, b in pairwise(ends))
 
-    def _attempt(self, network: Network, batch: Sequence[Client]) -> list[Update | Exception]:
+    def _attempt(self, network: Network, batch: Sequence[Client]) -> list[Update | BaseException]:
         """The update or error of each client; a batch that fails is halved until the failing client is found."""
         try:
             return list(self._updates(network, batch))
@@ -214,7 +214,7 @@ class Vectorized(Runtime):
                 f"runtime.chunk: out of memory with {len(batch)} clients, continuing with {self.max_clients}",
                 stacklevel=2,
             )
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if len(batch) == 1:
                 return [error]
         half = len(batch) // 2
@@ -238,9 +238,9 @@ class Vectorized(Runtime):
         self.local.stream = new_stream(device)
 
 
-def _checked(outcome: Update | Exception, job: Job) -> Update | Exception:
+def _checked(outcome: Update | BaseException, job: Job) -> Update | BaseException:
     """The update, or an error if the client's new state is invalid."""
-    if not isinstance(outcome, Exception):
+    if not isinstance(outcome, BaseException):
         try:
             check_update(outcome, job.client or {})
         except ArithmeticError as error:

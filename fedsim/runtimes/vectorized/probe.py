@@ -69,13 +69,13 @@ def _compare(
     try:
         replica = Replica(network.task, network.device)
         alone = [work(replica, data, server, client.job) for client in batch]
-    except Exception:
+    except (Exception, SystemExit):
         return None
     try:
         together = _batched_updates(network, data, batch)
     except (ConfigError, RoundError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(
             f"runtime.name: vectorized cannot batch this strategy and model: {located(error)}; use threads"
         ) from error
