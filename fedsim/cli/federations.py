@@ -42,7 +42,7 @@ def node(
     insecure: Annotated[bool, typer.Option("--insecure", help="plain HTTP, without a certificate")] = False,
     key: Annotated[Path | None, typer.Option(help="the node's private key, if the SuperLink asks for one")] = None,
 ) -> None:
-    """Be a client with data of its own in a federation, until interrupted."""
+    """Take part in a federation as a client, with the data of this machine, until interrupted."""
     from fedsim.flower.options import work
 
     raise_on_interrupt()

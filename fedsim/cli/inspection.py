@@ -17,7 +17,7 @@ def partition(
         Path | None, typer.Option(metavar="DIR", help="a new folder for files of each client's own examples")
     ] = None,
 ) -> None:
-    """Show who holds what: a table, and a picture of labels and sizes by client."""
+    """Show which client holds which data: a table, and a picture of labels and sizes."""
     from fedsim.data.partition import content_hash
     from fedsim.data.picture import draw, label_table
     from fedsim.experiment.build import build_data, build_dataset

@@ -13,7 +13,7 @@ from fedsim.errors import ConfigError
 def bench(
     config: ConfigPath,
     settings: Settings = None,
-    repeats: Annotated[int, typer.Option(min=1, help="passes that count, the sides in turn")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="counted passes of each side, in turn")] = 5,
     out: Annotated[Path | None, typer.Option(help="a JSON file for the figures, every pass's too")] = None,
     peers: Annotated[str, typer.Option(help="other simulators to compare with: flower, pfl")] = "",
     sides: Annotated[
@@ -64,7 +64,7 @@ def profile(
     precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="of weights and examples")] = "fp32",
     channels_last: Annotated[bool, typer.Option("--channels-last", help="images in channels-last order")] = False,
     fused: Annotated[bool, typer.Option("--fused", help="with batch norm folded into convolutions")] = False,
-    repeats: Annotated[int, typer.Option(min=1, help="passes that count; p99 wants a hundred")] = 20,
+    repeats: Annotated[int, typer.Option(min=1, help="counted passes; p99 needs about 100")] = 20,
     out: Annotated[Path, typer.Option(help="the picture")] = Path("profile.png"),
     json: Annotated[Path | None, typer.Option(help="a JSON file for the figures, every pass's too")] = None,
 ) -> None:
@@ -107,7 +107,9 @@ def export(
     ] = "onnx",
     out: Annotated[Path | None, typer.Option(help="a new file; RUN/export.onnx and so on if not given")] = None,
     fused: Annotated[bool, typer.Option(help="fold batch norm into convolutions")] = True,
-    normalise: Annotated[bool, typer.Option("--normalise", help="let it take raw examples, as uint8")] = False,
+    normalise: Annotated[
+        bool, typer.Option("--normalise", help="the written network takes raw uint8 examples")
+    ] = False,
     ema: Annotated[bool, typer.Option("--ema", help="the running mean of the global model")] = False,
     batch: Annotated[str, typer.Option(help="examples a pass: a number, or dynamic for any")] = "dynamic",
     check: Annotated[bool, typer.Option(help="run the file, and compare what it gives")] = True,

@@ -19,7 +19,7 @@ def run(
     settings: Settings = None,
     out: NewFolder = None,
 ) -> None:
-    """Train a federation, and leave a folder with what came out."""
+    """Train a federation, and write its results to a new folder."""
     from fedsim.experiment.config import load, parse_overrides
     from fedsim.experiment.start import new_run
 
@@ -31,9 +31,9 @@ def run(
 def resume(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a run, or of a sweep")],
     settings: Settings = None,
-    force: Annotated[bool, typer.Option(help="take settings that change the result, too")] = False,
+    force: Annotated[bool, typer.Option(help="accept changed settings that change the result")] = False,
 ) -> None:
-    """Go on with a run that was stopped or killed, as if it had not been; rounds=200 makes it longer."""
+    """Resume a run that was stopped or killed; it ends as if it had never stopped. rounds=200 makes it longer."""
     from fedsim.experiment.config import parse_overrides
     from fedsim.experiment.start import resumed_run
     from fedsim.sweep.folder import is_sweep
@@ -67,7 +67,7 @@ def sweep(
         float | None, typer.Option(help="an accuracy from 0 to 1: how many rounds did each take to it?")
     ] = None,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="points at a time; by cores or GPUs if not given")
+        int | None, typer.Option(min=1, help="combinations side by side; by cores or GPUs if not given")
     ] = None,
 ) -> None:
     """Run all combinations of settings: as one batch where that is possible, or side by side."""

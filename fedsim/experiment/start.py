@@ -86,14 +86,14 @@ def _changed_settings(before: Mapping[str, Any], config: Config, others: list[st
     result, free = changes(before, config.model_dump(mode="json"))
     result += others
     if result and not force:
-        raise ConfigError(f"{'; '.join(result)}: this changes the result; --force goes on all the same")
+        raise ConfigError(f"{'; '.join(result)}: this changes the result; --force accepts it")
     return [f"changed: {change}" for change in [*result, *free]]
 
 
 def _changed_runtime(checkpoint: Checkpoint, simulation: Simulation, now: Spec) -> list[str]:
-    """Have the runtime go on with what it had chosen; in words, what changed where it rounds in another way.
+    """Let the runtime go on as it did; a note if it is another one whose results differ by rounding.
 
-    Raises ConfigError where the clients are others, which do not have the states that the earlier ones keep.
+    Raises ConfigError if the clients are nodes, and other nodes than those that keep the states.
     """
     runtime, before = simulation.runtime, checkpoint.runtime or checkpoint.config["runtime"]
     now = runtime.choice or now

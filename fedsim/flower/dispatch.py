@@ -36,7 +36,7 @@ SUMS = {Train: {"loss", "examples", "steps"}, EvaluateClient: {"loss", "examples
 
 
 class Waiting(NamedTuple):
-    """A client whose order has yet to be sent; both times are by monotonic."""
+    """A client whose order has not been sent yet; both times are of time.monotonic."""
 
     job: Job
     until: float  # it waits for its node,
@@ -46,7 +46,7 @@ class Waiting(NamedTuple):
 
 @dataclass(frozen=True)
 class Flight:
-    """A client's order that is under way."""
+    """An order that has been sent and not answered."""
 
     job: Job
     node: int
@@ -54,7 +54,7 @@ class Flight:
 
 
 class Answered(NamedTuple):
-    """What became of a client's order."""
+    """The answer to a client's order, or the reason why there is none."""
 
     job: Job
     since: float  # by perf_counter
@@ -84,11 +84,11 @@ class Dispatch:
         self.most = MAX_ANSWER_EXTRA + MAX_ANSWER_RATIO * sum(value.nbytes for value in server.values())
         self.todo: list[Waiting] = []
         self.flights: dict[str, Flight] = {}  # by message
-        self.invited = Counter[int]()  # clients, whose nodes had lost the plan
+        self.invited = Counter[int]()  # how often, by client whose node did not know the plan
         self.reported = False  # whether anything is known of a client
 
     def run(self, jobs: Iterable[Job], aggregator: Aggregator) -> Results:
-        """Reports as answers come, and the sum of what they brought at the end."""
+        """Reports as answers come, and at the end the sum of the messages."""
         fold = Fold(aggregator)
         with closing(self._answers(jobs)) as answers:
             for each in answers:
@@ -98,7 +98,7 @@ class Dispatch:
         yield fold.partial, []
 
     def map(self, jobs: Iterable[Job]) -> Outcomes[Job]:
-        """Each job and what the client answered, or why it did not."""
+        """Each job and the client's answer, or the reason why there is none."""
         with closing(self._answers(jobs)) as answers:
             for each in answers:
                 yield each.job, each.outcome
@@ -112,9 +112,9 @@ class Dispatch:
         return report
 
     def _answers(self, jobs: Iterable[Job]) -> Generator[Answered, None, None]:
-        """What becomes of each job's order, as answers come."""
+        """The answer to each job's order, as they come."""
         self.federation.gather()
-        self.began = last = heard = monotonic()
+        self.began = last = last_contact = monotonic()
         self._wait_for(jobs, self.wait)
         self.cohort, link_failed = len(self.todo), False
         try:
@@ -127,12 +127,12 @@ class Dispatch:
                         last, self.reported, found = monotonic(), True, True
                         yield answered
                         del answered
-                    heard, link_failed = monotonic(), False
+                    last_contact, link_failed = monotonic(), False
                 except LinkError as error:
                     link_failed = True  # an answer may have been lost, and a node that has given it gives it again
-                    if not error.again or monotonic() - heard > GRACE_SECONDS:
+                    if not error.again or monotonic() - last_contact > GRACE_SECONDS:
                         self.federation.reconnect(error, self._left())
-                        heard = monotonic()
+                        last_contact = monotonic()
                     sleep(POLL_SECONDS[1])
                     continue
                 if not found:
@@ -141,7 +141,7 @@ class Dispatch:
             self.federation.abandon(self.flights)
 
     def _step(self) -> Iterator[Answered]:
-        """Send what can be sent, and take what has come, one answer at a time."""
+        """Send the orders that can be sent, and yield the answers that have come, one at a time."""
         self.federation.look()
         self._send()
         replies = self.federation.link().receive(self.flights, most_bytes=self.most) if self.flights else []
@@ -191,7 +191,7 @@ class Dispatch:
         )
 
     def _answered(self, flight: Flight, reply: Reply) -> Answered | None:
-        """What a client has answered, unless it is asked again."""
+        """A client's answer; None if its order will be sent again."""
         if reply.content is None:
             why = reply.error or "gave no reason"
             if not reply.gone:
@@ -229,13 +229,13 @@ class Dispatch:
         return Answered(job, flight.since, Update(message, answer.weight, client, metrics), 0, answer.examples)
 
     def _gone(self, flight: Flight, why: str) -> None:
-        """Have a client whose node went away wait for it."""
+        """Let a client whose node went away wait for the node."""
         if self.wait:
             log.warning("nodes: %s: %s; waits up to %g s for it", self._name(flight.job), why, self.wait)
         self._wait_for([flight.job], self.wait, why)
 
     def _lost(self, flight: Flight) -> Answered | None:
-        """Have a node that does not know the plan invited once more."""
+        """Invite a node that does not know the plan once more."""
         client = flight.job.client_id
         self.invited[client] += 1
         if self.invited[client] > MAX_INVITATIONS:
@@ -245,7 +245,7 @@ class Dispatch:
         return None
 
     def _given_up(self) -> Iterator[Answered]:
-        """Clients that will not answer any more."""
+        """Yield a failure for each client that will not answer any more."""
         timing, roster = self.federation.timing, self.federation.roster
         late = self._left() <= 0
         away = {m for m, flight in self.flights.items() if flight.node not in roster.online}
@@ -271,12 +271,12 @@ class Dispatch:
         return self.federation.roster.names[job.client_id]
 
     def _again(self, messages: Iterable[str]) -> None:
-        """Have these clients' orders sent once more."""
+        """Send the orders of these messages once more."""
         self.federation.abandon([*messages])
         self._wait_for([self.flights.pop(message).job for message in [*messages]], self.federation.timing.wait)
 
     def _wait_for(self, jobs: Iterable[Job], seconds: float, why: str | None = None) -> None:
-        """Have orders sent once their nodes are there, and for so many seconds at least."""
+        """Queue jobs until their nodes are online, for at least so many seconds."""
         now = monotonic()
         self.todo += [Waiting(job, now + seconds, now + self.federation.timing.wait, why) for job in jobs]
 

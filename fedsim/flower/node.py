@@ -50,7 +50,7 @@ def _name(name: str) -> str:
 
 
 class NodeSettings(Options):
-    """A NODE.yaml: who a node is, what it holds, and what it does for others.
+    """The settings in a NODE.yaml: the node's name, its data, and what it allows others.
 
     `name` is what the federation knows it by; `data` names a dataset, whose training examples it trains on, and
     on whose test examples, if there are any, it evaluates its own model. `state` is where its client's states are
@@ -74,12 +74,12 @@ class NodeSettings(Options):
 
     @classmethod
     def read(cls, path: Path, overrides: Mapping[str, Any] | None = None) -> Self:
-        """Those of a file, with others in the place of some, by dotted keys; raises ConfigError."""
+        """The settings of a file, with `overrides` by dotted keys; raises ConfigError."""
         return cls.of(overridden(read_yaml(path), overrides or {}), path.parent)
 
     @classmethod
     def of(cls, values: Mapping[str, Any], folder: Path = Path()) -> Self:
-        """Those of a mapping, with paths relative to `folder`; raises ConfigError."""
+        """The settings of a mapping, with paths relative to `folder`; raises ConfigError."""
         settings = validated(cls, values)
         data = DATASETS.resolve(settings.data)
         fields = options_of(DATASETS.load(data["name"])).model_fields
@@ -118,20 +118,20 @@ class Role:
 class Node:
     """A node between two messages; raises ConfigError where its settings cannot be used.
 
-    Another process that has the node's folder is waited for `patience` seconds. Not for two threads at once.
+    It waits up to `lock_wait` seconds for another process that uses its folder. Not for two threads at once.
     """
 
-    def __init__(self, settings: NodeSettings, patience: float = 0.0):
+    def __init__(self, settings: NodeSettings, lock_wait: float = 0.0):
         self.settings = settings
         self.device = devices(settings.device, "device")[0]
         settings.allow.check_importable()
         self.dataset = DATASETS.make(settings.data, Dataset)
         self.dataset.check_parts("train")
-        self.state_files = StateFiles(settings.home, settings.forget_after, patience)
+        self.state_files = StateFiles(settings.home, settings.forget_after, lock_wait)
         self.role: Role | None = None  # of the run that it worked for last
 
     def close(self) -> None:
-        """Let another process be this node."""
+        """Unlock the folder, so that another process can be this node."""
         self.state_files.close()
 
     def __enter__(self) -> Self:
@@ -141,7 +141,7 @@ class Node:
         self.close()
 
     def join(self, invitation: Invitation) -> Joined:
-        """Get ready for a run and remember it, or say why not."""
+        """Join a run and save that; the answer says why where the node does not."""
         run, plan, initial = invitation
         self.role = None  # two networks may not fit into memory, and the last is on disk
         try:
@@ -156,7 +156,7 @@ class Node:
         return Joined(self.settings.name, versions())
 
     def work(self, order: Order) -> Answer:
-        """Train or evaluate, or say why not; raises nothing but what ends the process."""
+        """Train or evaluate; the answer says why where that fails. Raises only what ends the process."""
         began = perf_counter()
         try:
             with one_thread():
@@ -173,7 +173,7 @@ class Node:
             return role.done[1]
         role.done = None
         self.state_files.touch(order.run)
-        kept = self._kept(order, role)
+        kept = self._stored_state(order, role)
         training = order.task == "train"
         evaluate = EvaluateClient(role.parts.strategy, order.batch_size, order.train_mode)
         work = role.train if training else evaluate
@@ -191,7 +191,7 @@ class Node:
             return answer
         if role.initial_client or order.transport in ROUNDED:
             client = _above("client", {name: compact(value) for name, value in update.client.items()})
-            kept = self._keep(order, role, kept, client | _above("residual", left))
+            kept = self._store(order, role, kept, client | _above("residual", left))
             answer = answer._replace(version=order.round + 1, mark=kept.mark)
         answer = answer._replace(examples=len(self.dataset.y_train), seconds=perf_counter() - began)
         role.done = order, answer
@@ -210,7 +210,7 @@ class Node:
         return self.role
 
     def _role(self, run: str, text: str, initial: State) -> Role:
-        """What a plan makes of this node; raises ConfigError where it is not allowed, or does not fit the data."""
+        """The node's part under a plan; raises ConfigError if it is not allowed, or does not fit the data."""
         allow, plan = self.settings.allow, Plan.read(text)
         allow.check_names(plan)
         allow.check_bytes(initial)
@@ -241,7 +241,7 @@ class Node:
         return Role(run, digest(text), parts, train, worker, initial_client_state(strategy, task), sent)
 
     def _check(self, order: Order, role: Role) -> None:
-        """Raise ValueError where an order cannot be one of this run."""
+        """Raise ValueError if an order cannot belong to this run."""
         evaluates = order.task == "evaluate"
         most = self.settings.allow.max_batch_size
         for name, value, low, high in (
@@ -261,8 +261,8 @@ class Node:
             raise ValueError(f"order.server: is {described(found)}, and should be {described(role.sent)}")
         role.client = order.client
 
-    def _kept(self, order: Order, role: Role) -> StoredState:
-        """What the client keeps that counts; raises ValueError where that is not here as it was."""
+    def _stored_state(self, order: Order, role: Role) -> StoredState:
+        """The stored state that the order names; raises ValueError if the node does not have it unchanged."""
         if order.version == 0:
             return StoredState(_above("client", role.initial_client))
         if role.last is None or (role.last[0], role.last[1].mark) != (order.version, order.mark):
@@ -274,8 +274,8 @@ class Node:
             role.last = order.version, kept
         return role.last[1]
 
-    def _keep(self, order: Order, role: Role, before: StoredState, state: State) -> StoredState:
-        """Have the new state on disk, and of the others those that the run may go back to."""
+    def _store(self, order: Order, role: Role, before: StoredState, state: State) -> StoredState:
+        """Store the new state, and delete those that no checkpoint of the run needs."""
         kept = StoredState(state, needed(order.version, before.earlier, order.checkpoints))
         kept = self.state_files.store(order.run, order.client, order.round + 1, kept)
         self.state_files.prune(order.run, order.version, kept.earlier)
@@ -291,7 +291,7 @@ def _same(order: Order, other: Order) -> bool:
 
 
 def _error_line(error: Exception) -> str:
-    """In a line: what was found wrong, or else where it went wrong."""
+    """The error in one line; if it is not one of fedsim's checks, with file and line."""
     if isinstance(error, OSError) and error.filename:
         return one_line(f"{error.filename}: {error.strerror}")
     return (

@@ -83,7 +83,7 @@ class Flower(Runtime):
         self.federation.initial = initial_of(self.task)
 
     def placeholder_state(self, initial: State) -> State:
-        """Which version of the state that a node keeps counts; nothing where its clients keep none."""
+        """The version of the state that a node keeps; nothing if clients keep no state."""
         return {"version": torch.zeros(2, dtype=torch.int64)} if initial or not self.exact else {}
 
     def checkpointed_rounds(self, rounds: list[int]) -> None:
@@ -106,7 +106,7 @@ class Flower(Runtime):
         return True
 
     def close(self) -> None:
-        """End the Flower run; the next round begins another."""
+        """End the Flower run; the next round starts another."""
         self.federation.close()
 
     def run(self, work: Work, server: State, jobs: Iterable[Job], aggregator: Aggregator) -> Results:
