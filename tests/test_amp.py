@@ -29,7 +29,7 @@ def trained(task, precision):
     return local.train(task.initial_model), local.metrics["loss"] / 4
 
 
-LIGHT = {"2nn", "cnn", "cnn_bn", "cifar_cnn", "resnet18", "mobilenet_v2", "shufflenet_v2", "efficientnet_b0"}
+LIGHT = {"2nn", "cnn", "cnn_bn", "cifar_cnn", "mobilenet_v2", "shufflenet_v2", "efficientnet_b0"}
 
 
 @pytest.mark.parametrize(

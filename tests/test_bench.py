@@ -326,6 +326,7 @@ def test_a_peer_that_is_not_there_is_one_line(monkeypatch):
         check_peers(["pfl"])
 
 
+@pytest.mark.slow
 def test_flower_takes_the_same_steps():
     pytest.importorskip("flwr")
     config = load(CONFIG, {"cohort": {"name": "fixed", "clients": [0, 2]}, "local.epochs": 2})

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SIZES, make_data, make_simulation, make_strategy, make_task, trace
+from covering import sampled
 from small_run import CONFIG, records, rounds_done, write
 from test_failures import (
     DROP,
@@ -302,7 +303,7 @@ class Deadly(Wrapper):
         return super().client_update(server, client, local)
 
 
-@pytest.mark.parametrize(("count", "bad"), [(1, {3}), (2, {2, 5})])
+@pytest.mark.parametrize(("count", "bad"), [pytest.param(1, {3}, marks=pytest.mark.slow), (2, {2, 5})])
 def test_clients_of_an_actor_that_died_run_again(tmp_path, count, bad):
     """With the same model, and each reported once."""
     strategy = Deadly(inner=make_strategy("scaffold"), bad=bad, folder=tmp_path)
@@ -467,6 +468,10 @@ def test_what_the_cluster_cannot_do_is_said_in_one_line(options, said):
     assert "\n" not in str(caught.value)
 
 
+PLACES = ["address", "variable", "file"]
+SILENT, HTTP = b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"
+
+
 @pytest.mark.parametrize(
     ("address", "said"),
     [
@@ -483,8 +488,12 @@ def test_a_cluster_that_is_not_there_is_said_in_one_line(address, said, monkeypa
         Ray(TASK, DATA, address=address)
 
 
-@pytest.mark.parametrize("said", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"], ids=["silent", "HTTP"])
-@pytest.mark.parametrize("by", ["address", "variable", "file"])
+@pytest.mark.parametrize(
+    ("by", "said"),
+    sampled(
+        [("address", SILENT), ("variable", HTTP), ("file", HTTP)], ["address", "variable", "file"], [SILENT, HTTP]
+    ),
+)
 def test_a_cluster_that_does_not_answer_is_said_soon(by, said, monkeypatch):
     """Where a program listens that is not Ray: by its address, RAY_ADDRESS, or what a dead Ray left."""
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
@@ -681,7 +690,7 @@ def stored():
     return int(line.split()[3]) * 2**20
 
 
-@pytest.mark.parametrize("rounds", [60, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [30, pytest.param(1000, marks=pytest.mark.slow)])
 def test_memory_stays_what_it_is_over_many_rounds(rounds):
     before, after = soak(rounds)
     assert (after - before).max() < 8e6, (before, after)

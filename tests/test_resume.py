@@ -235,6 +235,7 @@ def test_a_run_killed_hundreds_of_times_has_the_same_end(forks, folder, strategy
     assert kills >= 350
 
 
+@pytest.mark.slow
 def test_processes_of_their_own_killed_as_they_go_have_the_same_end(forks, folder):
     """As a user has them, and unlike forks that share what was imported."""
     write(folder, rounds=200, runtime="threads")
