@@ -93,6 +93,9 @@ class Update(NamedTuple):
     metrics: State = {}  # sums over examples; the division follows once, over the whole cohort
 
 
+Outcome = Update | BaseException  # what a client's work gave, or the error that it ended with
+
+
 class Report(NamedTuple):
     """What a runtime tells the simulation about one client, apart from the sum of messages."""
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from fedsim.errors import NodeError, RoundError, located, one_line
 from fedsim.federated.aggregate import Aggregator
 from fedsim.federated.client import check_message
-from fedsim.types import Job, Report, Update
+from fedsim.types import Job, Outcome, Report, Update
 
 
 class Fold:
@@ -17,7 +17,7 @@ class Fold:
     def __init__(self, aggregator: Aggregator):
         self.aggregator, self.partial = aggregator, aggregator.fold([])
 
-    def add(self, job: Job, outcome: Update | BaseException, began: float) -> Report:
+    def add(self, job: Job, outcome: Outcome, began: float) -> Report:
         """The report on a client that `began` at this value of perf_counter; a failed client adds nothing.
 
         Raises RoundError for an error that is not the fault of a single client.

@@ -10,11 +10,11 @@ from fedsim.base.catalogue import Spec
 from fedsim.federated.aggregate import Aggregator, Partial
 from fedsim.federated.client import Train, Work
 from fedsim.training.precision import check_precision
-from fedsim.types import Job, Report, State, Update
+from fedsim.types import Job, Outcome, Report, State
 
 Item = TypeVar("Item")
 Results = Generator[tuple[Partial, list[Report]], None, None]
-Outcomes = Generator[tuple[Item, Update | BaseException], None, None]
+Outcomes = Generator[tuple[Item, Outcome], None, None]
 
 
 class Call(NamedTuple):

@@ -28,10 +28,9 @@ from fedsim.runtimes.window import in_window
 from fedsim.runtimes.worker import Worker
 from fedsim.training.graphs import CAPTURING
 from fedsim.training.task import Task
-from fedsim.types import Count, Job, Report, State, Update
+from fedsim.types import Count, Job, Outcome, Report, State
 
 Result = TypeVar("Result")
-Outcome = Update | BaseException
 
 MAX_WORKERS_PER_GPU = 8  # one stream each; all share one interpreter
 GPU_MEMORY_FRACTION = 0.9  # of the free memory that workers may use

@@ -11,7 +11,7 @@ from fedsim.federated.client import SharedStateError, Work, states_are_only_read
 from fedsim.runtimes.cuda import new_stream, on_stream
 from fedsim.training.replica import Replica
 from fedsim.training.task import Task
-from fedsim.types import Job, State, Update
+from fedsim.types import Job, Outcome, State
 
 
 class Worker:
@@ -21,7 +21,7 @@ class Worker:
         self.stream = new_stream(device)
         self.replica, self.data = Replica(task, device, graphs=graphs), data
 
-    def run(self, work: Work, server: State, item: Any) -> Update | BaseException:
+    def run(self, work: Work, server: State, item: Any) -> Outcome:
         """The result of `work` for a Job or another item, or the error it raised. Raises SharedStateError."""
         with on_stream(self.stream):
             try:

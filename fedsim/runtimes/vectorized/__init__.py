@@ -34,7 +34,7 @@ from fedsim.training.batched.layers import ConvMethod
 from fedsim.training.batched.objective import Network
 from fedsim.training.recipe import Recipe
 from fedsim.training.task import Task
-from fedsim.types import Count, Job, Report, State, Update
+from fedsim.types import Count, Job, Outcome, Report, State, Update
 
 MAX_CLIENTS_ON_CPU = 64  # clients in a batch
 MIN_CLIENTS_ON_CPU = 4
@@ -200,7 +200,7 @@ class Vectorized(Runtime):
             ends = [len(window) * i // parts for i in range(parts + 1)]
             yield from (window[a:b] for a, b in pairwise(ends))
 
-    def _attempt(self, network: Network, batch: Sequence[Client]) -> list[Update | BaseException]:
+    def _attempt(self, network: Network, batch: Sequence[Client]) -> list[Outcome]:
         """The update or error of each client; a batch that fails is halved until the failing client is found."""
         try:
             return list(self._updates(network, batch))
@@ -238,7 +238,7 @@ class Vectorized(Runtime):
         self.local.stream = new_stream(device)
 
 
-def _checked(outcome: Update | BaseException, job: Job) -> Update | BaseException:
+def _checked(outcome: Outcome, job: Job) -> Outcome:
     """The update, or an error if the client's new state is invalid."""
     if not isinstance(outcome, BaseException):
         try:
