@@ -56,6 +56,16 @@ def _own_cache(tmp_path_factory):
         yield
 
 
+@pytest.fixture(autouse=True)
+def _no_modules_of_other_tests(tmp_path_factory):
+    """A module that a test wrote is forgotten after it, so that the next may write one of the same name."""
+    yield
+    written = str(tmp_path_factory.getbasetemp())
+    for name, module in [*sys.modules.items()]:
+        if (getattr(module, "__file__", None) or "").startswith(written):
+            del sys.modules[name]
+
+
 @pytest.fixture
 def fedsim_(monkeypatch, capsys):
     """Calls the command in this process."""

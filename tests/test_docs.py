@@ -138,7 +138,6 @@ def test_targets_of_make_are_ones_that_there_are(page):
 def test_a_strategy_of_your_own(checkout, monkeypatch):
     code = next(block for block in blocks("python", README) if "my_strategy.py" in block)
     (checkout / "my_strategy.py").write_text(code)
-    monkeypatch.delitem(sys.modules, "my_strategy", raising=False)  # another test's
     monkeypatch.syspath_prepend(checkout)
     line = next(line for block in blocks("bash", README) for line in block.splitlines() if "my_strategy" in line)
     assert len(code.splitlines()) <= 30
@@ -146,7 +145,6 @@ def test_a_strategy_of_your_own(checkout, monkeypatch):
 
 
 def test_a_hook_of_your_own(checkout, monkeypatch):
-    monkeypatch.delitem(sys.modules, "my_hooks", raising=False)  # another test's
     code = next(block for block in blocks("python", PAGES["docs/hooks.md"]) if "my_hooks.py" in block)
     (checkout / "my_hooks.py").write_text(code)
     monkeypatch.syspath_prepend(checkout)

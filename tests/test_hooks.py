@@ -395,7 +395,6 @@ def place(tmp_path, monkeypatch):
     """A working directory with hooks of one's own, and a config."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "my_hooks", raising=False)
     Path("my_hooks.py").write_text(MINE)
     Path("c.yaml").write_text(yaml.safe_dump(CONFIG))
     return tmp_path
@@ -671,7 +670,6 @@ class Net(nn.Module):
 def test_a_test_that_is_not_finite_fails_the_run_unless_nobody_minds(fedsim_, monkeypatch, value):
     """Either way rounds.jsonl is JSON: what is not finite is null."""
     Path("net.py").write_text(DIVERGES.replace("{value}", value))
-    monkeypatch.delitem(sys.modules, "net", raising=False)
     Path("c.yaml").write_text(yaml.safe_dump(CONFIG | {"model": "net:Net"}))
     done = fedsim_("run", "c.yaml", "hooks=[stop_on_non_finite, curves]", "--out", "run")
     said = "fedsim: round 2: test_loss is not finite; lower local.lr\n"

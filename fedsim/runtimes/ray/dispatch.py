@@ -57,7 +57,8 @@ class Dispatch:
         self.to_repeat: deque[SentItem] = deque()  # items whose actor died
         self.by_actor: dict[Slot, ActorItems] = {}
         self.answered: set[int] = set()  # by place
-        self.deaths: Counter[int] = Counter()  # of actors, by the place of the item that they were running
+        self.deaths: Counter[int] = Counter()  # of actors, by the place of the only item that they had
+        self.one_died = False  # from then on each actor has one item, so that a death is that item's
         self.queue_length = 1  # items at one actor, at most
 
     def run(self) -> Results:
@@ -150,7 +151,7 @@ class Dispatch:
             return self._replace_dead(slot, error)
         items.pending.popleft()
         self.pool.alive = monotonic()
-        self.queue_length = 1 if result.seconds > SHORT_ITEM_SECONDS else 2
+        self.queue_length = 1 if self.one_died or result.seconds > SHORT_ITEM_SECONDS else 2
         raised = result.failure.error() if result.failure else None
         if result.report is None:
             return self._if_first(sent, (sent.item, raised or unpack(result.update, own=True)))  # type: ignore[arg-type]
@@ -177,15 +178,16 @@ class Dispatch:
         """Replace a dead actor and repeat its items; returns an answer if its first item counts as failed."""
         items = self.by_actor.pop(slot)
         self.pool.replace(slot)
+        self.one_died, self.queue_length = True, 1
         waiting = [sent for _, sent in items.pending]
         self.to_repeat.extend(items.summed)
         self.to_repeat.extendleft(reversed(waiting))  # first: one of them may kill the next actor, too
-        if waiting:
-            first = waiting[0]
-            self.deaths[first.place] += 1
-            if self.deaths[first.place] >= MAX_DEATHS:
+        if len(waiting) == 1:  # of two, the first may have been done, and its answer lost
+            (sent,) = waiting
+            self.deaths[sent.place] += 1
+            if self.deaths[sent.place] >= MAX_DEATHS:
                 self.to_repeat.popleft()
-                return self._failed_item(first, error)
+                return self._failed_item(sent, error)
         number = len(waiting) + len(items.summed)
         warn(f"{slot.name} died, and {number} clients run again ({first_line(error)})")
         return None
