@@ -83,7 +83,7 @@ def partition(**options):
         ({"local": [1]}, "local: [1] should be a mapping"),
         ({"evaluate": 3}, "evaluate: 3 should be a mapping"),
         ({"failures": "drop"}, 'failures: "drop" should be a mapping'),
-        ({"data": 3}, "data: 3 should be a mapping, or a string"),
+        ({"data": 3}, "data: 3 should be a mapping"),
         ({"cohort": 3}, "cohort: 3 should be a mapping, or a string"),
         ({"strategy": ["fedavg"]}, 'strategy: ["fedavg"] should be a mapping, or a string'),
         ({"data.partition": 3}, "data.partition: 3 should be a mapping, or a string"),
@@ -147,7 +147,7 @@ def test_a_key_that_must_be_there_is_missed():
         without = {k: v for k, v in TINY.items() if k != key}
         assert refusal({}, without).startswith(f"{key}: missing; it should be a ")
     assert refusal({}, {k: v for k, v in TINY.items() if k not in ("data", "cohort")}) == (
-        "data: missing; it should be a mapping, or a string, such as {name: digits, clients: 10}; "
+        "data: missing; it should be a mapping, such as {name: digits, clients: 10}; "
         "cohort: missing; it should be a mapping, or a string, such as {name: uniform, fraction: 0.1}"
     )
 

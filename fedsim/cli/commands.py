@@ -34,13 +34,12 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
-
 class Commands(TyperGroup):
     """The commands; raises ConfigError for wrong usage, and SystemExit with the status otherwise."""
 
     def main(self, *arguments: Any, **options: Any) -> NoReturn:
         try:
-            status = super().main(*arguments, **{**options, "standalone_mode": False})
+            status = super().main(*arguments, **{**options, "prog_name": "fedsim", "standalone_mode": False})
         except click.exceptions.NoArgsIsHelpError:  # which has shown the help
             status = 2
         except click.NoSuchOption as error:

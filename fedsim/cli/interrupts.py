@@ -1,8 +1,8 @@
 """What Ctrl-C and SIGTERM do: while a command starts they end the process, later they raise KeyboardInterrupt.
 
 While modules are imported there is nothing to save, and the code of libraries may lose an exception that a signal
-raises there, or raise another one in its place. While Python ends they do nothing: all is done and said by then, and
-their handlers are no longer called.
+raises there, or raise another one in its place. While Python ends they do nothing: all is done and said by then,
+and their handlers are no longer called.
 """
 
 import os

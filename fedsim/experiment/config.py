@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Lt
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from fedsim.base.catalogue import (
     Catalogue,
@@ -29,6 +29,7 @@ from fedsim.federated.cohort import COHORTS
 from fedsim.federated.recalibration import Recalibrate
 from fedsim.federated.simulation import Failures
 from fedsim.federated.store import ClientStore
+from fedsim.models import MODELS
 from fedsim.models import options as models
 from fedsim.runtimes import RUNTIMES
 from fedsim.strategies import CATALOGUE as STRATEGIES
@@ -81,12 +82,17 @@ class LocalOptions(Options):
     augment: Any = []
 
 
+def _with_name(spec: Any) -> Any:
+    """A bare name as a mapping, to which the options that all datasets have are added."""
+    return {"name": spec} if isinstance(spec, str) else spec
+
+
 class Config(Options):
     """A whole experiment; the mappings are `{name, ...}` of their catalogues, resolved."""
 
     seed: Seed = 0
     rounds: Annotated[Count, Field(examples=["30"])]
-    data: Annotated[Spec | str, Field(examples=["{name: digits, clients: 10}"])]
+    data: Annotated[Spec, BeforeValidator(_with_name), Field(examples=["{name: digits, clients: 10}"])]
     model: Annotated[Spec | str, Field(examples=["cnn"])]
     strategy: Annotated[Spec | str, Field(examples=["fedavg"])]
     cohort: Annotated[Spec | str, Field(examples=["{name: uniform, fraction: 0.1}"])]
@@ -106,7 +112,7 @@ MAX_KEYS_MEANT = 3  # that an error names for one that does not exist
 CATALOGUES: dict[str, Catalogue] = {  # by the key that names an entry
     "data": DATASETS,
     "data.partition": PARTITIONS,
-    "model": models.MODELS,
+    "model": MODELS,
     "strategy": STRATEGIES,
     "cohort": COHORTS,
     "local.schedule": SCHEDULES,
@@ -247,8 +253,10 @@ def recipe_options(local: Spec) -> Options:
 
 
 def _resolve_local(config: Config) -> Spec:
-    local = validated(combined(options_of(Recipe), LocalOptions), config.local, "local").model_dump(mode="json")
-    recipe = {key: value for key, value in local.items() if key not in LocalOptions.model_fields}
+    own = LocalOptions.model_fields
+    checked = validated(combined(options_of(Recipe), LocalOptions), config.local, "local")
+    recipe = checked.model_dump(mode="json", exclude={*own})
+    local = {key: config.local.get(key, field.default) for key, field in own.items()}
     schedule, augment = _with_length(local["schedule"], config.rounds - recipe["warmup"]), local["augment"]
     if not isinstance(augment, list):
         raise ConfigError(f"local.augment: {augment!r} should be a list, such as [flip, random_crop]")

@@ -10,13 +10,14 @@ from statistics import NormalDist
 from typing import Annotated, NamedTuple
 
 import numpy as np
-from annotated_types import Ge, Le
+from annotated_types import Ge, Gt, Le
 
 from fedsim.data.dataset import Floats, Ints
 from fedsim.errors import ConfigError
-from fedsim.types import Positive, Stream, random
+from fedsim.types import Stream, random
 
 Chance = Annotated[float, Ge(0), Le(1)]
+Seconds = Annotated[float, Gt(0), Le(1e12)]  # of the virtual clock, which stays finite in any number of rounds
 
 
 class Attempt(NamedTuple):
@@ -40,11 +41,11 @@ class Availability:
     """
 
     drop: Chance | list[Chance] = 0.0
-    step_seconds: Positive = 0.1
+    step_seconds: Seconds = 0.1
     stragglers: Annotated[float, Ge(0), Le(1)] = 0.0
-    slowdown: Annotated[float, Ge(1)] = 10.0
+    slowdown: Annotated[float, Ge(1), Le(1e12)] = 10.0
     jitter: Annotated[float, Ge(0), Le(10)] = 0.0
-    deadline: Positive | None = None
+    deadline: Seconds | None = None
     over_selection: Annotated[float, Ge(1)] = 1.0
 
     def check(self, num_clients: int) -> None:
