@@ -118,6 +118,11 @@ def partition(**options):
         (partition(name="dirichlet", alpha=0), "data.partition.alpha: 0 should be a number > 0"),
         (partition(name="natural"), "data.partition.name: natural needs a data set that gives the owner of"),
         ({"model": "cnn", "data.shape": [1, 3, 3]}, "model: cnn takes images"),
+        # beyond what a machine has
+        ({"runtime": {"name": "threads", "workers": 10**9}}, "runtime.workers: 1000000000; allowed: up to 4096"),
+        ({"runtime": {"name": "vectorized", "workers": 10**9}}, "runtime.workers: 1000000000; allowed: up to"),
+        ({"rounds": 10**30}, "rounds: 1000000000000000000000000000000 should be smaller than 2^63"),
+        ({"availability.step_seconds": 1e308}, "availability.step_seconds: 1e+308 is more than 1e+12"),
         # missing
         ({"cohort": {"fraction": 0.1}}, "cohort.name: missing; allowed: uniform,"),
         ({"data": {"clients": 3}}, "data.name: missing; allowed: digits,"),

@@ -20,7 +20,7 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
-from pydantic import BaseModel, ByteSize, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ByteSize, ConfigDict, ValidationError, create_model, field_validator
 from pydantic.fields import FieldInfo
 
 from fedsim.base.files import uninterrupted
@@ -139,9 +139,16 @@ class Catalogue:
 
 
 class Options(BaseModel):
-    """A schema that refuses unknown keys, infinity and NaN."""
+    """A schema that refuses unknown keys, infinity, NaN, and whole numbers of more than 64 bits."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True, frozen=True)
+
+    @field_validator("*")
+    @classmethod
+    def _has_64_bits(cls, value: Any) -> Any:
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ValueError(f"{_json_excerpt(value)} should be smaller than 2^63")
+        return value
 
 
 @cache

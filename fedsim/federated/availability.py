@@ -10,14 +10,14 @@ from statistics import NormalDist
 from typing import Annotated, NamedTuple
 
 import numpy as np
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Le
 
 from fedsim.data.dataset import Floats, Ints
 from fedsim.errors import ConfigError
-from fedsim.types import Stream, random
+from fedsim.types import Positive, Stream, random
 
 Chance = Annotated[float, Ge(0), Le(1)]
-Seconds = Annotated[float, Gt(0), Le(1e12)]  # of the virtual clock, which stays finite in any number of rounds
+MAX_TIME = 1e12  # of the times and factors below, so that the virtual clock stays finite
 
 
 class Attempt(NamedTuple):
@@ -41,15 +41,18 @@ class Availability:
     """
 
     drop: Chance | list[Chance] = 0.0
-    step_seconds: Seconds = 0.1
+    step_seconds: Positive = 0.1
     stragglers: Annotated[float, Ge(0), Le(1)] = 0.0
-    slowdown: Annotated[float, Ge(1), Le(1e12)] = 10.0
+    slowdown: Annotated[float, Ge(1)] = 10.0
     jitter: Annotated[float, Ge(0), Le(10)] = 0.0
-    deadline: Seconds | None = None
+    deadline: Positive | None = None
     over_selection: Annotated[float, Ge(1)] = 1.0
 
     def check(self, num_clients: int) -> None:
-        """Raise ConfigError if `drop` is a list without one probability for each client."""
+        """Raise ConfigError if `drop` is a list of another length than the clients', or the clock overflows."""
+        for name in ("step_seconds", "slowdown", "deadline"):
+            if (value := getattr(self, name) or 0.0) > MAX_TIME:
+                raise ConfigError(f"availability.{name}: {value:g} is more than {MAX_TIME:g}")
         if isinstance(self.drop, list) and len(self.drop) != num_clients:
             raise ConfigError(
                 f"availability.drop: has {len(self.drop)} entries, and data.clients is {num_clients}"
