@@ -190,6 +190,22 @@ def test_an_interrupt_of_a_command_that_works(fedsim_, monkeypatch):
     assert (done.status, done.err) == (130, "fedsim: interrupted\n")
 
 
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_a_signal_while_python_ends_changes_nothing(number):
+    """All is done and said by then."""
+    script = f"""
+import os, signal
+class Late:
+    def __del__(self):
+        os.kill(os.getpid(), signal.{number})
+late = Late()
+from fedsim.cli import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", script, "--help"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # A run
 
 
@@ -355,7 +371,7 @@ def test_a_finished_run_whose_picture_cannot_be_written_is_done(fedsim_, monkeyp
         )
     done = fedsim_("run", "c.yaml", "--out", "run")
     assert (done.status, done.err.count("\n")) == (0, 1)
-    assert re.match(rf"fedsim: \S*{name}\S*: .*No space left on device; the results are whole", done.err)
+    assert re.match(rf"fedsim: \S*{name}\S*: .*No space left on device; the other results are whole", done.err)
     assert json.loads(Path("run/summary.json").read_text())["rounds"] == 3
 
 

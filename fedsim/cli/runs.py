@@ -110,12 +110,13 @@ def execute_and_show(started: "Started") -> None:
     try:
         result = execute(run, [*hooks, Bar(console) if console.is_terminal else Plain(console)])
     except (ClientError, RoundError, OSError):
-        console.out(
-            f"rounds done: {len(run.records)}; once the cause is removed, fedsim resume {folder} continues"
-        )
+        if folder.is_dir():  # not deleted meanwhile
+            console.out(
+                f"rounds done: {len(run.records)}; once the cause is removed, fedsim resume {folder} continues"
+            )
         raise
     for line in run.warnings:
-        print(f"fedsim: {printable(line)}; the results are whole", file=sys.stderr)
+        print(f"fedsim: {printable(line)}; the other results are whole", file=sys.stderr)
     found = result.summary
     if found["test_accuracy"] is not None:
         console.out(
@@ -124,7 +125,7 @@ def execute_and_show(started: "Started") -> None:
         )
     if run.stopped:
         console.out(f"stopped: {one_line(run.stopped)}")
-    if (folder / "curves.png").exists():
+    if (folder / "curves.png").is_file():
         console.out(f"picture: {folder / 'curves.png'}")
     console.out(f"results: {folder}")
     if result.interrupted:

@@ -65,9 +65,13 @@ class Sweep:
             target = None if values.get("target") is None else float(values["target"])
             if not all(isinstance(each, list) and each for each in axes.values()):
                 raise TypeError
-        except (KeyError, TypeError, ValueError):
+            if not all(isinstance(key, str) and all(key.split(".")) for key in [*config, *settings, *axes]):
+                raise TypeError
+            if target is not None and not 0 < target < 1:
+                raise ValueError
+        except (KeyError, OverflowError, TypeError, ValueError):
             raise ConfigError(f"{folder / FILE}: broken: should hold config, settings and grid") from None
-        return cls(folder, config, Grid(axes, settings), target)
+        return cls(folder, config, Grid(axes, settings).checked(), target)
 
     @cached_property
     def points(self) -> list[PointRun]:
