@@ -201,9 +201,9 @@ def validated(schema: type[Schema], values: Mapping[str, Any], at: str = "") -> 
         raise _first_error(error, schema, values, at) from None
 
 
-def nearest(name: str, allowed: Iterable[str]) -> list[str]:
-    """The one of `allowed` that `name` may be a misspelling of, or none."""
-    return difflib.get_close_matches(name, [*allowed], n=1)
+def nearest(name: str, allowed: Iterable[str], similar: float = 0.6) -> list[str]:
+    """The one of `allowed` that `name` may be a misspelling of, or none; `similar` is the least share in common."""
+    return difflib.get_close_matches(name, [*allowed], n=1, cutoff=similar)
 
 
 def unknown(name: str, allowed: Iterable[str]) -> str:

@@ -233,7 +233,7 @@ def keys_named(name: str, values: Mapping[str, Any], parent: str = "") -> list[s
         for entry in catalogue:
             of = "" if entry == chosen else f" of {entry}"
             add(others if of else in_use, at, catalogue.load(entry), of)
-    meant = name if name in in_use or name in others else next(iter(nearest(name, [*in_use, *others])), "")
+    meant = name if name in in_use or name in others else next(iter(nearest(name, in_use, 0.8)), "")
     found = [*dict.fromkeys(in_use.get(meant) or others.get(meant, []))]
     found = [key for key in found if parent and key.startswith(f"{parent}.")] or found
     return found if len(found) <= MAX_KEYS_MEANT else []
