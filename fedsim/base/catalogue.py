@@ -202,7 +202,7 @@ def validated(schema: type[Schema], values: Mapping[str, Any], at: str = "") -> 
 
 
 def nearest(name: str, allowed: Iterable[str], similar: float = 0.6) -> list[str]:
-    """The one of `allowed` that `name` may be a misspelling of, or none; `similar` is the least share in common."""
+    """The one of `allowed` that `name` may be a misspelling of, or none; at least `similar` of it is the same."""
     return difflib.get_close_matches(name, [*allowed], n=1, cutoff=similar)
 
 
