@@ -1,7 +1,10 @@
 """The exceptions of fedsim, and functions that put an error into one line."""
 
+import re
 from pathlib import Path
 from traceback import clear_frames, extract_tb
+
+NO_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory")  # what torch says
 
 
 class ConfigError(ValueError):
@@ -52,6 +55,17 @@ def located(error: BaseException) -> str:
     own = [frame for frame in frames if "site-packages" not in frame.filename] or frames
     where = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
     return one_line(f"{type(error).__name__}: {error}") + where
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory ran out, a GPU's too: by an error or by what caused it, for torch has no type of its own."""
+    seen = set[int]()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and NO_MEMORY.search(str(error))):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def forget_variables(error: BaseException | None) -> None:

@@ -75,14 +75,15 @@ def listing(kind: str | None, pattern: str) -> Iterator[Table | str]:
         raise ConfigError(f"list: {unknown(kind, KINDS)}")
     for name in [kind] if kind else KINDS:
         catalogue = KINDS[name]
-        matches = [entry for entry in catalogue if fnmatch(entry, pattern)]
+        own = [pattern] if ":" in pattern and kind is not None else []  # package.module:Name
+        matches = own or [entry for entry in catalogue if fnmatch(entry, pattern)]
         if not matches:
             raise ConfigError(f"list: none of the {name} matches {pattern!r}; there are {', '.join(catalogue)}")
         table = Table(name, _use(catalogue), width=80, box=box.SIMPLE_HEAD)
         for entry in matches:
             table.add_row(entry, catalogue.summary(entry))
         yield table
-        if catalogue is MODELS and pattern != "*":  # of all it would take long
+        if catalogue is MODELS and pattern != "*" and not own:  # of all it would take long
             yield _costs(matches)
         if len(matches) == 1:
             if more := _paragraphs(catalogue, matches[0]):

@@ -1,6 +1,7 @@
 """Laws of checkpoints: whole or not there, the last whole one is found, and what is none is refused in a line."""
 
 import copy
+import errno
 import hashlib
 import json
 import os
@@ -295,6 +296,19 @@ def put(*path, to):
     return crafted(change)
 
 
+LAST = {
+    "round": 4,
+    "cohort": [0],
+    "train_loss": 1.0,
+    "fingerprint": "",
+    "seconds": 1.0,
+    "steps": 1,
+    "bytes_up": 1,
+    "bytes_down": 1,
+    "failed": {},
+    "absent": {},
+    "clock": 0.0,
+}
 DEEP = "[" * 100_000 + "]" * 100_000
 NAMES = (
     *("../../etc/passwd", "/etc/passwd", "../run/checkpoints/server-000004.safetensors", "..", "", "/"),
@@ -322,6 +336,19 @@ WRONG = {
     "seconds beyond numbers": put("seconds", to=float("inf")),
     "a last round of nothing": put("last", to={"a": 1}),
     "a last round that is a list": put("last", to=[1, 2]),
+    "a clock below 0": put("clock", to=-1.0),
+    "seconds below 0": put("seconds", to=-1.0),
+    "a clock that is huge": put("clock", to=1e305),
+    "a config without rounds": crafted(lambda v: v["config"].pop("rounds")),
+    "a config with rounds of text": put("config", "rounds", to="many"),
+    "a config whose runtime is a number": put("config", "runtime", to=3),
+    "a config of more": put("config", "more", to=1),
+    "a config that is empty": put("config", to={}),
+    "a config that is deep": put("config", "model", to={"a": json.loads('{"a":' * 60 + "1" + "}" * 60)}),
+    "a last round of another number": crafted(lambda v: v.update(last=LAST | {"round": 1})),
+    "a last round of clients that are none": crafted(lambda v: v.update(last=LAST | {"cohort": [10**6]})),
+    "a last round of endless seconds": crafted(lambda v: v.update(last=LAST | {"seconds": 1e305})),
+    "a last round of endless steps": crafted(lambda v: v.update(last=LAST | {"steps": 10**70})),
     "a config that is a list": put("config", to=[1]),
     "an unknown key": put("more", to=1),
     "an unknown key of a file": put("server", "more", to=1),
@@ -635,6 +662,25 @@ def test_a_setting_that_changed_is_told_with_what_it_is_and_was(path):
     assert line == f'{".".join(path)}: "another", and was {json.dumps(was)}'
     harmless = {"rounds", "evaluate", "runtime", "failures", "checkpoint", "client_store", "hooks"}
     assert bool(free) == (path[0] in harmless)
+
+
+# Folders without locks, or with a name that is none
+
+
+def test_a_disk_without_locks_is_refused_in_a_line(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fedsim.base.files.FileLock.acquire", lambda self, blocking: no_locks())
+    with pytest.raises(ConfigError, match=r"run/\.lock: cannot be locked: No locks available; use a folder on a"):
+        fedsim.run(CONFIG, out=tmp_path / "run")
+
+
+def test_a_folder_whose_name_is_not_utf_8_is_refused_in_a_line(tmp_path):
+    for folder in (tmp_path / "r\udcff", tmp_path / "r\udcff/run"):
+        with pytest.raises(ConfigError, match=r"r\\udcff.*: its name is not UTF-8; name another folder"):
+            fedsim.run(CONFIG, out=folder)
+    assert not [*tmp_path.iterdir()]
 
 
 # What it costs

@@ -107,15 +107,36 @@ def test_a_place_that_is_read_only(fedsim_):
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [[], ["rn"], ["run"], ["run", "c.yaml", "--outt", "x"], ["compare"], ["bench", "c.yaml", "--repeats", "0"]],
-    ids=" ".join,
-)
-def test_wrong_usage(fedsim_, place, arguments):
+    ("arguments", "message"),
+    [
+        (["rnu"], "'rnu' is unknown; did you mean 'run'? allowed: run, serve,"),
+        (["--version"], "--version: is no option of fedsim\n"),
+        (["run"], "CONFIG: missing; fedsim run --help shows what there is\n"),
+        (["compare"], "RUN...: missing; fedsim compare --help"),
+        (["run", "c.yaml", "--outt", "x"], "--outt: is no option of fedsim run; did you mean --out?\n"),
+        (["run", "c.yaml", "--out"], "--out: needs a value"),
+        (["run", "c.yaml", "--rounds", "3"], "--rounds: is no option of fedsim run; a setting is given as rounds"),
+        (["run", "c.yaml", "--rounds=3"], "--rounds: is no option of fedsim run; a setting is given as rounds=3"),
+        (["run", "c.yaml", "--local.lr=1"], "--local.lr: is no option of fedsim run; a setting is given as loc"),
+        (["run", "c.yaml", "--lr", "0.1"], "--lr: is no option of fedsim run; a setting is given as local.lr=0.1"),
+        (["bench", "c.yaml", "--repeats", "0"], "--repeats: 0 is not in the range x>=1; fedsim bench --help"),
+        (["list", "strategies", "a", "b"], "Got unexpected extra argument (b); fedsim list --help"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_wrong_usage_is_one_line(fedsim_, place, arguments, message):
     done = fedsim_(*arguments)
-    assert done.status == 2
-    assert "Usage: " in done.out + done.err
+    assert (done.status, done.out) == (2, "")
+    assert done.err.startswith(f"fedsim: {message}")
+    assert done.err.count("\n") == 1
     assert [path.name for path in place.iterdir()] == ["c.yaml"]
+
+
+def test_no_command_shows_what_there_is(fedsim_):
+    done = fedsim_()
+    assert done.status == 2
+    assert "Usage: fedsim" in done.out
+    assert done.err == ""
 
 
 def test_wrong_input_in_a_process_of_its_own(place):
@@ -167,6 +188,22 @@ def test_an_interrupt_of_a_command_that_works(fedsim_, monkeypatch):
     monkeypatch.setattr("fedsim.data.picture.draw", interrupted)
     done = fedsim_("partition", "c.yaml")
     assert (done.status, done.err) == (130, "fedsim: interrupted\n")
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_a_signal_while_python_ends_changes_nothing(number):
+    """All is done and said by then."""
+    script = f"""
+import os, signal
+class Late:
+    def __del__(self):
+        os.kill(os.getpid(), signal.{number})
+late = Late()
+from fedsim.cli import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", script, "--help"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # A run
@@ -303,8 +340,72 @@ def test_two_runs_side_by_side(fedsim_):
     assert Path("both.png").read_bytes().startswith(PNG)
 
 
-@pytest.mark.parametrize("arguments", [["partition", "c.yaml"], ["compare", "run"]])
-def test_a_picture_that_cannot_be_written_is_one_line(fedsim_, arguments):
-    fedsim_("run", "c.yaml", "rounds=1", "--out", "run")
-    done = fedsim_(*arguments, "--out", "c.yaml/x.png")
-    assert (done.status, done.err) == (1, "fedsim: c.yaml/x.png: Not a directory\n")
+@pytest.mark.parametrize("command", [["partition", "c.yaml"], ["compare", "run"]])
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("c.yaml/x.png", "c.yaml/x.png cannot be written; is there such a folder?"),
+        ("nowhere/x.png", "nowhere/x.png cannot be written; is there such a folder?"),
+        ("x.yaml", "x.yaml should end with .png; pictures are PNG files"),
+    ],
+)
+def test_a_picture_that_cannot_be_written_is_refused_before_the_work(fedsim_, command, out, message):
+    done = fedsim_(*command, "--out", out)
+    assert (done.status, done.out, done.err) == (2, "", f"fedsim: --out: {message}\n")
+
+
+@pytest.mark.parametrize("name", ["curves.png", "tensorboard"])
+def test_a_finished_run_whose_picture_cannot_be_written_is_done(fedsim_, monkeypatch, name):
+    """Its results are whole; a line says what is missing."""
+    no_space = OSError(28, "No space left on device", name)
+
+    def full(*_, **__):
+        raise no_space
+
+    if name == "curves.png":
+        monkeypatch.setattr("fedsim.report.plot.curves", full)
+    else:
+        monkeypatch.setattr(
+            "fedsim.experiment.hooks.tensorboard.TensorBoard._add",
+            lambda self, record, when: full() if record["round"] == 3 else None,
+        )
+    done = fedsim_("run", "c.yaml", "--out", "run")
+    assert (done.status, done.err.count("\n")) == (0, 1)
+    assert re.match(rf"fedsim: \S*{name}\S*: .*No space left on device; the other results are whole", done.err)
+    assert json.loads(Path("run/summary.json").read_text())["rounds"] == 3
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9")])
+@pytest.mark.parametrize(
+    "where", ["fedsim.experiment.build.build_dataset", "fedsim.training.local.ClientObjective.train"]
+)
+def test_no_memory_is_one_line_with_a_way_out(fedsim_, monkeypatch, error, where):
+    """As it starts, or in a client."""
+
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr(where, full)
+    done = fedsim_("run", "c.yaml")
+    assert (done.status, done.err.count("\n")) == (1, 1)
+    assert "lower local.batch_size" in done.err
+
+
+def test_a_sweep_is_no_run(fedsim_):
+    Path("s/lr=1").mkdir(parents=True)
+    for name in ("s/sweep.yaml", "s/lr=1/config.yaml"):
+        Path(name).touch()
+    done = fedsim_("compare", "s")
+    assert done.status == 2
+    assert "/s: is a sweep, whose own table is in results.csv; name folders of runs in it" in done.err
+
+
+def test_an_entry_of_your_own_is_listed_with_its_options(fedsim_, place, monkeypatch):
+    monkeypatch.syspath_prepend(place)
+    Path("my_own.py").write_text('def net(shape, classes, /, *, width: int = 7):\n    """A net of mine."""\n')
+    done = fedsim_("list", "models", "my_own:net")
+    assert done.status == 0
+    assert "A net of mine." in done.out
+    assert re.search(r"width +7 +a whole number", done.out)
+    done = fedsim_("list", "models", "my_own:no")
+    assert (done.status, done.err) == (2, "fedsim: model.name: my_own has no callable 'no'\n")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fedsim.base.catalogue import Catalogue, allowed, options_of
 from fedsim.errors import ConfigError
 from fedsim.experiment.build import build
-from fedsim.experiment.config import load, parse_overrides, read_yaml, resolve
+from fedsim.experiment.config import SCHEMAS, load, parse_overrides, read_yaml, resolve
 from fedsim.experiment.execute import execute
 from fedsim.experiment.run import Run
 from fedsim.listing import KINDS
@@ -83,7 +83,7 @@ def partition(**options):
         ({"local": [1]}, "local: [1] should be a mapping"),
         ({"evaluate": 3}, "evaluate: 3 should be a mapping"),
         ({"failures": "drop"}, 'failures: "drop" should be a mapping'),
-        ({"data": "mnist"}, 'data: "mnist" should be a mapping'),
+        ({"data": 3}, "data: 3 should be a mapping"),
         ({"cohort": 3}, "cohort: 3 should be a mapping, or a string"),
         ({"strategy": ["fedavg"]}, 'strategy: ["fedavg"] should be a mapping, or a string'),
         ({"data.partition": 3}, "data.partition: 3 should be a mapping, or a string"),
@@ -118,6 +118,11 @@ def partition(**options):
         (partition(name="dirichlet", alpha=0), "data.partition.alpha: 0 should be a number > 0"),
         (partition(name="natural"), "data.partition.name: natural needs a data set that gives the owner of"),
         ({"model": "cnn", "data.shape": [1, 3, 3]}, "model: cnn takes images"),
+        # beyond what a machine has
+        ({"runtime": {"name": "threads", "workers": 10**9}}, "runtime.workers: 1000000000; allowed: up to 4096"),
+        ({"runtime": {"name": "vectorized", "workers": 10**9}}, "runtime.workers: 1000000000; allowed: up to"),
+        ({"rounds": 10**30}, "rounds: 1000000000000000000000000000000 should be smaller than 2^63"),
+        ({"availability.step_seconds": 1e308}, "availability.step_seconds: 1e+308 is more than 1e+12"),
         # missing
         ({"cohort": {"fraction": 0.1}}, "cohort.name: missing; allowed: uniform,"),
         ({"data": {"clients": 3}}, "data.name: missing; allowed: digits,"),
@@ -146,6 +151,40 @@ def test_a_key_that_must_be_there_is_missed():
     for key in ("rounds", "data", "model", "strategy", "cohort"):
         without = {k: v for k, v in TINY.items() if k != key}
         assert refusal({}, without).startswith(f"{key}: missing; it should be a ")
+    assert refusal({}, {k: v for k, v in TINY.items() if k not in ("data", "cohort")}) == (
+        "data: missing; it should be a mapping, such as {name: digits, clients: 10}; "
+        "cohort: missing; it should be a mapping, or a string, such as {name: uniform, fraction: 0.1}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("lr", "'local.lr'"),
+        ("alpha", "'data.partition.alpha'"),
+        ("data.alpha", "'data.partition.alpha'"),
+        ("momentm", "'local.momentum'"),
+        ("data.batch_size", "'local.batch_size'"),
+        ("strategy.mu", "'strategy.mu of fedprox'"),
+        ("local.temperature", "'local.distillation.temperature'"),
+    ],
+)
+def test_a_key_at_another_level_is_told(key, meant):
+    base = TINY | {"data": TINY["data"] | {"partition": {"name": "dirichlet", "alpha": 1.0}}}
+    assert f"is unknown; did you mean {meant}? allowed: " in refusal({key: 1}, base)
+
+
+def test_an_unknown_key_names_all_that_are_known():
+    for parent, target in SCHEMAS.items():
+        if parent and not parent.startswith(("data.", "local.")):
+            message = refusal({f"{parent}.no_such_key": 1})
+            assert not [key for key in options_of(target).model_fields if key not in message]
+    assert all(key in refusal({"local.schedul": 1}) for key in ("schedule", "loss", "augment"))
+
+
+def test_another_data_set_keeps_what_all_data_sets_have():
+    config = load(TINY, {"data": "digits", "data.holdout": 0.5})
+    assert (config.data["name"], config.data["clients"], config.data["holdout"]) == ("digits", 4, 0.5)
 
 
 def test_missing_files_come_with_the_way_to_get_them():

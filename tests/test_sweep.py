@@ -284,7 +284,14 @@ def test_whoever_comes_second_finds_a_whole_sweep(place):
     assert sorted(path.name for path in place.iterdir()) == ["c.yaml", "s"]
 
 
-@pytest.mark.parametrize("broken", [{"target": "much"}, {"grid": {"seed": []}}, {"settings": 3}], ids=str)
+@pytest.mark.parametrize(
+    "broken",
+    [
+        *({"target": "much"}, {"target": 1e400}, {"grid": {"seed": []}}, {"grid": {3: [1, 2]}}, {"settings": 3}),
+        {"settings": {3: 1}},
+    ],
+    ids=str,
+)
 def test_a_broken_sweep_is_one_line(place, fedsim_, broken):
     Sweep(place / "s", {"rounds": 1}, parse_grid(["seed=0,1"])).save()
     path = place / "s/sweep.yaml"

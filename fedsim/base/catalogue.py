@@ -12,19 +12,22 @@ import difflib
 import importlib
 import inspect
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cache, partial
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
-from pydantic import BaseModel, ByteSize, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ByteSize, ConfigDict, ValidationError, create_model, field_validator
 from pydantic.fields import FieldInfo
 
 from fedsim.base.files import uninterrupted
 from fedsim.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 Spec = dict[str, Any]  # {"name": ..., **options}
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -42,8 +45,21 @@ TYPE_NAMES = {  # as error messages and `fedsim list` call them
     Any: "anything",
 }
 BOUND_SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-MAX_NAMES_LENGTH = 300  # characters of a list of allowed names in an error message
+MAX_NAMES_LENGTH = 300  # characters of a list of a catalogue's names in an error message; keys are all listed
 MAX_VALUE_LENGTH = 60  # characters of a wrong value in an error message
+
+
+class UnknownKeyError(ConfigError):
+    """A key that does not exist. `parent` is the key above it, "" at the top; `allowed` are the keys there."""
+
+    def __init__(self, parent: str, name: str, allowed: Iterable[str]):
+        self.parent, self.name, self.allowed = parent, name, [*allowed]
+        super().__init__(self.message(nearest(name, self.allowed)))
+
+    def message(self, meant: Sequence[str]) -> str:
+        """The error in one line, where the user may have meant one of these keys."""
+        key = f"{self.parent}.{self.name}".lstrip(".")
+        return f"{key}: {self.name!r} is unknown; {_question(meant)}allowed: {', '.join(self.allowed) or 'none'}"
 
 
 class Catalogue:
@@ -86,12 +102,11 @@ class Catalogue:
             raise ConfigError(f"{at}: {_json_excerpt(spec)} should be a mapping such as {example}")
         if not isinstance(spec.get("name"), str):
             raise ConfigError(f"{at}.name: missing; allowed: {', '.join(self)}")
-        options = {key: value for key, value in spec.items() if key != "name"}
+        options = dict(spec)
         if "inner" in options:
             options["inner"] = self.resolve(options["inner"], f"{at}.inner")
-        schema = options_of(self.load(spec["name"], f"{at}.name"))
-        if also:
-            schema = _schema((schema, also))
+        own = options_of(self.load(spec["name"], f"{at}.name"))
+        schema = _schema((own, also) if also else (own,), name=(str, ...))  # so that errors list `name`, too
         return {"name": spec["name"]} | validated(schema, options, at).model_dump(mode="json")
 
     def bind(self, spec: object, at: str = "") -> Callable[..., Any]:
@@ -124,9 +139,16 @@ class Catalogue:
 
 
 class Options(BaseModel):
-    """A schema that refuses unknown keys, infinity and NaN."""
+    """A schema that refuses unknown keys, infinity, NaN, and whole numbers of more than 64 bits."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True, frozen=True)
+
+    @field_validator("*")
+    @classmethod
+    def _has_64_bits(cls, value: Any) -> Any:
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ValueError(f"{_json_excerpt(value)} should be smaller than 2^63")
+        return value
 
 
 @cache
@@ -146,6 +168,12 @@ def options_of(target: Callable[..., Any]) -> type[Options]:
             default = ... if parameter.default is parameter.empty else parameter.default
             fields[name] = (Spec | str if name == "inner" else hints.get(name, Any), default)
     return _schema((Options,), **fields)
+
+
+@cache
+def combined(*schemas: type[Options]) -> type[Options]:
+    """A schema with the options of all; of two options with one name, the first one's rules apply."""
+    return _schema(schemas)
 
 
 def _schema(bases: tuple[type[Options], ...], **fields: Any) -> type[Options]:
@@ -170,19 +198,22 @@ def validated(schema: type[Schema], values: Mapping[str, Any], at: str = "") -> 
     try:
         return schema.model_validate_json(text, strict=True)
     except ValidationError as error:
-        raise ConfigError(_first_error(error, schema, values, at)) from None
+        raise _first_error(error, schema, values, at) from None
+
+
+def nearest(name: str, allowed: Iterable[str], similar: float = 0.6) -> list[str]:
+    """The one of `allowed` that `name` may be a misspelling of, or none; at least `similar` of it is the same."""
+    return difflib.get_close_matches(name, [*allowed], n=1, cutoff=similar)
 
 
 def unknown(name: str, allowed: Iterable[str]) -> str:
     """The message that `name` is not among `allowed`, with the nearest allowed name."""
     names = list(allowed)
-    nearest = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
     all_names = ", ".join(names)
     if len(all_names) > MAX_NAMES_LENGTH:
         first = all_names[:MAX_NAMES_LENGTH].rpartition(", ")[0]
         all_names = f"{first}, ... ({len(names)} in all, `fedsim list` shows them)"
-    return f"{name!r} is unknown; {hint}allowed: {all_names or 'none'}"
+    return f"{name!r} is unknown; {_question(nearest(name, names))}allowed: {all_names or 'none'}"
 
 
 def matching(names: Iterable[str], patterns: Iterable[str], at: str) -> set[str]:
@@ -234,24 +265,38 @@ def _schema_in(kind: Any) -> Any:
     return next((part for part in get_args(kind) if _is_schema(part)), kind)
 
 
-def _first_error(error: ValidationError, schema: Any, values: Any, at: str) -> str:
-    """The first error in one line; unknown keys come first, as a misspelt key explains why another is missing."""
-    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+def _first_error(error: ValidationError, schema: Any, values: Any, at: str) -> ConfigError:
+    """The first error in one line, or all keys that are missing.
+
+    Unknown keys come first, as a misspelt key explains why another is missing.
+    """
+    errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    found = [_described_error(each, schema, values, at) for each in errors]
+    missing = [str(each) for each, about in zip(found, errors, strict=True) if about["type"] == "missing"]
+    return ConfigError("; ".join(missing)) if errors[0]["type"] == "missing" else found[0]
+
+
+def _described_error(error: "ErrorDetails", schema: Any, values: Any, at: str) -> ConfigError:
     key, kind, field = at, schema, FieldInfo()
-    for part in map(str, first["loc"]):
+    for part in map(str, error["loc"]):
         if not _is_schema(kind):
             break  # the error is inside a list or mapping, which is shown as a whole
-        key, fields = f"{key}.{part}".lstrip("."), kind.model_fields
+        parent, key, fields = key, f"{key}.{part}".lstrip("."), kind.model_fields
         if part not in fields:
-            return f"{key}: {unknown(part, fields)}"
+            return UnknownKeyError(parent, part, fields)
         field = fields[part]
         if part not in values:
-            return f"{key}: missing; it should be {allowed(field)}"
+            example = f", such as {field.examples[0]}" if field.examples else ""
+            return ConfigError(f"{key}: missing; it should be {allowed(field)}{example}")
         kind, values = _schema_in(field.annotation), values[part]
-    if first["type"] == "value_error":  # the message of a validator of our own
-        return f"{key}: {first['ctx']['error']}"
-    finite = "finite, " if first["type"] == "finite_number" else ""
-    return f"{key}: {_json_excerpt(values)} should be {finite}{allowed(field)}"
+    if error["type"] == "value_error":  # the message of a validator of our own
+        return ConfigError(f"{key}: {error['ctx']['error']}")
+    finite = "finite, " if error["type"] == "finite_number" else ""
+    return ConfigError(f"{key}: {_json_excerpt(values)} should be {finite}{allowed(field)}")
+
+
+def _question(meant: Sequence[str]) -> str:
+    return f"did you mean {' or '.join(map(repr, meant))}? " if meant else ""
 
 
 def _json_excerpt(value: Any) -> str:

@@ -1,5 +1,6 @@
 """Atomic writes: after a kill, or on a full disk, a file has its new content or its old one, never a part."""
 
+import errno
 import hashlib
 import os
 import shutil
@@ -15,12 +16,15 @@ from typing import Annotated
 from uuid import uuid4
 
 from annotated_types import Ge
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from fedsim.base.machine import memory
 from fedsim.base.reading import open_regular
+from fedsim.errors import ConfigError, printable
 
 DRAFT = ".draft"  # the suffix of a file or folder that is being written
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,41 @@ def create(folder: Path, contents: Mapping[str, bytes]) -> None:
         shutil.rmtree(draft, ignore_errors=True)
         raise
     sync_folder(folder.parent)
+
+
+def check_writable(path: Path, at: str) -> None:
+    """Raise ConfigError that begins with `at` where no file can be written; called before the work is done."""
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"{at}: {path} cannot be written; is there such a folder?")
+
+
+def locked(folder: Path) -> FileLock:
+    """The lock of a folder, which this process holds until it releases it.
+
+    Raises ConfigError where another process holds it, where the file system has no locks, and where the folder's
+    name is not UTF-8: safetensors cannot open a file in it.
+    """
+    check_name(folder)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ConfigError(f"{folder}: another process is running it") from None
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise
+        why = getattr(error, "strerror", None) or error
+        way = "use a folder on a file system with locks, such as a local disk"
+        raise ConfigError(f"{folder / '.lock'}: cannot be locked: {why}; {way}") from None
+    return lock
+
+
+def check_name(folder: Path) -> None:
+    """Raise ConfigError where the name of a folder is not UTF-8."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{printable(folder)}: its name is not UTF-8; name another folder") from None
 
 
 def sync_folder(path: Path) -> None:

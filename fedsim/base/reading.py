@@ -3,11 +3,13 @@
 Nothing that is read here is executed or unpickled.
 """
 
+import json
 import os
 import re
 import stat
 from collections.abc import Hashable
 from io import BufferedReader
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ MAX_YAML_BYTES = 2**20
 MAX_YAML_VALUES = 100_000  # in one file, with its aliases expanded
 MAX_YAML_DEPTH = 50
 MAX_NUMBER_LENGTH = 1000  # characters; reading a number of base 60 takes time that grows with the square of them
+MAX_INTEGER_LENGTH = 300  # digits in JSON; a float holds 308
 CHARACTERS_PER_VALUE = 16  # a string counts as one value more for each so many characters
 TOO_DEEP = f"it is nested more than {MAX_YAML_DEPTH} levels deep"
 MERGE_TAG = "tag:yaml.org,2002:merge"  # the tag of the key <<
@@ -52,6 +55,40 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{at}: should hold a mapping of settings, such as `rounds: 100`")
     return values
+
+
+def parse_json(content: bytes | str) -> Any:
+    """The value of JSON in plain Python values; raises ValueError, in one line.
+
+    Refuses numbers that are not finite or that no float can hold, and a depth that YAML may not have either.
+    """
+    try:
+        value = json.loads(content, parse_constant=_no_number, parse_int=_integer, parse_float=_finite)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+    level: list[Any] = [value]
+    for _ in range(MAX_YAML_DEPTH + 1):
+        inner = [
+            each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)
+        ]
+        level = [part for parts in inner for part in parts]
+    if level:
+        raise ValueError(TOO_DEEP)
+    return value
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text[:30]} is no number that JSON has")
+
+
+def _integer(text: str) -> int:
+    if len(text) > MAX_INTEGER_LENGTH:
+        raise ValueError(f"{text[:30]}... has more than {MAX_INTEGER_LENGTH} digits")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    return value if isfinite(value := float(text)) else _no_number(text)
 
 
 def parse(text: str, at: str) -> Any:

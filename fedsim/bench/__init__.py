@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fedsim.base.catalogue import unknown
+from fedsim.base.files import check_writable
 from fedsim.bench.aggregation import aggregation
 from fedsim.bench.federation import flower
 from fedsim.bench.figures import Result, picture, save, show
@@ -19,7 +20,6 @@ from fedsim.bench.sides import compare
 from fedsim.bench.startup import startup
 from fedsim.errors import ConfigError
 from fedsim.experiment.config import Config
-from fedsim.export.write import check_writable
 
 STUDIES: dict[str, Callable[[Config, int, Console], Result]] = {
     "actors": actors,

@@ -158,6 +158,8 @@ def _notes(config: Config, seconds: Seconds[str], steps: int) -> list[str]:
         notes.append("left out on all sides but the augmented ones: local.augment")
     if FEDSIM in seconds and SERIAL in seconds:
         notes.append(input_line(seconds, SERIAL, steps))
+    if not any(name.startswith("plain") for name in seconds):
+        notes.append("no plain loop was timed: --sides 'plain loop, *' adds them")
     if CHECKPOINT in seconds and THREADS in seconds:
         share = 1 / times_as_fast(seconds, CHECKPOINT, THREADS).median
         notes.append(f"a checkpoint takes {share:.1%} of a round of '{THREADS}'")

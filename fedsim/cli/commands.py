@@ -1,16 +1,20 @@
-"""All commands by name, in the order of `fedsim --help`."""
+"""All commands by name, in the order of `fedsim --help`; wrong usage is one line, as a wrong config is."""
 
+import sys
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, NoReturn
 
+import click
 import typer
+from typer.core import TyperGroup
 
 from fedsim.cli.federations import certificates, flower_app, node, nodes, serve
 from fedsim.cli.inspection import list_, partition
 from fedsim.cli.interrupts import Interrupted
 from fedsim.cli.measurement import bench, export, profile
 from fedsim.cli.runs import compare, resume, run, sweep
+from fedsim.errors import ConfigError
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "run": run,
@@ -29,7 +33,66 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "certificates": certificates,
 }
 
+
+class Commands(TyperGroup):
+    """The commands; raises ConfigError for wrong usage, and SystemExit with the status otherwise."""
+
+    def main(self, *arguments: Any, **options: Any) -> NoReturn:
+        try:
+            status = super().main(*arguments, **{**options, "prog_name": "fedsim", "standalone_mode": False})
+        except click.exceptions.NoArgsIsHelpError:  # which has shown the help
+            status = 2
+        except click.NoSuchOption as error:
+            raise ConfigError(_unknown_option(error)) from None
+        except click.UsageError as error:
+            name = error.ctx.command_path if error.ctx else "fedsim"
+            raise ConfigError(f"{_words(error)}; {name} --help shows what there is") from None
+        raise SystemExit(status or 0)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that the first argument names."""
+        if args[0] not in self.commands and not args[0].startswith("-"):
+            from fedsim.base.catalogue import unknown
+
+            raise ConfigError(unknown(args[0], self.commands))
+        return super().resolve_command(ctx, args)
+
+
+def _words(error: click.UsageError) -> str:
+    """Without the full stop, such as "--repeats: 0 is not in the range x>=1"."""
+    if isinstance(error, click.MissingParameter) and error.param is not None:
+        return f"{error.param.make_metavar(error.ctx)}: missing"  # type: ignore[arg-type]
+    if isinstance(error, click.BadParameter) and error.param is not None:
+        return f"{error.param.opts[0]}: {error.message.rstrip('.')}"
+    if isinstance(error, click.BadOptionUsage):
+        return f"{error.option_name}: needs a value"
+    return error.format_message().rstrip(".")
+
+
+def _unknown_option(error: click.NoSuchOption) -> str:
+    """Its name, and where the command takes settings, how it is given as one: --local.lr=0.1 is local.lr=0.1."""
+    from fedsim.base.catalogue import nearest
+    from fedsim.experiment.config import keys_named
+
+    name, context = error.option_name, error.ctx
+    line = f"{name}: is no option of {context.command_path if context else 'fedsim'}"
+    parameters = context.command.params if context else []
+    options = [option for parameter in parameters for option in parameter.opts if option.startswith("--")]
+    key, takes_settings = name.removeprefix("--"), any(parameter.name == "settings" for parameter in parameters)
+    keys = [each for each in keys_named(key, {}) if each.split(".")[-1] == key] or [key] * ("." in key)
+    if not (takes_settings and keys) and (meant := nearest(name, options)):
+        return f"{line}; did you mean {meant[0]}?"
+    if not (takes_settings and name.startswith("--")):
+        return line
+    at = next(i for i, word in enumerate(sys.argv) if word.partition("=")[0] == name)
+    value = sys.argv[at].partition("=")[2] or next(iter(sys.argv[at + 1 :]), "VALUE")
+    return f"{line}; a setting is given as {keys[0] if keys else key}={value}"
+
+
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

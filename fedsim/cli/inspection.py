@@ -22,16 +22,18 @@ def partition(
     from fedsim.data.picture import draw, label_table
     from fedsim.experiment.build import build_data, build_dataset
     from fedsim.experiment.config import load, parse_overrides
+    from fedsim.report.plot import check_drawable
 
     loaded = load(config, parse_overrides(settings or []))
     raise_on_interrupt()
+    out = out or Path(f"{config.stem}-partition.png")
+    check_drawable(out, "--out")
     dataset = build_dataset(loaded)
     data = build_data(loaded, dataset)
     if shards is not None:
         from fedsim.flower.shards import server_data, write_shards
 
         write_shards(data, shards)
-    out = out or Path(f"{config.stem}-partition.png")
     console.print(label_table(data))
     if public := len(data.public):
         console.out(f"public: {public:,} more examples are the server's own")

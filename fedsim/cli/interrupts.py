@@ -1,7 +1,8 @@
 """What Ctrl-C and SIGTERM do: while a command starts they end the process, later they raise KeyboardInterrupt.
 
 While modules are imported there is nothing to save, and the code of libraries may lose an exception that a signal
-raises there, or raise another one in its place.
+raises there, or raise another one in its place. While Python ends they do nothing: all is done and said by then,
+and their handlers are no longer called.
 """
 
 import os
@@ -27,7 +28,12 @@ def raise_on_interrupt() -> None:
     _handle(signal.default_int_handler)
 
 
-def _handle(handler: Callable[[int, FrameType | None], None]) -> None:
+def ignore_interrupts() -> None:
+    """From now on do nothing."""
+    _handle(signal.SIG_IGN)
+
+
+def _handle(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell starts what it runs in the background
             signal.signal(number, handler)

@@ -69,10 +69,10 @@ def profile(
     json: Annotated[Path | None, typer.Option(help="a JSON file for the figures, every pass's too")] = None,
 ) -> None:
     """Show what networks cost: parameters, FLOPs, memory of training, latency and throughput."""
+    from fedsim.base.files import check_writable
     from fedsim.export.drawing import picture
     from fedsim.export.tables import save, tables
     from fedsim.export.timing import measure, numbers, place, profiles
-    from fedsim.export.write import check_writable
 
     raise_on_interrupt()
     if json is not None and json.exists():

@@ -8,7 +8,7 @@ import typer
 
 from fedsim.cli.interrupts import STATUS, raise_on_interrupt
 from fedsim.cli.shared import ConfigPath, NewFolder, Settings, console
-from fedsim.errors import ClientError, ConfigError, RoundError, printable
+from fedsim.errors import ClientError, ConfigError, RoundError, one_line, printable
 
 if TYPE_CHECKING:
     from fedsim.experiment.start import Started
@@ -85,13 +85,14 @@ def compare(
     out: Annotated[Path, typer.Option(help="the picture")] = Path("compare.png"),
 ) -> None:
     """Compare runs: their curves in one picture, and rounds and bytes to a target accuracy."""
-    from fedsim.report.plot import curves
+    from fedsim.report.plot import check_drawable, curves
     from fedsim.report.runs import compare as table
     from fedsim.report.runs import read_run
 
     if target is not None and not 0 < target < 1:
         raise ConfigError(f"--target: {target} should be between 0 and 1, such as 0.99")
     raise_on_interrupt()
+    check_drawable(out, "--out")
     read = [read_run(folder) for folder in runs]
     console.print(table(read, target))
     curves(read, out, target)
@@ -109,10 +110,13 @@ def execute_and_show(started: "Started") -> None:
     try:
         result = execute(run, [*hooks, Bar(console) if console.is_terminal else Plain(console)])
     except (ClientError, RoundError, OSError):
-        console.out(
-            f"rounds done: {len(run.records)}; once the cause is removed, fedsim resume {folder} continues"
-        )
+        if folder.is_dir():  # not deleted meanwhile
+            console.out(
+                f"rounds done: {len(run.records)}; once the cause is removed, fedsim resume {folder} continues"
+            )
         raise
+    for line in run.warnings:
+        print(f"fedsim: {printable(line)}; the other results are whole", file=sys.stderr)
     found = result.summary
     if found["test_accuracy"] is not None:
         console.out(
@@ -120,8 +124,8 @@ def execute_and_show(started: "Started") -> None:
             f"after {found['rounds']} rounds, {found['client_steps_per_second']:,.0f} client steps a second"
         )
     if run.stopped:
-        console.out(f"stopped: {run.stopped}")
-    if (folder / "curves.png").exists():
+        console.out(f"stopped: {one_line(run.stopped)}")
+    if (folder / "curves.png").is_file():
         console.out(f"picture: {folder / 'curves.png'}")
     console.out(f"results: {folder}")
     if result.interrupted:

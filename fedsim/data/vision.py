@@ -109,9 +109,15 @@ def _read(
         return Dataset(x, y, x_test, y_test, **constants)
     except Exception as error:  # a broken file raises anything, from AssertionError to UnpicklingError
         why = reason(error).removesuffix(" You can use download=True to download it")
+        place = printable(root / os.path.dirname(files))
+        if download and isinstance(error, OSError | RuntimeError) and not any(folder.glob(files)):
+            raise ConfigError(
+                f"data.download: cannot be downloaded ({why}); put the files into {place} yourself, "
+                "as torchvision does where there is a network"
+            ) from error
         way_out = "delete the broken files" if download else "set data.download=true"
         raise ConfigError(
-            f"data.root: files of {printable(root / os.path.dirname(files))} are missing or broken ({why}); "
+            f"data.root: files of {place} are missing or broken ({why}); "
             f"{way_out}, or put the right files there yourself"
         ) from error
 

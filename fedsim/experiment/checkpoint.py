@@ -9,19 +9,19 @@ import hashlib
 import json
 import platform
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Lt
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from fedsim.base.files import DRAFT, File, read, sync_folder, untied_copies, verify, write
-from fedsim.base.reading import open_regular
+from fedsim.base.reading import open_regular, parse_json
 from fedsim.base.version import VERSION
 from fedsim.errors import ConfigError, one_line
 from fedsim.federated.simulation import Round, Simulation
@@ -37,7 +37,8 @@ HARMLESS_SETTINGS = (  # that do not change what is learned, or only from now on
 )
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-FIELDS: dict[str, Any] = {name: (kind, ...) for name, kind in Round.__annotations__.items()}
+BOUNDED: dict[Any, Any] = {int: Annotated[int, Ge(0), Lt(2**63)], float: Annotated[float, Ge(0), Lt(1e300)]}
+FIELDS: dict[str, Any] = {name: (BOUNDED.get(kind, kind), ...) for name, kind in Round.__annotations__.items()}
 Line: Any = create_model("Line", __config__=STRICT, **FIELDS)
 
 
@@ -48,8 +49,8 @@ class Checkpoint(BaseModel):
 
     format: Literal[1] = 1
     round: Annotated[int, Ge(0)]  # how many are done
-    clock: float
-    seconds: float  # that the run has taken
+    clock: Annotated[float, Ge(0), Lt(1e300)]
+    seconds: Annotated[float, Ge(0), Lt(1e300)]  # that the run has taken
     last: Line | None  # the last round's result, if rounds.jsonl has no line of it yet
     stopped: str | None  # why, where a hook has ended the run
     config: dict[str, Any]
@@ -135,10 +136,11 @@ class Checkpoints:
         for path in self._found():
             with suppress(ValueError):  # this one is broken too, and will not be read again
                 self._segments[path.name] = {file.name for file in _read(path).clients}
-        self._restore_clients(simulation, checkpoint.clients)
+        last = _last(checkpoint)
+        self._restore_clients(simulation, checkpoint.clients, last.get("cohort", ()))
         simulation.server = {name: server[name].to(simulation.runtime.home) for name in simulation.server}
         simulation.number, simulation.clock = checkpoint.round, checkpoint.clock
-        simulation.last = Round(**checkpoint.last.model_dump()) if checkpoint.last else None
+        simulation.last = Round(**last) if last else None
         self._settle(simulation)
 
     def start(self, simulation: Simulation) -> None:
@@ -150,16 +152,16 @@ class Checkpoints:
         self._restore_clients(simulation, [])
         self._settle(simulation)
 
-    def _restore_clients(self, simulation: Simulation, files: list[File]) -> None:
+    def _restore_clients(self, simulation: Simulation, files: list[File], others: Iterable[int] = ()) -> None:
         clients = simulation.clients
         clients.folder, clients.pinned = self.folder, set().union(*self._segments.values())
         try:
             clients.restore(files)
         except ValueError as error:
             raise ConfigError(f"{self.folder}: {error}") from None
-        for client in clients:
+        for client in [*clients, *others]:
             if not 0 <= client < simulation.data.num_clients:
-                raise ConfigError(f"{self.folder}: has a state of client {client}, and there is no such client")
+                raise ConfigError(f"{self.folder}: knows of client {client}, and there is no such client")
         for client in list(clients)[:1]:
             _check_form(
                 self.folder, "a client keeps", form_of(clients[client]), form_of(simulation.initial_client)
@@ -228,6 +230,10 @@ def _sha256(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def _last(checkpoint: Checkpoint) -> dict[str, Any]:
+    return checkpoint.last.model_dump() if checkpoint.last else {}
+
+
 def _read(path: Path) -> Checkpoint:
     """Read N.json; raises ValueError where it is not whole."""
     try:
@@ -235,7 +241,7 @@ def _read(path: Path) -> Checkpoint:
             content = opened.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
             raise ValueError(f"is larger than {MAX_BYTES} bytes")
-        signed = json.loads(content)
+        signed = parse_json(content)
         if signed["sha256"] != _sha256(signed["checkpoint"]):
             raise ValueError("is not what it was when it was written")
         if signed["checkpoint"]["format"] != Checkpoint.model_fields["format"].default:
@@ -252,6 +258,8 @@ def _read(path: Path) -> Checkpoint:
         raise ValueError("is no checkpoint") from None
     if checkpoint.round != int(path.stem):
         raise ValueError(f"is of round {checkpoint.round}")
+    if _last(checkpoint).get("round", checkpoint.round) != checkpoint.round:
+        raise ValueError(f"has done {checkpoint.round} rounds, and its last one is another")
     files = [checkpoint.log, checkpoint.server, *checkpoint.clients]
     for file, name in zip(
         files, [re.compile("rounds.jsonl"), SERVER, *[SEGMENT_NAME] * len(files[2:])], strict=True

@@ -5,8 +5,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Lt
+from pydantic import BeforeValidator, Field
 
-from fedsim.base.catalogue import Options, Spec, options_of, validated
+from fedsim.base.catalogue import (
+    Catalogue,
+    Options,
+    Spec,
+    UnknownKeyError,
+    combined,
+    nearest,
+    options_of,
+    validated,
+)
 from fedsim.base.files import uninterrupted
 from fedsim.base.reading import parse, read_yaml
 from fedsim.data import AUGMENTATIONS, DATASETS, PARTITIONS
@@ -19,11 +29,12 @@ from fedsim.federated.cohort import COHORTS
 from fedsim.federated.recalibration import Recalibrate
 from fedsim.federated.simulation import Failures
 from fedsim.federated.store import ClientStore
+from fedsim.models import MODELS
 from fedsim.models import options as models
 from fedsim.runtimes import RUNTIMES
 from fedsim.strategies import CATALOGUE as STRATEGIES
 from fedsim.training.losses import LOSSES
-from fedsim.training.recipe import Recipe
+from fedsim.training.recipe import Distillation, Recipe
 from fedsim.training.schedules import SCHEDULES
 from fedsim.types import Count, Decay, Seed
 
@@ -63,15 +74,28 @@ class DataOptions(Options):
     partition_seed: Seed | None = None  # draws owners, holdout, public and label_noise; null: the run's seed
 
 
+class LocalOptions(Options):
+    """What `local` has besides the recipe's own settings; each is resolved by its catalogue."""
+
+    schedule: Any = "constant"
+    loss: Any = "cross_entropy"
+    augment: Any = []
+
+
+def _with_name(spec: Any) -> Any:
+    """A bare name as a mapping, to which the options that all datasets have are added."""
+    return {"name": spec} if isinstance(spec, str) else spec
+
+
 class Config(Options):
     """A whole experiment; the mappings are `{name, ...}` of their catalogues, resolved."""
 
     seed: Seed = 0
-    rounds: Count
-    data: Spec
-    model: Spec | str
-    strategy: Spec | str
-    cohort: Spec | str
+    rounds: Annotated[Count, Field(examples=["30"])]
+    data: Annotated[Spec, BeforeValidator(_with_name), Field(examples=["{name: digits, clients: 10}"])]
+    model: Annotated[Spec | str, Field(examples=["cnn"])]
+    strategy: Annotated[Spec | str, Field(examples=["fedavg"])]
+    cohort: Annotated[Spec | str, Field(examples=["{name: uniform, fraction: 0.1}"])]
     local: Spec = {}
     evaluate: Evaluate = Evaluate()
     runtime: Spec | str = "auto"
@@ -84,6 +108,33 @@ class Config(Options):
     hooks: list[Spec | str] = ["stop_on_non_finite", "tensorboard", "curves"]
 
 
+MAX_KEYS_MEANT = 3  # that an error names for one that does not exist
+CATALOGUES: dict[str, Catalogue] = {  # by the key that names an entry
+    "data": DATASETS,
+    "data.partition": PARTITIONS,
+    "model": MODELS,
+    "strategy": STRATEGIES,
+    "cohort": COHORTS,
+    "local.schedule": SCHEDULES,
+    "local.loss": LOSSES,
+    "runtime": RUNTIMES,
+}
+SCHEMAS: dict[str, Callable[..., Any]] = {  # of the other mappings
+    "": Config,
+    "data": DataOptions,
+    "model": models.CommonOptions,
+    "local": Recipe,
+    "evaluate": Evaluate,
+    "failures": Failures,
+    "availability": Availability,
+    "checkpoint": Checkpointing,
+    "client_store": ClientStore,
+    "recalibrate": Recalibrate,
+    "data.label_noise": LabelNoise,
+    "local.distillation": Distillation,
+}
+
+
 def load(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Config:
     """Read, override by dotted keys, validate and resolve; raises ConfigError."""
     values = dict(source) if isinstance(source, Mapping) else read_yaml(Path(source))
@@ -92,7 +143,15 @@ def load(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | 
 
 
 def resolve(values: Mapping[str, Any]) -> Config:
-    """The config with all defaults filled in."""
+    """The config with all defaults filled in; raises ConfigError, which says where an unknown key may belong."""
+    try:
+        return _resolved(values)
+    except UnknownKeyError as error:
+        meant = nearest(error.name, error.allowed) or keys_named(error.name, values, error.parent)
+        raise ConfigError(error.message(meant)) from None
+
+
+def _resolved(values: Mapping[str, Any]) -> Config:
     config = validated(Config, values)
     data = DATASETS.resolve(config.data, also=DataOptions)
     return config.model_copy(
@@ -128,8 +187,13 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def overridden(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with some replaced, by dotted keys; raises ConfigError."""
+    """The values with some replaced, by dotted keys; raises ConfigError.
+
+    A bare name of a dataset keeps what all datasets have: data=cifar10 changes neither clients nor partition.
+    """
     for key, value in sorted(overrides.items(), key=lambda pair: pair[0].count(".")):
+        if key == "data" and isinstance(value, str) and isinstance(before := values.get(key), Mapping):
+            value = {"name": value} | {k: v for k, v in before.items() if k in DataOptions.model_fields}
         values = _override(values, key.split("."), value, key)
     return values
 
@@ -150,16 +214,50 @@ def _options(target: Callable[..., Any], values: Spec | None, at: str) -> Spec |
     return None if values is None else validated(options_of(target), values, at).model_dump(mode="json")
 
 
+def keys_named(name: str, values: Mapping[str, Any], parent: str = "") -> list[str]:
+    """The dotted keys that end with `name`, or with the name nearest to it; those in use in `values`, if any are.
+
+    Others come with the entry that has such an option. Of several those below `parent`, and none of many.
+    """
+    in_use, others = dict[str, list[str]](), dict[str, list[str]]()
+
+    def add(keys: dict[str, list[str]], at: str, target: Callable[..., Any], of: str = "") -> None:
+        for key in options_of(target).model_fields:
+            keys.setdefault(key, []).append(f"{at}.{key}{of}".lstrip("."))
+
+    for at, target in SCHEMAS.items():
+        add(others if _at(values, at) is None else in_use, at, target)
+    for at, catalogue in CATALOGUES.items():
+        spec = _at(values, at)
+        chosen = spec.get("name") if isinstance(spec, Mapping) else spec
+        for entry in catalogue:
+            of = "" if entry == chosen else f" of {entry}"
+            add(others if of else in_use, at, catalogue.load(entry), of)
+    meant = name if name in in_use or name in others else next(iter(nearest(name, in_use, 0.8)), "")
+    found = [*dict.fromkeys(in_use.get(meant) or others.get(meant, []))]
+    found = [key for key in found if parent and key.startswith(f"{parent}.")] or found
+    return found if len(found) <= MAX_KEYS_MEANT else []
+
+
+def _at(values: Any, key: str) -> Any:
+    """What stands at a dotted key; None where nothing does."""
+    for part in key.split(".") if key else []:
+        values = values.get(part) if isinstance(values, Mapping) else None
+    return values
+
+
 def recipe_options(local: Spec) -> Options:
     """The options of `local` without its components: schedule, loss and augment."""
-    own = {key: value for key, value in local.items() if key not in ("schedule", "loss", "augment")}
+    own = {key: value for key, value in local.items() if key not in LocalOptions.model_fields}
     return validated(options_of(Recipe), own, "local")
 
 
 def _resolve_local(config: Config) -> Spec:
-    recipe = recipe_options(config.local).model_dump(mode="json")
-    schedule = _with_length(config.local.get("schedule", "constant"), config.rounds - recipe["warmup"])
-    augment = config.local.get("augment", [])
+    own = LocalOptions.model_fields
+    checked = validated(combined(options_of(Recipe), LocalOptions), config.local, "local")
+    recipe = checked.model_dump(mode="json", exclude={*own})
+    local = {key: config.local.get(key, field.default) for key, field in own.items()}
+    schedule, augment = _with_length(local["schedule"], config.rounds - recipe["warmup"]), local["augment"]
     if not isinstance(augment, list):
         raise ConfigError(f"local.augment: {augment!r} should be a list, such as [flip, random_crop]")
     specs = [AUGMENTATIONS.resolve(spec, f"local.augment[{i}]") for i, spec in enumerate(augment)]
@@ -167,10 +265,10 @@ def _resolve_local(config: Config) -> Spec:
         raise ConfigError(
             f"local.noisy_labels: cannot tell which label is wrong after {min(mixing)}; one of the two"
         )
-    loss = LOSSES.resolve(config.local.get("loss", "cross_entropy"))
     distillation = recipe["distillation"]
     if distillation and distillation["model"] is not None:
         recipe["distillation"] = distillation | {"model": _resolve_teacher(distillation["model"])}
+    loss = LOSSES.resolve(local["loss"])
     return recipe | {"schedule": SCHEDULES.resolve(schedule), "loss": loss, "augment": specs}
 
 

@@ -42,7 +42,9 @@ def run(
     """
     hooks = check_hooks(hooks)
     started, named = new_run(load(config, overrides), None if out is None else Path(out))
-    return execute(started, [*named, *hooks])
+    result = execute(started, [*named, *hooks])
+    _tell(started.warnings)
+    return result
 
 
 def resume(
@@ -66,7 +68,14 @@ def resume(
         if started.folder:
             started.folder.close()
         raise
-    return execute(started, [*named, *hooks])
+    result = execute(started, [*named, *hooks])
+    _tell(started.warnings)
+    return result
+
+
+def _tell(lines: Iterable[str]) -> None:
+    for line in lines:
+        warnings.warn(line, RuntimeWarning, stacklevel=3)
 
 
 def execute(run: Run, hooks: Iterable[Hook] = ()) -> Result:

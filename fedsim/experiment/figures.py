@@ -51,7 +51,7 @@ def summarize(run: Run) -> dict[str, Any]:
         "fingerprint": run.simulation.fingerprint(),
         "stopped": run.stopped,
         "seconds": run.seconds,
-        "client_steps_per_second": sum(r["steps"] for r in records) / training if records else 0.0,
+        "client_steps_per_second": sum(r["steps"] for r in records) / training if training else 0.0,
         "bytes_up": sum(record["bytes_up"] for record in records),
         "bytes_down": sum(record["bytes_down"] for record in records),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

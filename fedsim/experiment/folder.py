@@ -10,17 +10,17 @@ from typing import Any, Self
 
 import numpy as np
 import yaml
-from filelock import FileLock, Timeout
 from pydantic import ConfigDict, create_model
 from safetensors.torch import save
 from torch import Tensor
 
-from fedsim.base.files import File, create, read, untied_copies, write
+from fedsim.base.files import File, check_name, create, locked, read, untied_copies, write
 from fedsim.data import FederatedData
 from fedsim.data.partition import content_hash, label_counts
 from fedsim.errors import ConfigError, RoundError, one_line
 from fedsim.experiment.checkpoint import FIELDS, Checkpoints
 from fedsim.experiment.config import Config
+from fedsim.report.runs import parse_record
 
 Line: Any = create_model("Line", __config__=ConfigDict(extra="allow", strict=True), **FIELDS)  # of rounds.jsonl
 CHECKPOINTS = "checkpoints"  # in a run's folder
@@ -36,11 +36,7 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path, self.checkpoints = path, Checkpoints(path / CHECKPOINTS)
-        self._lock = FileLock(path / ".lock")
-        try:
-            self._lock.acquire(blocking=False)
-        except Timeout:
-            raise ConfigError(f"{path}: another process is running it") from None
+        self._lock = locked(path)
         self._bytes, self._digest = 0, hashlib.sha256()  # of rounds.jsonl
         self._rounds = (path / "rounds.jsonl").open("ab", buffering=0)
 
@@ -49,6 +45,7 @@ class RunFolder:
         """A new folder; raises ConfigError where it exists, for a run is never overwritten."""
         if path.exists():
             raise ConfigError(f"{path}: exists, and a run is never overwritten; name another folder")
+        check_name(path)
         try:
             create(path, {"config.yaml": _yaml(config), "partition.json": _json(describe(data))})
         except OSError as error:
@@ -78,7 +75,7 @@ class RunFolder:
         """Write a resumed run's config, cut rounds.jsonl to `log`, and return its records; raises ConfigError."""
         content = read(self.path, log) if log else b""
         try:
-            records = [Line.model_validate_json(line).model_dump() for line in content.splitlines()]
+            records = [Line.model_validate(parse_record(line)).model_dump() for line in content.splitlines()]
         except ValueError as error:
             raise ConfigError(f"{self.path / 'rounds.jsonl'}: broken: {one_line(error)}") from None
         self._rounds.truncate(len(content))

@@ -24,6 +24,7 @@ class Run:
     stopped: str | None = None  # why, where a hook ended it
     failure: BaseException | None = None  # what ended it early, if not a hook
     summary: Record = field(default_factory=dict)  # when it has ended
+    warnings: list[str] = field(default_factory=list)  # what is missing though its results are whole
 
     def __post_init__(self) -> None:
         self.start_time = perf_counter()
@@ -52,6 +53,10 @@ class Run:
     def seconds(self) -> float:
         """How long it has taken, before it was resumed included."""
         return self.earlier_seconds + perf_counter() - self.start_time
+
+    def warn(self, what: str) -> None:
+        """Tell, when the run has ended, that something beside its results could not be done."""
+        self.warnings.append(what)
 
     def stop(self, why: str) -> None:
         """End the run after the round that is under way."""

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedsim.base.catalogue import Spec
-from fedsim.errors import ConfigError
+from fedsim.base.catalogue import Spec, validated
+from fedsim.errors import ConfigError, one_line
 from fedsim.experiment.build import build, build_hooks
 from fedsim.experiment.checkpoint import Checkpoint, changes, versions
 from fedsim.experiment.config import Config, load
@@ -63,6 +63,7 @@ def resumed_run(
             folder.go_on(config, simulation.data, None)
             return Run(config, simulation, folder, notes=notes), hooks
         checkpoint, server = saved
+        validated(Config, checkpoint.config, f"{folder.checkpoints.folder}: config")
         if config.rounds < checkpoint.round:
             raise ConfigError(f"rounds: {config.rounds}, and {path} has done {checkpoint.round}")
         same_data = simulation.digest() == checkpoint.data
@@ -95,7 +96,8 @@ def _changed_runtime(checkpoint: Checkpoint, simulation: Simulation, now: Spec) 
 
     Raises ConfigError if the clients are nodes, and other nodes than those that keep the states.
     """
-    runtime, before = simulation.runtime, checkpoint.runtime or checkpoint.config["runtime"]
+    runtime, before = simulation.runtime, checkpoint.runtime or checkpoint.config.get("runtime", {})
+    before = {"name": before} if isinstance(before, str) else before
     now = runtime.choice or now
     if checkpoint.runtime:
         try:
@@ -112,7 +114,7 @@ def _changed_runtime(checkpoint: Checkpoint, simulation: Simulation, now: Spec) 
 def _changed_versions(before: Mapping[str, str]) -> list[str]:
     now = versions()
     return [
-        f"changed: {name} {now.get(name)}, and was {was}; {ROUNDING}"
+        one_line(f"changed: {name} {now.get(name)}, and was {was}; {ROUNDING}")
         for name, was in before.items()
         if now.get(name) != was
     ]

@@ -7,7 +7,6 @@ the model, the classes, the shape of an example and the constants that normalise
 """
 
 import json
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fedsim.base.files import write
+from fedsim.base.files import check_writable, write
 from fedsim.errors import ConfigError, one_line
 from fedsim.export.formats import FORMATS, NAMES, NEEDS, Format, RunFile
 from fedsim.export.fusion import fused
@@ -47,12 +46,6 @@ class Normalised(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.network(x * self.scale - self.shift)  # type: ignore[no-any-return]
-
-
-def check_writable(path: Path, at: str) -> None:
-    """Raise ConfigError that begins with `at` where no file can be written; called before the work is done."""
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ConfigError(f"{at}: {path} cannot be written; is there such a folder?")
 
 
 def export(

@@ -17,6 +17,7 @@ from fedsim.errors import ConfigError
 from fedsim.types import Positive, Stream, random
 
 Chance = Annotated[float, Ge(0), Le(1)]
+MAX_TIME = 1e12  # of the times and factors below, so that the virtual clock stays finite
 
 
 class Attempt(NamedTuple):
@@ -48,7 +49,10 @@ class Availability:
     over_selection: Annotated[float, Ge(1)] = 1.0
 
     def check(self, num_clients: int) -> None:
-        """Raise ConfigError if `drop` is a list without one probability for each client."""
+        """Raise ConfigError if `drop` is a list of another length than the clients', or the clock overflows."""
+        for name in ("step_seconds", "slowdown", "deadline"):
+            if (value := getattr(self, name) or 0.0) > MAX_TIME:
+                raise ConfigError(f"availability.{name}: {value:g} is more than {MAX_TIME:g}")
         if isinstance(self.drop, list) and len(self.drop) != num_clients:
             raise ConfigError(
                 f"availability.drop: has {len(self.drop)} entries, and data.clients is {num_clients}"

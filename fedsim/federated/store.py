@@ -27,6 +27,7 @@ from fedsim.types import State
 SEGMENT_BYTES = 64 * 2**20  # about; a segment takes twice as much memory while it is written
 MAX_CLIENTS_PER_SEGMENT = 256  # each read of a segment reads its table of contents, too
 DEFAULT_MEMORY = ByteSize(2 * 2**30)
+CLIENT = re.compile(r"0|[1-9][0-9]{0,17}")  # an id
 SEGMENT_NAME = re.compile(r"clients-\d{6,}\.safetensors")
 
 
@@ -138,7 +139,7 @@ class ClientStore(Mapping[int, State]):
         """
         for file in files:
             keys = self._keys(file.name)
-            clients = sorted({int(key.partition(".")[0]) for key in keys})
+            clients = sorted({_client_of(key) for key in keys})
             for client in clients:
                 self._forget(client)
                 self._place[client] = file.name
@@ -237,6 +238,14 @@ class ClientStore(Mapping[int, State]):
             self.folder = Path(tempfile.mkdtemp(prefix="fedsim-clients-"))
             weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         return self.folder
+
+
+def _client_of(key: str) -> int:
+    """The client's id in the name of a tensor in a segment, such as 7.c; raises ValueError where there is none."""
+    client = key.partition(".")[0]
+    if not CLIENT.fullmatch(client):
+        raise ValueError(f"{key[:60]!r} is no entry of a client")
+    return int(client)
 
 
 def _size(state: State) -> int:

@@ -11,6 +11,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from fedsim.base.files import check_writable
+from fedsim.errors import ConfigError
 from fedsim.report.runs import RunRecord, differences, labels, shortened
 
 Look = dict[str, Any]  # of a Line2D
@@ -20,6 +22,13 @@ TEST: Look = {"linewidth": 1.8}
 TARGET: Look = {"linewidth": 1, "color": "0.3", "linestyle": "--"}
 DASHES = ("-", "--", ":", "-.")  # the next one after every ten runs, as there are ten colours
 LEGEND_WIDTH = 110  # letters in a line of the legend, about
+
+
+def check_drawable(path: Path, at: str) -> None:
+    """Raise ConfigError that begins with `at` where no PNG can be written; called before the work is done."""
+    if path.suffix.lower() not in ("", ".png"):
+        raise ConfigError(f"{at}: {path} should end with .png; pictures are PNG files")
+    check_writable(path, at)
 
 
 def curves(runs: Sequence[RunRecord], path: Path | str | BinaryIO, target: float | None = None) -> None:

@@ -8,17 +8,20 @@ from math import ceil, inf
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from fedsim.errors import ConfigError
+from fedsim.base.reading import open_regular, parse, parse_json
+from fedsim.errors import ConfigError, one_line
 
 WIDTH = 80  # columns of a terminal
 MAX_DIFFERENCES = 8  # that a caption lists
 ABSENT = "-"
 NUMBER_KEYS = ("round", "seconds", "bytes_up", "bytes_down")  # in every line of rounds.jsonl
+CURVE_KEYS = ("train_loss", "test_loss", "test_accuracy")  # numbers, or null, where they are there
+MAX_NUMBER = 1e300  # a sum of many is finite, too
+MAX_BYTES = 2**30  # of a file
 
 Best = Callable[[Iterable[float]], float]  # max or min
 Column = tuple[str, str, Best, list[float | None]]  # header, format, and the value of each run, if it has one
@@ -51,13 +54,37 @@ def read_run(folder: Path | str) -> RunRecord:
     Raises ConfigError naming the file that is missing or broken.
     """
     folder = Path(folder).resolve()
+    if (folder / "sweep.yaml").is_file():
+        points = sorted(path.parent for path in folder.glob("*/config.yaml"))
+        such = f", such as {' '.join(str(point) for point in points[:2])}" if points else ""
+        raise ConfigError(
+            f"{folder}: is a sweep, whose own table is in results.csv; name folders of runs in it{such}"
+        )
     summary = folder / "summary.json"
     return RunRecord(
         folder=folder,
-        config=_mapping(folder / "config.yaml", yaml.safe_load),
+        config=_mapping(folder / "config.yaml", lambda raw: parse(raw.decode(), "not YAML")),
         rounds=_rounds(folder / "rounds.jsonl"),
-        summary=_mapping(summary, json.loads) if summary.exists() else None,
+        summary=_mapping(summary, parse_json) if summary.exists() else None,
     )
+
+
+def parse_record(line: bytes) -> dict[str, Any]:
+    """A line of rounds.jsonl; raises ValueError where the numbers that all lines have are none."""
+    record = parse_json(line)
+    if not isinstance(record, dict) or not all(_is_number(record.get(key)) for key in NUMBER_KEYS):
+        raise ValueError(f"should hold the numbers {', '.join(NUMBER_KEYS)}")
+    for key in NUMBER_KEYS:
+        if record[key] < 0:
+            raise ValueError(f"{key} is {record[key]:.4g}")
+    for key in CURVE_KEYS:
+        if not (record.get(key) is None or _is_number(record[key])):
+            raise ValueError(f"{key} should be a number, or null")
+    return record
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_NUMBER
 
 
 def rounds_to(accuracy: float, rounds: Sequence[int], accuracies: Sequence[float]) -> float | None:
@@ -176,12 +203,12 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
             yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def _mapping(path: Path, parse: Callable[[bytes], Any]) -> dict[str, Any]:
+def _mapping(path: Path, parsed: Callable[[bytes], Any]) -> dict[str, Any]:
     raw = _read(path)
     try:
-        content = parse(raw)
-    except (ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: broken: {' '.join(str(error).split())}") from error
+        content = parsed(raw)
+    except ValueError as error:
+        raise ConfigError(f"{path}: broken: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: broken: not a mapping")
     return content
@@ -190,23 +217,24 @@ def _mapping(path: Path, parse: Callable[[bytes], Any]) -> dict[str, Any]:
 def _rounds(path: Path) -> list[dict[str, Any]]:
     *lines, tail = _read(path).split(b"\n")
     with suppress(ValueError):  # an incomplete line; one that lacks only its newline is whole
-        json.loads(tail)
+        parse_json(tail)
         lines.append(tail)
     return [_round(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
 
 
 def _round(line: bytes, at: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        return parse_record(line)
     except ValueError as error:
-        raise ConfigError(f"{at}: broken: {error}") from error
-    if not isinstance(row, dict) or not all(isinstance(row.get(key), int | float) for key in NUMBER_KEYS):
-        raise ConfigError(f"{at}: broken: should hold the numbers {', '.join(NUMBER_KEYS)}")
-    return row
+        raise ConfigError(f"{at}: broken: {one_line(error)}") from None
 
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        with open_regular(path) as file:
+            content = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; is its folder that of a run?") from error
+    if len(content) > MAX_BYTES:
+        raise ConfigError(f"{path}: is larger than {MAX_BYTES} bytes")
+    return content

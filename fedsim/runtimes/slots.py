@@ -4,6 +4,16 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from fedsim.errors import ConfigError
+
+MAX_WORKERS = 4096  # threads; a process can hardly have more
+
+
+def check_workers(workers: int) -> None:
+    """Raise ConfigError for more workers than there can be threads."""
+    if workers > MAX_WORKERS:
+        raise ConfigError(f"runtime.workers: {workers}; allowed: up to {MAX_WORKERS}")
+
 
 class Slots:
     """Slots, numbered from 0; a thread waits until one is free."""

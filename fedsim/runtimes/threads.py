@@ -23,7 +23,7 @@ from fedsim.federated.client import Train, Work
 from fedsim.federated.fold import Fold
 from fedsim.federated.runtime import Item, Outcomes, Results, Runtime
 from fedsim.runtimes.cuda import on_stream
-from fedsim.runtimes.slots import Slots
+from fedsim.runtimes.slots import Slots, check_workers
 from fedsim.runtimes.window import in_window
 from fedsim.runtimes.worker import Worker
 from fedsim.training.graphs import CAPTURING
@@ -65,6 +65,7 @@ class Threads(Runtime):
         if workers == "auto":
             max_workers = min(cores(), MAX_WORKERS_PER_GPU) * len(self.devices) if on_gpu else cores()
         else:
+            check_workers(workers)
             max_workers = workers
         self.measuring = workers == "auto" and on_gpu  # until the first client has trained
         if self.measuring:

@@ -13,7 +13,7 @@ from fedsim.base.catalogue import Spec
 from fedsim.base.files import write
 from fedsim.base.machine import cores
 from fedsim.base.reading import read_yaml
-from fedsim.errors import ConfigError, how_to_install, printable
+from fedsim.errors import ConfigError, how_to_install, printable, reason
 from fedsim.experiment.build import build, build_hooks
 from fedsim.runtimes import runtime_class
 from fedsim.runtimes.serial import Serial
@@ -72,22 +72,30 @@ def _run(what: Sweep, jobs: int | None, console: Console) -> int:
             return 130
         results = Results.of(what, display.failures)
         results.save()
-        _save_picture(results)
+        drawn = _save_picture(results)
     finally:
         lock.release()
     for table in results.tables():
         console.print(table)
-    console.out(f"picture: {what.folder / 'sweep.png'}\nresults: {what.folder}")
+    if drawn:
+        console.out(f"picture: {what.folder / 'sweep.png'}")
+    console.out(f"results: {what.folder}")
     return 1 if len(display.failures) == len(points) else 0
 
 
-def _save_picture(results: Results) -> None:
-    """Write sweep.png into the sweep's folder."""
+def _save_picture(results: Results) -> bool:
+    """Write sweep.png into the sweep's folder; False, and a line that says why, where that cannot be."""
     from fedsim.sweep.picture import draw  # matplotlib, which the processes of points need not import
 
-    picture = BytesIO()
-    draw(results, picture)
-    write(results.sweep.folder / "sweep.png", picture.getvalue())
+    picture, path = BytesIO(), results.sweep.folder / "sweep.png"
+    try:
+        draw(results, picture)
+        write(path, picture.getvalue())
+    except Exception as error:
+        line = f"{path}: cannot be written: {reason(error)}; the other results are whole"
+        print(f"fedsim: {printable(line)}", file=sys.stderr)
+        return False
+    return True
 
 
 def _check(points: Sequence[PointRun], datasets: Datasets) -> None:

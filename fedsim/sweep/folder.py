@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from fedsim.base.catalogue import Spec
-from fedsim.base.files import create, write
+from fedsim.base.files import check_name, create, locked, write
 from fedsim.base.reading import read_yaml
 from fedsim.errors import ConfigError
 from fedsim.experiment.checkpoint import changes
@@ -65,9 +65,13 @@ class Sweep:
             target = None if values.get("target") is None else float(values["target"])
             if not all(isinstance(each, list) and each for each in axes.values()):
                 raise TypeError
-        except (KeyError, TypeError, ValueError):
+            if not all(isinstance(key, str) and all(key.split(".")) for key in [*config, *settings, *axes]):
+                raise TypeError
+            if target is not None and not 0 < target < 1:
+                raise ValueError
+        except (KeyError, OverflowError, TypeError, ValueError):
             raise ConfigError(f"{folder / FILE}: broken: should hold config, settings and grid") from None
-        return cls(folder, config, Grid(axes, settings), target)
+        return cls(folder, config, Grid(axes, settings).checked(), target)
 
     @cached_property
     def points(self) -> list[PointRun]:
@@ -80,6 +84,7 @@ class Sweep:
     def save(self) -> None:
         """Write sweep.yaml, into a new folder or this sweep's own; raises ConfigError where it is another's."""
         content = yaml.safe_dump(self._values, sort_keys=False).encode()
+        check_name(self.folder)
         if not self.folder.exists():
             try:
                 create(self.folder, {FILE: content})
@@ -98,12 +103,7 @@ class Sweep:
 
     def lock(self) -> FileLock:
         """Held while it runs; raises ConfigError where another process holds it."""
-        lock = FileLock(self.folder / ".lock")
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            raise ConfigError(f"{self.folder}: another process is running it") from None
-        return lock
+        return locked(self.folder)
 
     @property
     def _values(self) -> dict[str, Any]:

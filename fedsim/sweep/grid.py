@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
-from typing import Any
+from typing import Any, Self
 
 from fedsim.base.reading import parse
 from fedsim.errors import ConfigError
@@ -39,6 +39,12 @@ class Grid:
             shown = [f"{number}-{name}" for number, name in enumerate(shown, 1)]
         return shown
 
+    def checked(self) -> Self:
+        """Itself; raises ConfigError where it has too many points."""
+        if (size := prod(map(len, self.axes.values()))) > MAX_POINTS:
+            raise ConfigError(f"sweep: {size:,} points; at most {MAX_POINTS:,} are allowed")
+        return self
+
 
 def parse_grid(pairs: Sequence[str]) -> Grid:
     """`["local.lr=0.05,0.1", "seed=0..4"]`; a key with one value is an override. Raises ConfigError.
@@ -64,9 +70,7 @@ def parse_grid(pairs: Sequence[str]) -> Grid:
     _check_overlap([*axes, *fixed], axes)
     if not axes:
         raise ConfigError("sweep: no key has several values, such as local.lr=0.05,0.1; fedsim run does one run")
-    if (size := prod(map(len, axes.values()))) > MAX_POINTS:
-        raise ConfigError(f"sweep: {size:,} points; at most {MAX_POINTS:,} are allowed")
-    return Grid(axes, fixed)
+    return Grid(axes, fixed).checked()
 
 
 def short_keys(keys: Sequence[str] | Mapping[str, Any]) -> dict[str, str]:

@@ -94,7 +94,10 @@ def in_turn(points: Sequence[PointRun], datasets: Datasets, display: Display) ->
 
     def run_one(point: PointRun) -> bool:
         run, hooks = begin(point, make, display)
-        return not execute(run, [*hooks, ShowRounds(display, point.name)]).interrupted
+        result = execute(run, [*hooks, ShowRounds(display, point.name)])
+        for line in run.warnings:
+            display.say(f"{point.name}: {line}")
+        return not result.interrupted
 
     for point in points:
         try:

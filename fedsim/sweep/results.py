@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedsim.base.files import write
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, one_line
 from fedsim.report.runs import ABSENT, WIDTH, RunRecord, read_run, rounds_to
 from fedsim.sweep.folder import PointRun, Sweep
 from fedsim.sweep.grid import Point, short_keys, shown_value
@@ -44,8 +44,9 @@ class Row:
         """From the files in the point's folder."""
         try:
             run = read_run(point.folder)
-        except ConfigError:  # it failed before it had one
-            return cls(point.name, point.point, None, dict.fromkeys(FIGURES), failure or "has no results")
+        except ConfigError as error:  # it failed before it had one, or a file is broken
+            why = failure or (one_line(error) if point.begun else "has no results")
+            return cls(point.name, point.point, None, dict.fromkeys(FIGURES), why)
         rounds, accuracies = run.curve("test_accuracy")
         figures: dict[str, float | None] = {
             "test_accuracy": accuracies[-1] if accuracies else None,

@@ -24,7 +24,8 @@ SCALARS = {  # the names in TensorBoard
 class TensorBoard(Hook):
     """Writes losses, accuracies and seconds of each round into `tensorboard/` of the run's folder.
 
-    The events repeat rounds.jsonl, and are written anew when a run is resumed.
+    The events repeat rounds.jsonl, and are written anew when a run is resumed. So one that cannot be written stops
+    the run before its last round, as a full disk does, and afterwards is only told.
     """
 
     def before_run(self, run: Run) -> None:
@@ -43,11 +44,19 @@ class TensorBoard(Hook):
             self._add(record, time() - ago)
 
     def after_round(self, run: Run, record: dict[str, Any]) -> None:
-        self._add(record, time())
+        try:
+            self._add(record, time())
+        except OSError as error:
+            if not run.finished:
+                raise
+            run.warn(f"{error.filename}: {error.strerror}")
 
     def after_run(self, run: Run) -> None:
         if self._file:
-            self._file.close()
+            try:
+                self._file.close()
+            except OSError as error:
+                run.warn(f"{self._file.name}: {error.strerror}")
 
     def _add(self, record: dict[str, Any], when: float) -> None:
         values = [

@@ -25,6 +25,7 @@ from fedsim.federated.client import Train, Work, check_update
 from fedsim.federated.fold import Fold
 from fedsim.federated.runtime import Call, Item, Outcomes, Results, Runtime
 from fedsim.runtimes.cuda import make_gpus_deterministic, new_stream, on_stream
+from fedsim.runtimes.slots import check_workers
 from fedsim.runtimes.threads import Threads
 from fedsim.runtimes.vectorized.compute import Client, updates
 from fedsim.runtimes.vectorized.graph import Graphs, capturable
@@ -81,6 +82,7 @@ class Vectorized(Runtime):
         on_cpu = self.home.type == "cpu"
         if workers == "auto":
             workers = cores() if on_cpu else len(self.devices)
+        check_workers(workers)
         self.conv: ConvMethod = conv if conv != "auto" else "grouped" if on_cpu else "im2col"
         if not on_cpu:
             make_gpus_deterministic()
