@@ -61,6 +61,7 @@ class FederatedData:
         self._bounds = bounds[: 2 * clients + 1]  # part i is the slice from bounds[i] to bounds[i + 1]
         self.sizes: Ints = self._bounds[1::2] - self._bounds[:-1:2]  # (N,) n_k, without held-out examples
         self.num_clients = clients
+        self.client_names = _client_names(dataset, self.owners)  # none, or one for each client
         self.num_classes = dataset.classes
         self.num_test = len(dataset.y_test)
         self.shape, self.crop = _cropped_shape(tuple(dataset.x_train.shape[1:]), crop), crop
@@ -258,13 +259,27 @@ def without_rows(dataset: Dataset, mask: Flags) -> Dataset:
     if not mask.any():
         return dataset
     kept, x, owner = torch.from_numpy(~mask), dataset.x_train, dataset.owner
-    count = int(kept.sum())
+    count, names = int(kept.sum()), dataset.owner_names
+    if owner is not None:
+        numbers, new = np.unique(owner[kept].numpy(), return_inverse=True)
+        owner, names = torch.from_numpy(new), tuple(names[i] for i in numbers) if names else ()
     return replace(
         dataset,
         x_train=torch.empty(count, *x.shape[1:], dtype=x.dtype, device="meta") if dataset.mapped else x[kept],
         y_train=dataset.y_train[kept],
-        owner=None if owner is None else torch.from_numpy(np.unique(owner[kept].numpy(), return_inverse=True)[1]),
+        owner=owner,
+        owner_names=names,
     )
+
+
+def _client_names(dataset: Dataset, owners: Ints) -> tuple[str, ...]:
+    """The names of the clients of `owners` (n,), -1 for the server, where each is one owner of the dataset's."""
+    rows = np.flatnonzero(owners >= 0)
+    if dataset.owner is None or not dataset.owner_names or not len(rows):
+        return ()
+    clients, owner = owners[rows], dataset.owner.numpy()[rows]
+    of_client = owner[np.unique(clients, return_index=True)[1]]
+    return tuple(dataset.owner_names[i] for i in of_client) if (of_client[clients] == owner).all() else ()
 
 
 def _white_value(x: Tensor) -> float:
@@ -302,6 +317,8 @@ def _check_owners(owners: Ints, n: int, clients: int, holdout: float) -> None:
         raise ConfigError(f"data.holdout: {holdout} should be at least 0 and less than 1")
     if not n:
         raise ConfigError("data: there are no training examples for clients; at least one is needed")
+    if clients > n:
+        raise ConfigError(f"data.clients: {clients} is too many for {n} examples; allowed: 1 to {n}")
     if owners.shape != (n,) or owners.dtype != np.int64:
         raise ConfigError(f"data.partition: returned {owners.dtype} {owners.shape}; it should return int64 ({n},)")
     if owners.min() < 0 or owners.max() >= clients:

@@ -12,9 +12,10 @@ import hashlib
 import numpy as np
 
 from fedsim.data.dataset import Dataset, Floats, Ints
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, printable
 from fedsim.types import Count, Positive
 
+MAX_LISTED_NAMES = 8  # of owners, in a message
 MAX_DRAWS = 100  # draws of proportions until every client has min_size examples
 
 
@@ -119,9 +120,13 @@ def natural(data: Dataset, clients: int, rng: np.random.Generator, /) -> Ints:
         raise ConfigError(
             "data.partition.name: natural needs a data set that gives the owner of each example; this one does not"
         )
-    names, owners = np.unique(data.owner.numpy(), return_inverse=True)
-    if len(names) != clients:
-        raise ConfigError(f"data.clients: {clients} should be {len(names)}, the number of natural clients")
+    numbers, owners = np.unique(data.owner.numpy(), return_inverse=True)
+    if len(numbers) != clients:
+        names = [data.owner_names[i] for i in numbers[:MAX_LISTED_NAMES]] if data.owner_names else []
+        listed = printable(f" ({', '.join(names)}{', ...' if len(numbers) > len(names) else ''})") if names else ""
+        raise ConfigError(
+            f"data.clients: {clients} should be {len(numbers)}, the number of natural clients{listed}"
+        )
     return owners
 
 
