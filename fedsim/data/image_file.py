@@ -1,4 +1,4 @@
-"""One image file as the pixels of an example: which formats are opened, and what becomes of each mode of Pillow."""
+"""One image file as the pixels of an example: the formats that are opened, and what becomes of Pillow's modes."""
 
 import threading
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -8,6 +8,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image
 
 from fedsim.base.reading import open_regular
+from fedsim.data.dataset import Floats
 from fedsim.errors import ConfigError, printable, reason
 
 FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")  # no EPS, for which Pillow would start Ghostscript
@@ -63,7 +64,7 @@ def _upright(image: Image.Image) -> Image.Image:
     image.load()
     turn = None
     with suppress(Exception):  # EXIF data that cannot be read turns nothing
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     return image if turn is None else image.transpose(turn)
 
 
@@ -82,9 +83,9 @@ def _rgb(image: Image.Image, grey_range: Range | None) -> Image.Image:
 def _eight_bits(image: Image.Image, grey_range: Range | None) -> Image.Image:
     """A grey image of more bits as one of 8, each value rounded to the nearest."""
     black, white = grey_range or _own_range(image)
-    if _tiff_tag(image, ExifTags.Base.PhotometricInterpretation, 1) == 0:  # 0 is white, which Pillow follows only in images of 8 bits
+    if _tiff_tag(image, ExifTags.Base.PhotometricInterpretation, 1) == 0:  # white is 0; Pillow minds it for 8 bits
         black, white = white, black
-    values = np.array(image, dtype=np.float64 if image.mode == "I" else np.float32)
+    values: Floats = np.array(image, dtype=np.float64 if image.mode == "I" else np.float32)
     if not np.isfinite(values).all():
         raise ConfigError("has pixels that are not finite numbers")
     transparent = values == image.info.get("transparency", np.nan)
@@ -98,7 +99,7 @@ def _own_range(image: Image.Image) -> Range:
     """The range that the file's format gives; raises ConfigError where it gives none."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG")):  # of 16 bits too
         return 0, 2 ** _tiff_tag(image, ExifTags.Base.BitsPerSample, 16) - 1
-    kind = "floating-point" if image.mode == "F" else "32-bit"
+    kind = "floating-point" if image.mode == "F" else "signed or 32-bit"
     raise ConfigError(
         f"has {kind} pixels, and the file does not say what is black and what is white; "
         "set data.grey_range, such as [0, 1]"

@@ -63,19 +63,18 @@ def image_folder(
     the columns `file`, the path below root, and `owner`. With owners, `test_share` is of each class of each owner.
 
     Grey images of more than 8 bits are scaled to 8: values from 0 to 65535, or those between the two of
-    `grey_range`, which becomes black and white; floating-point and 32-bit images need it. With `cache`, images are
-    decoded once into a folder there, which is memory-mapped from then on; it is decoded again when a file, a label,
-    `size`, `grey_range` or the split changes. The default `mean` and `std` are those of ImageNet.
+    `grey_range`, become black to white; floating-point and 32-bit images need it. With `cache`, images are decoded
+    once into a folder there, which is memory-mapped from then on; it is decoded again when a file, a label, `size`,
+    `grey_range` or the split changes. The default `mean` and `std` are those of ImageNet.
     """
     if grey_range and grey_range[0] == grey_range[1]:
-        raise ConfigError(f"data.grey_range: {list(grey_range)} should be two different numbers, of black and white")
+        raise ConfigError(f"data.grey_range: {list(grey_range)} should be two different numbers")
     train, test, num_classes = find_samples(root, test_share, classes, owner, owner_list, seed)
     if not test and (test_share or not classes):
         raise ConfigError(f"data.root: {printable(root)} has no test images; add some, or raise data.test_share")
     _check_memory(len(train) + len(test), size, cache)
-    owners, names = None, ()
-    if train and train[0].owner is not None:
-        owners, names = owners_by_name([printable(sample.owner) for sample in train])
+    owned = bool(train) and train[0].owner is not None
+    owners, names = owners_by_name([printable(sample.owner) for sample in train]) if owned else (None, ())
     if cache is None:
         x, x_test = (
             torch.from_numpy(_decode(part, np.empty((len(part), 3, size, size), np.uint8), grey_range))
@@ -101,10 +100,8 @@ def _labels(samples: list[Sample]) -> Ints:
     return np.array([sample.label for sample in samples], dtype=np.int64)
 
 
-def _fingerprint(
-    root: Path, train: list[Sample], test: list[Sample], size: int, grey_range: Range | None
-) -> str:
-    """The name of the cache folder: a hash of the files' names, lengths, times and labels, the split and options."""
+def _fingerprint(root: Path, train: list[Sample], test: list[Sample], size: int, grey_range: Range | None) -> str:
+    """The cache folder's name: a hash of the files' names, lengths, times and labels, the split, and options."""
     digest = hashlib.sha256(f"{size}, upright, on white, grey {grey_range}".encode())
     for part in (train, test):
         for path, label, _ in part:

@@ -1,7 +1,7 @@
 """A tree of image files: which are for training, and the class and the owner of each.
 
-Below the root, the path of a file is train or test, then its class, then anything; where there is neither train/ nor
-test/, it begins with the class. One more folder on the way, at any level, may name the owner:
+Below the root, the path of a file is train or test, then its class, then anything; where there is neither train/
+nor test/, it begins with the class. One more folder on the way, at any level, may name the owner:
 `hospital_a/train/cat/1.png` has its owner at level 0, `train/cat/patient_7/1.png` at level 2.
 """
 
@@ -79,6 +79,8 @@ def find_samples(
         raise
     except (OSError, ValueError, RecursionError) as error:  # a folder may not be read, too deep a tree
         raise ConfigError(f"data.root: {printable(root)}: {error}") from error
+    if not classes:
+        _check_nesting(root, folders, owner)
     _check_parts(root, folders, test_share, classes)
     index = _class_index(root, folders, classes)
     samples = {part: _samples(found, index) for part, found in folders.items()}
@@ -86,9 +88,7 @@ def find_samples(
         raise ConfigError(f"data.root: {printable(root)} has no images; allowed: {', '.join(EXTENSIONS)}")
     if not classes:
         part = WHOLE if WHOLE in folders else "train"
-        at = root / part if os.path.isdir(root / part) else root
-        _check_complete(at, samples[part], index)
-        _check_nesting(at, folders[part], None if isinstance(owner, int) else len(Path(part).parts))
+        _check_complete(root / part if os.path.isdir(root / part) else root, samples[part], index)
     train = samples.get(WHOLE) or samples.get("train", [])
     if isinstance(owner, str):
         train = _owned_by_pattern(root, train, owner)
@@ -103,7 +103,7 @@ def find_samples(
 
 
 def _find_folders(root: Path, level: int | None) -> dict[str, list[Folder]]:
-    """All folders of each part; the parts are train, test, or both, or else WHOLE. Says which files are left out."""
+    """All folders of each part: train, test, or both, or else WHOLE. Logs what is left out."""
     parts = [part for part in PARTS if os.path.isdir(root / part)]
     if level == 0 and parts:
         raise ConfigError(f"data.owner: level 0 of {printable(root)} is {parts[0]}/; the next level is 1")
@@ -152,6 +152,22 @@ def _walk(tops: list[Path]) -> Iterator[tuple[str, list[str]]]:
         seen.add((status.st_dev, status.st_ino))
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         yield folder, [name for name in files if not name.startswith(".")]
+
+
+def _check_nesting(root: Path, folders: dict[str, list[Folder]], owner: int | str | None) -> None:
+    """Raise ConfigError where all images lie deeper than in class folders, which are then perhaps owners' folders."""
+    holders = [folder.names for found in folders.values() for folder in found if folder.images and folder.names]
+    if not holders or any(len(names) == 1 for names in holders):
+        return
+    level, (outer, inner, *_) = int(WHOLE not in folders), holders[0]
+    way_out = "if they are classes, name them in data.classes"
+    if not isinstance(owner, int):
+        within = f"{level + 1} if those within are, such as {printable(inner)}"
+        way_out = f"if they are owners', set data.owner: {level}, or {within}; {way_out}"
+    raise ConfigError(
+        f"data.root: no folder of {printable(root)} that stands for a class, such as {printable(outer)}, "
+        f"has an image of its own; {way_out}"
+    )
 
 
 def _check_parts(
@@ -209,23 +225,6 @@ def _check_complete(at: Path, samples: list[Sample], index: dict[str, int]) -> N
             f"data.root: {printable(at)} has no images of the classes {printable(', '.join(missing))}; "
             f"allowed: files that end in {', '.join(EXTENSIONS)}"
         )
-
-
-def _check_nesting(at: Path, folders: list[Folder], level: int | None) -> None:
-    """Raise ConfigError where all images lie deeper than in class folders, which are then perhaps owners' folders.
-
-    `level` is that of the class folders where no level of owners is set.
-    """
-    if any(folder.images for folder in folders if len(folder.names) == 1):
-        return
-    outer, inner = next(folder.names[:2] for folder in folders if len(folder.names) > 1)
-    way_out = "if they are classes, name them in data.classes"
-    if level is not None:
-        inner_level = f"if the folders within, such as {printable(inner)}, are, {level + 1}"
-        way_out = f"if they are owners, set data.owner: {level}; {inner_level}; {way_out}"
-    raise ConfigError(
-        f"data.root: no class folder of {printable(at)}, such as {printable(outer)}, has an image of its own; {way_out}"
-    )
 
 
 def _owned_by_pattern(root: Path, samples: list[Sample], pattern: str) -> list[Sample]:
