@@ -330,13 +330,13 @@ def test_a_bomb_does_not_go_off(tmp_path, monkeypatch):
     zeros = np.zeros((400, 500, 500), np.uint8)
     path = pack(tmp_path / "a.npz", x_train=npy(zeros), x_test=npy(zeros[:2]), y_train=npy(np.zeros(400, int)))
     assert os.path.getsize(path) < 1e6
-    monkeypatch.setattr("fedsim.data.npz.memory", lambda: 90 * 2**20)
+    monkeypatch.setattr("fedsim.base.machine.memory", lambda: 90 * 2**20)
     refused_cheaply(
         r"a.npz needs 0.1 GiB of memory, .* has 0.1 GiB; save the arrays as a folder", source, "npz", path=path
     )
     with zipfile.ZipFile(path) as archive:
         archive.extractall(tmp_path / "folder")
-    monkeypatch.setattr("fedsim.data.npz.memory", lambda: 10**6)
+    monkeypatch.setattr("fedsim.base.machine.memory", lambda: 10**6)
     assert source("npz", path=str(tmp_path / "folder"), channels="first").mapped
 
 
@@ -360,14 +360,14 @@ def test_what_is_needed_is_known_before_it_is_read(tmp_path, monkeypatch, shape,
         x_test=npy(x[:1]),
         y_test=npy(y[:1]),
     )
-    monkeypatch.setattr("fedsim.data.npz.memory", lambda: needed + needed // 10 + labels)
+    monkeypatch.setattr("fedsim.base.machine.memory", lambda: needed + needed // 10 + labels)
     source("npz", path=path, channels=channels)
-    monkeypatch.setattr("fedsim.data.npz.memory", lambda: needed + needed // 10 + labels - 1)
+    monkeypatch.setattr("fedsim.base.machine.memory", lambda: needed + needed // 10 + labels - 1)
     refused_cheaply("needs", source, "npz", path=path, channels=channels)
 
 
 def test_a_member_that_claims_more_than_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("fedsim.data.npz.memory", lambda: 2**30)
+    monkeypatch.setattr("fedsim.base.machine.memory", lambda: 2**30)
     lie = npy(PIXELS, shape=(2**31, 1))
     path = forge(pack(tmp_path / "a.npz", x_train=lie), "x_train", "length", 2**32 - 2)
     refused_cheaply("needs 2.0 GiB of memory", source, "npz", path=path)
@@ -603,7 +603,7 @@ def test_what_pillow_only_remarks_is_no_error(images):
 @pytest.mark.parametrize("size", [60_000, 10**6, 2**31, 2**40])
 @pytest.mark.parametrize("cache", [False, True])
 def test_a_size_that_cannot_be_kept_is_refused_at_once(images, tmp_path, monkeypatch, size, cache):
-    monkeypatch.setattr("fedsim.data.image_folder.memory", lambda: 2**33)
+    monkeypatch.setattr("fedsim.base.machine.memory", lambda: 2**33)
     options = {"size": size} | ({"cache": str(tmp_path / "cache")} if cache else {})
     message = "set a smaller size" if cache else "set a smaller size, or data.cache"
     refused_cheaply(

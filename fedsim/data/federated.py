@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from fedsim.base.catalogue import Spec
+from fedsim.base.machine import check_memory
 from fedsim.data.augment import Augmentation, check_augmentations
 from fedsim.data.dataset import Dataset, Flags, Ints, holdout_mask
 from fedsim.errors import ConfigError
 from fedsim.types import Batch, Stream, random
+
+BYTES_PER_CLIENT = 2 * 3 * 8  # for the bounds of a client's two parts, while they are counted
 
 
 class FederatedData:
@@ -46,6 +49,7 @@ class FederatedData:
         dtype: torch.dtype = torch.float32,
     ):
         public = np.zeros(len(dataset.y_train), dtype=np.bool_) if public is None else public
+        check_memory(f"data.clients: {clients:,} clients need", BYTES_PER_CLIENT * clients, "lower it")
         self.clients_are_remote = owners is None
         self.owners: Ints = np.full(len(public), -1)
         part = np.full(len(public), 2 * clients)  # part 2N: the server's rows
@@ -293,7 +297,10 @@ def _scale_and_shift(data: Dataset, dtype: torch.dtype) -> tuple[Tensor | None, 
     if not data.mean:
         return (torch.tensor(1 / white, dtype=dtype) if white != 1 else None), None
     mean, std = torch.tensor([data.mean, data.std], dtype=torch.float64)
-    return _by_channel((1 / (white * std)).to(dtype)), _by_channel((mean / std).to(dtype))
+    scale, shift = (1 / (white * std)).to(dtype), (mean / std).to(dtype)
+    if not (scale.isfinite().all() and shift.isfinite().all()):
+        raise ConfigError(f"data.std: {list(data.std)} is too small, for 1 / std or mean / std is not finite")
+    return _by_channel(scale), _by_channel(shift)
 
 
 def _by_channel(values: Tensor) -> Tensor:

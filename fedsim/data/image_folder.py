@@ -20,7 +20,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
-from fedsim.base.machine import gigabytes, memory
+from fedsim.base.machine import check_memory, gigabytes
 from fedsim.data.dataset import Dataset, Fraction, Ints, owners_by_name
 from fedsim.data.image_file import Range, read_image
 from fedsim.data.image_tree import Sample, find_samples
@@ -64,7 +64,7 @@ def image_folder(
 
     Grey images of more than 8 bits are scaled to 8: values from 0 to 65535, or those between the two of
     `grey_range`, become black to white; floating-point and 32-bit images need it. With `cache`, images are decoded
-    once into a folder there, which is memory-mapped from then on; it is decoded again when a file, a label, `size`,
+    once into a folder there, which is memory-mapped from then on; it is made anew when a file, a label, `size`,
     `grey_range` or the split changes. The default `mean` and `std` are those of ImageNet.
     """
     if grey_range and grey_range[0] == grey_range[1]:
@@ -147,12 +147,8 @@ def _fill_cache(
 def _check_memory(count: int, size: int, cache: Path | None) -> None:
     """Raise ConfigError where the images do not fit; Pillow takes 4 bytes a pixel while it decodes one."""
     needed = size**2 * (4 * min(count, DECODING_THREADS) + (3 * count if cache is None else 0))
-    if needed > memory():
-        way_out = "set a smaller size" + (", or data.cache to a folder" if cache is None else "")
-        raise ConfigError(
-            f"data.size: {count} images of {size} x {size} pixels need {gigabytes(needed)} of memory, but this "
-            f"machine has {gigabytes(memory())}; {way_out}"
-        )
+    way_out = "set a smaller size" + (", or data.cache to a folder" if cache is None else "")
+    check_memory(f"data.size: {count} images of {size} x {size} pixels need", needed, way_out)
 
 
 def _decode(samples: list[Sample], out: Any, grey_range: Range | None) -> Any:

@@ -155,7 +155,7 @@ def _walk(tops: list[Path]) -> Iterator[tuple[str, list[str]]]:
 
 
 def _check_nesting(root: Path, folders: dict[str, list[Folder]], owner: int | str | None) -> None:
-    """Raise ConfigError where all images lie deeper than in class folders, which are then perhaps owners' folders."""
+    """Raise ConfigError where all images lie deeper than in class folders, which are perhaps owners' folders."""
     holders = [folder.names for found in folders.values() for folder in found if folder.images and folder.names]
     if not holders or any(len(names) == 1 for names in holders):
         return

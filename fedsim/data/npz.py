@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from fedsim.base.machine import gigabytes, memory
+from fedsim.base.machine import check_memory
 from fedsim.base.reading import open_regular
 from fedsim.data.dataset import Dataset
 from fedsim.errors import ConfigError, printable, reason
@@ -28,6 +28,7 @@ REQUIRED = ("x_train", "y_train", "x_test", "y_test")
 MAX_HEADER_BYTES = 2**14  # numpy reads no longer header
 HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # numpy writes these; others unpack without bound
+AS_FOLDER = "save the arrays as a folder of .npy files, whose x are not read as a whole"
 MAX_GUESSED_CLASSES = 10_000  # classes that the highest label may imply where there are fewer examples
 
 
@@ -88,7 +89,7 @@ def _read_archive(path: Path, channels: Channels) -> dict[str, Array]:
             for name, member in members.items():
                 with archive.open(member) as stream:
                     needed += _memory_needed(name, stream, member.file_size, channels)
-            _check_memory(path, needed)
+            check_memory(f"data.path: {printable(path)} needs", needed, AS_FOLDER)
             return {name: _read(archive, member) for name, member in members.items()}
     except FileNotFoundError:
         raise ConfigError(f"data.path: {printable(path)}: no such file or folder") from None
@@ -134,7 +135,7 @@ def _map_folder(path: Path) -> dict[str, Array]:
             raise ConfigError(
                 f"data.path: {printable(file)} is not a readable plain array ({reason(error)})"
             ) from error
-    _check_memory(path, total)
+    check_memory(f"data.path: {printable(path)} needs", total, "use a part of it")
     return arrays
 
 
@@ -167,14 +168,6 @@ def _header(start: io.BytesIO) -> tuple[tuple[int, ...], np.dtype[Any], int]:
     except Exception as error:  # a header that is not a Python literal raises anything, even MemoryError
         raise ValueError(f"its header cannot be read ({type(error).__name__})") from error
     return shape, dtype, start.tell()
-
-
-def _check_memory(path: Path, needed: int) -> None:
-    if needed > memory():
-        raise ConfigError(
-            f"data.path: {printable(path)} needs {gigabytes(needed)} of memory, but this machine has "
-            f"{gigabytes(memory())}; save the arrays as a folder of .npy files, whose x are not read as a whole"
-        )
 
 
 def _count_classes(*labels: Tensor) -> int:
