@@ -191,12 +191,87 @@ def test_other_arrays_are_not_changed(tmp_path):
         ({"x_train": PIXELS[:0], "y_train": LABELS[:0]}, "at least one example|not a readable plain array"),
         ({"x_train": PIXELS[:, 0, 0]}, r"uint8 \(6, 3\); allowed: uint8 of 4 dimensions"),
         ({"y_test": np.array([0, {}], dtype=object)}, "ValueError"),
-        ({"owner": np.array([0, 0, 1, 1, 2, 6])}, "owner has numbers from 0 to 6"),
+        ({"owner": np.array([0, 0, 1, 1, 2, -1])}, "owner has numbers from -1; allowed"),
+        ({"owner": np.array(list("abcde"))}, r"owner is int64 \(5,\)"),
+        ({"owner": np.array([list("abcdef")])}, r"owner is <U1 \(1, 6\); allowed: whole numbers or text"),
+        ({"owner": np.array(list("abcdef"), "S1")}, "owner is [|]S1; allowed: numbers or text"),
+        ({"owner": np.array([0.0] * 6)}, "owner is float64"),
+        (
+            {"x_train": PIXELS.transpose(0, 3, 1, 2)},
+            r"x_train has images of shape \(3, 5, 4\)|should have the same",
+        ),
+        ({"x_train": np.array(1.0)}, r"x_train is float64 \(\); it should hold at least one"),
+        ({"y_train": np.array(1)}, r"y_train is int64 \(\)"),
+        ({"y_train": LABELS.astype(bool)}, "y_train is bool; allowed: whole numbers"),
+        ({"y_train": np.eye(3, dtype=int)[LABELS]}, r"y_train is int64 \(6, 3\); it should be int64 \(6,\)"),
+        ({"x_train": PIXELS.astype(np.uint16)}, "x_train is uint16; allowed: uint8 or float32"),
+        ({"x_train": PIXELS.astype(bool)}, "x_train is bool; allowed: uint8 or float32"),
+        ({"x_train": PIXELS.astype(complex)}, "x_train is complex128; allowed: numbers"),
+        ({"x_train": PIXELS.astype("M8[s]")}, r"x_train is datetime64\[s\]; allowed: numbers"),
     ],
 )
 def test_arrays_that_do_not_fit_name_their_file(tmp_path, write, changes, message):
     path = write(tmp_path / "mine.npz", **changes)
     refused(re.escape(path) + ".*(" + message + ")", "npz", path=path)
+
+
+def features(values, dtype=np.float64):
+    return {"x_train": np.array([values] * 6, dtype), "x_test": np.array([values] * 2, dtype)}
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "change"),
+    [
+        ([0.5, 2.0**24], np.float64, None),
+        ([0.1, 1e-3], np.float16, None),
+        ([0.5, 1.7e9 + 50], np.float64, "50"),  # seconds since 1970
+        ([1e-50, 0.5], np.float64, "1e-50"),
+    ],
+)
+def test_rounding_to_float32_is_told(tmp_path, caplog, values, dtype, change):
+    data = load("npz", path=write_npz(tmp_path / "a.npz", **features(values, dtype)))
+    assert torch.equal(data.x_test[0], torch.tensor(np.array(values, dtype)).float())
+    told = [f"data.path: x_{part} is float64 and becomes float32, by which its numbers change by up to {change}"
+            for part in ("train", "test")]  # fmt: skip
+    assert caplog.messages == (told if change else [])
+
+
+def test_numbers_that_float32_cannot_hold_are_refused(tmp_path):
+    path = write_npz(tmp_path / "a.npz", **features([0.5, 1e39]))
+    refused(f"{path}: x_train is float64, and has numbers that are too large", "npz", path=path)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("write", [write_npz, write_folder])
+def test_the_order_in_memory_does_not_matter(tmp_path, write, order):
+    x = np.asarray(PIXELS, order=order)
+    data = load("npz", path=write(tmp_path / "a.npz", x_train=x, y_train=LABELS.astype(">i2")))
+    assert data.x_train.numpy().tolist() == PIXELS.transpose(0, 3, 1, 2).tolist()
+    assert data.y_train.tolist() == LABELS.tolist()
+    big = {name: array.astype(">f4") for name, array in features([1.5, 2.5]).items()}
+    assert load("npz", path=write_npz(tmp_path / "b.npz", **big)).x_test[0].tolist() == [1.5, 2.5]
+
+
+def test_channels_that_come_first_are_not_taken_for_the_width(tmp_path):
+    first = {"x_train": np.zeros((6, 3, 8, 8), np.uint8), "x_test": np.zeros((2, 3, 8, 8), np.uint8)}
+    path = write_npz(tmp_path / "a.npz", **first)
+    refused(r"shape \(3, 8, 8\); set data.channels to first, or to last if they have 8", "npz", path=path)
+    assert load("npz", path=path, channels="first").x_train.shape == (6, 3, 8, 8)
+    assert load("npz", path=path, channels="last").x_train.shape == (6, 8, 3, 8)
+
+
+@pytest.mark.parametrize("write", [write_npz, write_folder])
+@pytest.mark.parametrize(
+    ("owner", "numbers", "names"),
+    [
+        (["Bonn", "Bonn", "Aix", "Aix", "Bonn", "\x1b[2J"], [2, 2, 1, 1, 2, 0], ("\\x1b[2J", "Aix", "Bonn")),
+        ([700, 700, 9, 9, 700, 9], [1, 1, 0, 0, 1, 0], ("9", "700")),
+        ([0, 0, 1, 1, 2, 2], [0, 0, 1, 1, 2, 2], ()),
+    ],
+)
+def test_owners_may_have_any_names(tmp_path, write, owner, numbers, names):
+    data = load("npz", path=write(tmp_path / "a.npz", owner=np.array(owner)))
+    assert (data.owner.tolist(), data.owner_names) == (numbers, names)
 
 
 @pytest.mark.parametrize("write", [write_npz, write_folder])

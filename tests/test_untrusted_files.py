@@ -285,7 +285,7 @@ LIES = {
     "a little": (npy(LABELS, shape=(7,)), "is shorter than its header says"),
     "more than counts": (npy(LABELS, shape=(2**33,) * 40), "is shorter than its header says"),
     "less than none": (npy(LABELS, shape=(-6, -1)), "is shorter than its header says"),
-    "wide": (npy(LABELS, descr="<U100000"), "allowed: numbers"),
+    "wide": (npy(LABELS, descr="<U100000"), "allowed: numbers|is shorter than its header says"),
     "of no width": (npy(LABELS, descr="|S0", shape=(10**12,)), "allowed: numbers"),
     "nested": (npy(LABELS, descr=[("a", "<i8", (10**9, 10**9))]), "C int|allowed: numbers"),
     "objects": (npy(LABELS, descr="|O"), "allowed: numbers"),

@@ -44,7 +44,7 @@ class Dataset:
 
     def __post_init__(self) -> None:
         parts = {"train": (self.x_train, self.y_train), "test": (self.x_test, self.y_test)}
-        present = {name: part for name, part in parts.items() if any(map(len, part))} or parts
+        present = {name: part for name, part in parts.items() if any(t.numel() for t in part)} or parts
         for name, (x, y) in present.items():
             self._check_examples(f"x_{name}", x)
             self._check_integers(f"y_{name}", y, len(x), self.classes)
