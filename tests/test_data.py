@@ -83,6 +83,13 @@ def test_a_batch_is_the_normalised_rows(dtype, mean, std):
     torch.testing.assert_close(data.test_batch(rows)[0], got)
 
 
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1e-300), (1e300, 1.0)])
+def test_a_normalisation_that_is_not_finite_is_refused(mean, std):
+    x, y = torch.zeros(6, 2), torch.from_numpy(LABELS)
+    with pytest.raises(ConfigError, match=r"^data\.std: .* is not finite"):
+        federated(Dataset(x, y, x, y, 3, (mean,), (std,)))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_float_examples_are_not_changed_and_never_aliased(dtype):
     x = torch.randn(6, 7, generator=torch.Generator().manual_seed(0))

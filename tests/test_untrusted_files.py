@@ -27,9 +27,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision import datasets
 
-from fedsim.data import DATASETS
+from fedsim.data import DATASETS, PARTITIONS, FederatedData
+from fedsim.data.partition import label_counts
 from fedsim.errors import ConfigError
-from fedsim.experiment.config import load, read_yaml
+from fedsim.experiment.build import build_data
+from fedsim.experiment.config import load, read_yaml, resolve
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (6, 5, 4, 3), dtype=np.uint8)
@@ -776,3 +778,40 @@ def test_other_files_in_a_folder_of_torchvision_are_let_be(tmp_path):
     pipe(raw / "notes")
     with contextlib.chdir(tmp_path):
         assert len(source("mnist", root=".").y_train) == 6
+
+
+# Sizes that a config asks for
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"examples": 10**15}, "data: 1,000,000,000,001,000 examples .* of memory, .*; lower data.examples"),
+        ({"test_examples": 10**15}, "; lower data.examples, data.test_examples"),
+        ({"classes": 10**15}, "1,000,000,000,000,000 classes need"),
+        ({"shape": [1, 10**6, 10**6]}, "or data.shape"),
+        ({"clients": 10**15}, r"data\.clients: 10{15} is too many for 10000 examples"),
+        ({"name": "synthetic_alpha_beta", "devices": 10**12}, r"data\.devices: 1,000,000,000,000 devices .* need"),
+        ({"name": "synthetic_iid", "devices": 10**12}, r"data\.devices: .* need"),
+    ],
+)
+def test_what_does_not_fit_into_memory_is_refused_before_it_is_made(data, message):
+    config = {"rounds": 1, "model": "2nn", "strategy": "fedavg", "cohort": "all"}
+    config["data"] = {"name": "synthetic", "clients": 2} | data
+    refused_cheaply(message, build_data, resolve(config))
+
+
+@pytest.mark.parametrize("spec", [{"name": "dirichlet", "alpha": 1.0}, {"name": "labels"}])
+def test_a_table_of_clients_and_labels_is_refused_before_it_is_made(monkeypatch, spec):
+    monkeypatch.setattr("fedsim.base.machine.memory", lambda: 10**7)
+    data = source("synthetic", examples=2000, classes=2000, shape=[1, 1, 1])
+    refused_cheaply(
+        "data: a table of 1,000 clients and 2,000 labels needs", PARTITIONS.bind(spec), data, 1000, RNG
+    )
+    refused_cheaply("data: a table of", label_counts, LABELS, LABELS, 10**6, 10**6)
+
+
+def test_clients_on_machines_of_their_own_are_bounded_too():
+    data = source("synthetic", examples=2, test_examples=2)
+    refused_cheaply(r"data\.clients: 1,000,000,000,000 clients need", FederatedData, data, None, clients=10**12)
+    refused_cheaply("100 is too many for 2 examples", FederatedData, data, np.arange(2), clients=100)

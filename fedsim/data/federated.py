@@ -299,7 +299,9 @@ def _scale_and_shift(data: Dataset, dtype: torch.dtype) -> tuple[Tensor | None, 
     mean, std = torch.tensor([data.mean, data.std], dtype=torch.float64)
     scale, shift = (1 / (white * std)).to(dtype), (mean / std).to(dtype)
     if not (scale.isfinite().all() and shift.isfinite().all()):
-        raise ConfigError(f"data.std: {list(data.std)} is too small, for 1 / std or mean / std is not finite")
+        raise ConfigError(
+            f"data.std: {list(data.std)} with data.mean {list(data.mean)}: 1 / std or mean / std is not finite"
+        )
     return _by_channel(scale), _by_channel(shift)
 
 
