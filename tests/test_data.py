@@ -770,8 +770,8 @@ def test_a_level_of_the_tree_names_the_owners(tmp_path, level, path, cached):
         data = load("image_folder", owner=level, **options)
         assert owned(data) == [("a", 0, 4), ("a", 1, 5), ("b", 0, 0), ("b", 1, 1)]
         assert (data.y_test.tolist(), data.owner_names) == ([0, 0, 1, 1], ("a", "b"))
-    way_out = f"set data.owner: {level}" if level < 2 else "or 2 if those within are, such as [ab];"
-    refused(f"has an image of its own; if they are owners', .*{way_out}", "image_folder", **options)
+    way_out = f"set data.owner: {level} if a is an owner" if level < 2 else "or 2 if a is one, or data.classes"
+    refused(f"such as (a|b|cat), have no image of their own, .*{way_out}", "image_folder", **options)
 
 
 def test_owners_come_from_a_pattern_or_a_list(tmp_path):
@@ -810,7 +810,7 @@ def test_a_test_share_takes_of_each_class_of_each_owner(tmp_path):
         tmp_path, *(f"{site}/{name}/{i}.png" for site in "abc" for name in ("cat", "dog") for i in range(4))
     )
     refused(
-        r"such as a, has an image of its own; if they are owners', set data\.owner: 0",
+        r"such as a, have no image .*; set data\.owner: 0 if a is an owner, or 1 if cat is one",
         "image_folder",
         root=root,
         test_share=0.25,

@@ -300,7 +300,7 @@ def _scale_and_shift(data: Dataset, dtype: torch.dtype) -> tuple[Tensor | None, 
     scale, shift = (1 / (white * std)).to(dtype), (mean / std).to(dtype)
     if not (scale.isfinite().all() and shift.isfinite().all()):
         raise ConfigError(
-            f"data.std: {list(data.std)} with data.mean {list(data.mean)}: 1 / std or mean / std is not finite"
+            f"data.std: {list(data.std)} is too small for data.mean, so (x - mean) / std is not finite"
         )
     return _by_channel(scale), _by_channel(shift)
 

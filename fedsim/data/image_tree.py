@@ -159,14 +159,14 @@ def _check_nesting(root: Path, folders: dict[str, list[Folder]], owner: int | st
     holders = [folder.names for found in folders.values() for folder in found if folder.images and folder.names]
     if not holders or any(len(names) == 1 for names in holders):
         return
-    level, (outer, inner, *_) = int(WHOLE not in folders), holders[0]
-    way_out = "if they are classes, name them in data.classes"
-    if not isinstance(owner, int):
-        within = f"{level + 1} if those within are, such as {printable(inner)}"
-        way_out = f"if they are owners', set data.owner: {level}, or {within}; {way_out}"
+    level, (outer, inner, *_) = int(WHOLE not in folders), map(printable, holders[0])
+    levels = "" if isinstance(owner, int) else f"data.owner: {level} if {outer} is an owner"
+    if levels and inner not in PARTS:
+        levels += f", or {level + 1} if {inner} is one"
+    found = f"the folders of {printable(root)} that should be classes, such as {outer}, have no image of their own"
     raise ConfigError(
-        f"data.root: no folder of {printable(root)} that stands for a class, such as {printable(outer)}, "
-        f"has an image of its own; {way_out}"
+        f"data.root: {found}, only folders, such as {inner}; set {levels or 'data.owner to another level'}, "
+        "or data.classes if they are classes"
     )
 
 
