@@ -166,6 +166,9 @@ def test_natural_clients_are_those_of_the_data():
         ({"name": "labels", "per_client": 1}, 1, r"data\.partition\.per_client: 1 of 2 labels .* 2 to 2"),
         ({"name": "dirichlet", "alpha": 1.0, "min_size": 6}, 2, r"min_size=6; allowed: 1 to 1"),
         ({"name": "dirichlet", "alpha": 0}, 2, r"data\.partition\.alpha"),
+        ({"name": "dirichlet", "alpha": 1.7e308}, 2, r"data\.partition\.alpha: 1.7e\+308 is too extreme"),
+        ({"name": "dirichlet", "alpha": 1.7e308, "balanced": True}, 2, "is too extreme"),
+        ({"name": "quantity", "alpha": 1.7e308}, 2, "is too extreme"),
     ],
 )
 def test_an_impossible_partition_is_refused_by_its_key(spec, clients, message):

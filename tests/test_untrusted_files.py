@@ -27,9 +27,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision import datasets
 
-from fedsim.data import DATASETS
+from fedsim.data import DATASETS, PARTITIONS, FederatedData
+from fedsim.data.partition import label_counts
 from fedsim.errors import ConfigError
-from fedsim.experiment.config import load, read_yaml
+from fedsim.experiment.build import build_data
+from fedsim.experiment.config import load, read_yaml, resolve
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (6, 5, 4, 3), dtype=np.uint8)
@@ -285,7 +287,7 @@ LIES = {
     "a little": (npy(LABELS, shape=(7,)), "is shorter than its header says"),
     "more than counts": (npy(LABELS, shape=(2**33,) * 40), "is shorter than its header says"),
     "less than none": (npy(LABELS, shape=(-6, -1)), "is shorter than its header says"),
-    "wide": (npy(LABELS, descr="<U100000"), "allowed: numbers"),
+    "wide": (npy(LABELS, descr="<U100000"), "allowed: numbers|is shorter than its header says"),
     "of no width": (npy(LABELS, descr="|S0", shape=(10**12,)), "allowed: numbers"),
     "nested": (npy(LABELS, descr=[("a", "<i8", (10**9, 10**9))]), "C int|allowed: numbers"),
     "objects": (npy(LABELS, descr="|O"), "allowed: numbers"),
@@ -330,13 +332,13 @@ def test_a_bomb_does_not_go_off(tmp_path, monkeypatch):
     zeros = np.zeros((400, 500, 500), np.uint8)
     path = pack(tmp_path / "a.npz", x_train=npy(zeros), x_test=npy(zeros[:2]), y_train=npy(np.zeros(400, int)))
     assert os.path.getsize(path) < 1e6
-    monkeypatch.setattr("fedsim.data.npz.memory", lambda: 90 * 2**20)
+    monkeypatch.setattr("fedsim.base.machine.memory", lambda: 90 * 2**20)
     refused_cheaply(
         r"a.npz needs 0.1 GiB of memory, .* has 0.1 GiB; save the arrays as a folder", source, "npz", path=path
     )
     with zipfile.ZipFile(path) as archive:
         archive.extractall(tmp_path / "folder")
-    monkeypatch.setattr("fedsim.data.npz.memory", lambda: 10**6)
+    monkeypatch.setattr("fedsim.base.machine.memory", lambda: 10**6)
     assert source("npz", path=str(tmp_path / "folder"), channels="first").mapped
 
 
@@ -360,14 +362,14 @@ def test_what_is_needed_is_known_before_it_is_read(tmp_path, monkeypatch, shape,
         x_test=npy(x[:1]),
         y_test=npy(y[:1]),
     )
-    monkeypatch.setattr("fedsim.data.npz.memory", lambda: needed + needed // 10 + labels)
+    monkeypatch.setattr("fedsim.base.machine.memory", lambda: needed + needed // 10 + labels)
     source("npz", path=path, channels=channels)
-    monkeypatch.setattr("fedsim.data.npz.memory", lambda: needed + needed // 10 + labels - 1)
+    monkeypatch.setattr("fedsim.base.machine.memory", lambda: needed + needed // 10 + labels - 1)
     refused_cheaply("needs", source, "npz", path=path, channels=channels)
 
 
 def test_a_member_that_claims_more_than_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("fedsim.data.npz.memory", lambda: 2**30)
+    monkeypatch.setattr("fedsim.base.machine.memory", lambda: 2**30)
     lie = npy(PIXELS, shape=(2**31, 1))
     path = forge(pack(tmp_path / "a.npz", x_train=lie), "x_train", "length", 2**32 - 2)
     refused_cheaply("needs 2.0 GiB of memory", source, "npz", path=path)
@@ -603,7 +605,7 @@ def test_what_pillow_only_remarks_is_no_error(images):
 @pytest.mark.parametrize("size", [60_000, 10**6, 2**31, 2**40])
 @pytest.mark.parametrize("cache", [False, True])
 def test_a_size_that_cannot_be_kept_is_refused_at_once(images, tmp_path, monkeypatch, size, cache):
-    monkeypatch.setattr("fedsim.data.image_folder.memory", lambda: 2**33)
+    monkeypatch.setattr("fedsim.base.machine.memory", lambda: 2**33)
     options = {"size": size} | ({"cache": str(tmp_path / "cache")} if cache else {})
     message = "set a smaller size" if cache else "set a smaller size, or data.cache"
     refused_cheaply(
@@ -776,3 +778,40 @@ def test_other_files_in_a_folder_of_torchvision_are_let_be(tmp_path):
     pipe(raw / "notes")
     with contextlib.chdir(tmp_path):
         assert len(source("mnist", root=".").y_train) == 6
+
+
+# Sizes that a config asks for
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"examples": 10**15}, "data: 1,000,000,000,001,000 examples .* of memory, .*; lower data.examples"),
+        ({"test_examples": 10**15}, "; lower data.examples, data.test_examples"),
+        ({"classes": 10**15}, "1,000,000,000,000,000 classes need"),
+        ({"shape": [1, 10**6, 10**6]}, "or data.shape"),
+        ({"clients": 10**15}, r"data\.clients: 10{15} is too many for 10000 examples"),
+        ({"name": "synthetic_alpha_beta", "devices": 10**12}, r"data\.devices: 1,000,000,000,000 devices .* need"),
+        ({"name": "synthetic_iid", "devices": 10**12}, r"data\.devices: .* need"),
+    ],
+)
+def test_what_does_not_fit_into_memory_is_refused_before_it_is_made(data, message):
+    config = {"rounds": 1, "model": "2nn", "strategy": "fedavg", "cohort": "all"}
+    config["data"] = {"name": "synthetic", "clients": 2} | data
+    refused_cheaply(message, build_data, resolve(config))
+
+
+@pytest.mark.parametrize("spec", [{"name": "dirichlet", "alpha": 1.0}, {"name": "labels"}])
+def test_a_table_of_clients_and_labels_is_refused_before_it_is_made(monkeypatch, spec):
+    monkeypatch.setattr("fedsim.base.machine.memory", lambda: 10**7)
+    data = source("synthetic", examples=2000, classes=2000, shape=[1, 1, 1])
+    refused_cheaply(
+        "data: a table of 1,000 clients and 2,000 labels needs", PARTITIONS.bind(spec), data, 1000, RNG
+    )
+    refused_cheaply("data: a table of", label_counts, LABELS, LABELS, 10**6, 10**6)
+
+
+def test_clients_on_machines_of_their_own_are_bounded_too():
+    data = source("synthetic", examples=2, test_examples=2)
+    refused_cheaply(r"data\.clients: 1,000,000,000,000 clients need", FederatedData, data, None, clients=10**12)
+    refused_cheaply("100 is too many for 2 examples", FederatedData, data, np.arange(2), clients=100)

@@ -4,6 +4,8 @@ import os
 import platform
 from contextlib import suppress
 
+from fedsim.errors import ConfigError
+
 
 def cores() -> int:
     """The number of CPU cores that this process may use."""
@@ -20,6 +22,14 @@ def cpu_name() -> str:
 def memory() -> int:
     """The physical memory of this machine, in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_memory(what: str, needed: int, way_out: str) -> None:
+    """Raise ConfigError where `what`, which begins with a config key, needs more bytes than this machine has."""
+    if needed > memory():
+        raise ConfigError(
+            f"{what} {gigabytes(needed)} of memory, but this machine has {gigabytes(memory())}; {way_out}"
+        )
 
 
 def gigabytes(count: int) -> str:

@@ -1,7 +1,8 @@
 """Dataset: examples, labels, and the constants that normalise them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -39,10 +40,11 @@ class Dataset:
     std: tuple[float, ...] = ()
     owner: Tensor | None = None  # (n,) int64, the natural client of each training example, from 0
     mapped: bool = False  # x lies in a read-only file, so only batches are copied to a device
+    owner_names: tuple[str, ...] = ()  # of the owners, by number; none where only numbers are known
 
     def __post_init__(self) -> None:
         parts = {"train": (self.x_train, self.y_train), "test": (self.x_test, self.y_test)}
-        present = {name: part for name, part in parts.items() if any(map(len, part))} or parts
+        present = {name: part for name, part in parts.items() if any(t.numel() for t in part)} or parts
         for name, (x, y) in present.items():
             self._check_examples(f"x_{name}", x)
             self._check_integers(f"y_{name}", y, len(x), self.classes)
@@ -52,7 +54,8 @@ class Dataset:
                 "their examples should have the same type and shape"
             )
         if self.owner is not None:
-            self._check_integers("owner", self.owner, len(self.x_train), len(self.x_train))
+            end = len(self.owner_names) or len(self.x_train)
+            self._check_integers("owner", self.owner, len(self.x_train), end)
         channels = self.x_train.shape[1] if self.x_train.ndim == 4 else 1
         if len(self.mean) != len(self.std) or len(self.mean) not in {0, 1, channels}:
             raise ConfigError(
@@ -88,6 +91,12 @@ class Dataset:
         low, high = y.aminmax()
         if low < 0 or high >= end:
             raise ConfigError(f"{name} has numbers from {low} to {high}; allowed: 0 to {end - 1}")
+
+
+def owners_by_name(values: Sequence[object] | npt.NDArray[Any]) -> tuple[Tensor, tuple[str, ...]]:
+    """(n,) owners numbered from 0 in the order of the `values` (n,), and their names."""
+    names, owners = np.unique(np.asarray(values), return_inverse=True)
+    return torch.from_numpy(owners), tuple(map(str, names.tolist()))
 
 
 def holdout_mask(groups: Ints, share: float, rng: np.random.Generator) -> Flags:

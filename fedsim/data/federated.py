@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from fedsim.base.catalogue import Spec
+from fedsim.base.machine import check_memory
 from fedsim.data.augment import Augmentation, check_augmentations
 from fedsim.data.dataset import Dataset, Flags, Ints, holdout_mask
 from fedsim.errors import ConfigError
 from fedsim.types import Batch, Stream, random
+
+BYTES_PER_CLIENT = 2 * 3 * 8  # for the bounds of a client's two parts, while they are counted
 
 
 class FederatedData:
@@ -46,6 +49,7 @@ class FederatedData:
         dtype: torch.dtype = torch.float32,
     ):
         public = np.zeros(len(dataset.y_train), dtype=np.bool_) if public is None else public
+        check_memory(f"data.clients: {clients:,} clients need", BYTES_PER_CLIENT * clients, "lower it")
         self.clients_are_remote = owners is None
         self.owners: Ints = np.full(len(public), -1)
         part = np.full(len(public), 2 * clients)  # part 2N: the server's rows
@@ -61,6 +65,7 @@ class FederatedData:
         self._bounds = bounds[: 2 * clients + 1]  # part i is the slice from bounds[i] to bounds[i + 1]
         self.sizes: Ints = self._bounds[1::2] - self._bounds[:-1:2]  # (N,) n_k, without held-out examples
         self.num_clients = clients
+        self.client_names = _client_names(dataset, self.owners)  # none, or one for each client
         self.num_classes = dataset.classes
         self.num_test = len(dataset.y_test)
         self.shape, self.crop = _cropped_shape(tuple(dataset.x_train.shape[1:]), crop), crop
@@ -258,13 +263,27 @@ def without_rows(dataset: Dataset, mask: Flags) -> Dataset:
     if not mask.any():
         return dataset
     kept, x, owner = torch.from_numpy(~mask), dataset.x_train, dataset.owner
-    count = int(kept.sum())
+    count, names = int(kept.sum()), dataset.owner_names
+    if owner is not None:
+        numbers, new = np.unique(owner[kept].numpy(), return_inverse=True)
+        owner, names = torch.from_numpy(new), tuple(names[i] for i in numbers) if names else ()
     return replace(
         dataset,
         x_train=torch.empty(count, *x.shape[1:], dtype=x.dtype, device="meta") if dataset.mapped else x[kept],
         y_train=dataset.y_train[kept],
-        owner=None if owner is None else torch.from_numpy(np.unique(owner[kept].numpy(), return_inverse=True)[1]),
+        owner=owner,
+        owner_names=names,
     )
+
+
+def _client_names(dataset: Dataset, owners: Ints) -> tuple[str, ...]:
+    """The names of the clients of `owners` (n,), -1 for the server, where each is one owner of the dataset's."""
+    rows = np.flatnonzero(owners >= 0)
+    if dataset.owner is None or not dataset.owner_names or not len(rows):
+        return ()
+    clients, owner = owners[rows], dataset.owner.numpy()[rows]
+    of_client = owner[np.unique(clients, return_index=True)[1]]
+    return tuple(dataset.owner_names[i] for i in of_client) if (of_client[clients] == owner).all() else ()
 
 
 def _white_value(x: Tensor) -> float:
@@ -278,7 +297,12 @@ def _scale_and_shift(data: Dataset, dtype: torch.dtype) -> tuple[Tensor | None, 
     if not data.mean:
         return (torch.tensor(1 / white, dtype=dtype) if white != 1 else None), None
     mean, std = torch.tensor([data.mean, data.std], dtype=torch.float64)
-    return _by_channel((1 / (white * std)).to(dtype)), _by_channel((mean / std).to(dtype))
+    scale, shift = (1 / (white * std)).to(dtype), (mean / std).to(dtype)
+    if not (scale.isfinite().all() and shift.isfinite().all()):
+        raise ConfigError(
+            f"data.std: {list(data.std)} is too small for data.mean, so (x - mean) / std is not finite"
+        )
+    return _by_channel(scale), _by_channel(shift)
 
 
 def _by_channel(values: Tensor) -> Tensor:
@@ -302,6 +326,8 @@ def _check_owners(owners: Ints, n: int, clients: int, holdout: float) -> None:
         raise ConfigError(f"data.holdout: {holdout} should be at least 0 and less than 1")
     if not n:
         raise ConfigError("data: there are no training examples for clients; at least one is needed")
+    if clients > n:
+        raise ConfigError(f"data.clients: {clients} is too many for {n} examples; allowed: 1 to {n}")
     if owners.shape != (n,) or owners.dtype != np.int64:
         raise ConfigError(f"data.partition: returned {owners.dtype} {owners.shape}; it should return int64 ({n},)")
     if owners.min() < 0 or owners.max() >= clients:

@@ -1,6 +1,7 @@
 """Your own arrays: one .npz file, or a folder of .npy files that stay on disk."""
 
 import io
+import logging
 import math
 import os
 import warnings
@@ -14,27 +15,31 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from fedsim.base.machine import gigabytes, memory
+from fedsim.base.machine import check_memory
 from fedsim.base.reading import open_regular
-from fedsim.data.dataset import Dataset
+from fedsim.data.dataset import Dataset, owners_by_name
 from fedsim.errors import ConfigError, printable, reason
 from fedsim.types import Count
 
+log = logging.getLogger(__name__)
 Array = npt.NDArray[Any]
 Channels = Literal["last", "first"]
 EXAMPLES = ("x_train", "x_test")
 LABELS = ("y_train", "y_test")
+COMMON_CHANNELS = (1, 2, 3, 4)
 REQUIRED = ("x_train", "y_train", "x_test", "y_test")
 MAX_HEADER_BYTES = 2**14  # numpy reads no longer header
 HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # numpy writes these; others unpack without bound
+NUMBERS_PER_BLOCK = 2**20  # that are compared at once
+AS_FOLDER = "save the arrays as a folder of .npy files, whose x are not read as a whole"
 MAX_GUESSED_CLASSES = 10_000  # classes that the highest label may imply where there are fewer examples
 
 
 def npz(
     *,
     path: Path,
-    channels: Channels = "last",
+    channels: Channels | None = None,
     classes: Count | None = None,
     mean: tuple[float, ...] = (),
     std: tuple[float, ...] = (),
@@ -42,9 +47,10 @@ def npz(
     """Your own arrays: an .npz file, or a folder of .npy files, memory-mapped.
 
     The arrays are x_train, y_train, x_test, y_test, and `owner` if training examples have natural clients. An x of
-    4 dimensions holds images, (n, height, width, C), or with `channels: first` (n, C, height, width); a uint8 x of
-    3 dimensions holds grey images, (n, height, width); any other x is used as it is. y and owner are whole
-    numbers, (n,). `classes` defaults to the highest label plus one.
+    4 dimensions holds images, (n, height, width, C), or with `channels: first` (n, C, height, width); where it is
+    null, it is last, but shapes that look like first are refused. A uint8 x of 3 dimensions holds grey images,
+    (n, height, width). Any other x is used as it is, with float64 rounded to float32. y (n,) are whole numbers;
+    owner (n,) are whole numbers or text. `classes` defaults to the highest label plus one.
 
     A machine that only trains, or only tests, needs only the x and y for that. The x of a folder are never read as
     a whole, so they may be larger than memory; they should be uint8 or float32.
@@ -59,7 +65,8 @@ def npz(
             "or one of these pairs of x and y"
         )
     try:
-        y = {name: _integers(name, arrays[name]) for name in (*LABELS, "owner") if name in arrays}
+        y = {name: _integers(name, arrays[name]) for name in LABELS if name in arrays}
+        owner, names = _owners(arrays["owner"]) if "owner" in arrays else (None, ())
         x = {name: _examples(name, arrays[name], channels, mapped) for name in EXAMPLES if name in arrays}
         no_examples, no_labels = next(iter(x.values()))[:0], torch.empty(0, dtype=torch.int64)
         return Dataset(
@@ -70,8 +77,9 @@ def npz(
             classes=classes or _count_classes(*(y[name] for name in LABELS if name in y)),
             mean=mean,
             std=std,
-            owner=y.get("owner"),
+            owner=owner,
             mapped=mapped,
+            owner_names=names,
         )
     except ValueError as error:
         raise ConfigError(f"data.path: {printable(path)}: {error}") from None
@@ -79,7 +87,7 @@ def npz(
         raise ConfigError(f"data.path: {printable(path)} does not fit into memory ({reason(error)})") from error
 
 
-def _read_archive(path: Path, channels: Channels) -> dict[str, Array]:
+def _read_archive(path: Path, channels: Channels | None) -> dict[str, Array]:
     """The arrays of an .npz file, read into memory."""
     try:
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
@@ -88,7 +96,7 @@ def _read_archive(path: Path, channels: Channels) -> dict[str, Array]:
             for name, member in members.items():
                 with archive.open(member) as stream:
                     needed += _memory_needed(name, stream, member.file_size, channels)
-            _check_memory(path, needed)
+            check_memory(f"data.path: {printable(path)} needs", needed, AS_FOLDER)
             return {name: _read(archive, member) for name, member in members.items()}
     except FileNotFoundError:
         raise ConfigError(f"data.path: {printable(path)}: no such file or folder") from None
@@ -134,47 +142,39 @@ def _map_folder(path: Path) -> dict[str, Array]:
             raise ConfigError(
                 f"data.path: {printable(file)} is not a readable plain array ({reason(error)})"
             ) from error
-    _check_memory(path, total)
+    check_memory(f"data.path: {printable(path)} needs", total, "use a part of it")
     return arrays
 
 
-def _memory_needed(name: str, stream: IO[bytes], length: int, channels: Channels = "first") -> int:
+def _memory_needed(name: str, stream: IO[bytes], length: int, channels: Channels | None = "first") -> int:
     """The bytes that an array needs, both as read and as a tensor.
 
     Raises ValueError where the .npy file in `stream`, of `length` bytes, is shorter than its header says.
     """
-    shape, dtype, begin = _header(io.BytesIO(stream.read(MAX_HEADER_BYTES)))
-    if dtype.kind not in "biuf":
-        raise ValueError(f"{name} is {dtype}; allowed: numbers")
+    shape, fortran, dtype, begin = _header(io.BytesIO(stream.read(MAX_HEADER_BYTES)))
+    if dtype.kind not in "biuf" and not (name == "owner" and dtype.kind == "U" and dtype.itemsize):
+        raise ValueError(f"{name} is {dtype}; allowed: numbers{' or text' if name == 'owner' else ''}")
     count = math.prod(shape)
     if min(shape, default=0) < 0 or begin + count * dtype.itemsize > length:
         raise ValueError(f"{name} is shorter than its header says, {dtype} {shape}")
     if name not in EXAMPLES:
         return count * (dtype.itemsize + 8)
-    unchanged = dtype in (np.uint8, np.float32) and not (len(shape) == 4 and channels == "last")
+    unchanged = dtype in (np.uint8, np.float32) and not fortran and (len(shape) != 4 or channels == "first")
     return count * (dtype.itemsize + (0 if unchanged else 1 if dtype == np.uint8 else 4))
 
 
-def _header(start: io.BytesIO) -> tuple[tuple[int, ...], np.dtype[Any], int]:
-    """The shape and type that the header of a .npy file claims, and the offset of the first number."""
+def _header(start: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    """The shape, Fortran order and type that a .npy file's header claims, and the offset of the first number."""
     try:
         version = np.lib.format.read_magic(start)
         if version not in HEADER_READERS:
             raise ValueError(f"version {version} of .npy; allowed: {', '.join(map(str, HEADER_READERS))}")
-        shape, _, dtype = HEADER_READERS[version](start)
+        shape, fortran, dtype = HEADER_READERS[version](start)
     except ValueError:
         raise
     except Exception as error:  # a header that is not a Python literal raises anything, even MemoryError
         raise ValueError(f"its header cannot be read ({type(error).__name__})") from error
-    return shape, dtype, start.tell()
-
-
-def _check_memory(path: Path, needed: int) -> None:
-    if needed > memory():
-        raise ConfigError(
-            f"data.path: {printable(path)} needs {gigabytes(needed)} of memory, but this machine has "
-            f"{gigabytes(memory())}; save the arrays as a folder of .npy files, whose x are not read as a whole"
-        )
+    return shape, fortran, dtype, start.tell()
 
 
 def _count_classes(*labels: Tensor) -> int:
@@ -185,23 +185,58 @@ def _count_classes(*labels: Tensor) -> int:
     return classes
 
 
-def _examples(name: str, array: Array, channels: Channels, mapped: bool) -> Tensor:
+def _examples(name: str, array: Array, channels: Channels | None, mapped: bool) -> Tensor:
     """`array` as a tensor, images as (n, C, height, width); a view of it if `mapped`."""
-    if not array.size:
+    if not (array.ndim and array.size):
         raise ConfigError(f"{name} is {array.dtype} {array.shape}; it should hold at least one example")
     if array.dtype not in (np.uint8, np.float32):
         if mapped or array.dtype.kind != "f":
             raise ConfigError(f"{name} is {array.dtype}; allowed: uint8 or float32")
-        array = array.astype(np.float32)
+        array = _as_float32(name, array)
     if mapped and not array.flags.aligned:
         raise ConfigError(f"{name} is not aligned for {array.dtype} in its file; np.save writes aligned files")
     # torch.from_numpy would warn that the array is read-only; nothing writes to x, since batches are copies.
     x = from_dlpack(array) if mapped else torch.from_numpy(array)
     if x.ndim == 3 and x.dtype == torch.uint8:
         x = x.unsqueeze(1)
-    elif x.ndim == 4 and channels == "last":
+    elif x.ndim == 4 and (channels or _guess_channels(name, x)) == "last":
         x = x.permute(0, 3, 1, 2)
     return x if mapped else x.contiguous()
+
+
+def _as_float32(name: str, array: Array) -> Array:
+    """`array` rounded to float32, which is logged where numbers change; raises ConfigError for too large ones."""
+    rounded, change = np.empty(array.shape, np.float32), 0.0
+    rows = max(1, NUMBERS_PER_BLOCK // array[0].size)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for block in (slice(i, i + rows) for i in range(0, len(array), rows)):
+            rounded[block] = array[block]
+            change = max(change, float(np.abs(array[block] - rounded[block]).max()))
+    if change == np.inf:
+        raise ConfigError(f"{name} is {array.dtype}, and has numbers that are too large for float32")
+    if change:
+        what = f"data.path: {name} is {array.dtype} and becomes float32"
+        log.warning("%s, by which its numbers change by up to %.2g", what, change)
+    return rounded
+
+
+def _guess_channels(name: str, x: Tensor) -> Channels:
+    """Last, unless the shape of the images looks as if channels came first; then raises ConfigError."""
+    if x.shape[1] in COMMON_CHANNELS and x.shape[3] not in COMMON_CHANNELS:
+        way_out = f"set data.channels to first, or to last if they have {x.shape[3]} channels"
+        raise ConfigError(f"{name} has images of shape {tuple(x.shape[1:])}; {way_out}")
+    return "last"
+
+
+def _owners(array: Array) -> tuple[Tensor, tuple[str, ...]]:
+    """The owners in `array`, as numbers from 0, and their names; none where `array` holds such numbers."""
+    if array.ndim != 1 or array.dtype.kind not in "iuU":
+        raise ConfigError(f"owner is {array.dtype} {array.shape}; allowed: whole numbers or text (n,)")
+    if array.dtype.kind != "U" and array.min(initial=0) < 0:
+        raise ConfigError(f"owner has numbers from {array.min()}; allowed: numbers from 0")
+    owners, names = owners_by_name(array)
+    dense = list(names) == [str(i) for i in range(len(names))]
+    return owners, () if dense else tuple(map(printable, names))
 
 
 def _integers(name: str, array: Array) -> Tensor:

@@ -11,10 +11,13 @@ import hashlib
 
 import numpy as np
 
+from fedsim.base.machine import check_memory
 from fedsim.data.dataset import Dataset, Floats, Ints
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, printable
 from fedsim.types import Count, Positive
 
+MAX_LISTED_NAMES = 8  # of owners, in a message
+TABLES = 4  # of a number for each client and label, that a partition holds at the same time
 MAX_DRAWS = 100  # draws of proportions until every client has min_size examples
 
 
@@ -61,14 +64,14 @@ def dirichlet(
     Balanced: sizes differ by at most one, and each client draws its own label mix ~ Dir(alpha), as long as there
     are examples of those labels left (Hsu et al. 2019, arXiv 1909.06335; Reddi et al. 2021, arXiv 2003.00295).
     """
-    y, n = _dense_labels(data), _check_clients(data, clients, min_size)
-    available = np.bincount(y)
+    n = _check_clients(data, clients, min_size)
+    y, available = _dense_labels(data, clients)
     if balanced:
-        mixes = rng.dirichlet(np.full(len(available), alpha), clients)
+        mixes = _draw_dirichlet(alpha, len(available), clients, rng)
         counts = _draw_by_mix(available, np.bincount(np.arange(n) % clients), mixes, rng)
         return _assign(y, counts, rng)
     for _ in range(MAX_DRAWS):
-        counts = _split_by_proportion(rng.dirichlet(np.full(clients, alpha), len(available)), available)
+        counts = _split_by_proportion(_draw_dirichlet(alpha, clients, len(available), rng), available)
         if counts.sum(0).min() >= min_size:
             return _assign(y, counts, rng)
     raise ConfigError(_too_few_message(alpha, clients, min_size, n, ", or set data.partition.balanced=true"))
@@ -80,7 +83,7 @@ def quantity(
     """Random examples for each client; the sizes are proportions ~ Dir(alpha) (NIID-Bench, arXiv 2102.02079)."""
     n = _check_clients(data, clients, min_size)
     for _ in range(MAX_DRAWS):
-        counts = _split_by_proportion(rng.dirichlet(np.full(clients, alpha), 1), np.array([n]))
+        counts = _split_by_proportion(_draw_dirichlet(alpha, clients, 1, rng), np.array([n]))
         if counts.min() >= min_size:
             return _assign(np.zeros(n, dtype=np.int64), counts, rng)
     raise ConfigError(_too_few_message(alpha, clients, min_size, n))
@@ -91,8 +94,8 @@ def labels(data: Dataset, clients: int, rng: np.random.Generator, /, *, per_clie
 
     Every label belongs to at least one client. Its clients divide its examples equally, up to one example.
     """
-    y, n = _dense_labels(data), _check_clients(data, clients)
-    available = np.bincount(y)
+    n = _check_clients(data, clients)
+    y, available = _dense_labels(data, clients)
     if not len(available) <= clients * per_client <= clients * len(available):
         raise ConfigError(
             f"data.partition.per_client: {per_client} of {len(available)} labels for each of {clients} clients; "
@@ -119,9 +122,13 @@ def natural(data: Dataset, clients: int, rng: np.random.Generator, /) -> Ints:
         raise ConfigError(
             "data.partition.name: natural needs a data set that gives the owner of each example; this one does not"
         )
-    names, owners = np.unique(data.owner.numpy(), return_inverse=True)
-    if len(names) != clients:
-        raise ConfigError(f"data.clients: {clients} should be {len(names)}, the number of natural clients")
+    numbers, owners = np.unique(data.owner.numpy(), return_inverse=True)
+    if len(numbers) != clients:
+        names = [data.owner_names[i] for i in numbers[:MAX_LISTED_NAMES]] if data.owner_names else []
+        listed = printable(f" ({', '.join(names)}{', ...' if len(numbers) > len(names) else ''})") if names else ""
+        raise ConfigError(
+            f"data.clients: {clients} should be {len(numbers)}, the number of natural clients{listed}"
+        )
     return owners
 
 
@@ -132,6 +139,7 @@ def content_hash(owners: Ints) -> str:
 
 def label_counts(labels: Ints, owners: Ints, clients: int, classes: int) -> Ints:
     """(N, L): the examples of each label of each client. Rows of the server, with owner -1, do not count."""
+    _check_table(clients, classes)
     of_clients = owners >= 0
     owners, labels = owners[of_clients], labels[of_clients]
     return np.bincount(owners * classes + labels, minlength=clients * classes).reshape(clients, classes)
@@ -148,9 +156,26 @@ def _check_clients(data: Dataset, clients: int, min_size: int = 1) -> int:
     return n
 
 
-def _dense_labels(data: Dataset) -> Ints:
-    """(n,) labels numbered without gaps, so that each of them has examples."""
-    return np.unique(data.y_train.numpy(), return_inverse=True)[1]
+def _check_table(clients: int, classes: int) -> None:
+    """Raise ConfigError where the work with a number for each client and label does not fit into memory."""
+    what = f"data: a table of {clients:,} clients and {classes:,} labels needs"
+    check_memory(what, TABLES * 8 * clients * classes, "lower data.clients or the number of classes")
+
+
+def _dense_labels(data: Dataset, clients: int) -> tuple[Ints, Ints]:
+    """(n,) labels numbered without gaps, and (L,) the number of examples of each."""
+    y = np.unique(data.y_train.numpy(), return_inverse=True)[1]
+    available = np.bincount(y)
+    _check_table(clients, len(available))
+    return y, available
+
+
+def _draw_dirichlet(alpha: float, length: int, draws: int, rng: np.random.Generator) -> Floats:
+    """(draws, length) proportions ~ Dir(alpha); raises ConfigError where alpha is too extreme for floats."""
+    proportions = rng.dirichlet(np.full(length, alpha), draws)
+    if not np.allclose(proportions.sum(1), 1):  # zeros where alpha is too small, NaN where it is too large
+        raise ConfigError(f"data.partition.alpha: {alpha} is too extreme for Dir(alpha) to be drawn")
+    return proportions
 
 
 def _split_by_proportion(proportions: Floats, available: Ints) -> Ints:

@@ -11,12 +11,14 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+from rich.markup import escape
 from rich.table import Table
 
 from fedsim.data.dataset import Ints
 from fedsim.data.federated import FederatedData
 from fedsim.data.partition import label_counts
 
+MAX_NAME_LENGTH = 24  # of a client in the table
 MAX_TABLE_CLIENTS = 20  # clients with a row of their own in the table
 MAX_DISC_CLIENTS = 30  # up to so many clients and labels, each pair has a disc; with more there is a heat map
 MAX_HEAT_MAP_COLUMNS = 800  # with more clients, several share a column
@@ -43,7 +45,8 @@ def label_table(data: FederatedData) -> Table:
     table.add_column(mix, no_wrap=True)
     for client, row in enumerate(counts):
         last = client == len(counts) - 1
-        table.add_row(str(client), f"{sizes[client]:,}", str(kinds[client]), _bars(row), end_section=last)
+        name = f"{client} {data.client_names[client]}"[:MAX_NAME_LENGTH] if data.client_names else str(client)
+        table.add_row(escape(name), f"{sizes[client]:,}", str(kinds[client]), _bars(row), end_section=last)
     if data.num_clients > MAX_TABLE_CLIENTS:
         for name, q in (("min", 0), ("25 %", 0.25), ("median", 0.5), ("75 %", 0.75), ("max", 1)):
             table.add_row(

@@ -1,13 +1,18 @@
 """Synthetic data: images for quick trials, and the federations of the FedProx paper."""
 
+from math import prod
+
 import numpy as np
 import torch
 
+from fedsim.base.machine import check_memory
 from fedsim.data.dataset import Dataset, Floats, holdout_mask
 from fedsim.types import Count, NonNegative, Seed, Stream, random
 
 PIXELS_PER_BLOCK = 2**22  # pixels drawn at once, so that the memory for noise does not grow with the data
+LABEL_BYTES = 2 * 8  # of a label and its row number
 FEATURES, CLASSES = 60, 10
+MIN_EXAMPLES = 50  # of a device
 
 
 def synthetic(
@@ -24,11 +29,17 @@ def synthetic(
     `shape` is (C, height, width). The pixels of the pictures are uniform in 0..1, and `noise` is the standard
     deviation of the Gaussian noise added to them. The label of example i is i modulo `classes`.
     """
+    pixels_each, count = prod(shape), examples + test_examples
+    check_memory(
+        f"data: {count:,} examples of {pixels_each:,} pixels and {classes:,} classes need",
+        count * (pixels_each + LABEL_BYTES) + 4 * classes * pixels_each,
+        "lower data.examples, data.test_examples, data.classes or data.shape",
+    )
     rng = random(seed, Stream.DATASET)
     pictures = rng.random((classes, *shape), dtype=np.float32)
     y = np.arange(examples + test_examples) % classes
     x = np.empty((len(y), *shape), dtype=np.uint8)
-    step = max(1, PIXELS_PER_BLOCK // pictures[0].size)
+    step = max(1, PIXELS_PER_BLOCK // pixels_each)
     for start in range(0, len(y), step):
         block = slice(start, start + step)
         pixels = rng.standard_normal(x[block].shape, dtype=np.float32)
@@ -62,6 +73,7 @@ def synthetic_alpha_beta(
     50 + lognormal(4, 2) examples, and a tenth of them are for testing. With `partition: {name: natural}` each
     device is a client.
     """
+    _check_devices(devices, MIN_EXAMPLES * devices)
     rng = random(seed, Stream.DATASET)
     u, big_b = rng.normal(0, alpha, devices), rng.normal(0, beta, devices)
     v = rng.normal(big_b[:, None], 1, (devices, FEATURES))
@@ -75,15 +87,23 @@ def synthetic_iid(*, devices: Count = 30, seed: Seed = 0) -> Dataset:
 
     Li et al. 2020, section 5.1: entries of W and b ~ N(0, 1), x ~ N(0, Sigma).
     """
+    _check_devices(devices, MIN_EXAMPLES * devices)
     rng = random(seed, Stream.DATASET)
     weights, biases = rng.normal(size=(CLASSES, FEATURES)), rng.normal(size=CLASSES)
     v = np.zeros((devices, FEATURES))
     return _devices(v, np.broadcast_to(weights, (devices, *weights.shape)), np.tile(biases, (devices, 1)), rng)
 
 
+def _check_devices(devices: int, examples: int) -> None:
+    """Raise ConfigError where `devices`, each with a model, and all their `examples` do not fit into memory."""
+    needed = 8 * (devices * (CLASSES + 1) * (FEATURES + 1) + examples * (2 * FEATURES + 4))
+    check_memory(f"data.devices: {devices:,} devices with {examples:,} examples or more need", needed, "lower it")
+
+
 def _devices(v: Floats, weights: Floats, biases: Floats, rng: np.random.Generator) -> Dataset:
     """Draws the examples of each device. Shapes: v (N, 60), weights (N, 10, 60), biases (N, 10)."""
-    sizes = 50 + rng.lognormal(4, 2, len(v)).astype(np.int64)
+    sizes = MIN_EXAMPLES + rng.lognormal(4, 2, len(v)).astype(np.int64)
+    _check_devices(len(v), int(sizes.sum()))
     owner = np.repeat(np.arange(len(v)), sizes)
     x = rng.normal(v[owner], np.arange(1, FEATURES + 1) ** -0.6)  # the square root of Sigma_jj
     parts = np.split(x, np.cumsum(sizes)[:-1])

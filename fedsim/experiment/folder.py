@@ -131,7 +131,8 @@ def describe(data: FederatedData) -> dict[str, Any]:
     """How the data is divided: a hash of it, quantiles of sizes, counts of labels, for few clients those of each.
 
     `examples` counts all training examples, of which `public` are the server's; `example` is the form of each one.
-    Where clients have data of their own, only their number is known.
+    Where each client is an owner that the dataset names, there are their names. Where clients have data of their
+    own, only their number is known.
     """
     shared = {
         "clients": data.num_clients,
@@ -156,6 +157,7 @@ def describe(data: FederatedData) -> dict[str, Any]:
         },
         "labels": np.bincount(labels[data.owners >= 0], minlength=data.num_classes).tolist(),
         "labels_by_client": None if counts is None else counts.tolist(),
+        **({"client_names": list(data.client_names)} if few and data.client_names else {}),
     }
 
 
