@@ -122,12 +122,15 @@ def build_task(
 ) -> Task:
     """The network and what it learns from, for examples of `shape`; raises ConfigError.
 
-    The network is tried on `examples` (n, *shape), by default on random ones. Where a teacher's weights are `sent` later, it keeps its initial ones, and its file is not read.
+    The network is tried on `examples` (n, *shape), by default on random ones. Where a teacher's weights are
+    `sent` later, it keeps its initial ones, and its file is not read.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(random(seed, Stream.MODEL).integers(2**63)))
         network = models.make(model, shape, classes)
         teacher = _teacher(model, recipe.distillation, shape, classes, sent)
+    if recipe.precision != "fp32" and any(p.dtype == torch.float64 for p in network.parameters()):
+        raise ConfigError(f"local.precision: {recipe.precision} needs a float32 network, and this one has float64")
     return Task(
         network,
         shape,

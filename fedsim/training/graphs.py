@@ -68,8 +68,8 @@ def capturable(recipe: Recipe) -> bool:
 class Steps:
     """Training steps of one replica that differ only in their rows: one recipe, one learning rate.
 
-    `total` () is the sum of the losses, in float64; it and `optimizer` serve one client after the other. Without `captures`
-    no step is captured.
+    `total` () is the sum of the losses, in float64; it and `optimizer` serve one client after the other. Without
+    `captures` no step is captured.
     """
 
     def __init__(self, replica: Replica, recipe: Recipe, captures: bool):

@@ -83,7 +83,7 @@ def _tried(network: nn.Module, examples: Tensor, classes: int) -> Findings:
         one, other = (_Copy(network, classes) for _ in range(2))
     except (Exception, SystemExit) as error:
         raise ConfigError(f"model: cannot be copied for clients that train at once: {located(error)}") from error
-    a, b = examples.to(one.dtype).split(2)
+    a, b = torch.split(examples.to(one.dtype), 2)
     first, second = one.passes(a, original=network), other.passes(b, shifted=True)
     pairs = (second, one.passes(b, shifted=True)), (first, one.passes(a))
     if one.draws_globally:
@@ -132,31 +132,33 @@ class _Copy:
         return any(map(all, self.global_draws.values()))
 
     def passes(self, x: Tensor, *, shifted: bool = False, original: nn.Module | None = None) -> _Passes:
-        """A training and an evaluation pass, at the initial parameters or at `shifted` ones.
+        """A training and an evaluation pass at the initial parameters, or at `shifted` ones in the other order.
 
-        With the `original` network, it also checks what the training pass gives a gradient.
+        So each kind of pass follows itself, at other parameters and examples. With the `original` network, it also
+        checks what the training pass gives a gradient.
         """
-        with torch.enable_grad():
-            trained = self._pass(x, True, shifted)
-            if original:
-                self._check_gradient(trained, original)
-        with torch.no_grad():
-            evaluated = self._pass(x, False, shifted)
+        outputs = dict[bool, list[Tensor]]()
+        for train in (False, True) if shifted else (True, False):
+            with torch.set_grad_enabled(train):
+                found = self._pass(x, train, shifted)
+                if train and original:
+                    self._check_gradient(found, original)
+            outputs[train] = [head.detach() for head in found]
         attributes = {
             f"{attribute} of {path or 'the network'}": tensor.detach().clone()
             for path, module in self.network.named_modules()
             for attribute, tensor in tensors_in(_attributes(module))
         }
-        return _Passes([*(head.detach() for head in trained), *evaluated], attributes)
+        return _Passes(outputs[True] + outputs[False], attributes)
 
     def _check_gradient(self, outputs: tuple[Tensor, ...], original: nn.Module) -> None:
         """Raise ConfigError unless the parameters get dense gradients, and no tensor of others gets one."""
         if not outputs[0].requires_grad:
             raise ConfigError("model: its output has no gradient; does forward detach it, or run under no_grad?")
-        own = {id(parameter) for parameter in self.parameters.values()}
-        foreign = {id(t): t for t in _leaves(outputs) if id(t) not in own}
-        if foreign:
-            where = next((f", {name} of the original" for name, p in original.named_parameters() if id(p) in foreign), "")
+        own = {parameter.data_ptr() for parameter in self.parameters.values()}  # TorchScript makes other objects
+        if foreign := {t.data_ptr() for t in _leaves(outputs)} - own:
+            names = (name for name, p in original.named_parameters() if p.data_ptr() in foreign)
+            where = next((f", {name} of the original" for name in names), "")
             raise ConfigError(
                 f"model: a copy computes with a tensor that requires a gradient and is not its parameter{where}; "
                 "a lambda or hook may hold it, or a list that should be an nn.ModuleList or nn.ParameterList"
@@ -201,10 +203,10 @@ class _Copy:
             if now.get(name) is not parameter or not _same(parameter, self._start(name, shifted)):
                 raise ConfigError(f"model: a pass changes the parameter {name}; register_buffer keeps state")
         known = {(id(owner), key) for _, owner, key, _ in self.buffers}
-        for path, module in self.network.named_modules():
+        for module in self.network.modules():
             for key, buffer in module._buffers.items():
                 if buffer is not None and (id(module), key) not in known:
-                    raise ConfigError(f"model: a pass makes the buffer {path}.{key}; make it in the constructor")
+                    raise ConfigError(f"model: a pass makes the buffer {key}; make it in the constructor")
         for name, owner, key, kept in self.buffers:
             buffer, initial = owner._buffers.get(key), self.initial[name]
             if buffer is None or (buffer.shape, buffer.dtype) != (initial.shape, initial.dtype):

@@ -40,7 +40,10 @@ class Recompute:
     def _wrapped(self, block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
             buffers = [
-                (module._buffers, {name: value.clone() for name, value in module._buffers.items() if value is not None})
+                (
+                    module._buffers,
+                    {name: value.clone() for name, value in module._buffers.items() if value is not None},
+                )
                 for module in block.modules()
             ]
             return nullcontext(), self._recomputation(block, self.generator.get_state(), buffers)

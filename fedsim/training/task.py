@@ -48,6 +48,12 @@ class Task:
         self.layout = Layout({n: p.shape for n, p in parameters.items()}, channels_last, norms)
         self.buffer_layout = Layout({n: b.shape for n, b in statistics.items()})
         self.initial_model = self.layout.flatten(parameters)
+        for name, buffer in statistics.items():
+            if buffer.dtype != self.initial_model.dtype:
+                raise ConfigError(
+                    f"model: the buffer {name} is {buffer.dtype} and moves in training; it should be "
+                    f"{self.initial_model.dtype}, as the trained parameters are"
+                )
         self.initial_buffers = self.buffer_layout.flatten(statistics).to(self.initial_model.dtype)
 
     def losses(self, logits: Tensor, y: Tensor) -> Tensor:
