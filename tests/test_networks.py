@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from fedsim import ConfigError
 from fedsim.models import options as models
 from fedsim.training.objective import exact
+from fedsim.training.probe import copied
 from fedsim.training.task import Task
 
 
@@ -298,9 +299,9 @@ def weight_norm():
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 @pytest.mark.parametrize("network", [Records, Adapter, weight_norm, lambda: Net().double()])
 def test_one_client_is_plain_pytorch(network):
-    task = make_task(network)
+    task = Task(network(), SHAPE, CLASSES)  # make_task would cast it
     simulation = make_simulation(task=task, data=make_data([12]), lr=0.1, batch_size="full")
-    own = make_task(network).network.train()
+    own = copied(task.network).train()
     trained = [p for p in own.parameters() if p.requires_grad]
     x, y = make_data([12]).batch(torch.arange(12))
     F.cross_entropy(own(x.to(trained[0].dtype)), y).backward()
