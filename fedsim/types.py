@@ -29,7 +29,8 @@ Decay = Annotated[float, Ge(0), Lt(1)]  # of a running mean
 def hash_into(digest: "hashlib._Hash", state: State) -> None:
     """Add the names and bytes of a state to `digest`; the order of its entries does not matter."""
     for name, value in sorted(state.items()):
-        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)  # numpy lacks types such as bfloat16
+        digest.update(name.encode() + raw.numpy().tobytes())
 
 
 Form = tuple[tuple[str, torch.Size, torch.dtype], ...]  # name, shape and type of each tensor, sorted by name

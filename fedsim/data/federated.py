@@ -135,6 +135,11 @@ class FederatedData:
         """Normalised test examples (B, ...) and their labels (B,)."""
         return self._gather(self._centre(self._x_test), self._y_test, rows)
 
+    def trial_examples(self) -> Tensor:
+        """(n, ...) up to four examples as clients get them: for training, or where there are none, for tests."""
+        few = torch.from_numpy(self._order[:4])
+        return self.batch(few)[0] if len(few) else self.test_batch(torch.arange(min(4, self.num_test)))[0]
+
     def examples(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Training examples as they are in the dataset, neither cropped nor normalised, and their `labels`."""
         return self._x_train.index_select(0, rows.to(self._x_train.device)), self.labels[rows]
@@ -214,12 +219,11 @@ class Shard(FederatedData):
         scale: Sequence[float] = (),
         shift: Sequence[float] = (),
         crop: int | None = None,
-        dtype: torch.dtype = torch.float32,
     ):
         n = len(dataset.y_train)
         if not n:
             raise ConfigError("data: has no training examples; a client needs at least one")
-        super().__init__(dataset, np.zeros(n, dtype=np.int64), clients=1, crop=crop, dtype=dtype)
+        super().__init__(dataset, np.zeros(n, dtype=np.int64), clients=1, crop=crop)
         if (highest := max(int(y.max()) for y in (dataset.y_train, dataset.y_test) if len(y))) >= classes:
             raise ConfigError(f"data: has labels up to {highest}; the federation has {classes} classes, from 0")
         channels = self.shape[0] if len(self.shape) == 3 else 1
@@ -229,7 +233,7 @@ class Shard(FederatedData):
                 raise ConfigError(f"data: the examples here have {channels} channels; {needed}")
         self.num_classes = classes
         self._scale, self._shift = (
-            _by_channel(torch.tensor(values, dtype=dtype)) if len(values) else None for values in (scale, shift)
+            _by_channel(torch.tensor(values)) if len(values) else None for values in (scale, shift)
         )
 
     def rows(self, client: int) -> Ints:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedsim.base.catalogue import Spec
 from fedsim.data import AUGMENTATIONS, DATASETS, PARTITIONS, Dataset, FederatedData
@@ -82,7 +82,7 @@ def build(
         data = build_server_data(config) if elsewhere else build_data(config)
     data.check_augment(config.local["augment"])
     recipe = build_recipe(config.local)
-    task = build_task(config.model, recipe, config.seed, data.shape, data.num_classes)
+    task = build_task(config.model, recipe, config.seed, data.shape, data.num_classes, data.trial_examples())
     return Simulation(
         STRATEGIES.make(config.strategy, Strategy),
         task,
@@ -111,16 +111,26 @@ def build_recipe(local: Spec) -> Recipe:
 
 
 def build_task(
-    model: Spec | str, recipe: Recipe, seed: int, shape: tuple[int, ...], classes: int, *, sent: bool = False
+    model: Spec | str,
+    recipe: Recipe,
+    seed: int,
+    shape: tuple[int, ...],
+    classes: int,
+    examples: Tensor | None = None,
+    *,
+    sent: bool = False,
 ) -> Task:
     """The network and what it learns from, for examples of `shape`; raises ConfigError.
 
-    Where a teacher's weights are `sent` later, it keeps its initial ones, and its file is not read.
+    The network is tried on `examples` (n, *shape), by default on random ones. Where a teacher's weights are
+    `sent` later, it keeps its initial ones, and its file is not read.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(random(seed, Stream.MODEL).integers(2**63)))
         network = models.make(model, shape, classes)
         teacher = _teacher(model, recipe.distillation, shape, classes, sent)
+    if recipe.precision != "fp32" and any(p.dtype == torch.float64 for p in network.parameters()):
+        raise ConfigError(f"local.precision: {recipe.precision} needs a float32 network, and this one has float64")
     return Task(
         network,
         shape,
@@ -128,6 +138,7 @@ def build_task(
         channels_last=recipe.channels_last,
         recompute=recipe.activation_checkpointing,
         teacher=teacher,
+        examples=examples,
     )
 
 

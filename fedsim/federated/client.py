@@ -162,11 +162,11 @@ def _evaluate(
     """Sums over examples, in eval mode, or with `train` in training mode; the message is empty."""
     replica.begin_client(buffers, seed=0)
     replica.load(model)
-    loss, correct, examples = buffers.new_zeros(()), buffers.new_zeros(()), 0
+    loss, correct, examples = (model.new_zeros((), dtype=torch.double) for _ in range(3))
     with torch.no_grad():
         for x, y in batches:
-            logits = replica.forward(x, train=train)[0]
-            loss += replica.task.losses(logits, y).sum()
+            logits = replica.forward(x, train=train)[0].to(model.dtype)
+            loss += replica.task.losses(logits, y).sum(dtype=torch.double)
             correct += (logits.argmax(-1) == y).sum()
             examples += len(y)
-    return Update({}, 1.0, metrics={"loss": loss, "correct": correct, "examples": torch.tensor(examples)})
+    return Update({}, 1.0, metrics={"loss": loss, "correct": correct, "examples": examples})

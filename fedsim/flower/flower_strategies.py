@@ -74,7 +74,7 @@ def _work(node: Node, message: Message, context: Context, what: Any) -> tuple[di
     """The state_dict that was sent, a task with these weights, and the node's answer to an equivalent order."""
     plan = _plan(node, values_of(context.run_config))
     sent = _tensors(message.content, node.settings.allow.max_bytes)
-    task = _task(plan, sent)
+    task = _task(plan, sent, node.shard(plan.examples).trial_examples())
     run, text = hashlib.sha256(f"Flower run {context.run_id}".encode()).hexdigest()[:32], plan.json_text()
     initial = initial_of(task)
     if error := node.join(Invitation(run, text, initial)).error:
@@ -158,11 +158,10 @@ def _tensors(content: RecordDict, most: int) -> dict[str, Tensor]:
         raise ValueError(f"arrays: cannot be read: {located(error)}") from None
 
 
-def _task(plan: Plan, sent: Mapping[str, Tensor]) -> Task:
+def _task(plan: Plan, sent: Mapping[str, Tensor], examples: Tensor) -> Task:
     """The plan's network with the weights that were sent; raises ConfigError if they do not fit."""
-    task = build_task(
-        plan.model, build_recipe(plan.local), plan.seed, plan.examples.shape, plan.examples.classes, sent=True
-    )
+    recipe, form = build_recipe(plan.local), plan.examples
+    task = build_task(plan.model, recipe, plan.seed, form.shape, form.classes, examples, sent=True)
     own = task.network.state_dict()
     if own.keys() != sent.keys():
         if missing := sorted(own.keys() - sent.keys()):

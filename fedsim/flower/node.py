@@ -32,7 +32,7 @@ from fedsim.federated.client import (
 )
 from fedsim.federated.fold import cause, compact
 from fedsim.flower.messages import Answer, Invitation, Joined, Order, failure
-from fedsim.flower.plan import Allow, Parts, Plan, digest, parts_of
+from fedsim.flower.plan import Allow, Examples, Parts, Plan, digest, parts_of
 from fedsim.flower.state_files import RUN, StateFiles, StoredState, needed
 from fedsim.flower.transport import ROUNDED, TRANSPORTS, encode
 from fedsim.runtimes.worker import Worker
@@ -214,24 +214,9 @@ class Node:
         allow, plan = self.settings.allow, Plan.read(text)
         allow.check_names(plan)
         allow.check_bytes(initial)
-        form = plan.examples
-        dtype = initial["model"].dtype if "model" in initial else torch.float32
-        data = Shard(
-            self.dataset,
-            classes=form.classes,
-            scale=form.scale,
-            shift=form.shift,
-            crop=form.crop,
-            dtype=dtype if dtype.is_floating_point else torch.float32,
-        )
-        for what, here, there in (
-            ("shape", list(data.shape), list(form.shape)),
-            ("dtype", data.form["dtype"], form.dtype),
-        ):
-            if here != there:
-                raise ConfigError(f"data: examples have {what} {here}, and the federation's have {there}")
+        data = self.shard(plan.examples)
         allow.check_numbers(plan)
-        parts = parts_of(plan, initial)
+        parts = parts_of(plan, initial, data.trial_examples())
         data.check_augment(plan.local["augment"])
         check_precision(parts.recipe.precision, self.device)
         task, strategy, recipe = parts
@@ -239,6 +224,17 @@ class Node:
         train = Train(strategy, recipe, plan.seed, plan.time_limit)
         worker = Worker(task, data.to(self.device), self.device, graphs=True)
         return Role(run, digest(text), parts, train, worker, initial_client_state(strategy, task), sent)
+
+    def shard(self, form: Examples) -> Shard:
+        """The node's examples in the federation's form; raises ConfigError where they do not fit."""
+        data = Shard(self.dataset, classes=form.classes, scale=form.scale, shift=form.shift, crop=form.crop)
+        for what, here, there in (
+            ("shape", list(data.shape), list(form.shape)),
+            ("dtype", data.form["dtype"], form.dtype),
+        ):
+            if here != there:
+                raise ConfigError(f"data: examples have {what} {here}, and the federation's have {there}")
+        return data
 
     def _check(self, order: Order, role: Role) -> None:
         """Raise ValueError if an order cannot belong to this run."""

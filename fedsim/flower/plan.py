@@ -128,13 +128,16 @@ class Parts(NamedTuple):
     recipe: Recipe
 
 
-def parts_of(plan: Plan, initial: State) -> Parts:
-    """The objects of a plan that is allowed, with the tensors that were sent with it; raises ConfigError."""
+def parts_of(plan: Plan, initial: State, examples: Tensor | None = None) -> Parts:
+    """The objects of a plan that is allowed, with the tensors that were sent with it; raises ConfigError.
+
+    The network is tried on `examples` (n, ...) of the node, by default on random ones.
+    """
     try:
         recipe = build_recipe(plan.local)
         shape, classes = plan.examples.shape, plan.examples.classes
         recipe.check(classes)
-        task = build_task(plan.model, recipe, plan.seed, shape, classes, sent=True)
+        task = build_task(plan.model, recipe, plan.seed, shape, classes, examples, sent=True)
         strategy = STRATEGIES.make(plan.strategy, Strategy)
         _receive(task, initial)
         strategy.check(recipe, task.layout)

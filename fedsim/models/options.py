@@ -2,16 +2,19 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from math import gcd
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 from fedsim.base.catalogue import Options, Spec, matching, options_of, validated
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, located
 from fedsim.models import MODELS
 from fedsim.models.weights import last_linear, load_weights
 from fedsim.types import Count, Decay
@@ -87,6 +90,7 @@ def make(spec: object, shape: tuple[int, ...], classes: int, at: str = "model") 
         if isinstance(error, RuntimeError | TypeError) and not OUT_OF_MEMORY.search(str(error)):
             raise
         raise ConfigError(f"{name} with these options is too large for this machine's memory") from error
+    _initialise_lazy_layers(network, shape, at)
     if common.norm != "batch":
         _replace_batch_norms(network, common, at, name)
     if common.dropout is not None:
@@ -103,6 +107,28 @@ def make(spec: object, shape: tuple[int, ...], classes: int, at: str = "model") 
     if common.freeze:
         _freeze(network, common.freeze, at)
     return network
+
+
+def _initialise_lazy_layers(network: nn.Module, shape: tuple[int, ...], at: str) -> None:
+    """Give lazy layers their parameters, by a pass in eval mode; raises ConfigError."""
+    if not _lazy_tensors(network):
+        return
+    try:
+        with torch.no_grad():
+            network.eval()(torch.zeros(2, *shape))
+    except (Exception, SystemExit) as error:
+        if torch.get_default_device().type == "meta":  # on which not every network can compute
+            raise
+        raise ConfigError(f"{at}: cannot take examples of shape {shape}: {located(error)}") from error
+    network.train()
+    if lazy := _lazy_tensors(network):
+        raise ConfigError(f"{at}: the lazy {lazy[0]} takes no part in a pass in eval mode; give its layer sizes")
+
+
+def _lazy_tensors(network: nn.Module) -> list[str]:
+    """The names of parameters and buffers whose shapes are not known yet."""
+    named = chain(network.named_parameters(), network.named_buffers())
+    return [name for name, value in named if is_lazy(value)]
 
 
 def _check_combination(common: CommonOptions, at: str) -> None:

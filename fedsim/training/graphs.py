@@ -68,15 +68,15 @@ def capturable(recipe: Recipe) -> bool:
 class Steps:
     """Training steps of one replica that differ only in their rows: one recipe, one learning rate.
 
-    `total` () is the sum of the losses; it and `optimizer` serve one client after the other. Without `captures`
-    no step is captured.
+    `total` () is the sum of the losses, in float64; it and `optimizer` serve one client after the other. Without
+    `captures` no step is captured.
     """
 
     def __init__(self, replica: Replica, recipe: Recipe, captures: bool):
         self.replica, self.captures = replica, captures
         self.optimizer, self.total = (
             recipe.make_optimizer(replica.task.layout),
-            replica.flat.new_zeros(()),
+            replica.flat.new_zeros((), dtype=torch.double),
         )
         self.graphs: dict[int, Graph | None] = {}  # by batch size; None if capturing failed
         self.taken: dict[int, int] = {}  # steps taken so far, by batch size

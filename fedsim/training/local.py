@@ -16,7 +16,7 @@ from fedsim.training.beta_mixture import BetaMixture
 from fedsim.training.example_loss import ExampleLoss, batch_rows
 from fedsim.training.graphs import Steps, steps_for
 from fedsim.training.losses import class_weights
-from fedsim.training.objective import Correction, LocalObjective, Loss
+from fedsim.training.objective import Correction, LocalObjective, Loss, exact
 from fedsim.training.optim import LossScale, clipped
 from fedsim.training.precision import AUTOCAST
 from fedsim.training.recipe import Recipe
@@ -67,8 +67,7 @@ class ClientObjective(LocalObjective):
         self._rows = data.rows(job.client_id)
         n = len(self._rows)
         self._batch_size = recipe.batch_size_of(n)
-        self.num_examples = replica.flat.new_tensor(n, device="cpu")
-        self.num_steps = replica.flat.new_tensor(recipe.num_steps(n), device="cpu")
+        self.num_examples, self.num_steps = exact(n, replica.flat), exact(recipe.num_steps(n), replica.flat)
         self._began, self._time_limit = perf_counter(), time_limit
         self._example_loss = ExampleLoss(recipe, replica.task, self._class_weights())
         self._label_error_prob: Tensor | None = None  # (n_k,) the probability for each row
@@ -109,13 +108,13 @@ class ClientObjective(LocalObjective):
             return self._losses(w, batch, train=True).mean()
         with torch.no_grad():
             sums = [self._losses(w, part, train=False).sum() for part in self._all_examples()]
-        return torch.stack(sums).sum() / self.num_examples
+        return (torch.stack(sums).sum() / self.num_examples).to(w.dtype)
 
     def gradient(self, w: Tensor, batch: Batch | None = None) -> tuple[Tensor, Tensor]:
         replica = self.replica
         iterate, in_use = replica.flat.clone(), replica.gradient.clone()  # if `correct` calls this in `train`
         replica.load(w)
-        g, total, n, steps = torch.zeros_like(iterate), iterate.new_zeros(()), 0, 0
+        g, total, n, steps = torch.zeros_like(iterate), iterate.new_zeros((), dtype=torch.double), 0, 0
         for part in [batch] if batch else self.batches(epochs=1):
             with torch.enable_grad():
                 f = self.loss(replica.w, part)
@@ -124,7 +123,7 @@ class ClientObjective(LocalObjective):
         replica.load(iterate)
         replica.gradient.copy_(in_use)
         self._record(total, n, steps)
-        return g.div_(n), total / n
+        return g.div_(n), (total / n).to(g.dtype)
 
     def train(self, start: Tensor, *, loss: Loss | None = None, correct: Correction | None = None) -> Tensor:
         replica, recipe = self.replica, self.recipe
@@ -306,8 +305,8 @@ class ClientObjective(LocalObjective):
     def _record(self, total: Tensor, examples: int, steps: int) -> None:
         """Add to the sums over all mini-batch gradients; the mean is computed once, over the whole cohort."""
         for name, value in {
-            "loss": total,
-            "examples": total.new_tensor(examples, device="cpu"),
-            "steps": total.new_tensor(steps, device="cpu"),
+            "loss": total.double(),
+            "examples": torch.tensor(examples, dtype=torch.double),
+            "steps": torch.tensor(steps, dtype=torch.double),
         }.items():
             self._metrics[name] = self._metrics[name] + value if name in self._metrics else value

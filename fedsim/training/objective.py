@@ -7,6 +7,7 @@ Two classes implement it: `fedsim.training.local.ClientObjective` for one client
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor
 
 from fedsim.training.layout import Layout
@@ -15,6 +16,13 @@ from fedsim.types import Batch, State
 
 Loss = Callable[[Tensor, Batch], Tensor]  # (weights (P,), batch) -> (): a mean over the batch
 Correction = Callable[[Tensor, Tensor], Tensor]  # (gradient (P,), weights (P,)) -> gradient (P,)
+
+
+def exact(counts: int | list[int], like: Tensor) -> Tensor:
+    """The counts on the host, in the type of `like`, or in float64 where that type cannot hold them exactly."""
+    numbers = torch.tensor(counts)
+    holds = int(numbers.max()) <= 2 / torch.finfo(like.dtype).eps
+    return numbers.to(like.dtype if holds else torch.double)
 
 
 class LocalObjective(ABC):
@@ -66,7 +74,7 @@ class LocalObjective(ABC):
     @property
     @abstractmethod
     def metrics(self) -> State:
-        """() sums over all mini-batch gradients taken so far: loss, examples, steps."""
+        """() sums over all mini-batch gradients taken so far, in float64: loss, examples, steps."""
 
 
 class ObjectiveWrapper(LocalObjective):

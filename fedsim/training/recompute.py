@@ -1,8 +1,8 @@
 """Activation checkpointing: a block's activations are not stored but computed again in the backward pass.
 
 Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016. https://arxiv.org/abs/1604.06174
-It uses torch.utils.checkpoint, which handles neither of two things: batch-norm statistics, which must be updated
-only once, and random numbers of `KeyedDraws`.
+It uses torch.utils.checkpoint, which handles neither of two things: buffers, which must be updated only once and
+have their first values when a block is recomputed, and random numbers of `KeyedDraws`.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,10 +10,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fedsim.training.draws import KeyedDraws
+
+Buffers = tuple[dict[str, Tensor | None], dict[str, Tensor]]  # a module's own, and copies
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -37,7 +39,14 @@ class Recompute:
 
     def _wrapped(self, block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            return nullcontext(), self._recomputation(block, self.generator.get_state())
+            buffers = [
+                (
+                    module._buffers,
+                    {name: value.clone() for name, value in module._buffers.items() if value is not None},
+                )
+                for module in block.modules()
+            ]
+            return nullcontext(), self._recomputation(block, self.generator.get_state(), buffers)
 
         def run(*args: Any) -> Any:
             if not (self.on and torch.is_grad_enabled()):
@@ -55,18 +64,19 @@ class Recompute:
         return run
 
     @contextmanager
-    def _recomputation(self, block: nn.Module, draws: torch.Tensor) -> Iterator[None]:
-        """Training mode with the random numbers of the first pass; afterwards the statistics are restored."""
-        now, statistics = self.generator.get_state(), [buffer.clone() for buffer in block.buffers()]
-        training = block.training  # False if the network has been used as a teacher since
+    def _recomputation(self, block: nn.Module, draws: Tensor, buffers: list[Buffers]) -> Iterator[None]:
+        """Training mode with the random numbers and copies of the `buffers` of the first pass."""
+        now, training = self.generator.get_state(), block.training  # False if used as a teacher since
+        own = [(current, dict(current)) for current, _ in buffers]
         self.generator.set_state(draws)
         block.train()
         try:
+            for current, first in buffers:
+                current.update(first)
             with KeyedDraws(self.generator):
                 yield
         finally:
             self.generator.set_state(now)
             block.train(training)
-            with torch.no_grad():
-                for buffer, value in zip(block.buffers(), statistics, strict=True):
-                    buffer.copy_(value)
+            for current, values in own:
+                current.update(values)

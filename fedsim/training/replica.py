@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from fedsim.training.draws import KeyedDraws
 from fedsim.training.pooling import pool_faster
+from fedsim.training.probe import heads
 from fedsim.training.recompute import Recompute
 from fedsim.training.task import Task
 
@@ -61,6 +62,12 @@ class Replica:
                 buffer.data = statistics[name]
             else:
                 self._counters[name] = buffer
+        self._reassigned = [
+            (owner._buffers, key, buffer)
+            for path, owner in self.network.named_modules()
+            for key, buffer in owner._buffers.items()
+            if buffer is not None and f"{path}.{key}".lstrip(".") in task.reassigned
+        ]
         _, self._initial_counters = self.snapshot()
         self.generator = torch.Generator(self.device)
         self._draws: AbstractContextManager[object] = KeyedDraws(self.generator) if task.draws else nullcontext()
@@ -135,7 +142,7 @@ class Replica:
         """(B, classes) of each head, at the loaded weights; with `train`, batch-norm statistics are updated."""
         self._set_mode(train, recompute=train)
         with self._draws:
-            return _heads(self.network(self._in_memory_format(x)))
+            return heads(self._output(self._input(x)))
 
     def forward_at(
         self, w: Tensor, x: Tensor, *, train: bool, buffers: Tensor | None = None
@@ -149,13 +156,13 @@ class Replica:
         statistics = self.task.buffer_layout.split(present if buffers is None else buffers)
         own = self.task.layout.split(w) | statistics | counters
         with self._draws:
-            return _heads(functional_call(self.network, own, (self._in_memory_format(x),)))
+            return heads(functional_call(self.network, own, (self._input(x),)))
 
     def teacher_logits(self, x: Tensor) -> Tensor:
         """(B, classes) of the task's teacher network, in eval mode, without gradients."""
         assert self._teacher
         with torch.no_grad():
-            return self._teacher(self._in_memory_format(x))  # type: ignore[no-any-return]
+            return self._teacher(self._input(x))  # type: ignore[no-any-return]
 
     def _set_mode(self, train: bool, recompute: bool) -> None:
         if self.network.training != train:  # train() goes through all modules
@@ -163,14 +170,21 @@ class Replica:
         if self._recompute:
             self._recompute.on = recompute
 
-    def _in_memory_format(self, x: Tensor) -> Tensor:
+    def _output(self, x: Tensor) -> Any:
+        """The network's output. A buffer that a pass reassigns is a copy meanwhile, which autograd may keep."""
+        for buffers, name, kept in self._reassigned:
+            buffers[name] = kept.clone()
+        output = self.network(x)
+        with torch.no_grad():
+            for buffers, name, kept in self._reassigned:
+                kept.copy_(buffers[name])
+        return output
+
+    def _input(self, x: Tensor) -> Tensor:
+        """The examples in the type and the memory format of the network."""
+        x = x.to(self.flat.dtype)
         channels_last = self.task.channels_last and x.dim() == 4
         return x.contiguous(memory_format=torch.channels_last) if channels_last else x
-
-
-def _heads(output: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The outputs of all heads, the main head first."""
-    return output if isinstance(output, tuple) else (output,)
 
 
 def cache_blocks(tensors: list[Tensor], originals: list[Tensor]) -> list[Tensor]:

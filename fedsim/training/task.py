@@ -8,20 +8,20 @@ from torch.nn import functional as F
 
 from fedsim.errors import ConfigError
 from fedsim.training.layout import Layout
-from fedsim.training.probe import probe
+from fedsim.training.probe import copied, probe
 from fedsim.training.recompute import blocks_of
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 class Task:
-    """A network and its loss. The network is a template: its weights are the initial model.
+    """A network and its loss. A copy of the network is the template: its weights are the initial model.
 
     Parameters that require no gradient are constants. So are the buffers of a module if a training pass changes
     none of its floating-point buffers; all other floating-point buffers, such as batch-norm statistics, form the
     vector of buffers (Q,). It is separate from the model (P,), and strategies do not see it. In training mode the
     network may return a tuple: its logits and the logits of auxiliary heads. `teacher` is a network to distil
-    from; it takes the same examples.
+    from; it takes the same examples. The network is tried on `examples` (n, ...), as `probe` says.
     """
 
     def __init__(
@@ -33,21 +33,27 @@ class Task:
         channels_last: bool = False,
         recompute: bool = False,
         teacher: nn.Module | None = None,
+        examples: Tensor | None = None,
     ):
         self.shape, self.classes, self.channels_last = shape, classes, channels_last
-        self.draws, moving = probe(network, shape, classes)
-        self.network, self.recompute, self.teacher = network, recompute, teacher
+        self.draws, moving, self.reassigned = probe(network, shape, classes, examples)
+        network = copied(network)
+        self.network, self.recompute, self.teacher = network, recompute, teacher and copied(teacher)
         if recompute and next(blocks_of(network), None) is None:
             raise ConfigError("local.activation_checkpointing: the network has no blocks, only single layers")
         parameters = {n: p for n, p in network.named_parameters() if p.requires_grad}
         statistics = {n: b for n, b in network.named_buffers() if n in moving}
-        if not parameters:
-            raise ConfigError("model: has no parameter that requires a gradient")
         normal = {id(p) for m in network.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
         norms = frozenset(n for n, p in parameters.items() if id(p) in normal)
         self.layout = Layout({n: p.shape for n, p in parameters.items()}, channels_last, norms)
         self.buffer_layout = Layout({n: b.shape for n, b in statistics.items()})
         self.initial_model = self.layout.flatten(parameters)
+        for name, buffer in statistics.items():
+            if buffer.dtype != self.initial_model.dtype:
+                raise ConfigError(
+                    f"model: the buffer {name} is {buffer.dtype} and moves in training; it should be "
+                    f"{self.initial_model.dtype}, as the trained parameters are"
+                )
         self.initial_buffers = self.buffer_layout.flatten(statistics).to(self.initial_model.dtype)
 
     def losses(self, logits: Tensor, y: Tensor) -> Tensor:

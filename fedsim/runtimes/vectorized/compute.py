@@ -53,8 +53,8 @@ def compute(network: Network, work: Train, cohort: Cohort, server: State, own: S
         local = BatchedObjective(network, cohort, index, home["buffers"])
         update = work.client_update(broadcast, client, local)
         check_message(update)
-        weight = update.weight if isinstance(update.weight, Tensor) else network.like.new_full((), update.weight)
-        return update.message, weight.to(network.like), update.client, update.metrics
+        weight = torch.as_tensor(update.weight, device=network.device)
+        return update.message, weight.double(), update.client, update.metrics
 
     index = torch.arange(len(cohort.client_jobs), device=network.device)
     with states_are_only_read(server | own, clients):

@@ -16,6 +16,7 @@ from torch import Tensor
 from fedsim.data import FederatedData
 from fedsim.training.example_loss import batch_rows
 from fedsim.training.losses import class_weights
+from fedsim.training.objective import exact
 from fedsim.training.recipe import Recipe
 from fedsim.types import Batch, Job, Stream, random
 
@@ -84,10 +85,10 @@ class Cohort:
             return torch.arange(int(counts.max())) < counts.unsqueeze(-1)  # (K, C, B)
         if name == "class_weights":
             return self._class_weights()
+        if name in ("num_examples", "num_steps"):
+            return exact(self.sizes if name == "num_examples" else self.num_steps, self.like)
         numbers: dict[str, Callable[[], object]] = {
             "clients": lambda: [m.job.client_id for m in self.client_jobs],
-            "num_examples": lambda: self.sizes,
-            "num_steps": lambda: self.num_steps,
             "counts": lambda: [step.counts for step in self.steps(schedule)],
             "lr": self.lr,
             "step_lr": lambda: [self.lr(step.number) for step in self.steps(schedule)],

@@ -25,6 +25,7 @@ from fedsim.training.example_loss import ExampleLoss
 from fedsim.training.objective import Correction, LocalObjective, Loss
 from fedsim.training.optim import Optimizer, Rate, clipped
 from fedsim.training.precision import AUTOCAST
+from fedsim.training.probe import heads
 from fedsim.training.replica import depthwise, in_own_precision
 from fedsim.training.task import Task
 from fedsim.types import Batch, State
@@ -50,7 +51,7 @@ class Network:
         self.counters = {
             name: buffer.cpu() if name.endswith(COUNTER) else buffer.clone()
             for name, buffer in self.network.named_buffers()
-            if name not in statistics and not buffer.is_floating_point()
+            if name not in statistics and (name in task.reassigned or not buffer.is_floating_point())
         }
         self.like = task.initial_model.to(device)  # (P,); only its type and device are used
 
@@ -58,8 +59,11 @@ class Network:
         """(B, classes) of each head; with `train`, `statistics`, which includes counters, is updated in place."""
         if self.network.training != train:
             self.network.train(train)
-        output = functional_call(self.network, weights | statistics, (x,))
-        return output if isinstance(output, tuple) else (output,)
+        own = weights | statistics
+        output = functional_call(self.network, own, (x.to(self.like.dtype),))
+        for name in self.task.reassigned:
+            statistics[name] = own[name].detach().to(statistics[name].dtype)
+        return heads(output)
 
 
 Weights = Tensor | State  # a model, (P,) or by name
@@ -106,32 +110,32 @@ class BatchedObjective(LocalObjective):
     def loss(self, w: Tensor, batch: Batch | None = None) -> Tensor:
         if batch is not None:
             return self._mean(w, batch)
-        total = self.num_examples.new_zeros(())
+        total = self._network.like.new_zeros(())
         with torch.no_grad():
             for step in self._cohort.steps(IN_ORDER):
                 part = self._client_batch(step, augmented=False)
                 losses = self._losses(w, part, train=False)
                 total = total + (losses if part.mask is None else torch.where(part.mask, losses, 0)).sum()
-        return total / self.num_examples
+        return (total / self.num_examples).to(total.dtype)
 
     def gradient(self, w: Tensor, batch: Batch | None = None) -> tuple[Tensor, Tensor]:
         if batch is not None:
             g, f, self._statistics = self._differentiated(self.loss, w, batch)
-            self._record(f * len(batch.y), len(batch.y), 1)
+            self._record(f.double() * len(batch.y), len(batch.y), 1)
             return g, f
-        g_k, total, steps = torch.zeros_like(w), w.new_zeros(()), w.new_zeros(())
+        g_k, total, steps = torch.zeros_like(w), w.new_zeros((), dtype=torch.double), w.new_zeros(())
         for step, part in self._batches(epochs=1):
             g, f, moved = self._differentiated(self.loss, w, part)
             n = self._count(step)
-            g_k, total = g_k + g * n, total + f * n
+            g_k, total = g_k + g * n, total + f.double() * n
             self._statistics = self._statistics_after(step, moved)
             steps = steps + (n > 0)
         self._record(total, self.num_examples, steps)
-        return g_k / self.num_examples, total / self.num_examples
+        return (g_k / self.num_examples).to(w.dtype), (total / self.num_examples).to(w.dtype)
 
     def train(self, start: Tensor, *, loss: Loss | None = None, correct: Correction | None = None) -> Tensor:
-        recipe, total = self.recipe, start.new_zeros(())
-        examples: Rate = 0
+        recipe, total = self.recipe, start.new_zeros((), dtype=torch.double)
+        examples = torch.zeros_like(total)
         if recipe.distillation and recipe.distillation.teacher == "global":
             self._start = start, self.buffers
         optimizer, names = recipe.make_optimizer(self.layout, VmapOps()), list(self.layout.shapes)
@@ -154,7 +158,7 @@ class BatchedObjective(LocalObjective):
                 gradients = clipped(gradients, recipe.clip_norm, optimizer.ops)
             self._step(optimizer, pieces, gradients, step)
             n = self._count(step)
-            total, examples = total + f * n, examples + n
+            total, examples = total + f.double() * n, examples + n
             self._statistics = self._statistics_after(step, moved)
         self._record(total, examples, self.num_steps)
         return w
@@ -267,4 +271,4 @@ class BatchedObjective(LocalObjective):
     def _record(self, total: Tensor, examples: Tensor | float, steps: Tensor | float) -> None:
         """Add to the sums over all mini-batch gradients, as `ClientObjective` does."""
         for name, value in {"loss": total, "examples": examples, "steps": steps}.items():
-            self._metrics[name] = self._metrics.get(name, torch.zeros_like(total)) + value
+            self._metrics[name] = self._metrics.get(name, torch.zeros_like(total, dtype=torch.double)) + value
