@@ -65,6 +65,11 @@ class LocalObjective(ABC):
 
     @property
     @abstractmethod
+    def private_buffers(self) -> State:
+        """Copies of the buffers that `model.buffers` makes private, after the last training pass, by name."""
+
+    @property
+    @abstractmethod
     def metrics(self) -> State:
         """() sums over all mini-batch gradients taken so far: loss, examples, steps."""
 
@@ -100,6 +105,10 @@ class ObjectiveWrapper(LocalObjective):
     @property
     def buffers(self) -> Tensor:
         return self.inner.buffers
+
+    @property
+    def private_buffers(self) -> State:
+        return self.inner.private_buffers
 
     @property
     def metrics(self) -> State:

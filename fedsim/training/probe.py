@@ -5,7 +5,7 @@ import random
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedsim.errors import ConfigError
 from fedsim.training.draws import KeyedDraws
@@ -13,21 +13,21 @@ from fedsim.training.draws import KeyedDraws
 PROBE_PASSES = 3  # another thread may move a global generator during one pass, hardly during all
 
 
-def probe(network: nn.Module, shape: tuple[int, ...], classes: int) -> tuple[bool, set[str]]:
-    """Whether a training pass draws random numbers, and the names of the buffers that are statistics.
+def probe(network: nn.Module, shape: tuple[int, ...], classes: int) -> tuple[bool, set[str], Tensor]:
+    """Whether a training pass draws random numbers, the buffers that it changes, and the examples (n, *shape).
 
     Raises ConfigError if the network does not fit the data, or draws from a generator that fedsim cannot replace.
     """
     dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
     network = copy.deepcopy(network).train()
     draws, noise = KeyedDraws(torch.Generator()), torch.Generator().manual_seed(0)
-    examples = torch.randn(2, *shape, dtype=dtype, generator=noise)
+    examples = torch.randn(4, *shape, dtype=dtype, generator=noise)
     before = {n: b.clone() for n, b in network.named_buffers()}
     try:
         for _ in range(PROBE_PASSES):
             states = _global_states()
             with draws, torch.no_grad():
-                outputs = network(examples)
+                outputs = network(examples[:2])
             if global_states_unchanged := states == _global_states():
                 break
     except (RuntimeError, ValueError, IndexError) as error:
@@ -43,9 +43,7 @@ def probe(network: nn.Module, shape: tuple[int, ...], classes: int) -> tuple[boo
             "torch.rand, which fedsim seeds by client; it cannot seed dropout inside attention, numpy or random"
         )
     moved = {n for n, b in network.named_buffers() if not torch.equal(b, before[n])}
-    modules = {name.rpartition(".")[0] for name in moved}
-    floating = (n for n, b in network.named_buffers() if b.is_floating_point())
-    return draws.used, {n for n in floating if n.rpartition(".")[0] in modules}
+    return draws.used, moved, examples
 
 
 def _global_states() -> tuple[bytes, object, str]:
