@@ -126,12 +126,13 @@ class PowerVectors:
 
     def __init__(self, network: nn.Module):
         self.network, buffers = network, dict(network.named_buffers())
-        self._pairs = [[buffers[name] for name in names] for names, _ in _spectral_norms(network)]
-        self._last: list[tuple[Tensor, tuple[Tensor, Tensor]] | None] = [None] * len(self._pairs)
+        self.names = [names for names, _ in _spectral_norms(network)]  # of u and v
+        self._pairs = [[buffers[name] for name in names] for names in self.names]
+        self._last: list[tuple[Tensor, tuple[Tensor, Tensor]] | None] = [None] * len(self.names)
 
     def refresh(self) -> None:
         """Set them, after a change of the weights: clients of a round start from the same."""
-        if not self._pairs:
+        if not self.names:
             return
         for i, (_, matrix) in enumerate(_spectral_norms(self.network)):
             last = self._last[i]
@@ -142,7 +143,7 @@ class PowerVectors:
 
     def at(self, weights: State) -> State:
         """Those of other weights, by name; the network does not change. Also under `vmap`."""
-        if not self._pairs:
+        if not self.names:
             return {}
         found: State = functional_call(
             _Function(self.network), {f"network.{n}": w for n, w in weights.items()}, ()

@@ -255,6 +255,8 @@ class BatchedObjective(LocalObjective):
 
     def _power_vectors(self, w: Weights) -> State:
         """The vectors of spectral norms at the weights `w`, for a training pass to update."""
+        if not self._network.power_vectors.names:
+            return {}
         found = self._network.power_vectors.at(self.layout.split(w) if isinstance(w, Tensor) else w)
         return {name: self._of_each_client(vector) for name, vector in found.items()}
 
