@@ -6,7 +6,7 @@ C clients in a cohort, N clients in the population, K steps of one client.
 
 import hashlib
 from enum import IntEnum
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Gt(0), Le(1)]  # of a whole, 0 excluded
 Decay = Annotated[float, Ge(0), Lt(1)]  # of a running mean
+
+BufferWord = Literal["average", "server", "private"]  # what becomes of a buffer that training changes
 
 
 def hash_into(digest: "hashlib._Hash", state: State) -> None:

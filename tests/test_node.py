@@ -183,6 +183,13 @@ def test_nodes_restarted_before_every_order_change_nothing(shards, strategy):
     assert shown(simulated(Nodes(shards, around=around), strategy)) == truth(strategy)
 
 
+def test_private_buffers_stay_on_the_nodes(shards):
+    model = CONFIG["model"] | {"buffers": {"*running_mean": "private", "*running_var": "server"}}
+    nodes = simulated(Nodes(shards), model=model)
+    assert shown(nodes) == shown(build(config(model=model)))
+    assert {name for state in nodes.clients.values() for name in state} == {"version"}
+
+
 def test_repeated_and_late_orders_change_nothing(shards):
     before = {}
 

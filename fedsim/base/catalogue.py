@@ -250,6 +250,8 @@ def _describe(kind: Any, bounds: Iterable[Any] = ()) -> str:
     if origin in (list, tuple):
         length = "" if origin is list or parts[-1] is ... else f" of {len(parts)}"
         return f"a list{length}, each {' or '.join(dict.fromkeys(_describe(p) for p in parts if p is not ...))}"
+    if origin is dict and parts[1] is not Any:
+        return f"a mapping, each value {_describe(parts[1])}"
     class_name = "a mapping" if _is_schema(kind) else getattr(kind, "__name__", str(kind))
     base = TYPE_NAMES.get(origin or kind) or class_name
     limits = [f"{sign} {getattr(b, key)}" for b in bounds for key, sign in BOUND_SIGNS.items() if hasattr(b, key)]

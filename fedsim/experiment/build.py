@@ -138,6 +138,7 @@ def build_task(
         channels_last=recipe.channels_last,
         recompute=recipe.activation_checkpointing,
         teacher=teacher,
+        buffers=models.buffer_words(model),
         examples=examples,
     )
 

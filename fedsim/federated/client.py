@@ -23,6 +23,8 @@ from fedsim.types import Job, State, Update, described, form_of
 
 RESERVED = ("buffers", "ema.model", "ema.buffers")  # entries of the server's state that no strategy may have
 
+PRIVATE = "buffers."  # in a client's state, before the name of a buffer that `model.buffers` makes private
+
 Work = Callable[[Replica, FederatedData, State, Any], Update]  # the last argument is a Job or a EvaluationChunk
 
 
@@ -45,7 +47,8 @@ class Train:
     def __call__(self, replica: Replica, data: FederatedData, server: State, job: Job) -> Update:
         client = job.client or {}
         home = client if self.strategy.buffers == "private" else server
-        local = ClientObjective(replica, data, job, home["buffers"], self.recipe, self.seed, self.time_limit)
+        own = private_buffers(client, replica.task)
+        local = ClientObjective(replica, data, job, home["buffers"], self.recipe, self.seed, self.time_limit, own)
         update = self.client_update(server, client, local)
         local.check_time()
         check_update(update, client)
@@ -54,6 +57,8 @@ class Train:
     def client_update(self, server: State, client: State, local: LocalObjective) -> Update:
         """The update of the strategy, with metrics and batch-norm statistics."""
         update = self.strategy.client_update(server, client, local)._replace(metrics=local.metrics)
+        if own := local.private_buffers:
+            update = update._replace(client=update.client | _private_entries(own))
         if self.strategy.buffers == "average":
             return update._replace(message=update.message | {"buffers": local.buffers})
         if self.strategy.buffers == "private":
@@ -76,8 +81,19 @@ def download(strategy: Strategy, server: State) -> State:
 
 def initial_client_state(strategy: Strategy, task: Task) -> State:
     """The state of a client before it takes part for the first time."""
-    state = strategy.init_client(task.initial_model, task.layout)
-    return state | {"buffers": task.initial_buffers} if strategy.buffers == "private" else state
+    own = _private_entries(task.initial_of("private"))
+    if strategy.buffers == "private":
+        own["buffers"] = task.initial_buffers
+    return strategy.init_client(task.initial_model, task.layout) | own
+
+
+def private_buffers(client: State, task: Task) -> State:
+    """The buffers in a client's state that `model.buffers` makes private, by name; none if it has no state yet."""
+    return {n: client[PRIVATE + n] for n in task.initial_of("private") if PRIVATE + n in client}
+
+
+def _private_entries(buffers: State) -> State:
+    return {PRIVATE + name: value for name, value in buffers.items()}
 
 
 class SharedStateError(RoundError):
@@ -135,7 +151,8 @@ class EvaluateClient:
         client = job.client or {}
         model = self.strategy.client_model(server, client, replica.task.layout)
         batches = data.own_batches(job.client_id, self.batch_size)
-        return _evaluate(replica, model, client.get("buffers", server["buffers"]), batches, self.train)
+        own = private_buffers(client, replica.task)
+        return _evaluate(replica, model, client.get("buffers", server["buffers"]), batches, self.train, own)
 
 
 class EvaluationChunk(NamedTuple):
@@ -153,14 +170,19 @@ class EvaluateGlobal:
 
     def __call__(self, replica: Replica, data: FederatedData, server: State, chunk: EvaluationChunk) -> Update:
         batch = data.test_batch(torch.arange(*chunk))
-        return _evaluate(replica, server["model"], server["buffers"], [batch], self.train)
+        return _evaluate(replica, server["model"], server["buffers"], [batch], self.train, {})
 
 
 def _evaluate(
-    replica: Replica, model: Tensor, buffers: Tensor, batches: Iterable[tuple[Tensor, Tensor]], train: bool
+    replica: Replica,
+    model: Tensor,
+    buffers: Tensor,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    train: bool,
+    private_buffers: State,
 ) -> Update:
     """Sums over examples, in eval mode, or with `train` in training mode; the message is empty."""
-    replica.begin_client(buffers, seed=0)
+    replica.begin_client(buffers, seed=0, private=private_buffers)
     replica.load(model)
     loss, correct, examples = (model.new_zeros((), dtype=torch.double) for _ in range(3))
     with torch.no_grad():

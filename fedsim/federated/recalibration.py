@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedsim.data import FederatedData
 from fedsim.errors import ConfigError
+from fedsim.training.buffers import STATISTICS
 from fedsim.training.replica import Replica
 from fedsim.training.task import Task
 from fedsim.types import Job, State, Stream, Update, random
@@ -83,9 +84,10 @@ def check_recalibration(settings: Recalibrate | None, buffers: str, task: Task, 
         raise ConfigError("strategy.buffers: recalibrated needs batch-norm statistics; the network has none")
     norms = _batch_norms(task.network)
     for name in task.buffer_layout.shapes:
-        if name.rpartition(".")[0] not in norms:
+        path, _, own = name.rpartition(".")
+        if path not in norms or own not in STATISTICS:
             raise ConfigError(
-                f"strategy.buffers: recalibrated supports only batch norm, and {name} belongs to another layer"
+                f"strategy.buffers: recalibrated supports only statistics of batch norm, and {name} is none"
             )
     if settings.source == "public" and len(data.public) < 2:
         raise ConfigError(

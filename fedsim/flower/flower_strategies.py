@@ -75,6 +75,8 @@ def _work(node: Node, message: Message, context: Context, what: Any) -> tuple[di
     plan = _plan(node, values_of(context.run_config))
     sent = _tensors(message.content, node.settings.allow.max_bytes)
     task = _task(plan, sent, node.shard(plan.examples).trial_examples())
+    if task.initial_of("weights"):
+        raise ConfigError("model: has spectral norms, whose vectors Flower's strategies would average")
     run, text = hashlib.sha256(f"Flower run {context.run_id}".encode()).hexdigest()[:32], plan.json_text()
     initial = initial_of(task)
     if error := node.join(Invitation(run, text, initial)).error:

@@ -17,7 +17,7 @@ from fedsim.base.catalogue import Options, Spec, matching, options_of, validated
 from fedsim.errors import ConfigError, located
 from fedsim.models import MODELS
 from fedsim.models.weights import last_linear, load_weights
-from fedsim.types import Count, Decay
+from fedsim.types import BufferWord, Count, Decay
 
 if TYPE_CHECKING:
     from torchvision.ops import StochasticDepth
@@ -44,6 +44,10 @@ class CommonOptions(Options):
     ResNet50_Weights.IMAGENET1K_V2. With `new_head` the last linear layer is not loaded from them. Parameters whose
     names match a pattern of `freeze` are not trained, and a batch norm whose parameters are all frozen keeps its
     statistics, too.
+
+    `buffers` says by patterns of names what becomes of buffers that training changes: `average` makes them
+    statistics as those of batch norm; with `server` each client starts from the initial values, and what it makes
+    of them is dropped; with `private` each client keeps its own.
     """
 
     norm: Literal["batch", "group", "layer", "none"] = "batch"
@@ -56,10 +60,13 @@ class CommonOptions(Options):
     pretrained: str | None = None
     new_head: bool = False
     freeze: list[str] = []
+    buffers: dict[str, BufferWord] = {}
 
 
 # Options of initialisation and training, which do nothing for a network that is loaded and not trained.
-TRAINING_OPTIONS = ("weights", "pretrained", "new_head", "init", "zero_gamma", "freeze", "dropout", "drop_path")
+TRAINING_OPTIONS = (
+    *("weights", "pretrained", "new_head", "init", "zero_gamma", "freeze", "dropout", "drop_path", "buffers"),
+)
 OUT_OF_MEMORY = re.compile("can't allocate|out of memory|[Oo]verflow")
 
 
@@ -73,6 +80,13 @@ def training_options(spec: Spec) -> Spec:
     own = options_of(MODELS.load(spec["name"])).model_fields
     keys = [key for key in TRAINING_OPTIONS if key not in own]
     return {key: spec[key] for key in keys if spec[key] != CommonOptions.model_fields[key].default}
+
+
+def buffer_words(spec: object) -> dict[str, BufferWord]:
+    """The common option `buffers` of a spec, which may be a bare name; raises ConfigError."""
+    resolved = resolve(spec)
+    own = "buffers" in options_of(MODELS.load(resolved["name"])).model_fields  # an option of the network's own
+    return {} if own else resolved["buffers"]
 
 
 def make(spec: object, shape: tuple[int, ...], classes: int, at: str = "model") -> nn.Module:

@@ -1,6 +1,6 @@
 """The objective F_k of one client on a network of its own, and its training."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from itertools import islice
 from math import prod
@@ -59,6 +59,7 @@ class ClientObjective(LocalObjective):
         recipe: Recipe,
         seed: int = 0,
         time_limit: float | None = None,
+        private_buffers: Mapping[str, Tensor] = {},
     ):
         self.replica, self.data, self.recipe = replica, data, recipe
         self.layout = replica.task.layout
@@ -75,11 +76,15 @@ class ClientObjective(LocalObjective):
         self._metrics: State = {}
         dtype = AUTOCAST.get(recipe.precision)
         self._autocast = torch.autocast(replica.device.type, dtype) if dtype else nullcontext()
-        replica.begin_client(buffers, int(self._random(Stream.NETWORK).integers(2**63)), dtype)
+        replica.begin_client(buffers, int(self._random(Stream.NETWORK).integers(2**63)), dtype, private_buffers)
 
     @property
     def buffers(self) -> Tensor:
         return self.replica.buffers.clone()
+
+    @property
+    def private_buffers(self) -> State:
+        return self.replica.others("private")
 
     @property
     def metrics(self) -> State:

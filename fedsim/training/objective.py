@@ -73,6 +73,11 @@ class LocalObjective(ABC):
 
     @property
     @abstractmethod
+    def private_buffers(self) -> State:
+        """Copies of the buffers that `model.buffers` makes private, after the last training pass, by name."""
+
+    @property
+    @abstractmethod
     def metrics(self) -> State:
         """() sums over all mini-batch gradients taken so far, in float64: loss, examples, steps."""
 
@@ -108,6 +113,10 @@ class ObjectiveWrapper(LocalObjective):
     @property
     def buffers(self) -> Tensor:
         return self.inner.buffers
+
+    @property
+    def private_buffers(self) -> State:
+        return self.inner.private_buffers
 
     @property
     def metrics(self) -> State:

@@ -24,8 +24,9 @@ class Findings(NamedTuple):
     """What the trial of a network found."""
 
     draws: bool  # whether a pass draws random numbers
-    moving: set[str]  # the buffers that are statistics
+    moved: set[str]  # the buffers that a training pass changes
     reassigned: set[str]  # the buffers to which a pass assigns another tensor
+    examples: Tensor  # (4, *shape), those of the trial
 
 
 def copied(network: nn.Module) -> nn.Module:
@@ -93,10 +94,7 @@ def _tried(network: nn.Module, examples: Tensor, classes: int) -> Findings:
         )
     for before, after in pairs:
         _check_equal(before, after)
-    modules = {name.rpartition(".")[0] for name in one.moved}
-    floating = (n for n, b in one.network.named_buffers() if b.is_floating_point())
-    moving = {n for n in floating if n.rpartition(".")[0] in modules}
-    return Findings(one.draws.used, moving, one.reassigned)
+    return Findings(one.draws.used, one.moved | other.moved, one.reassigned | other.reassigned, torch.cat([a, b]))
 
 
 class _Passes(NamedTuple):

@@ -1,7 +1,7 @@
 """One worker's copy of the network, whose parameters are views of one flat vector."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -10,16 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fedsim.training.buffers import Fate, PowerVectors
 from fedsim.training.draws import KeyedDraws
 from fedsim.training.pooling import pool_faster
 from fedsim.training.probe import heads
 from fedsim.training.recompute import Recompute
 from fedsim.training.task import Task
+from fedsim.types import State
 
 CASTABLE: set[type] = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d}  # layers whose weights autocast casts
 CACHE_BLOCK = 2**17  # entries, which fit in a core's cache
 
-Snapshot = tuple[Tensor, dict[str, Tensor]]  # batch-norm statistics (Q,), and counters by name
+Snapshot = tuple[Tensor, dict[str, Tensor]]  # batch-norm statistics (Q,), and the other buffers by name
 
 
 class Replica:
@@ -69,13 +71,19 @@ class Replica:
             if buffer is not None and f"{path}.{key}".lstrip(".") in task.reassigned
         ]
         _, self._initial_counters = self.snapshot()
+        self._power_vectors = PowerVectors(self.network)
         self.generator = torch.Generator(self.device)
         self._draws: AbstractContextManager[object] = KeyedDraws(self.generator) if task.draws else nullcontext()
         self._recompute = Recompute(self.network, self.generator) if task.recompute else None
         self._teacher = copy.deepcopy(task.teacher).to(self.device).eval() if task.teacher else None
 
-    def begin_client(self, buffers: Tensor, seed: int, dtype: torch.dtype | None = None) -> None:
-        """Set statistics (Q,), counters and generator for the next client, which computes in `dtype` or fp32."""
+    def begin_client(
+        self, buffers: Tensor, seed: int, dtype: torch.dtype | None = None, private: Mapping[str, Tensor] = {}
+    ) -> None:
+        """Set statistics (Q,), other buffers and generator for the next client, which computes in `dtype` or fp32.
+
+        The other buffers get their initial values, or those of `private`.
+        """
         if dtype != self._dtype:
             self._bind_weights(dtype)
             if dtype and not self._runs_in(dtype):
@@ -83,7 +91,7 @@ class Replica:
                 self._bind_weights(None)
                 del self._low_precision_copies[dtype]
             self._dtype = dtype
-        self.restore((buffers, self._initial_counters))
+        self.restore((buffers, self._initial_counters | dict(private)))
         self.generator.manual_seed(seed)
 
     def _bind_weights(self, dtype: torch.dtype | None) -> None:
@@ -109,11 +117,15 @@ class Replica:
         return True
 
     def snapshot(self) -> Snapshot:
-        """Copies of the batch-norm statistics (Q,) and of the counters."""
+        """Copies of the batch-norm statistics (Q,) and of the other buffers."""
         return self.buffers.clone(), {name: counter.clone() for name, counter in self._counters.items()}
 
+    def others(self, fate: Fate) -> State:
+        """Copies of the buffers with this fate, which are not among the statistics, by name."""
+        return {name: b.clone() for name, b in self._counters.items() if self.task.fates.get(name) == fate}
+
     def restore(self, snapshot: Snapshot) -> None:
-        """Set statistics and counters back to a snapshot."""
+        """Set statistics and other buffers back to a snapshot."""
         buffers, counters = snapshot
         with torch.no_grad():
             self.buffers.copy_(buffers)
@@ -122,14 +134,15 @@ class Replica:
 
     @property
     def changing(self) -> list[Tensor]:
-        """The tensors that a training step changes, not copies: weights (P,), statistics (Q,) and counters."""
+        """The tensors that a training step changes, not copies: weights (P,), statistics (Q,), other buffers."""
         return [self.flat, self.buffers, *self._counters.values()]
 
     def load(self, model: Tensor) -> None:
-        """Set the network's weights to `model` (P,)."""
+        """Set the network's weights to `model` (P,), and the vectors of its spectral norms to those of `model`."""
         with torch.no_grad():
             self.flat.copy_(model)
         self.refresh()
+        self._power_vectors.refresh()
 
     def refresh(self) -> None:
         """Update the low-precision copies, if there are any, after a change of `flat`."""
@@ -154,7 +167,8 @@ class Replica:
         self._set_mode(train, recompute=False)  # recomputation in the backward pass would use other weights
         present, counters = self.snapshot()
         statistics = self.task.buffer_layout.split(present if buffers is None else buffers)
-        own = self.task.layout.split(w) | statistics | counters
+        weights = self.task.layout.split(w)
+        own = weights | statistics | counters | self._power_vectors.at(weights)
         with self._draws:
             return heads(functional_call(self.network, own, (self._input(x),)))
 

@@ -1,15 +1,19 @@
 """The learning task: a network as a function of one flat parameter vector, and its loss."""
 
 import copy
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedsim.errors import ConfigError
+from fedsim.training.buffers import Fate, buffer_fates, power_vectors
 from fedsim.training.layout import Layout
 from fedsim.training.probe import copied, probe
 from fedsim.training.recompute import blocks_of
+from fedsim.types import BufferWord, State
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
@@ -17,11 +21,12 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 class Task:
     """A network and its loss. A copy of the network is the template: its weights are the initial model.
 
-    Parameters that require no gradient are constants. So are the buffers of a module if a training pass changes
-    none of its floating-point buffers; all other floating-point buffers, such as batch-norm statistics, form the
-    vector of buffers (Q,). It is separate from the model (P,), and strategies do not see it. In training mode the
-    network may return a tuple: its logits and the logits of auxiliary heads. `teacher` is a network to distil
-    from; it takes the same examples. The network is tried on `examples` (n, ...), as `probe` says.
+    Parameters that require no gradient are constants, and so are buffers that a training pass does not change.
+    `fates` says what becomes of the others, by `buffers`, which is `model.buffers`: those that are averaged, such
+    as batch-norm statistics, form the vector of buffers (Q,). It is separate from the model (P,), and strategies
+    do not see it. In training mode the network may return a tuple: its logits and the logits of auxiliary heads.
+    `teacher` is a network to distil from; it takes the same examples. The network is
+    tried on `examples` (n, ...), as `probe` says.
     """
 
     def __init__(
@@ -33,16 +38,18 @@ class Task:
         channels_last: bool = False,
         recompute: bool = False,
         teacher: nn.Module | None = None,
+        buffers: Mapping[str, BufferWord] = MappingProxyType({}),
         examples: Tensor | None = None,
     ):
         self.shape, self.classes, self.channels_last = shape, classes, channels_last
-        self.draws, moving, self.reassigned = probe(network, shape, classes, examples)
+        self.draws, moved, self.reassigned, examples = probe(network, shape, classes, examples)
         network = copied(network)
+        self.fates = buffer_fates(network, moved, examples, buffers)
         self.network, self.recompute, self.teacher = network, recompute, teacher and copied(teacher)
         if recompute and next(blocks_of(network), None) is None:
             raise ConfigError("local.activation_checkpointing: the network has no blocks, only single layers")
         parameters = {n: p for n, p in network.named_parameters() if p.requires_grad}
-        statistics = {n: b for n, b in network.named_buffers() if n in moving}
+        statistics = {n: b for n, b in network.named_buffers() if self.fates.get(n) == "average"}
         normal = {id(p) for m in network.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
         norms = frozenset(n for n, p in parameters.items() if id(p) in normal)
         self.layout = Layout({n: p.shape for n, p in parameters.items()}, channels_last, norms)
@@ -56,15 +63,23 @@ class Task:
                 )
         self.initial_buffers = self.buffer_layout.flatten(statistics).to(self.initial_model.dtype)
 
+    def initial_of(self, *fates: Fate) -> State:
+        """The initial values of the buffers with one of these fates, by name; not copies."""
+        return {name: b for name, b in self.network.named_buffers() if self.fates.get(name) in fates}
+
     def losses(self, logits: Tensor, y: Tensor) -> Tensor:
         """(B,) the cross-entropy of each example."""
         return F.cross_entropy(logits, y, reduction="none")
 
     def constants(self) -> dict[str, Tensor]:
-        """The tensors that no run changes: frozen parameters, constant buffers, and all tensors of a teacher."""
+        """The tensors that no run changes: frozen parameters, constant buffers, and all tensors of a teacher.
+
+        Buffers of each client's own are among them: a run does not change their first values.
+        """
         own = dict(self.network.named_parameters()) | dict(self.network.named_buffers())
-        moving = {*self.layout.shapes, *self.buffer_layout.shapes}
-        fixed = {name: value for name, value in own.items() if name not in moving and value.is_floating_point()}
+        started = self.initial_of("server", "private")
+        moving = {*self.layout.shapes, *self.fates} - started.keys()
+        fixed = {n: v for n, v in own.items() if n not in moving and (v.is_floating_point() or n in started)}
         taught = self.teacher.state_dict() if self.teacher else {}
         return fixed | {f"teacher: {name}": value for name, value in taught.items()}
 
@@ -75,5 +90,7 @@ class Task:
         named = self.layout.split(server["model"]) | self.buffer_layout.split(server["buffers"])
         with torch.no_grad():
             for name, value in named.items():
+                own[name].copy_(value)
+            for name, value in power_vectors(network).items():
                 own[name].copy_(value)
         return network.state_dict()

@@ -60,9 +60,13 @@ class Graphs:
         return Cohort(self.data, client_jobs(batch), self.network.like, static_shapes=True)
 
     def _may_capture(self, cohort: Cohort) -> bool:
-        """Not with random draws for padded batches: the host decides how many numbers each client draws."""
+        """Not with random draws for padded batches: the host decides how many numbers each client draws.
+
+        Nor with spectral norms: the host waits for the eigenvalues of their weights.
+        """
         counted = self.network.task.draws and any(step.padded for step in cohort.steps())
-        return self.usable and not counted and len(self.graphs) < MAX_GRAPHS
+        waits = bool(self.network.power_vectors.names)
+        return self.usable and not (counted or waits) and len(self.graphs) < MAX_GRAPHS
 
     def _pool(self) -> Any:
         """The memory pool that all graphs share: they run one at a time, and their results are copied at once."""

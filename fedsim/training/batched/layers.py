@@ -44,6 +44,9 @@ class BatchedLayers(TorchFunctionMode):
             return conv2d(*args, **kwargs)
         if func is F.batch_norm:
             return self._batch_norm(*args, **kwargs)
+        if func is F.normalize and kwargs.get("out") is not None:  # which `vmap` lacks
+            out: Tensor = kwargs.pop("out")
+            return out.copy_(F.normalize(*args, **kwargs))
         if func in DROPOUTS:
             return dropout(self._keep, DROPOUTS[func], *args, **kwargs)
         if func in _IN_PLACE_SAMPLERS:

@@ -21,6 +21,7 @@ from fedsim.training.batched.cohort import IN_ORDER, Cohort, Step
 from fedsim.training.batched.layers import BatchedLayers, ConvMethod
 from fedsim.training.batched.optim import VmapOps
 from fedsim.training.batched.per_client import per_client_row, per_client_value
+from fedsim.training.buffers import COUNTER, PowerVectors
 from fedsim.training.example_loss import ExampleLoss
 from fedsim.training.objective import Correction, LocalObjective, Loss
 from fedsim.training.optim import Optimizer, Rate, clipped
@@ -29,8 +30,6 @@ from fedsim.training.probe import heads
 from fedsim.training.replica import depthwise, in_own_precision
 from fedsim.training.task import Task
 from fedsim.types import Batch, State
-
-COUNTER = "num_batches_tracked"  # of batch norm: kept on the host, which reads it without waiting for the device
 
 
 class RaggedError(Exception):
@@ -47,12 +46,14 @@ class Network:
             for module in depthwise(self.network):
                 module.forward = partial(in_own_precision, module, module.forward)
         self.teacher = copy.deepcopy(task.teacher).to(device).eval() if task.teacher else None
-        statistics = task.buffer_layout.shapes
+        # Of batch norm: kept on the host, which reads them without waiting for the device.
         self.counters = {
             name: buffer.cpu() if name.endswith(COUNTER) else buffer.clone()
             for name, buffer in self.network.named_buffers()
-            if name not in statistics and (name in task.reassigned or not buffer.is_floating_point())
+            if name not in task.fates and not buffer.is_floating_point()
         }
+        self.others = {n: b.to(device) for n, b in task.initial_of("server", "private", "weights").items()}
+        self.power_vectors = PowerVectors(self.network)
         self.like = task.initial_model.to(device)  # (P,); only its type and device are used
 
     def __call__(self, weights: State, statistics: State, x: Tensor, train: bool) -> tuple[Tensor, ...]:
@@ -73,7 +74,14 @@ W = TypeVar("W", Tensor, State)
 class BatchedObjective(LocalObjective):
     """One client in one round, inside a `vmap` over clients; `client_index` () is its place in the cohort."""
 
-    def __init__(self, network: Network, cohort: Cohort, client_index: Tensor, buffers: Tensor):
+    def __init__(
+        self,
+        network: Network,
+        cohort: Cohort,
+        client_index: Tensor,
+        buffers: Tensor,
+        private_buffers: State,
+    ):
         self._cohort, self._client_index, self._network = cohort, client_index, network
         self.recipe, self.layout = cohort.recipe, network.task.layout
         self.client_id, self.num_examples = self._own_value("clients"), self._own_value("num_examples")
@@ -83,8 +91,8 @@ class BatchedObjective(LocalObjective):
         self._example_loss = ExampleLoss(self.recipe, network.task, weights)
         self._start: tuple[Tensor, Tensor] | None = None  # (P,) and (Q,), if the start model is the teacher
         layout = self._network.task.buffer_layout
-        buffers = torch.where(client_index >= 0, buffers, buffers)  # from here on, each client has its own
-        self._statistics: State = layout.split(buffers) | self._network.counters
+        others = {name: self._of_each_client(b) for name, b in (network.others | private_buffers).items()}
+        self._statistics: State = layout.split(self._of_each_client(buffers)) | others | self._network.counters
         self._at: Weights | None = None  # the iterate; a training pass there updates statistics
         self._layers = BatchedLayers(client_index, cohort.generators, self._network.conv)
         self._metrics: State = {}
@@ -97,6 +105,10 @@ class BatchedObjective(LocalObjective):
     def buffers(self) -> Tensor:
         parts = [self._statistics[name].reshape(-1) for name in self._network.task.buffer_layout.shapes]
         return torch.cat(parts) if parts else self._network.like.new_zeros(0)
+
+    @property
+    def private_buffers(self) -> State:
+        return {name: self._statistics[name].clone() for name in self._network.task.initial_of("private")}
 
     def batches(self, epochs: int | None = None) -> Iterator[Batch]:
         for step, batch in self._batches(epochs):
@@ -119,6 +131,7 @@ class BatchedObjective(LocalObjective):
         return (total / self.num_examples).to(total.dtype)
 
     def gradient(self, w: Tensor, batch: Batch | None = None) -> tuple[Tensor, Tensor]:
+        self._statistics = self._statistics | self._power_vectors(w)
         if batch is not None:
             g, f, self._statistics = self._differentiated(self.loss, w, batch)
             self._record(f.double() * len(batch.y), len(batch.y), 1)
@@ -138,6 +151,7 @@ class BatchedObjective(LocalObjective):
         examples = torch.zeros_like(total)
         if recipe.distillation and recipe.distillation.teacher == "global":
             self._start = start, self.buffers
+        self._statistics = self._statistics | self._power_vectors(start)
         optimizer, names = recipe.make_optimizer(self.layout, VmapOps()), list(self.layout.shapes)
         flat_gradient = loss is not None or correct is not None  # these need the flat vector (P,)
         w, pieces, shared = start, list(self.layout.split(start).values()), True
@@ -217,16 +231,17 @@ class BatchedObjective(LocalObjective):
 
     def _statistics_after(self, step: Step, moved: State) -> State:
         """Statistics and counters after a step; counters are equal for all clients that take it."""
-        names = list(self._network.task.buffer_layout.shapes)
         if not step.may_be_idle:
             return moved
-        active = self._active(step)
+        active, names = self._active(step), self._network.task.fates
         return moved | {name: torch.where(active, moved[name], self._statistics[name]) for name in names}
 
     def _heads(self, w: Weights, x: Tensor, train: bool) -> tuple[Tensor, ...]:
         statistics = self._statistics
         if train and w is not self._at:
             statistics = {name: value.clone() for name, value in statistics.items()}
+        if w is not self._at:
+            statistics = statistics | self._power_vectors(w)
         with self._compute_mode():
             return self._network(self.layout.split(w) if isinstance(w, Tensor) else w, statistics, x, train)
 
@@ -239,8 +254,19 @@ class BatchedObjective(LocalObjective):
             if self._start is None:
                 return cast(Tensor, cast(nn.Module, network.teacher)(x))
             start, buffers = self._start
-            statistics = network.task.buffer_layout.split(buffers) | network.counters
+            statistics = self._statistics | network.task.buffer_layout.split(buffers) | self._power_vectors(start)
             return network(self.layout.split(start), statistics, x, train=False)[0]
+
+    def _power_vectors(self, w: Weights) -> State:
+        """The vectors of spectral norms at the weights `w`, for a training pass to update."""
+        if not self._network.power_vectors.names:
+            return {}
+        found = self._network.power_vectors.at(self.layout.split(w) if isinstance(w, Tensor) else w)
+        return {name: self._of_each_client(vector) for name, vector in found.items()}
+
+    def _of_each_client(self, value: Tensor) -> Tensor:
+        """The value as a tensor of which each client has its own, that it may write to."""
+        return torch.where(self._client_index >= 0, value, value)
 
     @contextmanager
     def _compute_mode(self) -> Iterator[None]:
