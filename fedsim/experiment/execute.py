@@ -42,7 +42,7 @@ def run(
     """
     hooks = check_hooks(hooks)
     started, named = new_run(load(config, overrides), None if out is None else Path(out))
-    return execute(started, [*named, *hooks])
+    return execute(_warned(started), [*named, *hooks])
 
 
 def resume(
@@ -59,14 +59,19 @@ def resume(
     """
     hooks = check_hooks(hooks)
     started, named = resumed_run(Path(folder), overrides or {}, force)
+    return execute(_warned(started), [*named, *hooks])
+
+
+def _warned(run: Run) -> Run:
+    """The run, after a warning for each of its notes."""
     try:
-        for note in started.notes:
-            warnings.warn(note, stacklevel=2)
+        for note in run.notes:
+            warnings.warn(note, stacklevel=3)
     except Warning:  # where the caller has warnings raised as errors
-        if started.folder:
-            started.folder.close()
+        if run.folder:
+            run.folder.close()
         raise
-    return execute(started, [*named, *hooks])
+    return run
 
 
 def execute(run: Run, hooks: Iterable[Hook] = ()) -> Result:
