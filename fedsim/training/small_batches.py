@@ -29,21 +29,21 @@ def clients_to_leave_out(task: Task, data: FederatedData, recipe: Recipe, *, dro
     x, _ = data.batch(torch.from_numpy(np.resize(np.flatnonzero(data.owners >= 0), 2)))
     if (cause := _why_not_one(task, x)) is None:
         return {}
-    why = f"and the network cannot train on one ({cause})"
     if recipe.batch_size == 1:
-        raise ConfigError(f"local.batch_size: 1 makes batches of one example, {why}; set it to 2 or more")
-    if several := [n for n in short if n > 1]:
         raise ConfigError(
-            f"local.batch_size: {recipe.batch_size} leaves a last batch of one example to "
-            f"{_holders(data, several)}, {why}; "
-            "set local.drop_last=true or local.min_batch=2"
+            f"local.batch_size: 1, and the network needs two examples; set it to 2 or more ({cause})"
         )
+    if several := [n for n in short if n > 1]:
+        whose = f"{recipe.batch_size} leaves a last batch of one example to {_holders(data, several)}"
+        way_out = "set local.drop_last=true or local.min_batch=2"
+        raise ConfigError(f"local.batch_size: {whose}, and the network needs two; {way_out} ({cause})")
     if not drop:
         raise ConfigError(
-            f"data.partition: gives one example to {_holders(data, [1])}, {why}; give each at least two, "
-            "or set failures.policy=drop, which leaves such clients out"
+            f"data.partition: gives one example to {_holders(data, [1])}, and the network needs two; "
+            f"change that, or leave such clients out by failures.policy=drop ({cause})"
         )
-    return dict.fromkeys(np.flatnonzero(data.sizes == 1).tolist(), f"has one example, {why}")
+    why = f"has one example, and the network needs two ({cause})"
+    return dict.fromkeys(np.flatnonzero(data.sizes == 1).tolist(), why)
 
 
 def check_evaluation(task: Task, data: FederatedData, batch_size: int, *, clients: bool) -> None:
@@ -56,11 +56,11 @@ def check_evaluation(task: Task, data: FederatedData, batch_size: int, *, client
         return
     x, _ = data.test_batch(torch.arange(2) % data.num_test)
     if cause := _why_not_one(task, x):
-        why = f"and in training mode the network cannot take one ({cause})"
+        needs = "and in training mode the network needs two"
         if batch_size == 1:
-            raise ConfigError(f"evaluate.batch_size: 1 makes batches of one example, {why}; set it to 2 or more")
+            raise ConfigError(f"evaluate.batch_size: 1 example, {needs}; set it to 2 or more ({cause})")
         whose = "the test set" if data.num_test == 1 else "a client"
-        raise ConfigError(f"evaluate.mode: {whose} has one example to test on, {why}; set evaluate.mode=eval")
+        raise ConfigError(f"evaluate.mode: {whose} has one example, {needs}; set evaluate.mode=eval ({cause})")
 
 
 def _why_not_one(task: Task, x: Tensor) -> str | None:
