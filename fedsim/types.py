@@ -22,6 +22,7 @@ Count = Annotated[int, Ge(1)]
 Seed = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
+Divisor = Annotated[float, Ge(2.0**-126)]  # the smallest normal float32: no 0 to divide by
 Share = Annotated[float, Gt(0), Le(1)]  # of a whole, 0 excluded
 Decay = Annotated[float, Ge(0), Lt(1)]  # of a running mean
 

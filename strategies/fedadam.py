@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedsim import LocalObjective, RoundInfo, State, Strategy, Update
-from fedsim.types import Decay, Positive
+from fedsim.types import Decay, Divisor, Positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,7 @@ class FedAdam(Strategy):
     server_lr: Positive = 0.01
     beta1: Decay = 0.9
     beta2: Decay = 0.99
-    tau: Positive = 1e-3  # degree of adaptivity
+    tau: Divisor = 1e-3  # degree of adaptivity
 
     def init_server(self, model: Tensor) -> State:
         return {"model": model, "m": torch.zeros_like(model), "v": torch.full_like(model, self.tau**2)}

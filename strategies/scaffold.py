@@ -42,7 +42,8 @@ class Scaffold(Strategy):
     def client_update(self, server: State, client: State, local: LocalObjective) -> Update:
         x, c, c_k = server["model"], server["c"], client["c"]
         y = local.train(x, correct=lambda g, w: g - c_k + c)  # line 10
-        c_new = c_k - c + (x - y) / (local.num_steps * local.lr)  # line 12
+        k_lr = local.num_steps * local.lr  # 0 where a schedule has ended: x does not move, and neither does c_k
+        c_new = torch.where(k_lr > 0, c_k - c + (x - y) / k_lr, c_k)  # line 12
         return Update({"delta": y - x, "delta_c": c_new - c_k}, weight=1.0, client={"c": c_new})
 
     def server_update(self, server: State, mean: State, info: RoundInfo) -> State:

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_data
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
@@ -324,3 +326,11 @@ def error_probs_after_training(data, epochs):
     with torch.no_grad():
         losses = F.cross_entropy(network(x), y, reduction="none").numpy()
     return BetaMixture.fit(losses).posterior(losses), wrong_in(data)
+
+
+@given(st.lists(st.floats(0, 2.0**127) | st.sampled_from([0.0, 1e-30, 1.0]), min_size=1, max_size=40))
+def test_any_losses_give_probabilities(losses):
+    """Equal, tiny, huge and few ones: no variance, mass or spread is a divisor of 0."""
+    losses = np.array(losses)
+    wrong = BetaMixture.fit(losses).posterior(losses)
+    assert ((wrong >= 0) & (wrong <= 1)).all()

@@ -622,6 +622,15 @@ def test_what_is_no_plan_is_refused(node, text):
     refused(node, text, "")
 
 
+def test_a_node_refuses_a_batch_of_one_that_its_network_cannot_take(node, monkeypatch):
+    monkeypatch.setattr("fedsim.training.small_batches._why_not_one", lambda task, x: "of this test")
+    n = len(node.dataset.y_train)
+    plan = changed(("local", "batch_size"), next(b for b in range(2, 9) if n % b == 1))
+    refused(
+        node, plan, "of one example to this client, and the network needs two; set local.drop_last=true or local."
+    )
+
+
 def test_initial_tensors_have_to_fit(node):
     good = initial()
     model = good["model"]

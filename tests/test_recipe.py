@@ -1,6 +1,9 @@
 """Each trick of a client's training is its formula."""
 
 import copy
+import warnings
+from dataclasses import replace
+from itertools import chain, count, islice
 from math import cos, pi, sqrt
 
 import pytest
@@ -9,17 +12,29 @@ from conftest import CLASSES, SHAPE, close, conv_net, make_data, make_local, mak
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 import fedsim
 from fedsim import Batch, ConfigError, Recipe, Task
+from fedsim.data import Dataset
+from fedsim.data.federated import Shard
 from fedsim.experiment.build import build
 from fedsim.experiment.config import load
+from fedsim.experiment.start import new_run
+from fedsim.federated.client import Train
+from fedsim.federated.simulation import Failures
 from fedsim.models import options
+from fedsim.runtimes.vectorized.compute import Client, updates
+from fedsim.strategies import CATALOGUE
+from fedsim.training.batched.objective import Network
+from fedsim.training.example_loss import batch_rows
 from fedsim.training.losses import LOSSES
 from fedsim.training.optim import LARS
 from fedsim.training.precision import check_precision
 from fedsim.training.recipe import Distillation, NoisyLabels
 from fedsim.training.schedules import SCHEDULES
+from fedsim.training.small_batches import clients_to_leave_out
+from fedsim.types import Job, Stream, random
 
 DOUBLE = torch.float64
 
@@ -65,6 +80,206 @@ def test_each_step_takes_its_own_learning_rate():
             for p, g in zip(network.parameters(), gradients, strict=True):
                 p -= 0.1 * i / 6 * g  # six steps in the round
     close(trained, task.layout.flatten(dict(network.named_parameters())))
+
+
+@pytest.mark.parametrize("factor", [-1.0, float("nan"), float("inf")])
+def test_a_rate_that_cannot_be_is_refused(factor):
+    with pytest.raises(
+        ConfigError, match=r"^local.schedule: the learning rate is .* in round 4; it must be finite"
+    ):
+        Recipe(lambda time: factor if time == 3 else 1.0).lr_at(3)
+    with pytest.raises(
+        ConfigError, match=r"^local.schedule: the learning rate is inf in round 2; it must be finite"
+    ):
+        Recipe(SCHEDULES.bind({"name": "exponential", "factor": 1e308}), lr=100.0).lr_at(1)
+
+
+IN_ALL = ["serial", {"name": "threads", "workers": 2}, {"name": "vectorized", "chunk": 2, "workers": 1}]
+
+
+@pytest.mark.parametrize("runtime", IN_ALL, ids=["serial", "threads", "vectorized"])
+@pytest.mark.parametrize("strategy", list(CATALOGUE))
+def test_a_rate_of_0_moves_no_client(strategy, runtime):
+    """An ended cosine: scaffold's c and c_k stay, too, and the mean update of the others is 0."""
+    cosine = SCHEDULES.bind({"name": "cosine", "rounds": 2})
+    task = make_task(lambda: conv_net(dropout=0), dtype=DOUBLE)
+    simulation = make_simulation(strategy, task=task, runtime=runtime, schedule=cosine)
+    for _ in range(2):
+        simulation.round()
+    server, own = simulation.server, dict(simulation.clients.items())
+    simulation.round()
+    moved = {"buffers"} | ({"model", "m", "v"} if "m" in server else set())  # the server's momentum goes on
+    for name in server.keys() - moved:
+        assert torch.equal(simulation.server[name], server[name]), name
+    for client, state in own.items():
+        close(
+            {n: v for n, v in simulation.clients[client].items() if n not in moved},
+            {n: v for n, v in state.items() if n not in moved},
+            rtol=0,
+            atol=0,
+        )
+    assert all(value.isfinite().all() for value in simulation.server.values())
+
+
+def test_a_rate_that_float32_rounds_to_0_moves_no_client():
+    simulation = make_simulation("scaffold", lr=1e-60)
+    before = simulation.server["model"].clone()
+    simulation.round()
+    assert torch.equal(simulation.server["model"], before)
+    assert not simulation.server["c"].any()
+
+
+# Mini-batches
+
+
+def rows_of(data, **settings):
+    recipe = Recipe(batch_size=4, **settings)
+    return recipe, list(batch_rows(data, 0, recipe, random(0, Stream.BATCHES, 0, 0)))
+
+
+@pytest.mark.parametrize("settings", [{"epochs": 2}, {"steps": 5}], ids=["epochs", "steps"])
+@pytest.mark.parametrize("n", [1, 3, 4, 5, 11, 13])
+def test_drop_last_is_the_data_loaders(n, settings):
+    """K and rows; a client of fewer than B examples keeps its only batch."""
+    data, stream = make_data([n]), random(0, Stream.BATCHES, 0, 0)
+    epochs = (DataLoader(stream.permutation(data.rows(0)), min(4, n), drop_last=True) for _ in count())
+    recipe, found = rows_of(data, drop_last=True, **settings)
+    assert len(found) == recipe.num_steps(n) == settings.get("steps", 2 * max(n // 4, 1))
+    expected = islice(chain.from_iterable(epochs), len(found))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_small_last_batch_joins_the_one_before():
+    joined, plain = Recipe(batch_size=4, min_batch=3), Recipe(batch_size=4)
+    sizes = {1: [1], 2: [2], 4: [4], 5: [5], 6: [6], 7: [4, 3], 8: [4, 4], 9: [4, 5]}
+    assert {n: joined.batch_sizes(n) for n in sizes} == sizes
+    data = make_data([9])
+    recipe, found = rows_of(data, min_batch=3, epochs=2)
+    assert [len(rows) for rows in found] == [4, 5] * 2
+    assert recipe.num_steps(9) == 4
+    assert torch.equal(torch.cat(found), torch.cat(rows_of(data, epochs=2)[1]))  # the order does not change
+    assert [replace(joined, batch_size="full").batch_sizes(n) for n in (1, 9)] == [[1], [9]]
+    assert plain.with_all_examples is plain
+
+
+@pytest.mark.parametrize("oversample", [False, True])
+def test_the_gradient_of_the_objective_leaves_nothing_out(oversample):
+    task, data = double(lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, CLASSES))), make_data([9], dtype=DOUBLE)
+    dropping, whole = (
+        make_local(task, data, oversample=oversample, **settings) for settings in ({"drop_last": True}, {})
+    )
+    close(dropping.gradient(task.initial_model), whole.gradient(task.initial_model))
+    assert float(dropping.metrics["examples"]) == 9
+    close(dropping.loss(task.initial_model), whole.loss(task.initial_model))
+    dropping.train(task.initial_model)
+    assert (float(dropping.num_steps), float(dropping.metrics["examples"])) == (2, 9 + 8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [({"drop_last": True, "min_batch": 2}, "local.min_batch"), ({"min_batch": 5}, "local.min_batch: 5 exceeds")],
+)
+def test_batch_options_that_contradict_each_other_are_refused(settings, key):
+    with pytest.raises(ConfigError, match=f"^{key}"):
+        make_simulation(**settings)
+
+
+def dense(*layers):
+    return lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, 5), *layers, nn.Linear(5, CLASSES))
+
+
+class OfTheBatch(nn.Module):
+    """Batch norm as one writes it; the standard deviation of one example is not a number."""
+
+    def forward(self, x):
+        return (x - x.mean(0)) / (x.std(0) + 0.1) if self.training else x
+
+
+class Squeezed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(16, CLASSES)
+
+    def forward(self, x):
+        return self.fc(x.flatten(1)).squeeze()
+
+
+NEED_TWO = {
+    "batch norm": dense(nn.BatchNorm1d(5)),
+    "no running statistics": dense(nn.BatchNorm1d(5, track_running_stats=False)),
+    "group norm": dense(nn.GroupNorm(5, 5)),
+    "one pixel": lambda: nn.Sequential(nn.Conv2d(1, 5, 4), nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(5, CLASSES)),
+    "own": dense(OfTheBatch()),
+    "squeeze": Squeezed,
+}
+
+
+@pytest.mark.parametrize("policy", ["raise", "drop"])
+@pytest.mark.parametrize("network", NEED_TWO.values(), ids=NEED_TWO)
+def test_batches_of_one_are_refused_alike_in_all_runtimes(network, policy):
+    task, data = make_task(network), make_data([5, 8, 9, 4, 13, 17])
+    lines = set()
+    for runtime in IN_ALL:
+        with pytest.raises(ConfigError) as caught:
+            make_simulation(task=task, data=data, runtime=runtime, failures=Failures(policy=policy))
+        lines.add(str(caught.value))
+    assert len(lines) == 1
+    way_out = "and the network needs two; set local.drop_last=true or local.min_batch=2 ("
+    assert min(lines).startswith(
+        f"local.batch_size: 4 leaves a last batch of one example to clients 0, 2, 4 and 1 more, {way_out}"
+    )
+    for settings in ({"drop_last": True}, {"min_batch": 2}):
+        assert make_simulation(task=task, data=data, failures=Failures(policy=policy), **settings).left_out == {}
+    with pytest.raises(
+        ConfigError, match=r"^local.batch_size: 1, and the network needs two examples; set it to 2"
+    ):
+        make_simulation(task=task, data=data, batch_size=1)
+    x, y = data.batch(torch.arange(5))
+    with pytest.raises(
+        ConfigError, match=r"^local.batch_size: 4 leaves a last batch of one example to this client"
+    ):
+        clients_to_leave_out(
+            task, Shard(Dataset(x, y, x[:0], y[:0], CLASSES), classes=CLASSES), Recipe(batch_size=4)
+        )
+
+
+def test_a_network_that_takes_one_example_gets_it():
+    """Batch norm over several pixels, and norms of each example."""
+    for network in (conv_net, dense(nn.LayerNorm(5))):
+        make_simulation(task=make_task(network), data=make_data([1, 5])).round()
+
+
+def test_a_client_with_one_example_is_left_out_by_name_or_refused():
+    task, data = make_task(NEED_TWO["batch norm"], dtype=DOUBLE), make_data([1, 8, 6, 2], dtype=DOUBLE)
+    with pytest.raises(
+        ConfigError, match=r"^data.partition: gives one example to client 0, and .*failures\.policy=drop"
+    ):
+        make_simulation(task=task, data=data)
+    found = [make_simulation(task=task, data=data, runtime=r, failures=Failures(policy="drop")) for r in IN_ALL]
+    cohort = {"name": "fixed", "clients": [1, 2, 3]}
+    others = make_simulation(task=task, data=data, cohort=cohort, failures=Failures(policy="drop"))
+    others.round()
+    for simulation in found:
+        assert set(simulation.round().failed) == {"0"}
+        assert simulation.last.failed["0"].startswith("has one example, and the network needs two (Expected more")
+        close(simulation.server, others.server)
+    assert found[0].fingerprint() == found[1].fingerprint() == others.fingerprint()
+
+
+def test_vectorized_batch_norm_refuses_one_row_among_padding():
+    """Whoever calls it: the check before a run is not its only guard."""
+    task, data = make_task(NEED_TWO["batch norm"]), make_data([5, 8])
+    simulation = make_simulation(task=task, data=data, min_batch=2)
+    work = Train(simulation.strategy, replace(simulation.recipe, min_batch=1), 0)
+    clients = [Client(work, simulation.server, Job(k, 0, {})) for k in range(2)]
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        updates(Network(task, torch.device("cpu"), "grouped"), data, clients)
+
+
+def test_a_test_in_training_mode_has_no_batch_of_one():
+    simulation = make_simulation(task=make_task(NEED_TWO["batch norm"]), data=make_data([3, 9]), min_batch=2)
+    assert simulation.evaluate(16, train=True) == simulation.evaluate(17, train=True)  # of 17 examples
+    assert simulation.evaluate_clients(batch_size=8, train=True) == simulation.evaluate_clients(train=True)
 
 
 # Optimisers
@@ -515,6 +730,67 @@ def test_evaluation_in_train_mode_takes_the_statistics_of_its_batch():
     other = load(TINY)
     losses = [fedsim.run(c.model_dump(mode="json")).summary["test_loss"] for c in (config, other)]
     assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"evaluate.batch_size": 1}, "evaluate.batch_size: 1 example, and in training mode the network needs two"),
+        ({"data.test_examples": 1}, "evaluate.mode: the test set has one example"),
+        ({"evaluate.clients": True, "data.holdout": 0.05}, "evaluate.mode: a client has one example"),
+    ],
+)
+def test_a_test_in_training_mode_of_one_example_is_refused(tmp_path, monkeypatch, settings, key):
+    (tmp_path / "needs_two.py").write_text(
+        "from torch import nn\n"
+        "def net(shape, classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.BatchNorm1d(5), nn.Linear(5, classes))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = TINY | {"model": "needs_two:net", "evaluate": {"mode": "train"}}
+    with pytest.raises(ConfigError, match=f"^{key}"):
+        build(load(config, settings))
+    build(load(config, settings | {"evaluate.mode": "eval"}))
+
+
+# What a run says of its learning rate before it begins
+
+
+def test_a_run_says_where_its_rate_is_0_and_a_resume_how_to_go_on(tmp_path):
+    still = {"strategy": {"name": "scaffold", "buffers": "frozen"}}  # statistics move with any learning rate
+    short = TINY | still | {"local": {"schedule": "cosine"}}
+
+    def notes(config):
+        return "; ".join(new_run(load(config))[0].notes)
+
+    assert notes(short) == ""
+    line = "local.schedule: the learning rate is 0 in round 2, where clients do not train; local.schedule.rounds=2"
+    assert notes(short | {"local": {"schedule": {"name": "cosine", "rounds": 1}}}).startswith(line)
+    assert notes(short | {"local": {"warmup": 2}}).startswith(
+        "local.warmup: 2 rounds, and the run has 2; local.lr is"
+    )
+    fedsim.run(short, out=tmp_path / "run")
+    line = "local.schedule: the learning rate is 0 in 2 rounds from round 3 on"
+    with pytest.warns(UserWarning, match=f"^{line}, .* stop and resume with local.schedule.rounds=4 --force$"):
+        ended = resumed(tmp_path / "run", {"rounds": 4})
+    losses = [record["test_loss"] for record in ended.rounds]
+    assert losses[1] == losses[2] == losses[3]
+    longer = resumed(tmp_path / "run", {"rounds": 6, "local.schedule.rounds": 6}, force=True)
+    assert longer.rounds[5]["test_loss"] != losses[3]
+
+
+def resumed(folder, overrides, force=False):
+    """What `fedsim.resume` gives, without the warning that says what has changed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "changed: ")
+        return fedsim.resume(folder, overrides, force=force)
+
+
+def test_a_schedule_of_ones_own_that_fails_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("def schedule(time, /):\n    return 1 / (1 - time)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"^local.schedule: ZeroDivisionError: .* \(mine.py:2\)$"):
+        fedsim.run(TINY | {"local": {"schedule": "mine:schedule"}})
 
 
 # What a resume must know of

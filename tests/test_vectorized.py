@@ -104,6 +104,23 @@ def test_more_recipes_agree_with_serial(recipe):
     assert_agree(pair(**recipe), rounds=2)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "recipe"),
+    [
+        ("fedavg", {"drop_last": True, "momentum": 0.5, "lr_every": "step", "warmup": 1}),
+        ("fedavg", {"min_batch": 3, "oversample": True, "steps": 5}),
+        ("fedsgd", {"drop_last": True}),
+        ("scaffold", {"min_batch": 4, "epochs": 2}),
+    ],
+    ids=str,
+)
+def test_last_batches_agree_with_serial(strategy, recipe):
+    """And threads compute the very bits of serial."""
+    assert_agree(pair(strategy, **recipe), rounds=2)
+    runs = [make_simulation(strategy, runtime=r, **recipe) for r in ("serial", {"name": "threads", "workers": 2})]
+    assert trace(runs[0], 2) == trace(runs[1], 2)
+
+
 @pytest.mark.parametrize("strategy", ["fedprox", "fedsgd"])
 def test_bf16_is_near_serial(strategy):
     near = lambda a, b: torch.testing.assert_close(a, b, rtol=0.05, atol=0.02)  # noqa: E731

@@ -26,9 +26,9 @@ LARGE = {"cpu": 256, "cuda": 4096}  # examples in a batch that keeps the device 
 
 def batch_rows(recipe: Recipe, n: int, stream: np.random.Generator, device: torch.device) -> Iterator[Tensor]:
     """(B,) for each step of a client, which of its `n` examples make the batch; as fedsim draws them."""
-    size = recipe.batch_size_of(n)
-    epochs = (torch.from_numpy(stream.permutation(n)).to(device) for _ in count())
-    return islice(chain.from_iterable(torch.split(epoch, size) for epoch in epochs), recipe.num_steps(n))
+    sizes = recipe.batch_sizes(n)
+    epochs = (torch.from_numpy(stream.permutation(n)[: sum(sizes)]).to(device) for _ in count())
+    return islice(chain.from_iterable(torch.split(epoch, sizes) for epoch in epochs), recipe.num_steps(n))
 
 
 def workload(simulation: Simulation) -> Workload:

@@ -52,7 +52,10 @@ def simulated(config: Config, runtime: Spec | str, local: Spec | None = None) ->
         if config.local["optimizer"] == "lars":
             raise ConfigError("local.optimizer: torch has no lars that a plain loop could use; bench with sgd")
         changes["local"] = config.local | PLAIN | local
-    return build(config.model_copy(update=changes))
+    simulation = build(config.model_copy(update=changes))
+    for client, why in simulation.left_out.items():
+        raise ConfigError(f"data.partition: client {client} {why}; bench needs clients that can all train")
+    return simulation
 
 
 def steps_of(simulation: Simulation) -> int:

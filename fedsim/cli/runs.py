@@ -49,10 +49,7 @@ def resume(
         raise typer.Exit(resume_sweep(folder, console))
     overrides = parse_overrides(settings or [])
     raise_on_interrupt()
-    started = resumed_run(folder, overrides, force)
-    for note in started[0].notes:
-        print(f"fedsim: {printable(note)}", file=sys.stderr)
-    execute_and_show(started)
+    execute_and_show(resumed_run(folder, overrides, force))
 
 
 def sweep(
@@ -105,6 +102,8 @@ def execute_and_show(started: "Started") -> None:
     from fedsim.experiment.progress import Bar, Plain
 
     run, hooks = started
+    for note in run.notes:
+        print(f"fedsim: {printable(note)}", file=sys.stderr)
     assert run.folder is not None
     folder = run.folder.path
     try:

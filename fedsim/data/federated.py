@@ -90,15 +90,24 @@ class FederatedData:
         return self._order[self._bounds[2 * client + 1] : self._bounds[2 * client + 2]]
 
     @property
+    def own_sizes(self) -> Ints:
+        """(N,) the number of examples on which each client evaluates its own model: see `own_batches`."""
+        held_out = self._bounds[2::2] - self._bounds[1:-1:2]
+        return np.where(held_out, held_out, self.sizes)
+
+    @property
     def public(self) -> Ints:
         """(p,) the rows of the server, ascending; a view, possibly empty."""
         return self._order[self._bounds[-1] :]
 
-    def own_batches(self, client: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches for `client` to evaluate its own model: its held-out rows, or if it has none, all its rows."""
+    def own_batches(self, client: int, batch_size: int, least: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches for `client` to evaluate its own model: its held-out rows, or if it has none, all its rows.
+
+        A last batch of fewer than `least` examples joins the one before.
+        """
         held_out = self.held_out(client)
         rows = torch.from_numpy(held_out if len(held_out) else self.rows(client))
-        return map(self.batch, torch.split(rows, batch_size))
+        return map(self.batch, torch.split(rows, batch_sizes(len(rows), batch_size, least)))
 
     def sample(self, size: int, rng: np.random.Generator) -> Ints:
         """(size,) random rows that clients train on, without repetition; all of them where there are fewer."""
@@ -244,11 +253,23 @@ class Shard(FederatedData):
         """(0,): no rows, because the test examples serve for evaluation."""
         return super().held_out(0)
 
-    def own_batches(self, client: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def own_batches(self, client: int, batch_size: int, least: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of the test examples, or of the training examples if there are none."""
         if not self.num_test:
-            return super().own_batches(client, batch_size)
-        return map(self.test_batch, torch.split(torch.arange(self.num_test), batch_size))
+            return super().own_batches(client, batch_size, least)
+        rows = torch.arange(self.num_test)
+        return map(self.test_batch, torch.split(rows, batch_sizes(len(rows), batch_size, least)))
+
+
+def batch_sizes(examples: int, batch_size: int, least: int = 1) -> list[int]:
+    """The sizes of the batches of so many examples; a rest of fewer than `least` joins the batch before it."""
+    whole, rest = divmod(examples, batch_size)
+    sizes = [batch_size] * whole
+    if whole and rest < least:
+        sizes[-1] += rest
+    elif rest:
+        sizes.append(rest)
+    return sizes
 
 
 def public_mask(dataset: Dataset, share: float | Literal["all"], seed: int) -> Flags:

@@ -28,6 +28,7 @@ from fedsim.strategies import CATALOGUE as STRATEGIES
 from fedsim.training.losses import LOSSES
 from fedsim.training.recipe import Distillation, Recipe
 from fedsim.training.schedules import SCHEDULES
+from fedsim.training.small_batches import check_evaluation
 from fedsim.training.task import Task
 from fedsim.types import Stream, random
 
@@ -83,6 +84,8 @@ def build(
     data.check_augment(config.local["augment"])
     recipe = build_recipe(config.local)
     task = build_task(config.model, recipe, config.seed, data.shape, data.num_classes, data.trial_examples())
+    if config.evaluate.mode == "train":
+        check_evaluation(task, data, config.evaluate.batch_size, clients=config.evaluate.clients)
     return Simulation(
         STRATEGIES.make(config.strategy, Strategy),
         task,

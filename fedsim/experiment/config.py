@@ -42,7 +42,8 @@ from fedsim.types import Count, Decay, Seed
 class Evaluate(Options):
     """When and how the global model is tested, and whether each client's own model is.
 
-    In `train` mode batch norm has the statistics of the batch that is tested, and dropout drops.
+    In `train` mode batch norm has the statistics of the batch that is tested, and dropout drops; a last batch of
+    one example joins the one before.
     """
 
     every: Count = 1

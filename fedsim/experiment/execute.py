@@ -42,7 +42,7 @@ def run(
     """
     hooks = check_hooks(hooks)
     started, named = new_run(load(config, overrides), None if out is None else Path(out))
-    result = execute(started, [*named, *hooks])
+    result = execute(_warned(started), [*named, *hooks])
     _tell(started.warnings)
     return result
 
@@ -61,16 +61,21 @@ def resume(
     """
     hooks = check_hooks(hooks)
     started, named = resumed_run(Path(folder), overrides or {}, force)
-    try:
-        for note in started.notes:
-            warnings.warn(note, stacklevel=2)
-    except Warning:  # where the caller has warnings raised as errors
-        if started.folder:
-            started.folder.close()
-        raise
-    result = execute(started, [*named, *hooks])
+    result = execute(_warned(started), [*named, *hooks])
     _tell(started.warnings)
     return result
+
+
+def _warned(run: Run) -> Run:
+    """The run, after a warning for each of its notes."""
+    try:
+        for note in run.notes:
+            warnings.warn(note, stacklevel=3)
+    except Warning:  # where the caller has warnings raised as errors
+        if run.folder:
+            run.folder.close()
+        raise
+    return run
 
 
 def _tell(lines: Iterable[str]) -> None:

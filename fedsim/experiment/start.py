@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.base.catalogue import Spec, validated
-from fedsim.errors import ConfigError, one_line
+from fedsim.errors import ConfigError, located, one_line
 from fedsim.experiment.build import build, build_hooks
 from fedsim.experiment.checkpoint import Checkpoint, changes, versions
 from fedsim.experiment.config import Config, load
@@ -15,23 +15,28 @@ from fedsim.experiment.run import Run
 from fedsim.federated.simulation import Simulation
 from fedsim.runtimes import RUNTIMES
 from fedsim.runtimes.auto import is_exact, spec_text
+from fedsim.training.recipe import Recipe
+from fedsim.training.small_batches import named
 
 Make = Callable[[Config], Simulation]
 Started = tuple[Run, list[Hook]]
 ROUNDING = "results agree as floating point does"
+SMALLEST_LR = 2.0**-149  # above 0 in float32
+MAX_LOOKED_AT = 100_000  # rounds whose learning rate is computed at the start
 
 
 def new_run(config: Config, path: Path | None = None, stem: str | None = None, *, make: Make = build) -> Started:
     """A new run: in the new folder `path`, or a new runs/STEM-N, or without a folder. Raises ConfigError."""
     simulation, hooks = make(config), build_hooks(config)  # before the folder, for both may be refused
+    notes = _notes(config, simulation)
     if path is None and stem is None:
-        return Run(config, simulation), hooks
+        return Run(config, simulation, notes=notes), hooks
     if path is not None:
         folder = RunFolder.create(path, config, simulation.data)
     else:
         folder = RunFolder.number(stem or "", config, simulation.data)
     folder.checkpoints.start(simulation)
-    return Run(config, simulation, folder), hooks
+    return Run(config, simulation, folder, notes=notes), hooks
 
 
 def resumed_run(
@@ -57,6 +62,7 @@ def resumed_run(
             raise ConfigError(f"{path}: has no checkpoints, and is finished")
         simulation, hooks = make(config), build_hooks(config)
         if saved is None:
+            notes += _notes(config, simulation)
             notes += _changed_settings(before.model_dump(mode="json"), config, [], force)
             notes += ["no checkpoint: starts with round 1"] if folder.begun else []
             folder.checkpoints.start(simulation)
@@ -73,7 +79,7 @@ def resumed_run(
         notes += _changed_runtime(checkpoint, simulation, RUNTIMES.resolve(config.runtime))
         records = folder.go_on(config, simulation.data, checkpoint.log)
         notes += _changed_versions(checkpoint.versions)
-        notes += _short_schedule(checkpoint, config)
+        notes += _notes(config, simulation, checkpoint)
         same_end = all(getattr(config, key) == checkpoint.config.get(key) for key in ("rounds", "hooks"))
         stopped = checkpoint.stopped if same_end else None
         return Run(config, simulation, folder, records, checkpoint.seconds, notes, stopped), hooks
@@ -120,10 +126,38 @@ def _changed_versions(before: Mapping[str, str]) -> list[str]:
     ]
 
 
-def _short_schedule(checkpoint: Checkpoint, config: Config) -> list[str]:
-    """A note where a run is made longer than its schedule of learning rates."""
+def _notes(config: Config, simulation: Simulation, checkpoint: Checkpoint | None = None) -> list[str]:
+    """What the user should know before the rounds to come; raises ConfigError for an invalid learning rate."""
+    notes, recipe, done = list[str](), simulation.recipe, checkpoint.round if checkpoint else 0
+    if left_out := simulation.left_out:
+        why = next(iter(left_out.values()))
+        notes.append(f"failures.policy: drop leaves out {named([*left_out])} in all rounds; each {why}")
+    if done < config.rounds <= recipe.warmup:
+        short = f"{recipe.warmup} rounds, and the run has {config.rounds}"
+        notes.append(f"local.warmup: {short}; local.lr is not reached, and local.schedule does not begin")
     own_length = config.local["schedule"].get("rounds")
-    length = own_length + config.local["warmup"] if own_length else config.rounds
-    if checkpoint.config["rounds"] < config.rounds > length:
-        return [f"local.schedule is over after {length} rounds; what follows has its last learning rate"]
-    return []
+    length = own_length + recipe.warmup if own_length else config.rounds
+    still = _rounds_without_steps(recipe, done, config.rounds)
+    if still:
+        longer = f"local.schedule.rounds={config.rounds - recipe.warmup}"
+        other = longer if length < config.rounds else "another local.schedule or local.lr"
+        goes_on = f"to go on learning, stop and resume with {other} --force"
+        way = goes_on if checkpoint else f"{other} has steps there"
+        notes.append(f"local.schedule: the learning rate is 0 {still}, where clients do not train; {way}")
+    elif checkpoint and checkpoint.config["rounds"] < config.rounds > length:
+        notes.append(f"local.schedule is over after {length} rounds; what follows has its last learning rate")
+    return notes
+
+
+def _rounds_without_steps(recipe: Recipe, done: int, rounds: int) -> str:
+    """Which of the rounds after `done` have a learning rate of 0, in words; raises ConfigError."""
+    try:
+        numbers = range(done, min(rounds, done + MAX_LOOKED_AT))
+        still = [number + 1 for number in numbers if recipe.lr_at(number) < SMALLEST_LR]
+    except ConfigError:
+        raise
+    except Exception as error:  # of a schedule of the user's own
+        raise ConfigError(f"local.schedule: {located(error)}") from error
+    if not still:
+        return ""
+    return f"in round {still[0]}" if len(still) == 1 else f"in {len(still)} rounds from round {still[0]} on"

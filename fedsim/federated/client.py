@@ -140,7 +140,10 @@ def check_update(update: Update, before: State) -> None:
 
 @dataclass(frozen=True)
 class EvaluateClient:
-    """The client's own model on its held-out examples, or on its training examples if none are held out."""
+    """The client's own model on its held-out examples, or on its training examples if none are held out.
+
+    With `train`, a last batch of one example joins the one before: batch norm needs two.
+    """
 
     strategy: Strategy
     batch_size: int
@@ -150,7 +153,7 @@ class EvaluateClient:
     def __call__(self, replica: Replica, data: FederatedData, server: State, job: Job) -> Update:
         client = job.client or {}
         model = self.strategy.client_model(server, client, replica.task.layout)
-        batches = data.own_batches(job.client_id, self.batch_size)
+        batches = data.own_batches(job.client_id, self.batch_size, 1 + self.train)
         own = private_buffers(client, replica.task)
         return _evaluate(replica, model, client.get("buffers", server["buffers"]), batches, self.train, own)
 

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from math import fsum, isfinite
 from time import perf_counter
 from typing import Literal, NamedTuple
@@ -14,6 +15,7 @@ from fedsim.base.catalogue import Spec
 from fedsim.base.devices import one_thread
 from fedsim.base.files import uninterrupted
 from fedsim.data import FederatedData
+from fedsim.data.federated import batch_sizes
 from fedsim.errors import ClientError, ConfigError, NodeError, RoundError, forget_variables, located
 from fedsim.federated.aggregate import Aggregator, WeightedMean, largest
 from fedsim.federated.availability import Attempt, Availability
@@ -35,6 +37,7 @@ from fedsim.federated.runtime import Runtime
 from fedsim.federated.store import ClientStore
 from fedsim.federated.strategy import Strategy
 from fedsim.training.recipe import Recipe
+from fedsim.training.small_batches import clients_to_leave_out
 from fedsim.training.task import Task
 from fedsim.types import (
     Count,
@@ -131,6 +134,7 @@ class Simulation:
                 )
             availability.check(data.num_clients)
         check_recalibration(recalibrate, strategy.buffers, task, data)
+        self.left_out = clients_to_leave_out(task, data, recipe, drop=failures.policy == "drop")  # and why
         self.strategy, self.task, self.data, self.runtime, self.cohort = strategy, task, data, runtime, cohort
         self.recipe, self.failures, self.availability, self.seed = recipe, failures, availability, seed
         self.config = config
@@ -223,10 +227,11 @@ class Simulation:
         """Evaluate the global model on the whole test set, in eval mode; all runtimes give the same numbers.
 
         `server` may be another `model` (P,) with its `buffers` (Q,), such as `ema`. With `train`, batch norm uses
-        the statistics of each batch, and dropout is active.
+        the statistics of each batch, and dropout is active; a last batch of one example joins the one before.
         """
-        server, total = self.server if server is None else server, self.data.num_test
-        chunks = [EvaluationChunk(first, min(first + batch_size, total)) for first in range(0, total, batch_size)]
+        server = self.server if server is None else server
+        sizes = batch_sizes(self.data.num_test, batch_size, 1 + train)
+        chunks = [EvaluationChunk(*bounds) for bounds in pairwise(accumulate(sizes, initial=0))]
         found = list[Metrics]()
         with closing(self.runtime.map(EvaluateGlobal(train), server, chunks)) as outcomes:
             for chunk, outcome in outcomes:
@@ -298,6 +303,8 @@ class Simulation:
     ) -> tuple[State, list[Report], dict[int, str]]:
         """The new server's state, the reports, and the failed clients; clients' new states are staged."""
         total, reports = self.aggregator.fold([]), list[Report]()
+        failed = {client: self.left_out[client] for client in cohort if client in self.left_out}
+        cohort = [client for client in cohort if client not in failed]
         # Results that are equal only up to rounding may depend on the order, so this must not depend on time.
         by_pace = self.runtime.workers > 1 and self.runtime.exact
         steps = self._steps(cohort) if by_pace else {}
@@ -321,7 +328,7 @@ class Simulation:
                     reports.append(report._replace(client={}, exception=None))
                     after_client(report)
         reports.sort(key=lambda report: report.client_id)
-        failed = {r.client_id: r.error for r in reports if r.error is not None}
+        failed |= {r.client_id: r.error for r in reports if r.error is not None}
         mismatched = self.aggregator.mismatched(total)
         if mismatched and self.failures.policy == "raise":
             client, why = min(mismatched.items())

@@ -37,6 +37,7 @@ from fedsim.flower.state_files import RUN, StateFiles, StoredState, needed
 from fedsim.flower.transport import ROUNDED, TRANSPORTS, encode
 from fedsim.runtimes.worker import Worker
 from fedsim.training.precision import check_precision
+from fedsim.training.small_batches import clients_to_leave_out
 from fedsim.types import Form, Job, Positive, State, described, form_of
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -220,6 +221,7 @@ class Node:
         data.check_augment(plan.local["augment"])
         check_precision(parts.recipe.precision, self.device)
         task, strategy, recipe = parts
+        clients_to_leave_out(task, data, recipe)
         sent = form_of(download(strategy, initial_server_state(strategy, task)))
         train = Train(strategy, recipe, plan.seed, plan.time_limit)
         worker = Worker(task, data.to(self.device), self.device, graphs=True)

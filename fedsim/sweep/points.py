@@ -77,9 +77,10 @@ def begin(point: PointRun, make: Make, display: Display | None = None, max_round
 
     With `max_round` at the last checkpoint of at most so many rounds.
     """
-    if not point.begun:
-        return new_run(point.config, point.folder, make=make)
-    run, hooks = resumed_run(point.folder, {}, make=make, max_round=max_round)
+    if point.begun:
+        run, hooks = resumed_run(point.folder, {}, make=make, max_round=max_round)
+    else:
+        run, hooks = new_run(point.config, point.folder, make=make)
     if display:
         for note in run.notes:
             display.say(f"{point.name}: {note}")

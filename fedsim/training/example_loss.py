@@ -1,7 +1,7 @@
 """The loss of each example by the recipe, and the rows of each mini-batch."""
 
 from collections.abc import Iterator
-from itertools import count, islice
+from itertools import accumulate, count, islice, pairwise
 
 import numpy as np
 import torch
@@ -56,8 +56,8 @@ def batch_rows(
     """(B,) the rows of each mini-batch of a client, for the whole round or for its first `epochs` epochs."""
     own, steps = data.rows(client), None if epochs else recipe.steps
     passes = count() if steps else range(epochs or recipe.epochs)
-    batch_size = recipe.batch_size_of(len(own))
+    bounds = list(pairwise(accumulate(recipe.batch_sizes(len(own)), initial=0)))  # the same in each epoch
     labels = data.labels[own].cpu().numpy() if recipe.oversample else None
     epoch_rows = (stream.permutation(own) if labels is None else own[oversampled(labels, stream)] for _ in passes)
-    starts = ((epoch, first) for epoch in epoch_rows for first in range(0, len(epoch), batch_size))
-    return islice((torch.from_numpy(epoch[first : first + batch_size]) for epoch, first in starts), steps)
+    parts = (epoch[first:end] for epoch in epoch_rows for first, end in bounds)
+    return islice(map(torch.from_numpy, parts), steps)

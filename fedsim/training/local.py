@@ -91,7 +91,10 @@ class ClientObjective(LocalObjective):
         return self._metrics
 
     def batches(self, epochs: int | None = None) -> Iterator[Batch]:
-        rows, step = self._batch_rows(epochs), 0
+        return self._batches(self.recipe, epochs)
+
+    def _batches(self, recipe: Recipe, epochs: int | None = None) -> Iterator[Batch]:
+        rows, step = self._batch_rows(recipe, epochs), 0
         batch_bytes = self._batch_size * prod(self.data.shape) * self.replica.flat.itemsize
         group_size = 1 if self.recipe.augment else max(BATCH_GROUP_BYTES // batch_bytes, 1)
         while group := list(islice(rows, group_size)):
@@ -120,7 +123,7 @@ class ClientObjective(LocalObjective):
         iterate, in_use = replica.flat.clone(), replica.gradient.clone()  # if `correct` calls this in `train`
         replica.load(w)
         g, total, n, steps = torch.zeros_like(iterate), iterate.new_zeros((), dtype=torch.double), 0, 0
-        for part in [batch] if batch else self.batches(epochs=1):
+        for part in [batch] if batch else self._batches(self.recipe.with_all_examples, epochs=1):
             with torch.enable_grad():
                 f = self.loss(replica.w, part)
             g.add_(self._backward(f, flat_gradient=True)[0], alpha=len(part.y))
@@ -148,7 +151,7 @@ class ClientObjective(LocalObjective):
         steps.optimizer.begin(training.pieces.weights)
         n, taken, lr = 0, 0, self.lr
         if steps.captures:
-            for rows in self._batch_rows():
+            for rows in self._batch_rows(recipe):
                 self.check_time()
                 steps.take(rows, lambda rows: self._step(training, Batch(*self.data.batch(rows)), lr))
                 n, taken = n + len(rows), taken + 1
@@ -200,9 +203,9 @@ class ClientObjective(LocalObjective):
     def _random(self, stream: Stream, *key: int) -> np.random.Generator:
         return random(self._seed, stream, self._round, self.client_id, *key)
 
-    def _batch_rows(self, epochs: int | None = None) -> Iterator[Tensor]:
+    def _batch_rows(self, recipe: Recipe, epochs: int | None = None) -> Iterator[Tensor]:
         """(B,) the rows of each mini-batch; to a GPU all are copied at once, without blocking."""
-        rows = batch_rows(self.data, self.client_id, self.recipe, self._random(Stream.BATCHES), epochs)
+        rows = batch_rows(self.data, self.client_id, recipe, self._random(Stream.BATCHES), epochs)
         home = self.data.labels.device
         if home.type == "cuda" and not self.data.mapped:
             parts = list(rows)

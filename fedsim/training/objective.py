@@ -55,7 +55,8 @@ class LocalObjective(ABC):
     def gradient(self, w: Tensor, batch: Batch | None = None) -> tuple[Tensor, Tensor]:
         """(P,) gradient and () loss at `w` (P,), of a mini-batch or, without `batch`, of F_k; in training mode.
 
-        F_k is computed batch by batch. Without batch norm and dropout, `batch_size` affects only the memory.
+        F_k is computed batch by batch, of all examples, also with `drop_last`. Without batch norm and dropout,
+        `batch_size` affects only the memory.
         """
 
     @abstractmethod

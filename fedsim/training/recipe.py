@@ -1,8 +1,8 @@
 """How clients train: the settings under `local`."""
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
-from math import ceil, sqrt
+from dataclasses import KW_ONLY, dataclass, replace
+from math import inf, sqrt
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,12 +10,13 @@ from annotated_types import Ge
 
 from fedsim.base.catalogue import Options, Spec
 from fedsim.data.augment import Augmentation
+from fedsim.data.federated import batch_sizes
 from fedsim.errors import ConfigError
 from fedsim.training.layout import Layout
 from fedsim.training.losses import LabelLoss
 from fedsim.training.optim import FOREACH, LARS, SGD, Adam, Foreach, Optimizer
 from fedsim.training.schedules import Schedule, constant
-from fedsim.types import Count, Decay, NonNegative, Positive, Share
+from fedsim.types import Count, Decay, Divisor, NonNegative, Positive, Share
 
 BASE_BATCH_SIZE = 256  # the batch size at which lr_scaling leaves `lr` as it is (Goyal et al. 2017, https://arxiv.org/abs/1706.02677)
 
@@ -50,11 +51,13 @@ class Recipe:
     """How each client trains in a round.
 
     A client makes `epochs` passes over its examples, or `steps` steps if that is set, in mini-batches of
-    `batch_size` examples; the last batch of an epoch may be smaller, and `full` puts all examples into one batch
-    (McMahan's B = infinity). `accumulate` splits each batch into so many pieces, of two examples or more, and sums
-    their gradients, to save memory; batch norm then normalises each piece. `oversample` draws the examples of an
-    epoch with replacement, with equal probability for each of the client's classes. `class_weights` weight the
-    loss instead: one number for each class, or `balanced`, which is n_k / (classes n_kc).
+    `batch_size` examples; `full` puts all examples into one batch (McMahan's B = infinity). The last batch of an
+    epoch may be smaller: `drop_last` leaves it out, unless it is the only one; with `min_batch`, one of fewer
+    examples joins the batch before it. `accumulate` splits each batch into so many pieces, of two examples or
+    more, and sums their gradients, to save memory; batch norm then normalises each piece. `oversample` draws the
+    examples of an epoch with replacement, with equal probability for each of the client's classes.
+    `class_weights` weight the loss instead: one number for each class, or `balanced`, which is n_k / (classes
+    n_kc).
 
     The learning rate is `lr`; linear `lr_scaling` multiplies it by B / 256 (Goyal et al. 2017), sqrt by the square
     root of that (Krizhevsky 2014). It rises linearly during the first `warmup` rounds, and then follows the
@@ -76,6 +79,8 @@ class Recipe:
     epochs: Count = 1
     steps: Count | None = None
     batch_size: Count | Literal["full"] = 32
+    drop_last: bool = False
+    min_batch: Count = 1
     accumulate: Count = 1
     oversample: bool = False
     class_weights: Literal["balanced"] | list[Positive] | None = None
@@ -83,7 +88,7 @@ class Recipe:
     momentum: Decay = 0.0
     nesterov: bool = False
     betas: tuple[Decay, Decay] = (0.9, 0.999)
-    eps: Positive = 1e-8
+    eps: Divisor = 1e-8
     trust: Positive = 0.001
     weight_decay: NonNegative = 0.0
     decay: Literal["all", "weights"] = "all"
@@ -122,8 +127,11 @@ class Recipe:
         ):
             if not used and getattr(self, name) != getattr(type(self), name):
                 raise ConfigError(f"local.{name}: belongs to {user}")
-        if self.batch_size != "full" and self.accumulate > self.batch_size:
-            raise ConfigError(f"local.accumulate: {self.accumulate} exceeds local.batch_size, {self.batch_size}")
+        for name in ("accumulate", "min_batch") if self.batch_size != "full" else ():
+            if (value := getattr(self, name)) > self.batch_size:
+                raise ConfigError(f"local.{name}: {value} exceeds local.batch_size, {self.batch_size}")
+        if self.drop_last and self.min_batch > 1:
+            raise ConfigError("local.min_batch: local.drop_last leaves no small batch; set one of the two")
         if self.oversample and self.class_weights:
             raise ConfigError("local.oversample: cannot be combined with local.class_weights; set one of the two")
 
@@ -145,15 +153,35 @@ class Recipe:
         past, m = number * steps + step, self.warmup * steps
         if past < m:
             return self.peak_lr * (past + 1) / (m + 1 if self.lr_every == "round" else m)
-        return self.peak_lr * self.schedule((past - m) / steps)
+        try:
+            rate = self.peak_lr * self.schedule((past - m) / steps)
+        except OverflowError:
+            rate = inf
+        if not 0 <= rate < inf:
+            found = f"{rate:g} in round {number + 1}"
+            raise ConfigError(f"local.schedule: the learning rate is {found}; it must be finite and not negative")
+        return rate
 
     def num_steps(self, examples: int) -> int:
         """K, the number of steps of a client with so many examples."""
-        return self.steps or self.epochs * ceil(examples / max(self.batch_size_of(examples), 1))
+        return self.steps or self.epochs * len(self.batch_sizes(examples))
 
     def batch_size_of(self, examples: int) -> int:
         """B, the batch size of a client with so many examples."""
         return examples if self.batch_size == "full" else min(self.batch_size, examples)
+
+    def batch_sizes(self, examples: int) -> list[int]:
+        """The sizes of the mini-batches of one epoch, for a client with so many examples."""
+        size = max(self.batch_size_of(examples), 1)
+        dropped = examples % size if self.drop_last else 0
+        return batch_sizes(examples - dropped, size, self.min_batch)
+
+    @property
+    def with_all_examples(self) -> "Recipe":
+        """The recipe for passes over all examples: what `drop_last` leaves out joins the batch before."""
+        if not self.drop_last or self.batch_size == "full":
+            return self
+        return replace(self, drop_last=False, min_batch=self.batch_size)
 
     @property
     def adds_half_gradients(self) -> bool:

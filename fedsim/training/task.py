@@ -25,8 +25,8 @@ class Task:
     `fates` says what becomes of the others, by `buffers`, which is `model.buffers`: those that are averaged, such
     as batch-norm statistics, form the vector of buffers (Q,). It is separate from the model (P,), and strategies
     do not see it. In training mode the network may return a tuple: its logits and the logits of auxiliary heads.
-    `teacher` is a network to distil from; it takes the same examples. The network is
-    tried on `examples` (n, ...), as `probe` says.
+    `teacher` is a network to distil from; it takes the same examples. The network is tried on
+    `examples` (n, ...), as `probe` says.
     """
 
     def __init__(

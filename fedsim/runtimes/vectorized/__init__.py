@@ -175,7 +175,7 @@ class Vectorized(Runtime):
         """The number of clients in a batch; on one machine always the same, unless memory ran out."""
         if self.chunk != "auto":
             return min(self.chunk, self.max_clients)
-        batch = work.recipe.batch_size_of(int(self.data[self.home].sizes.max()))
+        batch = work.recipe.batch_size_of(int(self.data[self.home].sizes.max())) + work.recipe.min_batch - 1
         if batch not in self.fit_in_memory:
             need = bytes_per_client(self.task, work, self.conv == "im2col", batch)
             self.fit_in_memory[batch] = max(1, int(MEMORY_FRACTION * _memory(self.home) / (self.workers * need)))

@@ -96,10 +96,13 @@ def _compare(
 
 
 def _unequal(data: FederatedData, recipe: Recipe) -> tuple[int, int]:
-    """Two small clients, with batches of unequal sizes if there are such clients."""
-    order = np.argsort(data.sizes, kind="stable")
+    """Two small clients, with batches of unequal sizes if there are such clients.
+
+    Those with one example come last: batch norm cannot train on it, and the trial would say nothing.
+    """
+    order = np.lexsort((data.sizes, data.sizes == 1))
     sizes = data.sizes[order]
-    unequal = recipe.batch_size_of(int(sizes[0])) < recipe.batch_size_of(int(sizes[-1]))
+    unequal = recipe.batch_size_of(int(sizes[0])) < recipe.batch_size_of(int(sizes.max()))
     other = int(np.argmax(sizes > sizes[0])) if unequal else min(1, len(order) - 1)
     return int(order[0]), int(order[other])
 

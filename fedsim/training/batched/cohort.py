@@ -20,7 +20,9 @@ from fedsim.training.objective import exact
 from fedsim.training.recipe import Recipe
 from fedsim.types import Batch, Job, Stream, random
 
-IN_ORDER = 0  # the schedule of all examples in order; other schedules: a number of epochs, or None for the round
+# Schedules besides a number of epochs, and None for the round:
+IN_ORDER = 0  # all examples in order
+ALL_EXAMPLES = -1  # the first epoch, with the examples that `drop_last` leaves out
 
 
 class ClientJob(NamedTuple):
@@ -171,8 +173,10 @@ class Cohort:
         client, rows = self.client_jobs[place], self.rows[place]
         if schedule == IN_ORDER:
             return list(torch.split(torch.from_numpy(rows), self.recipe.batch_size_of(len(rows))))
-        stream = self._random(client, Stream.BATCHES)
-        return list(batch_rows(self.data, client.job.client_id, self.recipe, stream, schedule))
+        recipe, stream = self.recipe, self._random(client, Stream.BATCHES)
+        if schedule == ALL_EXAMPLES:
+            recipe, schedule = recipe.with_all_examples, 1
+        return list(batch_rows(self.data, client.job.client_id, recipe, stream, schedule))
 
     def _random(self, client: ClientJob, stream: Stream, *key: int) -> np.random.Generator:
         return random(client.seed, stream, client.job.round, client.job.client_id, *key)

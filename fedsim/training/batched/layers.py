@@ -79,6 +79,9 @@ class BatchedLayers(TorchFunctionMode):
         dims, channels = [0, *range(2, x.dim())], (1, -1, *(1,) * (x.dim() - 2))
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         if training:
+            places = x[0, 0].numel() * len(x) // (len(x) if self.mask is None else len(self.mask))
+            if 1 in (n * places for n in self.counts or [len(x)]):
+                raise ValueError("Expected more than 1 value per channel when training, and a client has 1")
             mean, var, count = _moments(wide, self.mask, dims, channels)
             if running_mean is not None and running_var is not None:
                 running_mean.mul_(1 - momentum).add_(momentum * mean.detach())

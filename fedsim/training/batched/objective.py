@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 
-from fedsim.training.batched.cohort import IN_ORDER, Cohort, Step
+from fedsim.training.batched.cohort import ALL_EXAMPLES, IN_ORDER, Cohort, Step
 from fedsim.training.batched.layers import BatchedLayers, ConvMethod
 from fedsim.training.batched.optim import VmapOps
 from fedsim.training.batched.per_client import per_client_row, per_client_value
@@ -137,7 +137,7 @@ class BatchedObjective(LocalObjective):
             self._record(f.double() * len(batch.y), len(batch.y), 1)
             return g, f
         g_k, total, steps = torch.zeros_like(w), w.new_zeros((), dtype=torch.double), w.new_zeros(())
-        for step, part in self._batches(epochs=1):
+        for step, part in self._batches(ALL_EXAMPLES):
             g, f, moved = self._differentiated(self.loss, w, part)
             n = self._count(step)
             g_k, total = g_k + g * n, total + f.double() * n
@@ -202,9 +202,9 @@ class BatchedObjective(LocalObjective):
             return losses.mean()
         return torch.where(batch.mask, losses, 0).sum() / batch.mask.sum().clamp(min=1)
 
-    def _batches(self, epochs: int | None = None) -> Iterator[tuple[Step, Batch]]:
+    def _batches(self, schedule: int | None = None) -> Iterator[tuple[Step, Batch]]:
         try:
-            for step in self._cohort.steps(epochs):
+            for step in self._cohort.steps(schedule):
                 batch = self._client_batch(step, augmented=True)
                 self._layers.counts, self._layers.mask = step.counts if step.padded else None, batch.mask
                 yield step, batch
