@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fedsim.base.catalogue import Spec
-from fedsim.data.augment import Augmentation, check_augmentations
+from fedsim.data.augment import Augmentation, check_augmentations, checked_batch
 from fedsim.data.dataset import Dataset, Flags, Ints, holdout_mask
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, WrongReturnError, border, name_of
 from fedsim.types import Batch, Stream, random
 
 
@@ -116,11 +116,23 @@ class FederatedData:
         batch = Batch(x, self.labels.index_select(0, rows.to(self.labels.device)))
         size = (self.shape[1], self.shape[2]) if len(self.shape) == 3 else (1, 1)
         for change in augment:
-            batch = change(batch, rng, size)
+            batch = checked_batch(change, change(batch, rng, size), len(rows), self._dtype)
         x = self._centre(batch.x)
+        if x.shape[1:] != self.shape:
+            made, right = tuple(x.shape[1:]), self.shape
+            raise WrongReturnError(
+                f"{name_of(augment[-1])}: gave examples of shape {made}; the network takes {right}"
+            )
         if self._scale is not None and self._shift is not None:
             x = torch.mul(x, self._scale * white).sub_(self._shift)
         return batch._replace(x=x)
+
+    def check_augmented(self, augment: Sequence[Augmentation]) -> None:
+        """Raise ConfigError unless a batch of two examples can be made; nobody trains on it."""
+        rows = self._order[:2]
+        if augment and len(rows):
+            with border("local.augment", ConfigError):
+                self.training_batch(torch.from_numpy(rows), augment, np.random.default_rng(0))
 
     def check_augment(self, specs: Sequence[Spec]) -> None:
         """Raise ConfigError where the resolved entries of `local.augment` do not fit these examples."""

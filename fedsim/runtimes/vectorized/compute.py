@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from fedsim.data import FederatedData
-from fedsim.federated.client import Train, check_message, states_are_only_read
+from fedsim.federated.client import Train, states_are_only_read
 from fedsim.training.batched.cohort import ClientJob, Cohort
 from fedsim.training.batched.objective import BatchedObjective, Network
 from fedsim.types import Job, State, Update
@@ -52,7 +52,6 @@ def compute(network: Network, work: Train, cohort: Cohort, server: State, own: S
         home = client if work.strategy.buffers == "private" else broadcast
         local = BatchedObjective(network, cohort, index, home["buffers"])
         update = work.client_update(broadcast, client, local)
-        check_message(update)
         weight = update.weight if isinstance(update.weight, Tensor) else network.like.new_full((), update.weight)
         return update.message, weight.to(network.like), update.client, update.metrics
 
