@@ -25,7 +25,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, ValidationError, create_mo
 from pydantic.fields import FieldInfo
 
 from fedsim.base.files import uninterrupted
-from fedsim.errors import ConfigError, border, is_own
+from fedsim.errors import ConfigError, border, is_own, name_of
 
 Spec = dict[str, Any]  # {"name": ..., **options}
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -76,6 +76,13 @@ class Catalogue:
                 way = "is its folder on PYTHONPATH? In that folder: PYTHONPATH=. fedsim ..."
                 raise ConfigError(f"{at}: there is no module {module!r}; {way}") from error
 
+    def options(self, name: str, at: str = "") -> "type[Options]":
+        """The schema of an entry's options; raises ConfigError, as annotations and defaults may be the user's."""
+        at = at or f"{self.kind}.name"
+        target = self.load(name, at)
+        with border(f"{at}: {name}", ConfigError):
+            return options_of(target)
+
     def resolve(self, spec: object, at: str = "", also: type["Options"] | None = None) -> Spec:
         """`spec`, which may be a bare name, with all defaults filled in; raises ConfigError naming the wrong key.
 
@@ -96,9 +103,7 @@ class Catalogue:
         options = {key: value for key, value in spec.items() if key != "name"}
         if "inner" in options:
             options["inner"] = self.resolve(options["inner"], f"{at}.inner")
-        target = self.load(spec["name"], f"{at}.name")
-        with border(f"{at}.name: {spec['name']}", ConfigError):  # annotations and defaults are the user's, too
-            schema = options_of(target)
+        schema = self.options(spec["name"], f"{at}.name")
         if "name" in schema.model_fields:
             taken = "has an option called name, which no config can set; rename it"
             raise ConfigError(f"{at}.name: {spec['name']} {taken}")
@@ -116,7 +121,8 @@ class Catalogue:
         at = at or self.kind
         options = self.resolve(spec, at)
         target = self.load(options.pop("name"), f"{at}.name")
-        settings = dict(iter(validated(options_of(target), options, at)))  # iter: an option may be called keys
+        schema = options_of(target)
+        settings = dict(iter(validated(schema, options, at)))  # iter: an option may be called keys
         if "inner" in settings:
             settings["inner"] = self.make(settings["inner"], product, at=f"{at}.inner")
         return partial(target, **settings)
@@ -158,12 +164,18 @@ class Options(BaseModel):
 @cache
 def options_of(target: Callable[..., Any]) -> type[Options]:
     """The schema of a callable's keyword-only parameters."""
-    annotated: Any = vars(target).get("__init__", target) if isinstance(target, type) else target
+    annotated: Any = target
+    while isinstance(annotated, partial):
+        annotated = annotated.func
+    if isinstance(annotated, type):
+        annotated = vars(annotated).get("__init__", annotated)
+    elif not inspect.isroutine(annotated):  # an object that can be called
+        annotated = type(annotated).__call__
     try:
         parameters = inspect.signature(target).parameters
     except ValueError:
         raise ConfigError(
-            f"{target.__name__}: cannot be configured, because Python cannot inspect its parameters"
+            f"{name_of(target)}: cannot be configured, because Python cannot inspect its parameters"
         ) from None
     hints = get_type_hints(annotated, include_extras=True)
     fields: dict[str, Any] = {}

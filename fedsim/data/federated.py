@@ -4,6 +4,7 @@ import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from operator import lt
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -52,7 +53,12 @@ class FederatedData:
         if owners is None:
             self._order = np.flatnonzero(public)
         else:
-            _check_owners(owners, len(public) - int(public.sum()), clients, holdout)
+            if not 0 <= holdout < 1:
+                raise ConfigError(f"data.holdout: {holdout} should be at least 0 and less than 1")
+            if not (n := len(public) - int(public.sum())):
+                raise ConfigError("data: there are no training examples for clients; at least one is needed")
+            with border("data.partition", ConfigError):
+                owners = checked_owners(owners, n, clients)
             self.owners[~public] = owners
             held_out = holdout_mask(owners, holdout, random(seed, Stream.HOLDOUT)) if holdout else 0
             part[~public] = 2 * owners + held_out  # part 2k: client k trains on it; part 2k + 1: it holds it out
@@ -117,12 +123,12 @@ class FederatedData:
         size = (self.shape[1], self.shape[2]) if len(self.shape) == 3 else (1, 1)
         for change in augment:
             batch = checked_batch(change, change(batch, rng, size), len(rows), self._dtype)
-        x = self._centre(batch.x)
-        if x.shape[1:] != self.shape:
-            made, right = tuple(x.shape[1:]), self.shape
+        made, right, fixed = tuple(batch.x.shape[1:]), self.shape, 1 if len(self.shape) == 3 else None
+        if made[:fixed] != right[:fixed] or len(made) != len(right) or any(map(lt, made, right)):
             raise WrongReturnError(
-                f"{name_of(augment[-1])}: gave examples of shape {made}; the network takes {right}"
+                f"{name_of(augment[-1])}: gave examples of shape {made}; they should be {right}"
             )
+        x = self._centre(batch.x)
         if self._scale is not None and self._shift is not None:
             x = torch.mul(x, self._scale * white).sub_(self._shift)
         return batch._replace(x=x)
@@ -309,18 +315,14 @@ def _cropped_shape(shape: tuple[int, ...], crop: int | None) -> tuple[int, ...]:
     return shape[0], crop, crop
 
 
-def _check_owners(owners: Ints, n: int, clients: int, holdout: float) -> None:
-    if not 0 <= holdout < 1:
-        raise ConfigError(f"data.holdout: {holdout} should be at least 0 and less than 1")
-    if not n:
-        raise ConfigError("data: there are no training examples for clients; at least one is needed")
-    if owners.shape != (n,) or owners.dtype != np.int64:
-        raise ConfigError(f"data.partition: returned {owners.dtype} {owners.shape}; it should return int64 ({n},)")
+def checked_owners(owners: Ints, n: int, clients: int) -> Ints:
+    """(n,) int64 owners that a partition returned; raises WrongReturnError where a client has no examples."""
+    if owners.shape != (n,) or owners.dtype.kind not in "iu":
+        raise WrongReturnError(f"returned {owners.dtype} {owners.shape}; it should return int64 ({n},)")
     if owners.min() < 0 or owners.max() >= clients:
-        raise ConfigError(
-            f"data.partition: returned owners from {owners.min()} to {owners.max()}; allowed: 0 to {clients - 1}"
-        )
+        made = f"owners from {owners.min()} to {owners.max()}"
+        raise WrongReturnError(f"returned {made}; allowed: 0 to {clients - 1}")
+    owners = owners.astype(np.int64, copy=False)
     if (empty := np.flatnonzero(np.bincount(owners, minlength=clients) == 0)).size:
-        raise ConfigError(
-            f"data.partition: left client {empty[0]} of {clients} without examples; lower data.clients"
-        )
+        raise WrongReturnError(f"left client {empty[0]} of {clients} without examples; lower data.clients")
+    return owners

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedsim.base.catalogue import Spec, options_of
+from fedsim.base.catalogue import Spec
 from fedsim.data import AUGMENTATIONS, DATASETS, PARTITIONS, Dataset, FederatedData
-from fedsim.data.federated import public_mask, without_rows
+from fedsim.data.federated import checked_owners, public_mask, without_rows
 from fedsim.data.noise import LabelNoise
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, border
 from fedsim.experiment.config import Config, DataOptions, recipe_options
 from fedsim.experiment.hook import Hook, check_hooks
 from fedsim.experiment.hooks import HOOKS
@@ -34,7 +34,7 @@ from fedsim.types import Stream, random
 
 def build_dataset(config: Config) -> Dataset:
     """The dataset of a resolved config; raises ConfigError."""
-    own = {"name", *options_of(DATASETS.load(config.data["name"])).model_fields}  # also one that DataOptions has
+    own = {"name", *DATASETS.options(config.data["name"]).model_fields}  # also one that DataOptions has
     return DATASETS.make({key: value for key, value in config.data.items() if key in own}, Dataset)
 
 
@@ -50,6 +50,8 @@ def build_data(config: Config, dataset: Dataset | None = None) -> FederatedData:
     public = public_mask(dataset, shared["public"], seed)
     rest = without_rows(dataset, public)
     owners = PARTITIONS.make(shared["partition"], np.ndarray, rest, shared["clients"], stream)
+    with border(f"data.partition.name: {shared['partition']['name']}", ConfigError):
+        owners = checked_owners(owners, len(rest.y_train), shared["clients"])
     data = FederatedData(
         dataset,
         owners,

@@ -13,7 +13,15 @@ from fedsim.errors import ConfigError, RoundError, located
 from fedsim.experiment.config import load
 from fedsim.experiment.figures import evaluate, summarize
 from fedsim.experiment.folder import finite
-from fedsim.experiment.hook import CHECKPOINT_PRIORITY, Hook, call_hook, call_hooks, check_hooks, show_record
+from fedsim.experiment.hook import (
+    CHECKPOINT_PRIORITY,
+    Hook,
+    call_hook,
+    call_hooks,
+    check_hooks,
+    copied,
+    show_record,
+)
 from fedsim.experiment.run import Record, Run
 from fedsim.experiment.start import new_run, resumed_run
 from fedsim.federated.runtime import close
@@ -129,7 +137,7 @@ def _round(run: Run, hooks: list[Hook]) -> Record:
         )
     done = run.simulation.last
     assert done is not None
-    record = done._asdict()
+    record = copied(done._asdict())
     if done.round == run.config.rounds or done.round % run.config.evaluate.every == 0:
         show_record(hooks, "before_evaluation", run, record)
         record |= evaluate(run.simulation, run.config.evaluate)

@@ -96,7 +96,7 @@ def show_record(hooks: Iterable[Hook], event: str, run: Run, record: dict[str, A
 
     Raises RoundError where a hook does something else with it; the record is then as it was.
     """
-    fixed = {name: value.copy() if isinstance(value, list | dict) else value for name, value in record.items()}
+    fixed = copied(record)
     for hook in hooks:
         wrong = list[str]()
         try:
@@ -112,6 +112,11 @@ def show_record(hooks: Iterable[Hook], event: str, run: Run, record: dict[str, A
             raise RoundError(
                 f"hook {type(hook).__name__}, {event}: changed {wrong[0]!r} of the record; a hook {may}"
             )
+
+
+def copied(record: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a record, with copies of its lists and mappings."""
+    return {name: value.copy() if isinstance(value, list | dict) else value for name, value in record.items()}
 
 
 def _same(value: Any, before: Any) -> bool:

@@ -97,21 +97,21 @@ def check_runtime(runtime: object) -> None:
 
 def results(runtime: Runtime, *arguments: Any) -> Results:
     """What `run` of a runtime yields; faults of a user's own runtime become RoundErrors."""
-    return _pairs(runtime, runtime.run, arguments, lambda reports: all(isinstance(r, Report) for r in reports))
+    return _pairs(runtime, "run", arguments, lambda reports: all(isinstance(r, Report) for r in reports))
 
 
 def outcomes(runtime: Runtime, *arguments: Any) -> Generator[tuple[Any, Outcome], None, None]:
     """What `map` of a runtime yields; faults of a user's own runtime become RoundErrors."""
-    return _pairs(runtime, runtime.map, arguments, lambda outcome: isinstance(outcome, Update | BaseException))
+    return _pairs(runtime, "map", arguments, lambda outcome: isinstance(outcome, Update | BaseException))
 
 
 def _pairs(
-    runtime: Runtime, method: Callable[..., Any], arguments: tuple[Any, ...], right: Callable[[Any], bool]
+    runtime: Runtime, method: str, arguments: tuple[Any, ...], right: Callable[[Any], bool]
 ) -> Generator[tuple[Any, Any], None, None]:
-    own, whose = is_own(runtime), _whose(runtime, method.__name__)
+    own, whose = is_own(runtime), _whose(runtime, method)
     end: Any = object()
     with border(whose, RoundError, lambda error: not own):
-        pairs: Iterator[Any] = iter(method(*arguments))
+        pairs: Iterator[Any] = iter(getattr(runtime, method)(*arguments))
     with closing(pairs) if isinstance(pairs, Generator) else nullcontext():
         while True:
             with border(whose, RoundError, lambda error: not own):
