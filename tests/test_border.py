@@ -205,7 +205,7 @@ EVENTS = ["before_run", "before_round", "before_client", "after_client", "before
 
 
 @pytest.mark.parametrize("event", [*EVENTS, "after_round", "after_run"])
-@pytest.mark.parametrize("what", BAD)
+@pytest.mark.parametrize("what", [*RAISES, "dictionary"])
 def test_every_method_of_a_hook_meets_every_bad_object(event, what):
     hook = type("Mine", (Hook,), {event: staticmethod(BAD[what])})()
     with pytest.raises((ConfigError, RoundError)) as caught:
@@ -451,6 +451,12 @@ def test_a_hook_may_add_fields_until_the_record_is_written():
     ] * 2
     with pytest.raises(RoundError, match=r"changed 'mine' of the record; a hook may no longer change it"):
         fedsim.run(CONFIG, hooks=[AddsLate()])
+    for name, value in ((1, 2), ("a", {1, 2}), ("b", torch.zeros(2)), ("c", [float("nan")])):
+        hook = type("Mine", (Hook,), {"after_evaluation": lambda self, run, r, n=name, v=value: r.update({n: v})})
+        with pytest.raises(
+            RoundError, match=rf"^hook Mine, after_evaluation: added {name!r}, which rounds\.jsonl"
+        ):
+            fedsim.run(CONFIG, hooks=[hook()])
 
 
 # Data

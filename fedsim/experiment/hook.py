@@ -1,11 +1,13 @@
 """Hooks: what happens around a run, its rounds, clients and evaluations, besides the learning itself."""
 
-from collections.abc import Iterable
+import json
+from collections.abc import Coroutine, Generator, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from fedsim.base.catalogue import check_methods
 from fedsim.errors import ConfigError, RoundError, WrongReturnError, border
+from fedsim.experiment.folder import finite
 from fedsim.experiment.run import Run
 from fedsim.types import Report
 
@@ -81,7 +83,8 @@ def call_hook(hook: Hook, event: str, *arguments: Any) -> None:
         return names_a_file or (isinstance(error, ConfigError) and event == "before_run")
 
     with border(f"hook {type(hook).__name__}, {event}", RoundError, says_enough):
-        if (given := getattr(hook, event)(*arguments)) is not None:
+        given = getattr(hook, event)(*arguments)
+        if isinstance(given, Mapping | Coroutine | Generator):  # meant as a new record, or not run at all
             raise WrongReturnError(f"gave {type(given).__name__}, which nobody reads; a hook gives nothing")
 
 
@@ -98,7 +101,7 @@ def show_record(hooks: Iterable[Hook], event: str, run: Run, record: dict[str, A
     """
     fixed = copied(record)
     for hook in hooks:
-        wrong = list[str]()
+        at, wrong = f"hook {type(hook).__name__}, {event}", list[str]()
         try:
             call_hook(hook, event, run, record)
         finally:
@@ -109,9 +112,18 @@ def show_record(hooks: Iterable[Hook], event: str, run: Run, record: dict[str, A
                 record.update(fixed)
         if wrong:
             may = "may add fields, and change none" if add else "may no longer change it, for it is written"
-            raise RoundError(
-                f"hook {type(hook).__name__}, {event}: changed {wrong[0]!r} of the record; a hook {may}"
-            )
+            raise RoundError(f"{at}: changed {wrong[0]!r} of the record; a hook {may}")
+        added = {name: value for name, value in record.items() if name not in fixed}
+        if unfit := [name for name, value in added.items() if not (isinstance(name, str) and _fits_json(value))]:
+            raise RoundError(f"{at}: added {unfit[0]!r}, which rounds.jsonl cannot hold; add numbers with names")
+
+
+def _fits_json(value: Any) -> bool:
+    try:
+        json.dumps(finite({"": value}), allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
 
 
 def copied(record: dict[str, Any]) -> dict[str, Any]:
