@@ -1,9 +1,14 @@
 """The exceptions of fedsim, and functions that put an error into one line."""
 
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from traceback import clear_frames, extract_tb
+from sysconfig import get_path
+from traceback import clear_frames, walk_tb
 
+STANDARD_LIBRARY = get_path("stdlib")
 NO_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory")  # what torch says
 
 
@@ -21,6 +26,44 @@ class NodeError(RuntimeError):
 
 class RoundError(RuntimeError):
     """A round failed: too few clients answered, or their messages cannot be aggregated."""
+
+
+class WrongReturnError(TypeError):
+    """A user's code gave what it should not. One line: what it gave, and what is right."""
+
+
+@contextmanager
+def border(
+    whose: str, fault: type[ConfigError | RoundError], passes: Callable[[BaseException], bool] = lambda _: False
+) -> Iterator[None]:
+    """Between fedsim and a user's code: whatever ends the code inside becomes one line that begins with `whose`.
+
+    `fault` is ConfigError at the start and RoundError in a run. Errors of that kind pass as they are, for they say
+    enough by themselves; so do a ClientError, an interrupt, and what `passes` accepts.
+    """
+    try:
+        yield
+    except (fault, ClientError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        if passes(error):
+            raise
+        plain = isinstance(error, ConfigError | RoundError | WrongReturnError)
+        raise fault(f"{whose}: {one_line(error) if plain else located(error)}") from error
+
+
+def is_own(target: object) -> bool:
+    """Whether a class, function or object is a user's own, and not fedsim's."""
+    module = getattr(target, "__module__", None) or type(target).__module__
+    return str(module).partition(".")[0] != "fedsim"
+
+
+def name_of(target: object) -> str:
+    """The name of a function, class or object as a config would have it: "mine:schedule"."""
+    while isinstance(target, partial):
+        target = target.func
+    named = target if hasattr(target, "__qualname__") else type(target)
+    return f"{named.__module__}:{named.__qualname__}"
 
 
 def how_to_install(extra: str) -> str:
@@ -50,11 +93,35 @@ def reason(error: Exception) -> str:
 
 
 def located(error: BaseException) -> str:
-    """An error in a user's code in one line, with the file and line: "TypeError: ... (mine.py:12)"."""
-    frames = extract_tb(error.__traceback__)
-    own = [frame for frame in frames if "site-packages" not in frame.filename] or frames
-    where = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
-    return one_line(f"{type(error).__name__}: {error}") + where
+    """An error in a user's code in one line, with the file and line: "TypeError: ... (mine.py:12)".
+
+    The line is the last one of the user's own, even where a library that it calls raised the error. Without one it
+    is that of fedsim which raised the error, but not for a TypeError, which then comes of the call itself.
+    """
+    text, place = _text(error), _place(error)
+    if isinstance(error, SyntaxError) and error.filename:
+        text, place = error.msg, (error.filename, error.lineno or 0)
+    where = f" ({Path(place[0]).name}:{place[1]})" if place else ""
+    return one_line(f"{type(error).__name__}: {text}") + where
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # a fault of the error's own class
+        return "an error without a text"
+
+
+def _place(error: BaseException) -> tuple[str, int] | None:
+    """File and line of what an error passed through, by the rule of `located`."""
+    found, of_fedsim = None, False
+    for frame, line in walk_tb(error.__traceback__):
+        file, of_fedsim = frame.f_code.co_filename, str(frame.f_globals.get("__name__")).startswith("fedsim.")
+        if not (file.startswith((STANDARD_LIBRARY, "<frozen", "<string")) or "site-packages" in file or of_fedsim):
+            found = file, line
+    if found is None and of_fedsim and not isinstance(error, TypeError):
+        return file, line
+    return found
 
 
 def out_of_memory(error: BaseException | None) -> bool:

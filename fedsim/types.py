@@ -49,6 +49,16 @@ def described(form: Form) -> str:
     return ", ".join(f"{n} {str(t).removeprefix('torch.')} {tuple(shape)}" for n, shape, t in form) or "nothing"
 
 
+def same_values(a: object, b: Tensor) -> bool:
+    """Whether `a` is a tensor with the form and the values of `b`; a NaN is equal to itself."""
+    if a is b:
+        return True
+    if not isinstance(a, Tensor) or (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+        return False
+    x, y = (value.detach().contiguous().view(-1) for value in (a, b))
+    return torch.equal(x, y) or torch.equal(x.view(torch.uint8), y.view(torch.uint8))  # bytes: for a NaN
+
+
 class Batch(NamedTuple):
     """A mini-batch of one client."""
 

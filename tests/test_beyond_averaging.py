@@ -485,7 +485,7 @@ class Takes(Wrapper):
 def test_no_strategy_has_these_names(name):
     taken = Takes(inner=make_strategy("fedavg"), name=name)
     refused(lambda: make_simulation(taken), f"init_server made {name!r}")
-    with pytest.raises(RoundError, match=f"server_update gave '{name}', which init_server did not make"):
+    with pytest.raises(RoundError, match=f"server_update: gave '{name}', which init_server did not make"):
         make_simulation(replace(taken, later=True), ema=0.5).round()
 
 

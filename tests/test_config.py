@@ -264,13 +264,6 @@ def test_a_name_of_your_own_that_leads_nowhere(overrides, message):
     assert refusal(overrides).startswith(message)
 
 
-def test_an_import_error_inside_your_own_module_is_not_hidden(tmp_path, monkeypatch):
-    (tmp_path / "mine_broken.py").write_text("import no_such_thing\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ModuleNotFoundError, match="no_such_thing"):
-        load(TINY, {"model": "mine_broken:Net"})
-
-
 # What an annotation takes
 
 

@@ -9,7 +9,7 @@ import sys
 import threading
 from contextlib import suppress
 from dataclasses import dataclass
-from math import inf, nan
+from math import inf, isfinite, nan
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +23,7 @@ from fedsim.base.catalogue import Catalogue
 from fedsim.experiment.hooks import HOOKS
 from fedsim.experiment.hooks.stopping import EarlyStopping
 from fedsim.experiment.progress import Bar, Plain
+from fedsim.federated.simulation import Evaluation
 
 COMMAND = [sys.executable, "-P", "-c", "from fedsim.cli import main; main()"]
 CONFIG = {
@@ -260,12 +261,24 @@ def test_a_hook_that_fails_is_named_with_event_file_and_line(event, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "error", [ConfigError("a"), ClientError("b"), RoundError("c"), OSError(28, "d", "e")], ids=repr
+    ("error", "event"),
+    [
+        (ConfigError("a"), "before_run"),
+        (ClientError("b"), "after_round"),
+        (RoundError("c"), "after_round"),
+        (OSError(28, "d", "e"), "after_round"),
+    ],
+    ids=repr,
 )
-def test_what_says_enough_by_itself_is_raised_as_it_is(error):
+def test_what_says_enough_by_itself_is_raised_as_it_is(error, event):
     with pytest.raises(type(error)) as caught:
-        run(Teller(do=fails(error), at="after_round"))
+        run(Teller(do=fails(error), at=event))
     assert caught.value is error
+
+
+def test_in_a_run_a_config_error_of_a_hook_is_a_failure_of_the_run():
+    with pytest.raises(RoundError, match=r"^hook Teller, after_round: a$"):
+        run(Teller(do=fails(ConfigError("a")), at="after_round"))
 
 
 def test_a_hook_that_fails_at_the_end_does_not_hide_what_ended_the_run():
@@ -578,20 +591,22 @@ stops = pytest.mark.parametrize(("metric", "options", "values", "tests"), STOPS.
 
 @dataclass(kw_only=True)
 class Measured(Hook):
-    """Has the tests of a run measure these values of a metric, one after the other."""
+    """Has the tests of a run measure these values, one after the other."""
 
-    metric: str = "test_loss"
     values: list[float | str]  # a text where YAML has no number: nan, inf
 
-    def after_evaluation(self, run, record):
-        record[self.metric] = float(self.values[run.simulation.number // run.config.evaluate.every - 1])
+    def before_evaluation(self, run, record):
+        value = float(self.values[run.simulation.number // run.config.evaluate.every - 1])
+        measured = Evaluation(value, value if isfinite(value) else 0.0)
+        run.simulation.evaluate = lambda *_, **__: measured
+        run.simulation.evaluate_clients = lambda *_, **__: {0: measured}
 
 
 @stops
 @pytest.mark.parametrize("every", [1, 2])
 def test_early_stopping_by_hand(metric, options, values, tests, every):
     """Only tests count, whatever rounds lie between them."""
-    stopping, measured = EarlyStopping(metric=metric, **options), Measured(metric=metric, values=values)
+    stopping, measured = EarlyStopping(metric=metric, **options), Measured(values=values)
     evaluate = {"every": every, "clients": metric == "client_accuracy_mean"}
     result = run(measured, stopping, rounds=len(values) * every, evaluate=evaluate)
     assert result.summary["rounds"] == (tests or len(values)) * every
@@ -605,7 +620,7 @@ def test_early_stopping_by_hand(metric, options, values, tests, every):
 @stops
 def test_early_stopping_goes_on_where_it_stood(metric, options, values, tests, tmp_path):
     """A run that is interrupted at the last moment ends in the same round."""
-    measured = {"name": "test_hooks:Measured", "metric": metric, "values": [str(value) for value in values]}
+    measured = {"name": "test_hooks:Measured", "values": [str(value) for value in values]}
     last = (tests or len(values)) - 1
     hooks = [measured, {"name": "early_stopping", "metric": metric, **options}]
     late = Teller(

@@ -15,6 +15,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cache, partial
+from inspect import isfunction
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -24,7 +25,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, ValidationError, create_mo
 from pydantic.fields import FieldInfo
 
 from fedsim.base.files import uninterrupted
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, border, is_own, name_of
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -82,12 +83,21 @@ class Catalogue:
             return _attribute(importlib.import_module(f"{self.package}.{module}"), attribute, at)
         if not (attribute and all(part.isidentifier() for part in module.split("."))):
             raise ConfigError(f"{at}: {unknown(name, self.entries)}, or your own package.module:attribute")
-        try:
-            return _attribute(importlib.import_module(module), attribute, at)
-        except ModuleNotFoundError as error:
-            if not f"{module}.".startswith(f"{error.name}."):
-                raise  # the user's module exists, but imports one that does not
-            raise ConfigError(f"{at}: there is no module {module!r}; is its folder on PYTHONPATH?") from error
+        with border(f"{at}: {name}", ConfigError):
+            try:
+                return _attribute(importlib.import_module(module), attribute, at)
+            except ModuleNotFoundError as error:
+                if not f"{module}.".startswith(f"{error.name}."):
+                    raise  # the user's module exists, but imports one that does not
+                way = "is its folder on PYTHONPATH? In that folder: PYTHONPATH=. fedsim ..."
+                raise ConfigError(f"{at}: there is no module {module!r}; {way}") from error
+
+    def options(self, name: str, at: str = "") -> "type[Options]":
+        """The schema of an entry's options; raises ConfigError, as annotations and defaults may be the user's."""
+        at = at or f"{self.kind}.name"
+        target = self.load(name, at)
+        with border(f"{at}: {name}", ConfigError):
+            return options_of(target)
 
     def resolve(self, spec: object, at: str = "", also: type["Options"] | None = None) -> Spec:
         """`spec`, which may be a bare name, with all defaults filled in; raises ConfigError naming the wrong key.
@@ -100,34 +110,56 @@ class Catalogue:
         if not isinstance(spec, Mapping):
             example = f"{{name: {next(iter(self))}}}"
             raise ConfigError(f"{at}: {_json_excerpt(spec)} should be a mapping such as {example}")
-        if not isinstance(spec.get("name"), str):
+        if "name" not in spec:
             raise ConfigError(f"{at}.name: missing; allowed: {', '.join(self)}")
+        if not isinstance(spec["name"], str):
+            raise ConfigError(
+                f"{at}.name: {_json_excerpt(spec['name'])} should be a string; allowed: {', '.join(self)}"
+            )
         options = dict(spec)
         if "inner" in options:
             options["inner"] = self.resolve(options["inner"], f"{at}.inner")
-        own = options_of(self.load(spec["name"], f"{at}.name"))
+        own = self.options(spec["name"], f"{at}.name")
+        if "name" in own.model_fields:
+            taken = "has an option called name, which no config can set; rename it"
+            raise ConfigError(f"{at}.name: {spec['name']} {taken}")
         schema = _schema((own, also) if also else (own,), name=(str, ...))  # so that errors list `name`, too
-        return {"name": spec["name"]} | validated(schema, options, at).model_dump(mode="json")
+        values = validated(schema, options, at)
+        with border(f"{at}.name: {spec['name']}", ConfigError):
+            return {"name": spec["name"]} | values.model_dump(mode="json")
 
-    def bind(self, spec: object, at: str = "") -> Callable[..., Any]:
-        """The callable of `spec` with its options set; the engine will pass the positional arguments."""
+    def bind(self, spec: object, at: str = "", product: type = object) -> Callable[..., Any]:
+        """The callable of `spec` with its options set; the engine will pass the positional arguments.
+
+        It makes a `product`, and so does the entry that its option `inner` names.
+        """
+        at = at or self.kind
         options = self.resolve(spec, at)
-        target = self.load(options.pop("name"))
-        settings = dict(iter(validated(options_of(target), options, at)))  # iter: an option may be called keys
+        target = self.load(options.pop("name"), f"{at}.name")
+        schema = options_of(target)
+        settings = dict(iter(validated(schema, options, at)))  # iter: an option may be called keys
         if "inner" in settings:
-            settings["inner"] = self.bind(settings["inner"])()
+            settings["inner"] = self.make(settings["inner"], product, at=f"{at}.inner")
         return partial(target, **settings)
 
     def make(self, spec: object, expected: type[Product], *arguments: object, at: str = "") -> Product:
         """Calls `bind(spec)` with `arguments`; raises ConfigError unless the result is of the type `expected`."""
-        at, make = f"{at or self.kind}.name: {self.resolve(spec, at)['name']}", self.bind(spec, at)
+        make, name = self.bind(spec, at, expected), self.resolve(spec, at)["name"]
+        at = f"{at or self.kind}.name: {name}"
         try:
             inspect.signature(make).bind(*arguments)
         except TypeError as error:
             raise ConfigError(
                 f"{at} does not take the arguments with which fedsim makes a {expected.__name__}: {error}"
             ) from None
-        product = make(*arguments)
+        key = at.partition(".")[0]
+        with border(at, ConfigError, lambda error: name in self.entries):
+            try:
+                product = make(*arguments)
+            except ConfigError as error:
+                if name in self.entries or str(error).startswith(key):
+                    raise
+                raise ConfigError(f"{at}: {error}") from error
         if not isinstance(product, expected):
             returned = f"an object of type {type(product).__name__}"
             raise ConfigError(f"{at} returned {returned}; it should return a {expected.__name__}")
@@ -154,12 +186,18 @@ class Options(BaseModel):
 @cache
 def options_of(target: Callable[..., Any]) -> type[Options]:
     """The schema of a callable's keyword-only parameters."""
-    annotated: Any = vars(target).get("__init__", target) if isinstance(target, type) else target
+    annotated: Any = target
+    while isinstance(annotated, partial):
+        annotated = annotated.func
+    if isinstance(annotated, type):
+        annotated = vars(annotated).get("__init__", annotated)
+    elif not inspect.isroutine(annotated):  # an object that can be called
+        annotated = type(annotated).__call__
     try:
         parameters = inspect.signature(target).parameters
     except ValueError:
         raise ConfigError(
-            f"{target.__name__}: cannot be configured, because Python cannot inspect its parameters"
+            f"{name_of(target)}: cannot be configured, because Python cannot inspect its parameters"
         ) from None
     hints = get_type_hints(annotated, include_extras=True)
     fields: dict[str, Any] = {}
@@ -204,6 +242,29 @@ def validated(schema: type[Schema], values: Mapping[str, Any], at: str = "") -> 
 def nearest(name: str, allowed: Iterable[str], similar: float = 0.6) -> list[str]:
     """The one of `allowed` that `name` may be a misspelling of, or none; at least `similar` of it is the same."""
     return difflib.get_close_matches(name, [*allowed], n=1, cutoff=similar)
+
+
+def check_methods(thing: object, base: type, at: str) -> None:
+    """Raise ConfigError where a user's class misspells a method of `base`, or takes other arguments in it."""
+    kind, methods = type(thing), _public_methods(base)
+    own = {name: method for name in methods if is_own(method := getattr(thing, name))}
+    for name, method in own.items():
+        _, *arguments = inspect.signature(methods[name]).parameters
+        try:
+            inspect.signature(method).bind(*arguments)
+        except TypeError as error:
+            taken = f"{kind.__name__}.{name} does not take the arguments ({', '.join(arguments)})"
+            raise ConfigError(f"{at}: {taken}: {error}") from None
+    for name in {name for part in kind.__mro__ if is_own(part) for name in _public_methods(part)}:
+        near = difflib.get_close_matches(name, methods.keys() - own, n=1, cutoff=0.85)
+        if near and not hasattr(base, name):
+            wrong = f"{kind.__name__}.{name} is never called; did you mean {near[0]!r}?"
+            way = "begin the name of a method of your own with _"
+            raise ConfigError(f"{at}: {wrong} The methods are {', '.join(methods)}; {way}")
+
+
+def _public_methods(kind: type) -> dict[str, Callable[..., Any]]:
+    return {name: value for name, value in vars(kind).items() if isfunction(value) and name[0] != "_"}
 
 
 def unknown(name: str, allowed: Iterable[str]) -> str:

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from fedsim.base.catalogue import Spec
 from fedsim.data.dataset import Ints
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, WrongReturnError, name_of
 from fedsim.types import Batch, Count, NonNegative, Positive, Share
 
 Size = tuple[int, int]  # height and width in pixels
@@ -46,6 +46,23 @@ class Augmentation(Protocol):
     """Returns a changed batch; `size` is the image size that the network takes, `rng` gives all random numbers."""
 
     def __call__(self, batch: Batch, rng: np.random.Generator, size: Size, /) -> Batch: ...
+
+
+def checked_batch(change: Augmentation, batch: object, size: int, dtype: torch.dtype) -> Batch:
+    """The batch that `change` gave; raises WrongReturnError unless it has `size` such examples with labels."""
+    whose = f"{name_of(change)}: gave"
+    if not isinstance(batch, Batch):
+        raise WrongReturnError(f"{whose} {type(batch).__name__}; it should give batch._replace(x=...)")
+    kinds = {"x": dtype, "y": torch.int64, "mixed_labels": torch.int64, "mix_weight": dtype}
+    for name, kind in kinds.items():
+        value = getattr(batch, name)
+        if value is None and name not in ("x", "y"):
+            continue
+        shape = (size, *value.shape[1:]) if name == "x" and isinstance(value, Tensor) else (size,)
+        if not (isinstance(value, Tensor) and value.dtype == kind and value.shape == shape):
+            made = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise WrongReturnError(f"{whose} batch.{name} as {made}; it should be {kind} of {size} examples")
+    return batch
 
 
 def check_augmentations(specs: Sequence[Spec], shape: tuple[int, ...], dtype: torch.dtype) -> None:

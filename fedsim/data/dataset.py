@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
+from numbers import Real
 from typing import Annotated, Any
 
 import numpy as np
@@ -43,6 +45,7 @@ class Dataset:
     owner_names: tuple[str, ...] = ()  # of the owners, by number; none where only numbers are known
 
     def __post_init__(self) -> None:
+        self._check_types()
         parts = {"train": (self.x_train, self.y_train), "test": (self.x_test, self.y_test)}
         present = {name: part for name, part in parts.items() if any(t.numel() for t in part)} or parts
         for name, (x, y) in present.items():
@@ -64,6 +67,18 @@ class Dataset:
             )
         if any(s <= 0 for s in self.std):
             raise ConfigError(f"data.std: {list(self.std)} should have positive numbers only")
+
+    def _check_types(self) -> None:
+        tensors = {"x_train": self.x_train, "y_train": self.y_train, "x_test": self.x_test, "y_test": self.y_test}
+        for name, value in (tensors | ({} if self.owner is None else {"owner": self.owner})).items():
+            if not isinstance(value, Tensor) or value.device.type not in ("cpu", "meta"):  # meta: without_rows
+                made = f"on {value.device}" if isinstance(value, Tensor) else f"of type {type(value).__name__}"
+                raise ConfigError(f"{name} is {made}; it should be a tensor in CPU memory (torch.from_numpy)")
+        if not isinstance(self.classes, int | np.integer) or self.classes < 1:
+            raise ConfigError(f"classes is {self.classes!r}; it should be a whole number >= 1")
+        for name, numbers in (("mean", self.mean), ("std", self.std)):
+            if not isinstance(numbers, Sequence) or not all(isinstance(x, Real) and isfinite(x) for x in numbers):
+                raise ConfigError(f"{name} is {numbers!r}; it should be a tuple of finite numbers")
 
     def check_parts(self, *names: str) -> None:
         """Raise ConfigError where one of the parts `names`, of train and test, has no examples."""

@@ -4,6 +4,7 @@ import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from operator import lt
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -12,9 +13,9 @@ from torch import Tensor
 
 from fedsim.base.catalogue import Spec
 from fedsim.base.machine import check_memory
-from fedsim.data.augment import Augmentation, check_augmentations
+from fedsim.data.augment import Augmentation, check_augmentations, checked_batch
 from fedsim.data.dataset import Dataset, Flags, Ints, holdout_mask
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, WrongReturnError, border, name_of
 from fedsim.types import Batch, Stream, random
 
 BYTES_PER_CLIENT = 2 * 3 * 8  # for the bounds of a client's two parts, while they are counted
@@ -56,7 +57,12 @@ class FederatedData:
         if owners is None:
             self._order = np.flatnonzero(public)
         else:
-            _check_owners(owners, len(public) - int(public.sum()), clients, holdout)
+            if not 0 <= holdout < 1:
+                raise ConfigError(f"data.holdout: {holdout} should be at least 0 and less than 1")
+            if not (n := len(public) - int(public.sum())):
+                raise ConfigError("data: there are no training examples for clients; at least one is needed")
+            with border("data.partition", ConfigError):
+                owners = checked_owners(owners, n, clients)
             self.owners[~public] = owners
             held_out = holdout_mask(owners, holdout, random(seed, Stream.HOLDOUT)) if holdout else 0
             part[~public] = 2 * owners + held_out  # part 2k: client k trains on it; part 2k + 1: it holds it out
@@ -130,11 +136,23 @@ class FederatedData:
         batch = Batch(x, self.labels.index_select(0, rows.to(self.labels.device)))
         size = (self.shape[1], self.shape[2]) if len(self.shape) == 3 else (1, 1)
         for change in augment:
-            batch = change(batch, rng, size)
+            batch = checked_batch(change, change(batch, rng, size), len(rows), self._dtype)
+        made, right, fixed = tuple(batch.x.shape[1:]), self.shape, 1 if len(self.shape) == 3 else None
+        if made[:fixed] != right[:fixed] or len(made) != len(right) or any(map(lt, made, right)):
+            raise WrongReturnError(
+                f"{name_of(augment[-1])}: gave examples of shape {made}; they should be {right}"
+            )
         x = self._centre(batch.x)
         if self._scale is not None and self._shift is not None:
             x = torch.mul(x, self._scale * white).sub_(self._shift)
         return batch._replace(x=x)
+
+    def check_augmented(self, augment: Sequence[Augmentation]) -> None:
+        """Raise ConfigError unless a batch of two examples can be made; nobody trains on it."""
+        rows = self._order[:2]
+        if augment and len(rows):
+            with border("local.augment", ConfigError):
+                self.training_batch(torch.from_numpy(rows), augment, np.random.default_rng(0))
 
     def check_augment(self, specs: Sequence[Spec]) -> None:
         """Raise ConfigError where the resolved entries of `local.augment` do not fit these examples."""
@@ -346,20 +364,14 @@ def _cropped_shape(shape: tuple[int, ...], crop: int | None) -> tuple[int, ...]:
     return shape[0], crop, crop
 
 
-def _check_owners(owners: Ints, n: int, clients: int, holdout: float) -> None:
-    if not 0 <= holdout < 1:
-        raise ConfigError(f"data.holdout: {holdout} should be at least 0 and less than 1")
-    if not n:
-        raise ConfigError("data: there are no training examples for clients; at least one is needed")
-    if clients > n:
-        raise ConfigError(f"data.clients: {clients} is too many for {n} examples; allowed: 1 to {n}")
-    if owners.shape != (n,) or owners.dtype != np.int64:
-        raise ConfigError(f"data.partition: returned {owners.dtype} {owners.shape}; it should return int64 ({n},)")
+def checked_owners(owners: Ints, n: int, clients: int) -> Ints:
+    """(n,) int64 owners that a partition returned; raises WrongReturnError where a client has no examples."""
+    if owners.shape != (n,) or owners.dtype.kind not in "iu":
+        raise WrongReturnError(f"returned {owners.dtype} {owners.shape}; it should return int64 ({n},)")
     if owners.min() < 0 or owners.max() >= clients:
-        raise ConfigError(
-            f"data.partition: returned owners from {owners.min()} to {owners.max()}; allowed: 0 to {clients - 1}"
-        )
+        made = f"owners from {owners.min()} to {owners.max()}"
+        raise WrongReturnError(f"returned {made}; allowed: 0 to {clients - 1}")
+    owners = owners.astype(np.int64, copy=False)
     if (empty := np.flatnonzero(np.bincount(owners, minlength=clients) == 0)).size:
-        raise ConfigError(
-            f"data.partition: left client {empty[0]} of {clients} without examples; lower data.clients"
-        )
+        raise WrongReturnError(f"left client {empty[0]} of {clients} without examples; lower data.clients")
+    return owners

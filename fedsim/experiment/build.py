@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from fedsim.base.catalogue import Spec
 from fedsim.data import AUGMENTATIONS, DATASETS, PARTITIONS, Dataset, FederatedData
-from fedsim.data.federated import public_mask, without_rows
+from fedsim.data.federated import checked_owners, public_mask, without_rows
 from fedsim.data.noise import LabelNoise
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, border
 from fedsim.experiment.config import Config, DataOptions, recipe_options
-from fedsim.experiment.hook import Hook
+from fedsim.experiment.hook import Hook, check_hooks
 from fedsim.experiment.hooks import HOOKS
 from fedsim.federated.availability import Availability
 from fedsim.federated.cohort import COHORTS
@@ -35,7 +35,8 @@ from fedsim.types import Stream, random
 
 def build_dataset(config: Config) -> Dataset:
     """The dataset of a resolved config; raises ConfigError."""
-    return DATASETS.make({k: v for k, v in config.data.items() if k not in DataOptions.model_fields}, Dataset)
+    own = {"name", *DATASETS.options(config.data["name"]).model_fields}  # also one that DataOptions has
+    return DATASETS.make({key: value for key, value in config.data.items() if key in own}, Dataset)
 
 
 def build_data(config: Config, dataset: Dataset | None = None) -> FederatedData:
@@ -50,6 +51,8 @@ def build_data(config: Config, dataset: Dataset | None = None) -> FederatedData:
     public = public_mask(dataset, shared["public"], seed)
     rest = without_rows(dataset, public)
     owners = PARTITIONS.make(shared["partition"], np.ndarray, rest, shared["clients"], stream)
+    with border(f"data.partition.name: {shared['partition']['name']}", ConfigError):
+        owners = checked_owners(owners, len(rest.y_train), shared["clients"])
     data = FederatedData(
         dataset,
         owners,
@@ -90,7 +93,9 @@ def build(
         STRATEGIES.make(config.strategy, Strategy),
         task,
         data,
-        (runtime or RUNTIMES.bind(config.runtime))(task, data),
+        runtime(task, data)
+        if runtime
+        else RUNTIMES.make(config.runtime, runtime_class(config.runtime), task, data),
         COHORTS.bind(config.cohort),
         recipe,
         failures=Failures(**config.failures),
@@ -148,7 +153,7 @@ def build_task(
 
 def build_hooks(config: Config) -> list[Hook]:
     """The hooks that a resolved config names; raises ConfigError."""
-    return [HOOKS.make(hook, Hook, at=f"hooks[{i}]") for i, hook in enumerate(config.hooks)]
+    return check_hooks(HOOKS.make(hook, Hook, at=f"hooks[{i}]") for i, hook in enumerate(config.hooks))
 
 
 def _teacher(

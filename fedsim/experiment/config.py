@@ -285,6 +285,6 @@ def _with_length(schedule: Any, rounds: int) -> Any:
     """The schedule; one that has an option `rounds` lasts as long as the run unless that is set."""
     spec = {"name": schedule} if isinstance(schedule, str) else schedule
     if isinstance(spec, Mapping) and isinstance(spec.get("name"), str):
-        timed = "rounds" in options_of(SCHEDULES.load(spec["name"], "local.schedule.name")).model_fields
+        timed = "rounds" in SCHEDULES.options(spec["name"], "local.schedule.name").model_fields
         return {**({"rounds": max(rounds, 1)} if timed else {}), **spec}
     return spec

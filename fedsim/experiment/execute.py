@@ -13,9 +13,18 @@ from fedsim.errors import ConfigError, RoundError, located
 from fedsim.experiment.config import load
 from fedsim.experiment.figures import evaluate, summarize
 from fedsim.experiment.folder import finite
-from fedsim.experiment.hook import CHECKPOINT_PRIORITY, Hook, call_hook, call_hooks, check_hooks
+from fedsim.experiment.hook import (
+    CHECKPOINT_PRIORITY,
+    Hook,
+    call_hook,
+    call_hooks,
+    check_hooks,
+    copied,
+    show_record,
+)
 from fedsim.experiment.run import Record, Run
 from fedsim.experiment.start import new_run, resumed_run
+from fedsim.federated.runtime import close
 
 
 @dataclass(frozen=True)
@@ -107,9 +116,9 @@ def execute(run: Run, hooks: Iterable[Hook] = ()) -> Result:
             endings.append(partial(call_hook, hook, "after_run", run))
         while not run.finished:
             record = _round(run, hooks)
-            call_hooks(early, "after_round", run, record)
+            show_record(early, "after_round", run, record, add=False)
             checkpoint.after_round()
-            call_hooks(late, "after_round", run, record)
+            show_record(late, "after_round", run, record, add=False)
     except BaseException as error:
         run.failure = error
     try:
@@ -122,7 +131,10 @@ def execute(run: Run, hooks: Iterable[Hook] = ()) -> Result:
     finally:
         if run.folder:
             run.folder.close()
-        run.simulation.runtime.close()
+        try:
+            close(run.simulation.runtime)
+        except RoundError as error:
+            run.failure = run.failure or error
     if run.failure and not isinstance(run.failure, KeyboardInterrupt):
         raise run.failure
     folder = run.folder.path if run.folder else None
@@ -139,11 +151,11 @@ def _round(run: Run, hooks: list[Hook]) -> Record:
         )
     done = run.simulation.last
     assert done is not None
-    record = done._asdict()
+    record = copied(done._asdict())
     if done.round == run.config.rounds or done.round % run.config.evaluate.every == 0:
-        call_hooks(hooks, "before_evaluation", run, record)
+        show_record(hooks, "before_evaluation", run, record)
         record |= evaluate(run.simulation, run.config.evaluate)
-        call_hooks(hooks, "after_evaluation", run, record)
+        show_record(hooks, "after_evaluation", run, record)
     record = finite(record)
     with uninterrupted():
         if run.folder:

@@ -123,7 +123,8 @@ class RunFolder:
 
 def finite(record: dict[str, Any]) -> dict[str, Any]:
     """The record as JSON can hold it: numbers of numpy and torch become plain ones, and not finite ones null."""
-    plain = {k: v.item() if isinstance(v, np.generic | Tensor) else v for k, v in record.items()}
+    one = {k: isinstance(v, np.generic) or (isinstance(v, Tensor) and v.numel() == 1) for k, v in record.items()}
+    plain = {k: v.item() if one[k] else v for k, v in record.items()}
     return {k: None if isinstance(v, float) and not isfinite(v) else v for k, v in plain.items()}
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fedsim.base.catalogue import Spec
 from fedsim.data import FederatedData
-from fedsim.errors import ConfigError, RoundError
+from fedsim.errors import ConfigError, RoundError, WrongReturnError, border
 from fedsim.federated.aggregate import largest
-from fedsim.federated.strategy import Strategy
+from fedsim.federated.strategy import Strategy, check_state, checked_update
 from fedsim.training.local import ClientObjective
 from fedsim.training.objective import LocalObjective
 from fedsim.training.recipe import Recipe
@@ -56,7 +56,8 @@ class Train:
 
     def client_update(self, server: State, client: State, local: LocalObjective) -> Update:
         """The update of the strategy, with metrics and batch-norm statistics."""
-        update = self.strategy.client_update(server, client, local)._replace(metrics=local.metrics)
+        update = checked_update(self.strategy, self.strategy.client_update(server, client, local))
+        update = update._replace(metrics=local.metrics)
         if own := local.private_buffers:
             update = update._replace(client=update.client | _private_entries(own))
         if self.strategy.buffers == "average":
@@ -68,9 +69,21 @@ class Train:
 
 def initial_server_state(strategy: Strategy, task: Task, home: torch.device | None = None) -> State:
     """The server's state before the first round: the strategy's entries and statistics. Raises ConfigError."""
-    own = strategy.init_server(task.initial_model.to(home))
+    model = task.initial_model.to(home)
+    with border(f"strategy: {type(strategy).__name__}.init_server", ConfigError):
+        own = strategy.init_server(model)
+        check_state(own)
+        if "model" not in own or form_of({"model": own["model"]}) != form_of({"model": model}):
+            made, right = described(form_of(own)), described(form_of({"model": model}))
+            raise WrongReturnError(f"gave {made}; it should give {right}, and what else the server keeps")
+        own = {name: value.detach().to(model.device) for name, value in own.items()}
     if taken := [name for name in RESERVED if name in own]:
         raise ConfigError(f"strategy: init_server made {taken[0]!r}, which is a reserved name")
+    if not isinstance(sent := strategy.broadcast, tuple | list) or [name for name in sent if name not in own]:
+        made = f"{type(strategy).__name__}.broadcast is {sent!r}"
+        raise ConfigError(
+            f"strategy: {made}; it should be a tuple of names that init_server made: {', '.join(own)}"
+        )
     return own | {"buffers": task.initial_buffers.to(home)}
 
 
@@ -80,11 +93,13 @@ def download(strategy: Strategy, server: State) -> State:
 
 
 def initial_client_state(strategy: Strategy, task: Task) -> State:
-    """The state of a client before it takes part for the first time."""
-    own = _private_entries(task.initial_of("private"))
-    if strategy.buffers == "private":
-        own["buffers"] = task.initial_buffers
-    return strategy.init_client(task.initial_model, task.layout) | own
+    """The state of a client before it takes part for the first time. Raises ConfigError."""
+    with border(f"strategy: {type(strategy).__name__}.init_client", ConfigError):
+        own = strategy.init_client(task.initial_model, task.layout)
+        check_state(own)
+        own = {name: value.detach().to(task.initial_model.device) for name, value in own.items()}
+    own |= _private_entries(task.initial_of("private"))
+    return own | {"buffers": task.initial_buffers} if strategy.buffers == "private" else own
 
 
 def private_buffers(client: State, task: Task) -> State:
@@ -117,14 +132,6 @@ def states_are_only_read(server: State, client: State) -> Iterator[None]:
         raise RuntimeError(f"client[{name!r}] was written in place; states are only read")
 
 
-def check_message(update: Update) -> None:
-    """Raise TypeError unless the message consists of named tensors."""
-    if invalid := [name for name in update.message if not isinstance(name, str)]:
-        raise TypeError(f"message {invalid[0]!r} is not a string")
-    if invalid := [name for name, value in update.message.items() if not isinstance(value, Tensor)]:
-        raise TypeError(f"message {invalid[0]!r} is not a tensor")
-
-
 def check_update(update: Update, before: State) -> None:
     """Raise ArithmeticError if the client's state has another form than `before`, or a number is not finite."""
     state = update.client
@@ -153,6 +160,12 @@ class EvaluateClient:
     def __call__(self, replica: Replica, data: FederatedData, server: State, job: Job) -> Update:
         client = job.client or {}
         model = self.strategy.client_model(server, client, replica.task.layout)
+        if not (isinstance(model, Tensor) and model.shape == server["model"].shape):
+            made = tuple(model.shape) if isinstance(model, Tensor) else type(model).__name__
+            right = tuple(server["model"].shape)
+            raise WrongReturnError(
+                f"{type(self.strategy).__name__}.client_model: gave {made}; it should give {right}"
+            )
         batches = data.own_batches(job.client_id, self.batch_size, 1 + self.train)
         own = private_buffers(client, replica.task)
         return _evaluate(replica, model, client.get("buffers", server["buffers"]), batches, self.train, own)

@@ -1,11 +1,12 @@
 """How the clients of a round are chosen."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+from torch import Tensor
 
 from fedsim.base.catalogue import Catalogue
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, WrongReturnError, one_line
 from fedsim.types import Count, Share
 
 
@@ -42,6 +43,25 @@ def fixed(num_clients: int, stream: np.random.Generator, /, *, clients: list[int
     if not clients or len(set(clients)) < len(clients) or min(clients) < 0 or max(clients) >= num_clients:
         raise ConfigError(f"cohort.clients: {clients} must be different ids from 0 to {num_clients - 1}")
     return sorted(clients)
+
+
+def ids(drawn: object, num_clients: int) -> list[int]:
+    """What a cohort drew as a list of ids: whole numbers of Python, numpy or torch. Raises WrongReturnError."""
+    found: Any = drawn.tolist() if isinstance(drawn, np.ndarray | Tensor) else drawn
+    found = sorted(found) if isinstance(found, set | frozenset) else found
+    if not (
+        isinstance(found, list | tuple | range)
+        and found
+        and all(isinstance(k, int | np.integer) and not isinstance(k, bool) for k in found)
+        and min(found) >= 0
+        and max(found) < num_clients
+    ):
+        raise WrongReturnError(
+            f"gave {one_line(repr(drawn))}; it must return a list of ids from 0 to {num_clients - 1}"
+        )
+    if len(set(found)) < len(found):
+        raise WrongReturnError(f"gave {one_line(repr(drawn))}, in which an id occurs twice")
+    return [int(k) for k in found]
 
 
 COHORTS = Catalogue(

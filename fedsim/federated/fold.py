@@ -5,9 +5,8 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from fedsim.errors import NodeError, RoundError, located, one_line
+from fedsim.errors import NodeError, RoundError, WrongReturnError, located, one_line
 from fedsim.federated.aggregate import Aggregator
-from fedsim.federated.client import check_message
 from fedsim.types import Job, Outcome, Report, Update
 
 
@@ -36,8 +35,7 @@ class Fold:
 
     def _added(self, job: Job, update: Update, began: float) -> Report:
         metrics = {name: float(value) for name, value in update.metrics.items()}
-        weight = float(update.weight)
-        check_message(update)
+        weight = float(update.weight.detach() if isinstance(update.weight, Tensor) else update.weight)
         client = {name: compact(value) for name, value in update.client.items()}
         size = sum(value.nbytes for value in update.message.values())
         self.partial = self.aggregator.fold([(job.client_id, update.message, weight)], self.partial)
@@ -51,11 +49,11 @@ def failure(job: Job, error: BaseException, seconds: float) -> Report:
 
 def cause(error: BaseException) -> str:
     """Why a client failed, in one line; for an error in a user's code with its file and line."""
-    own = isinstance(error, ArithmeticError | TimeoutError | NodeError)
-    return one_line(error) if own else located(error)
+    plain = isinstance(error, ArithmeticError | TimeoutError | NodeError | WrongReturnError)
+    return one_line(error) if plain else located(error)
 
 
 def compact(value: Tensor) -> Tensor:
-    """The tensor on the host; a view of a larger tensor becomes a copy."""
-    value = value.cpu()
+    """The tensor on the host, without a gradient; a view of a larger tensor becomes a copy."""
+    value = value.detach().cpu()
     return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value

@@ -1,16 +1,19 @@
 """The interface between the simulation and the runtimes, which run clients."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable, Sequence
-from typing import ClassVar, NamedTuple, TypeVar
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, nullcontext
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 
-from fedsim.base.catalogue import Spec
+from fedsim.base.catalogue import Spec, check_methods
+from fedsim.errors import ConfigError, RoundError, WrongReturnError, border, is_own, one_line
 from fedsim.federated.aggregate import Aggregator, Partial
 from fedsim.federated.client import Train, Work
 from fedsim.training.precision import check_precision
-from fedsim.types import Job, Outcome, Report, State
+from fedsim.types import Job, Outcome, Report, State, Update
 
 Item = TypeVar("Item")
 Results = Generator[tuple[Partial, list[Report]], None, None]
@@ -80,3 +83,62 @@ class Runtime(ABC):
 
     def checkpointed_rounds(self, rounds: list[int]) -> None:  # noqa: B027 - most runtimes need no action
         """Called with the rounds of all checkpoints, to which the run may go back."""
+
+
+def check_runtime(runtime: object) -> None:
+    """Raise ConfigError unless it is a Runtime that has a home, whose methods can be called."""
+    name = type(runtime).__name__
+    if not isinstance(runtime, Runtime):
+        raise ConfigError(f"runtime: {runtime!r} is no Runtime")
+    check_methods(runtime, Runtime, "runtime")
+    if not isinstance(getattr(runtime, "home", None), torch.device):
+        raise ConfigError(f'runtime: {name} has no home; its __init__ should set self.home = torch.device("cpu")')
+
+
+def results(runtime: Runtime, *arguments: Any) -> Results:
+    """What `run` of a runtime yields; faults of a user's own runtime become RoundErrors."""
+    return _pairs(runtime, "run", arguments, lambda reports: all(isinstance(r, Report) for r in reports))
+
+
+def outcomes(runtime: Runtime, *arguments: Any) -> Generator[tuple[Any, Outcome], None, None]:
+    """What `map` of a runtime yields; faults of a user's own runtime become RoundErrors."""
+    return _pairs(runtime, "map", arguments, lambda outcome: isinstance(outcome, Update | BaseException))
+
+
+def _pairs(
+    runtime: Runtime, method: str, arguments: tuple[Any, ...], right: Callable[[Any], bool]
+) -> Generator[tuple[Any, Any], None, None]:
+    own, whose = is_own(runtime), _whose(runtime, method)
+    end: Any = object()
+    with border(whose, RoundError, lambda error: not own):
+        pairs: Iterator[Any] = iter(getattr(runtime, method)(*arguments))
+    with closing(pairs) if isinstance(pairs, Generator) else nullcontext():
+        while True:
+            with border(whose, RoundError, lambda error: not own):
+                pair = next(pairs, end)
+                if pair is end:
+                    return
+                if own and not (isinstance(pair, tuple) and len(pair) == 2 and right(pair[1])):
+                    raise WrongReturnError(
+                        f"gave {one_line(repr(pair))}; fedsim's serial shows what it should yield"
+                    )
+            yield pair
+
+
+def close(runtime: Runtime) -> None:
+    """End the processes of a runtime; faults of a user's own runtime become RoundErrors."""
+    with border(_whose(runtime, "close"), RoundError, lambda error: not is_own(runtime)):
+        runtime.close()
+
+
+def check_once(runtime: Runtime, method: str, what: str, done: Sequence[int], asked: Sequence[int]) -> None:
+    """Raise RoundError unless a runtime has run each item that it was asked to, and none twice."""
+    missing, more = Counter(asked) - Counter(done), Counter(done) - Counter(asked)
+    if missing or more:
+        item = min(missing or more)
+        how = "left out" if missing else "ran too often" if item in asked else "ran, unasked,"
+        raise RoundError(f"{_whose(runtime, method)} {how} {what} {item}; it should run each once")
+
+
+def _whose(runtime: Runtime, method: str) -> str:
+    return f"runtime: {type(runtime).__name__}.{method}"

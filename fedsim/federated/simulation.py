@@ -16,7 +16,17 @@ from fedsim.base.devices import one_thread
 from fedsim.base.files import uninterrupted
 from fedsim.data import FederatedData
 from fedsim.data.federated import batch_sizes
-from fedsim.errors import ClientError, ConfigError, NodeError, RoundError, forget_variables, located
+from fedsim.errors import (
+    ClientError,
+    ConfigError,
+    NodeError,
+    RoundError,
+    WrongReturnError,
+    border,
+    forget_variables,
+    is_own,
+    name_of,
+)
 from fedsim.federated.aggregate import Aggregator, WeightedMean, largest
 from fedsim.federated.availability import Attempt, Availability
 from fedsim.federated.client import (
@@ -29,13 +39,13 @@ from fedsim.federated.client import (
     initial_client_state,
     initial_server_state,
 )
-from fedsim.federated.cohort import Cohort
+from fedsim.federated.cohort import Cohort, ids
 from fedsim.federated.fold import cause
 from fedsim.federated.pace import Pace
 from fedsim.federated.recalibration import Recalibrate, Recalibration, check_recalibration
-from fedsim.federated.runtime import Runtime
+from fedsim.federated.runtime import Runtime, check_once, check_runtime, outcomes, results
 from fedsim.federated.store import ClientStore
-from fedsim.federated.strategy import Strategy
+from fedsim.federated.strategy import Strategy, check_state, check_strategy
 from fedsim.training.recipe import Recipe
 from fedsim.training.small_batches import clients_to_leave_out
 from fedsim.training.task import Task
@@ -51,6 +61,7 @@ from fedsim.types import (
     form_of,
     hash_into,
     random,
+    same_values,
     torch_generator,
 )
 
@@ -125,8 +136,12 @@ class Simulation:
         seed: int = 0,
         config: Spec | None = None,
     ):
+        check_strategy(strategy)
+        check_runtime(runtime)
         recipe.check(data.num_classes)
-        strategy.check(recipe, task.layout)
+        data.check_augmented(recipe.augment)
+        with border(f"strategy: {type(strategy).__name__}.check", ConfigError):
+            strategy.check(recipe, task.layout)
         if availability:
             if data.clients_are_remote:
                 raise ConfigError(
@@ -138,7 +153,8 @@ class Simulation:
         self.strategy, self.task, self.data, self.runtime, self.cohort = strategy, task, data, runtime, cohort
         self.recipe, self.failures, self.availability, self.seed = recipe, failures, availability, seed
         self.config = config
-        runtime.check(self.work)
+        with border(f"runtime: {type(runtime).__name__}.check", ConfigError, lambda _: not is_own(runtime)):
+            runtime.check(self.work)
         self.aggregator = aggregator or WeightedMean()
         self.recalibrate, self.decay = recalibrate, ema
         self.server: State = initial_server_state(strategy, task, runtime.home)
@@ -167,14 +183,10 @@ class Simulation:
         return Train(self.strategy, self.recipe, self.seed, self.failures.time_limit, wait, self.config)
 
     def sample(self) -> list[int]:
-        """The cohort of the next round."""
-        cohort = self.cohort(self.data.num_clients, random(self.seed, Stream.COHORT, self.number))
-        last = self.data.num_clients - 1
-        if not (isinstance(cohort, list) and cohort and min(cohort) >= 0 and max(cohort) <= last):
-            raise ConfigError(f"cohort: gave {cohort!r}; it must return a list of ids from 0 to {last}")
-        if len(set(cohort)) < len(cohort):
-            raise ConfigError(f"cohort: gave {cohort!r}, in which an id occurs twice")
-        return cohort
+        """The cohort of the next round. Raises ConfigError."""
+        with border(f"cohort: {name_of(self.cohort)}", ConfigError):
+            drawn = self.cohort(self.data.num_clients, random(self.seed, Stream.COHORT, self.number))
+            return ids(drawn, self.data.num_clients)
 
     def round(
         self,
@@ -185,7 +197,10 @@ class Simulation:
 
         Raises ClientError or RoundError; the simulation is then unchanged.
         """
-        start, goal = perf_counter(), self.sample()
+        start = perf_counter()
+        with border(f"round {self.number + 1}", RoundError):
+            goal = self.sample()
+            self.recipe.check_schedule(self.number)
         selected, attempt = self._attempt(goal)
         sent = self._download()
         server, reports, failed = self.server, list[Report](), dict[int, str]()
@@ -232,13 +247,15 @@ class Simulation:
         server = self.server if server is None else server
         sizes = batch_sizes(self.data.num_test, batch_size, 1 + train)
         chunks = [EvaluationChunk(*bounds) for bounds in pairwise(accumulate(sizes, initial=0))]
-        found = list[Metrics]()
-        with closing(self.runtime.map(EvaluateGlobal(train), server, chunks)) as outcomes:
-            for chunk, outcome in outcomes:
+        found, done = list[Metrics](), list[int]()
+        with closing(outcomes(self.runtime, EvaluateGlobal(train), server, chunks)) as tested:
+            for chunk, outcome in tested:
                 if isinstance(outcome, BaseException):
                     where = f"test after round {self.number}, examples {chunk.first} to {chunk.last - 1}"
                     raise RoundError(f"{where}: {cause(outcome)}") from outcome
                 found.append({name: float(value) for name, value in outcome.metrics.items()})
+                done.append(chunk.first)
+        check_once(self.runtime, "map", "examples from", done, [chunk.first for chunk in chunks])
         return _mean(_sums(found))
 
     def evaluate_clients(
@@ -249,18 +266,20 @@ class Simulation:
         These are its held-out examples, or its training examples if none are held out. With failures.policy=drop,
         clients that fail are left out.
         """
-        ids = range(self.data.num_clients) if clients is None else clients
+        chosen = range(self.data.num_clients) if clients is None else list(clients)
         drop = self.failures.policy == "drop"
         work = EvaluateClient(self.strategy, batch_size, train, wait_for_absent=not drop)
-        sums = dict[int, Metrics]()
-        jobs = (self._job(k, self.number - 1) for k in ids)
-        with closing(self.runtime.map(work, self._download(), jobs)) as outcomes:
-            for job, outcome in outcomes:
+        sums, done = dict[int, Metrics](), list[int]()
+        jobs = (self._job(k, self.number - 1) for k in chosen)
+        with closing(outcomes(self.runtime, work, self._download(), jobs)) as tested:
+            for job, outcome in tested:
+                done.append(job.client_id)
                 if not isinstance(outcome, BaseException):
                     sums[job.client_id] = {name: float(value) for name, value in outcome.metrics.items()}
                 elif not drop:
                     raise self._client_error(job.round, job.client_id, cause(outcome), outcome) from outcome
-        return {client: _mean(sums[client]) for client in ids if client in sums}
+        check_once(self.runtime, "map", "client", done, chosen)
+        return {client: _mean(sums[client]) for client in chosen if client in sums}
 
     def digest(self) -> str:
         """SHA-256 of the data and the networks' constants, on which a run depends besides settings and state."""
@@ -315,7 +334,7 @@ class Simulation:
                 before_client(client)
                 yield self._job(client)
 
-        with closing(self.runtime.run(self.work, sent, jobs(), self.aggregator)) as running:
+        with closing(results(self.runtime, self.work, sent, jobs(), self.aggregator)) as running:
             for partial, finished in running:
                 total = self.aggregator.merge(total, partial)
                 for report in finished:
@@ -328,6 +347,10 @@ class Simulation:
                     reports.append(report._replace(client={}, exception=None))
                     after_client(report)
         reports.sort(key=lambda report: report.client_id)
+        check_once(self.runtime, "run", "client", [report.client_id for report in reports], cohort)
+        if written := [name for name, value in sent.items() if not same_values(value, self.server[name])]:
+            wrote = f"client_update wrote server[{written[0]!r}] in place, through .data or .numpy()"
+            raise RoundError(f"round {self.number + 1}: {wrote}; states are only read")
         failed |= {r.client_id: r.error for r in reports if r.error is not None}
         mismatched = self.aggregator.mismatched(total)
         if mismatched and self.failures.policy == "raise":
@@ -338,7 +361,11 @@ class Simulation:
         failed = dict(sorted((failed | mismatched).items()))
         answered = [client for client in cohort if client not in failed]
         self._check_min_clients(answered, failed)
-        server = self._server_update(self.aggregator.result(total), answered)
+        try:
+            mean = self.aggregator.result(total)
+        except RoundError as error:
+            raise RoundError(f"round {self.number + 1}: {error}") from error
+        server = self._server_update(mean, answered)
         return self._with_ema_and_recalibration(server), reports, failed
 
     def _raise_if_failed(self, report: Report) -> None:
@@ -365,16 +392,18 @@ class Simulation:
         info = RoundInfo(self.number, answered, self.data.num_clients, noise, cohort_examples, total_examples)
         own = {name: value for name, value in self.server.items() if name not in RESERVED}
         copy = {name: value.clone() for name, value in own.items()}  # which the strategy may write to
-        try:
+        with border(f"round {self.number + 1}: {type(self.strategy).__name__}.server_update", RoundError):
             update = self.strategy.server_update(copy, mean, info)
-        except (ConfigError, RoundError):
-            raise
-        except (Exception, SystemExit) as error:
-            raise RoundError(f"round {self.number + 1}: server_update: {located(error)}") from error
-        if not isinstance(update, dict):
-            made = type(update).__name__
-            raise RoundError(f"round {self.number + 1}: server_update gave {made}; it should give a dictionary")
-        self._check_update(update, own)
+            check_state(update)
+            self._check_update(update, own)
+            kept = {name: value for name, value in copy.items() if name not in update}
+            if lost := [
+                name for name, value in kept.items() if not (name in own and same_values(value, own[name]))
+            ]:
+                raise WrongReturnError(
+                    f"changed server[{lost[0]!r}] and did not return it; return {{{lost[0]!r}: ...}}"
+                )
+            update = {name: value.detach().to(own[name].device) for name, value in update.items()}
         return self.server | update | buffers
 
     def _with_ema_and_recalibration(self, server: State) -> State:
@@ -388,7 +417,7 @@ class Simulation:
 
     def _recalibrated(self, server: State, settings: Recalibrate) -> State:
         work = Recalibration(settings, self.seed)
-        [(_, outcome)] = self.runtime.map(work, server, [Job(0, self.number, None)])
+        [(_, outcome)] = outcomes(self.runtime, work, server, [Job(0, self.number, None)])
         if isinstance(outcome, BaseException):
             raise RoundError(f"recalibrate, round {self.number + 1}: {cause(outcome)}") from outcome
         if not isfinite(largest(outcome.message["buffers"])):
@@ -399,16 +428,17 @@ class Simulation:
         number = self.number if number is None else number
         return Job(client, number, self.clients.get(client, self.initial_client))
 
-    def _check_update(self, update: State, own: State) -> None:
-        """Raise RoundError if server_update gave unknown entries, another form, or a model that is not finite."""
+    @staticmethod
+    def _check_update(update: State, own: State) -> None:
+        """Raise WrongReturnError if an update has unknown entries, another form, or a model that is not finite."""
         if unknown := [name for name in update if name not in own]:
             made = ", ".join(own)
-            raise RoundError(f"server_update gave {unknown[0]!r}, which init_server did not make; it made {made}")
+            raise WrongReturnError(f"gave {unknown[0]!r}, which init_server did not make; it made {made}")
         if form_of(update) != form_of({name: own[name] for name in update}):
             made = described(form_of({name: own[name] for name in update}))
-            raise RoundError(f"server_update gave {described(form_of(update))}, and init_server made {made}")
+            raise WrongReturnError(f"gave {described(form_of(update))}, and init_server made {made}")
         if "model" in update and not isfinite(largest(update["model"])):
-            raise RoundError(f"round {self.number + 1}: server_update gave a model that is not finite")
+            raise WrongReturnError("gave a model that is not finite")
 
     def _check_min_clients(self, answered: list[int], failed: dict[int, str]) -> None:
         if len(answered) < self.failures.min_clients:

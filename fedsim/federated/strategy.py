@@ -2,10 +2,14 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from numbers import Real
+from typing import ClassVar, Literal, get_args
 
+import torch
 from torch import Tensor
 
+from fedsim.base.catalogue import check_methods
+from fedsim.errors import ConfigError, WrongReturnError
 from fedsim.training.layout import Layout
 from fedsim.training.objective import LocalObjective
 from fedsim.training.recipe import Recipe
@@ -75,10 +79,58 @@ class Wrapper(Strategy):
         return self.inner.init_client(model, layout)
 
     def client_update(self, server: State, client: State, local: LocalObjective) -> Update:
-        return self.inner.client_update(server, client, local)
+        return checked_update(self.inner, self.inner.client_update(server, client, local))
 
     def server_update(self, server: State, mean: State, info: RoundInfo) -> State:
         return self.inner.server_update(server, mean, info)
 
     def client_model(self, server: State, client: State, layout: Layout) -> Tensor:
         return self.inner.client_model(server, client, layout)
+
+
+def check_strategy(strategy: object) -> None:
+    """Raise ConfigError unless it is a Strategy, whose methods, and those of its inner ones, can be called."""
+    if not isinstance(strategy, Strategy):
+        raise ConfigError(f"strategy: {strategy!r} is no Strategy")
+    check_methods(strategy, Strategy, "strategy")
+    if strategy.buffers not in get_args(Buffers):
+        allowed = ", ".join(get_args(Buffers))
+        raise ConfigError(f"strategy.buffers: {strategy.buffers!r} is unknown; allowed: {allowed}")
+    if isinstance(strategy, Wrapper):
+        check_strategy(strategy.inner)
+
+
+def check_state(state: object, noun: str = "state", whose: str = "") -> None:
+    """Raise WrongReturnError unless it is a dictionary of named tensors."""
+    if not isinstance(state, dict):
+        made = type(state).__name__
+        raise WrongReturnError(f"{whose}gave {made} as its {noun}; it should be a dictionary of named tensors")
+    for name, value in state.items():
+        if not isinstance(name, str):
+            raise WrongReturnError(f"{whose}gave {name!r} as a name in its {noun}; names are strings")
+        if not isinstance(value, Tensor) or value.layout is not torch.strided:
+            made = str(value.layout) if isinstance(value, Tensor) else type(value).__name__
+            raise WrongReturnError(f"{whose}gave {made} as {name!r} in its {noun}; it should be a dense tensor")
+
+
+def checked_update(strategy: Strategy, update: object) -> Update:
+    """The update that `client_update` of the strategy gave; raises WrongReturnError where it is none."""
+    whose = f"{type(strategy).__name__}.client_update: "
+    if not isinstance(update, Update):
+        made = type(update).__name__
+        raise WrongReturnError(f"{whose}gave {made}; it should give fedsim.Update(message, weight)")
+    check_state(update.message, "message", whose)
+    check_state(update.client, "client state", whose)
+    weight = update.weight
+    if not (
+        weight.numel() == 1 and not weight.is_complex() if isinstance(weight, Tensor) else isinstance(weight, Real)
+    ):
+        made = f"of shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else repr(weight)
+        raise WrongReturnError(
+            f"{whose}gave the weight {made}; it should be one number, such as local.num_examples"
+        )
+    if update.metrics:
+        raise WrongReturnError(
+            f"{whose}gave metrics, which only fedsim adds; send what the server needs in the message"
+        )
+    return update

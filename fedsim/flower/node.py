@@ -25,7 +25,6 @@ from fedsim.experiment.config import overridden
 from fedsim.federated.client import (
     EvaluateClient,
     Train,
-    check_message,
     download,
     initial_client_state,
     initial_server_state,
@@ -183,7 +182,6 @@ class Node:
         update = role.worker.run(work, server, job)
         if isinstance(update, BaseException):
             return failure(cause(update), seconds=perf_counter() - began)
-        check_message(update)
         metrics = {name: float(value) for name, value in update.metrics.items()}
         message = {name: compact(value.detach()) for name, value in update.message.items()}
         encoded, left = encode(message, order.transport, _below("residual", kept.state))

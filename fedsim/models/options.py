@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from fedsim.base.catalogue import Options, Spec, matching, options_of, validated
+from fedsim.base.catalogue import Options, Spec, matching, validated
 from fedsim.errors import ConfigError, located
 from fedsim.models import MODELS
 from fedsim.models.weights import last_linear, load_weights
@@ -77,7 +77,7 @@ def resolve(spec: object, at: str = "") -> Spec:
 
 def training_options(spec: Spec) -> Spec:
     """The options of initialisation and training in a resolved spec that differ from their defaults."""
-    own = options_of(MODELS.load(spec["name"])).model_fields
+    own = MODELS.options(spec["name"]).model_fields
     keys = [key for key in TRAINING_OPTIONS if key not in own]
     return {key: spec[key] for key in keys if spec[key] != CommonOptions.model_fields[key].default}
 
@@ -85,14 +85,14 @@ def training_options(spec: Spec) -> Spec:
 def buffer_words(spec: object) -> dict[str, BufferWord]:
     """The common option `buffers` of a spec, which may be a bare name; raises ConfigError."""
     resolved = resolve(spec)
-    own = "buffers" in options_of(MODELS.load(resolved["name"])).model_fields  # an option of the network's own
+    own = "buffers" in MODELS.options(resolved["name"]).model_fields  # an option of the network's own
     return {} if own else resolved["buffers"]
 
 
 def make(spec: object, shape: tuple[int, ...], classes: int, at: str = "model") -> nn.Module:
     """The network that a spec describes, for examples of `shape`; raises ConfigError."""
     resolved = resolve(spec, at)
-    own = options_of(MODELS.load(resolved["name"])).model_fields  # an entry may have an option of the same name
+    own = MODELS.options(resolved["name"]).model_fields  # an entry may have an option of the same name
     keys = [key for key in CommonOptions.model_fields if key not in own]
     common = validated(CommonOptions, {key: resolved.pop(key) for key in keys}, at)
     _check_combination(common, at)

@@ -31,12 +31,12 @@ class Worker:
                     item = item._replace(client=client)
                 with states_are_only_read(server, client):
                     return work(self.replica, self.data, dict(server), item)  # clients share the tensors only
-            except SharedStateError:
+            except (SharedStateError, KeyboardInterrupt):
                 raise
             except torch.OutOfMemoryError as error:
                 forget_variables(error)  # which hold the memory
                 return error
-            except (Exception, SystemExit) as error:
+            except BaseException as error:
                 return error
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from math import inf, sqrt
+from numbers import Real
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,9 +12,9 @@ from annotated_types import Ge
 from fedsim.base.catalogue import Options, Spec
 from fedsim.data.augment import Augmentation
 from fedsim.data.federated import batch_sizes
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, WrongReturnError, border, name_of, one_line
 from fedsim.training.layout import Layout
-from fedsim.training.losses import LabelLoss
+from fedsim.training.losses import LabelLoss, check_loss
 from fedsim.training.optim import FOREACH, LARS, SGD, Adam, Foreach, Optimizer
 from fedsim.training.schedules import Schedule, constant
 from fedsim.types import Count, Decay, Divisor, NonNegative, Positive, Share
@@ -101,7 +102,10 @@ class Recipe:
     noisy_labels: NoisyLabels | None = None
 
     def check(self, classes: int | None = None) -> None:
-        """Raise ConfigError if two settings contradict each other, or one does not fit the number of classes."""
+        """Raise ConfigError if two settings contradict each other, or one does not fit the number of classes.
+
+        Schedule and loss are tried once, as they may be the user's own.
+        """
         if classes and isinstance(self.class_weights, list) and len(self.class_weights) != classes:
             found = len(self.class_weights)
             raise ConfigError(f"local.class_weights: has {found} numbers; there are {classes} classes")
@@ -134,6 +138,14 @@ class Recipe:
             raise ConfigError("local.min_batch: local.drop_last leaves no small batch; set one of the two")
         if self.oversample and self.class_weights:
             raise ConfigError("local.oversample: cannot be combined with local.class_weights; set one of the two")
+        self.check_schedule(0)
+        if self.label_loss:
+            check_loss(self.label_loss, classes or 2)
+
+    def check_schedule(self, number: int) -> None:
+        """Raise ConfigError unless the schedule has a factor for round `number`, from 0."""
+        with border(f"local.schedule: {name_of(self.schedule)}", ConfigError):
+            self.lr_at(number)
 
     @property
     def peak_lr(self) -> float:
@@ -154,13 +166,14 @@ class Recipe:
         if past < m:
             return self.peak_lr * (past + 1) / (m + 1 if self.lr_every == "round" else m)
         try:
-            rate = self.peak_lr * self.schedule((past - m) / steps)
+            factor = self.schedule((past - m) / steps)
         except OverflowError:
-            rate = inf
-        if not 0 <= rate < inf:
-            found = f"{rate:g} in round {number + 1}"
-            raise ConfigError(f"local.schedule: the learning rate is {found}; it must be finite and not negative")
-        return rate
+            factor = inf
+        if not (isinstance(factor, Real) and 0 <= factor < inf):
+            raise WrongReturnError(
+                f"the schedule gave {one_line(repr(factor))}; it should give a finite number >= 0"
+            )
+        return self.peak_lr * float(factor)
 
     def num_steps(self, examples: int) -> int:
         """K, the number of steps of a client with so many examples."""

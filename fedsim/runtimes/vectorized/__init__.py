@@ -19,9 +19,8 @@ import torch
 from fedsim.base.devices import one_thread
 from fedsim.base.machine import cores, memory
 from fedsim.data import FederatedData
-from fedsim.errors import ConfigError, RoundError
 from fedsim.federated.aggregate import Aggregator, Partial
-from fedsim.federated.client import Train, Work, check_update
+from fedsim.federated.client import SharedStateError, Train, Work, check_update
 from fedsim.federated.fold import Fold
 from fedsim.federated.runtime import Call, Item, Outcomes, Results, Runtime
 from fedsim.runtimes.cuda import make_gpus_deterministic, new_stream, on_stream
@@ -206,7 +205,7 @@ class Vectorized(Runtime):
         """The update or error of each client; a batch that fails is halved until the failing client is found."""
         try:
             return list(self._updates(network, batch))
-        except (ConfigError, RoundError):
+        except (SharedStateError, KeyboardInterrupt):
             raise
         except torch.OutOfMemoryError as error:
             if len(batch) == 1:
@@ -216,7 +215,7 @@ class Vectorized(Runtime):
                 f"runtime.chunk: out of memory with {len(batch)} clients, continuing with {self.max_clients}",
                 stacklevel=2,
             )
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             if len(batch) == 1:
                 return [error]
         half = len(batch) // 2

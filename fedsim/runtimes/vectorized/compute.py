@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from fedsim.data import FederatedData
-from fedsim.federated.client import Train, check_message, private_buffers, states_are_only_read
+from fedsim.federated.client import Train, private_buffers, states_are_only_read
 from fedsim.training.batched.cohort import ClientJob, Cohort
 from fedsim.training.batched.objective import BatchedObjective, Network
 from fedsim.types import Job, State, Update
@@ -53,7 +53,6 @@ def compute(network: Network, work: Train, cohort: Cohort, server: State, own: S
         own_buffers = private_buffers(client, network.task)
         local = BatchedObjective(network, cohort, index, home["buffers"], own_buffers)
         update = work.client_update(broadcast, client, local)
-        check_message(update)
         weight = torch.as_tensor(update.weight, device=network.device)
         return update.message, weight.double(), update.client, update.metrics
 

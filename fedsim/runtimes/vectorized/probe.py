@@ -79,13 +79,15 @@ def _compare(
     try:
         replica = Replica(network.task, network.device)
         alone = [work(replica, data, server, client.job) for client in batch]
-    except (Exception, SystemExit):
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
         return None
     try:
         together = _batched_updates(network, data, batch)
-    except (ConfigError, RoundError):
+    except (ConfigError, RoundError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         raise ConfigError(
             f"runtime.name: vectorized cannot batch this strategy and model: {located(error)}; use threads"
         ) from error
