@@ -104,11 +104,11 @@ def conv_net(dropout=0.5, bn_momentum=0.1):
     )
 
 
-def make_task(network=conv_net, *, dtype=torch.float32, shape=SHAPE, classes=CLASSES, channels_last=False, seed=0):
+def make_task(network=conv_net, *, dtype=torch.float32, shape=SHAPE, classes=CLASSES, seed=0, **options):
     """A task whose network always starts with the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Task(network().to(dtype), shape, classes, channels_last=channels_last)
+        return Task(network().to(dtype), shape, classes, **options)
 
 
 NEEDED = {"inner": "fedavg", "layers": ["fc*"]}  # what options without a default get

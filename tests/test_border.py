@@ -294,9 +294,14 @@ def ends(time):
     return 1.0 if time < 1 else float("nan")
 
 
-def test_a_schedule_that_ends_in_nan_fails_its_round():
-    with pytest.raises(RoundError, match=r"^round 2: local\.schedule: test_border:ends: the schedule gave nan"):
+def test_a_schedule_that_ends_in_nan_is_refused_at_the_start_and_fails_its_round():
+    said = r"local\.schedule: test_border:ends: the schedule gave nan in round 2"
+    with pytest.raises(ConfigError, match=f"^{said}"):
         fedsim.run(CONFIG, {"local.schedule": f"{__name__}:ends"})
+    simulation = make_simulation(schedule=ends)
+    simulation.round()
+    with pytest.raises(RoundError, match=f"^round 2: {said}"):
+        simulation.round()
 
 
 # What is written in place

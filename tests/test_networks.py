@@ -58,6 +58,7 @@ class Reassigned(InPlace):
         self.steps = self.steps + 1
 
 
+COUNTED = {"*steps": "server"}
 RUNTIMES = [
     "serial",
     {"name": "threads", "workers": 2},
@@ -71,7 +72,9 @@ def test_a_buffer_may_be_reassigned(runtime):
     """As with a network that writes into it: the model, its statistics, the tests and the state_dict."""
     results = []
     for network in (InPlace, Reassigned):
-        simulation = make_simulation(task=make_task(network), runtime=runtime, lr=0.1, epochs=2, accumulate=1)
+        simulation = make_simulation(
+            task=make_task(network, buffers=COUNTED), runtime=runtime, lr=0.1, epochs=2, accumulate=1
+        )
         simulation.round()
         simulation.round()
         assert not torch.equal(simulation.server["buffers"], simulation.task.initial_buffers)
@@ -83,7 +86,7 @@ def test_a_buffer_may_be_reassigned(runtime):
 
 def test_a_reassigned_buffer_survives_snapshots():
     def fingerprint(network):
-        simulation = make_simulation("scaffold", task=make_task(network), lr=0.1, accumulate=2)
+        simulation = make_simulation("scaffold", task=make_task(network, buffers=COUNTED), lr=0.1, accumulate=2)
         simulation.round()
         return simulation.fingerprint()
 
@@ -104,7 +107,7 @@ def test_a_block_is_recomputed_with_the_buffers_of_its_first_pass(network):
     found = []
     for recompute in (False, True):
         torch.manual_seed(0)
-        task = Task(Block(network), SHAPE, CLASSES, recompute=recompute)
+        task = Task(Block(network), SHAPE, CLASSES, recompute=recompute, buffers=COUNTED)
         simulation = make_simulation(task=task, lr=0.1, activation_checkpointing=recompute)
         simulation.round()
         found.append(simulation.fingerprint())

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.base.catalogue import Spec, validated
-from fedsim.errors import ConfigError, located, one_line
+from fedsim.errors import ConfigError, one_line
 from fedsim.experiment.build import build, build_hooks
 from fedsim.experiment.checkpoint import Checkpoint, changes, versions
 from fedsim.experiment.config import Config, load
@@ -151,13 +151,8 @@ def _notes(config: Config, simulation: Simulation, checkpoint: Checkpoint | None
 
 def _rounds_without_steps(recipe: Recipe, done: int, rounds: int) -> str:
     """Which of the rounds after `done` have a learning rate of 0, in words; raises ConfigError."""
-    try:
-        numbers = range(done, min(rounds, done + MAX_LOOKED_AT))
-        still = [number + 1 for number in numbers if recipe.lr_at(number) < SMALLEST_LR]
-    except ConfigError:
-        raise
-    except Exception as error:  # of a schedule of the user's own
-        raise ConfigError(f"local.schedule: {located(error)}") from error
+    numbers = range(done, min(rounds, done + MAX_LOOKED_AT))
+    still = [number + 1 for number in numbers if recipe.check_schedule(number) < SMALLEST_LR]
     if not still:
         return ""
     return f"in round {still[0]}" if len(still) == 1 else f"in {len(still)} rounds from round {still[0]} on"

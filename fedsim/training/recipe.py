@@ -142,10 +142,10 @@ class Recipe:
         if self.label_loss:
             check_loss(self.label_loss, classes or 2)
 
-    def check_schedule(self, number: int) -> None:
-        """Raise ConfigError unless the schedule has a factor for round `number`, from 0."""
+    def check_schedule(self, number: int) -> float:
+        """`lr_at` round `number`, from 0; raises ConfigError where the schedule gives none."""
         with border(f"local.schedule: {name_of(self.schedule)}", ConfigError):
-            self.lr_at(number)
+            return self.lr_at(number)
 
     @property
     def peak_lr(self) -> float:
@@ -169,11 +169,10 @@ class Recipe:
             factor = self.schedule((past - m) / steps)
         except OverflowError:
             factor = inf
-        if not (isinstance(factor, Real) and 0 <= factor < inf):
-            raise WrongReturnError(
-                f"the schedule gave {one_line(repr(factor))}; it should give a finite number >= 0"
-            )
-        return self.peak_lr * float(factor)
+        if not (isinstance(factor, Real) and 0 <= (rate := self.peak_lr * float(factor)) < inf):
+            made = f"{one_line(repr(factor))} in round {number + 1}"
+            raise WrongReturnError(f"the schedule gave {made}; it should give a number >= 0 and a finite rate")
+        return rate
 
     def num_steps(self, examples: int) -> int:
         """K, the number of steps of a client with so many examples."""

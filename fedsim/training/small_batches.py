@@ -23,7 +23,7 @@ def clients_to_leave_out(task: Task, data: FederatedData, recipe: Recipe, *, dro
     Clients whose sizes are not known (0) are left to their own machines.
     """
     sizes = [int(n) for n in np.unique(data.sizes) if n]
-    short = [n for n in sizes if 1 in recipe.batch_sizes(n)]
+    short = [n for n in sizes if 1 in recipe.batch_sizes(n)[: recipe.num_steps(n)]]
     if not short:
         return {}
     x, _ = data.batch(torch.from_numpy(np.resize(np.flatnonzero(data.owners >= 0), 2)))
