@@ -7,6 +7,9 @@ import torch
 from torch import nn
 
 from fedsim.base.catalogue import Spec
+from fedsim.base.devices import one_thread
+from fedsim.base.global_draws import keyed_globals
+from fedsim.base.modes import own_modes
 from fedsim.data import AUGMENTATIONS, DATASETS, PARTITIONS, Dataset, FederatedData
 from fedsim.data.federated import public_mask, without_rows
 from fedsim.data.noise import LabelNoise
@@ -34,7 +37,8 @@ from fedsim.types import Stream, random
 
 def build_dataset(config: Config) -> Dataset:
     """The dataset of a resolved config; raises ConfigError."""
-    return DATASETS.make({k: v for k, v in config.data.items() if k not in DataOptions.model_fields}, Dataset)
+    with keyed_globals(0, Stream.DATASET):
+        return DATASETS.make({k: v for k, v in config.data.items() if k not in DataOptions.model_fields}, Dataset)
 
 
 def build_data(config: Config, dataset: Dataset | None = None) -> FederatedData:
@@ -48,7 +52,8 @@ def build_data(config: Config, dataset: Dataset | None = None) -> FederatedData:
         raise ConfigError("data.public: all leaves simulated clients without examples; give a share such as 0.1")
     public = public_mask(dataset, shared["public"], seed)
     rest = without_rows(dataset, public)
-    owners = PARTITIONS.make(shared["partition"], np.ndarray, rest, shared["clients"], stream)
+    with keyed_globals(seed, Stream.PARTITION):
+        owners = PARTITIONS.make(shared["partition"], np.ndarray, rest, shared["clients"], stream)
     data = FederatedData(
         dataset,
         owners,
@@ -71,6 +76,7 @@ def build_server_data(config: Config) -> FederatedData:
     return FederatedData(dataset, None, public=public, seed=seed, **shared)
 
 
+@own_modes()
 def build(
     config: Config,
     data: FederatedData | None = None,
@@ -117,7 +123,7 @@ def build_task(
 
     Where a teacher's weights are `sent` later, it keeps its initial ones, and its file is not read.
     """
-    with torch.random.fork_rng(devices=[]):
+    with keyed_globals(seed, Stream.MODEL), one_thread():
         torch.manual_seed(int(random(seed, Stream.MODEL).integers(2**63)))
         network = models.make(model, shape, classes)
         teacher = _teacher(model, recipe.distillation, shape, classes, sent)

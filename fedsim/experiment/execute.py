@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.base.files import uninterrupted
+from fedsim.base.global_draws import globals_restored
+from fedsim.base.modes import own_modes
 from fedsim.errors import ConfigError, RoundError, located
 from fedsim.experiment.config import load
 from fedsim.experiment.figures import evaluate, summarize
@@ -28,6 +30,8 @@ class Result:
     interrupted: bool
 
 
+@own_modes()
+@globals_restored()
 def run(
     config: str | Path | Mapping[str, Any],
     overrides: Mapping[str, Any] | None = None,
@@ -45,6 +49,8 @@ def run(
     return execute(started, [*named, *hooks])
 
 
+@own_modes()
+@globals_restored()
 def resume(
     folder: str | Path,
     overrides: Mapping[str, Any] | None = None,
@@ -61,7 +67,7 @@ def resume(
     started, named = resumed_run(Path(folder), overrides or {}, force)
     try:
         for note in started.notes:
-            warnings.warn(note, stacklevel=2)
+            warnings.warn(note, stacklevel=4)  # below the two decorators
     except Warning:  # where the caller has warnings raised as errors
         if started.folder:
             started.folder.close()
@@ -69,6 +75,7 @@ def resume(
     return execute(started, [*named, *hooks])
 
 
+@own_modes()
 def execute(run: Run, hooks: Iterable[Hook] = ()) -> Result:
     """Run to its end what `new_run` or `resumed_run` started.
 

@@ -1,25 +1,28 @@
 """The work of a client: training and evaluation, the same functions in every runtime."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import isfinite
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from fedsim.base.catalogue import Spec
+from fedsim.base.global_draws import global_states, keyed_globals, undisturbed_globals
 from fedsim.data import FederatedData
 from fedsim.errors import ConfigError, RoundError
 from fedsim.federated.aggregate import largest
 from fedsim.federated.strategy import Strategy
 from fedsim.training.local import ClientObjective
-from fedsim.training.objective import LocalObjective
+from fedsim.training.objective import KeyedObjective, LocalObjective
 from fedsim.training.recipe import Recipe
 from fedsim.training.replica import Replica
 from fedsim.training.task import Task
-from fedsim.types import Job, State, Update, described, form_of
+from fedsim.types import Job, State, Stream, Update, described, form_of, random
 
 RESERVED = ("buffers", "ema.model", "ema.buffers")  # entries of the server's state that no strategy may have
 
@@ -46,14 +49,18 @@ class Train:
         client = job.client or {}
         home = client if self.strategy.buffers == "private" else server
         local = ClientObjective(replica, data, job, home["buffers"], self.recipe, self.seed, self.time_limit)
-        update = self.client_update(server, client, local)
+        update = self.client_update(server, client, local, replica.draws)
         local.check_time()
         check_update(update, client)
         return update
 
-    def client_update(self, server: State, client: State, local: LocalObjective) -> Update:
-        """The update of the strategy, with metrics and batch-norm statistics."""
-        update = self.strategy.client_update(server, client, local)._replace(metrics=local.metrics)
+    def client_update(
+        self, server: State, client: State, local: LocalObjective, draws: TorchFunctionMode
+    ) -> Update:
+        """The update of the strategy, which draws from `draws`, with metrics and batch-norm statistics."""
+        with draws:
+            update = self.strategy.client_update(server, client, KeyedObjective(local, draws))
+        update = update._replace(metrics=local.metrics)
         if self.strategy.buffers == "average":
             return update._replace(message=update.message | {"buffers": local.buffers})
         if self.strategy.buffers == "private":
@@ -61,9 +68,10 @@ class Train:
         return update
 
 
-def initial_server_state(strategy: Strategy, task: Task, home: torch.device | None = None) -> State:
+def initial_server_state(strategy: Strategy, task: Task, home: torch.device | None = None, seed: int = 0) -> State:
     """The server's state before the first round: the strategy's entries and statistics. Raises ConfigError."""
-    own = strategy.init_server(task.initial_model.to(home))
+    with keyed_globals(seed, Stream.SERVER):
+        own = strategy.init_server(task.initial_model.to(home))
     if taken := [name for name in RESERVED if name in own]:
         raise ConfigError(f"strategy: init_server made {taken[0]!r}, which is a reserved name")
     return own | {"buffers": task.initial_buffers.to(home)}
@@ -74,9 +82,10 @@ def download(strategy: Strategy, server: State) -> State:
     return {name: server[name] for name in (*strategy.broadcast, "buffers")}
 
 
-def initial_client_state(strategy: Strategy, task: Task) -> State:
+def initial_client_state(strategy: Strategy, task: Task, seed: int = 0) -> State:
     """The state of a client before it takes part for the first time."""
-    state = strategy.init_client(task.initial_model, task.layout)
+    with keyed_globals(seed, Stream.NETWORK):
+        state = strategy.init_client(task.initial_model, task.layout)
     return state | {"buffers": task.initial_buffers} if strategy.buffers == "private" else state
 
 
@@ -99,6 +108,42 @@ def states_are_only_read(server: State, client: State) -> Iterator[None]:
             raise SharedStateError(f"client_update wrote server[{name!r}] in place; states are only read")
     if name := written(before[1]):
         raise RuntimeError(f"client[{name!r}] was written in place; states are only read")
+
+
+class GlobalDrawsError(RoundError):
+    """A client's numbers came from a generator that all clients share."""
+
+
+def keyed_only(run: Callable[[], Sequence[Update]], strategy: Strategy, device: torch.device) -> Sequence[Update]:
+    """The updates that `run` gives; raises GlobalDrawsError if it draws from global generators, or seeds them.
+
+    Another thread may have drawn meanwhile. So if a generator has moved, `run` must give the same again, and not
+    leave it in the same state.
+    """
+    before = global_states(device)
+    updates = run()
+    after = global_states(device)
+    if after == before:
+        return updates
+    with undisturbed_globals():
+        advanced = global_states(device)
+        same = all(map(equal, updates, run()))
+        again = global_states(device)
+    if same and not any(advanced[name] != again[name] == after[name] for name in before):
+        return updates
+    names = " and ".join(name for name in before if before[name] != after[name])
+    code = type(strategy).client_update.__code__
+    raise GlobalDrawsError(
+        f"{type(strategy).__name__} ({Path(code.co_filename).name}:{code.co_firstlineno}): the work of a client "
+        f"draws from {names}, or seeds it; all clients share it. torch.randn and most of torch's samplers are "
+        "seeded by client, and augmentations get a generator; use these"
+    )
+
+
+def equal(a: Update, b: Update) -> bool:
+    """Whether two updates agree to the bit."""
+    mine, theirs = (u.message | u.client | u.metrics | {"": torch.as_tensor(u.weight)} for u in (a, b))
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 def check_message(update: Update) -> None:
@@ -130,10 +175,14 @@ class EvaluateClient:
     batch_size: int
     train: bool = False
     wait_for_absent: bool = True  # as in Train
+    seed: int = 0
 
     def __call__(self, replica: Replica, data: FederatedData, server: State, job: Job) -> Update:
         client = job.client or {}
-        model = self.strategy.client_model(server, client, replica.task.layout)
+        key = self.seed, Stream.NETWORK, job.round, job.client_id
+        replica.draws.begin(int(random(*key).integers(2**63)))
+        with replica.draws:
+            model = self.strategy.client_model(server, client, replica.task.layout)
         batches = data.own_batches(job.client_id, self.batch_size)
         return _evaluate(replica, model, client.get("buffers", server["buffers"]), batches, self.train)
 

@@ -13,6 +13,8 @@ import numpy as np
 from fedsim.base.catalogue import Spec
 from fedsim.base.devices import one_thread
 from fedsim.base.files import uninterrupted
+from fedsim.base.global_draws import keyed_globals
+from fedsim.base.modes import own_modes
 from fedsim.data import FederatedData
 from fedsim.errors import ClientError, ConfigError, NodeError, RoundError, forget_variables, located
 from fedsim.federated.aggregate import Aggregator, WeightedMean, largest
@@ -104,6 +106,7 @@ class Simulation:
     slowest.
     """
 
+    @own_modes()
     def __init__(
         self,
         strategy: Strategy,
@@ -137,10 +140,10 @@ class Simulation:
         runtime.check(self.work)
         self.aggregator = aggregator or WeightedMean()
         self.recalibrate, self.decay = recalibrate, ema
-        self.server: State = initial_server_state(strategy, task, runtime.home)
+        self.server: State = initial_server_state(strategy, task, runtime.home, seed)
         if ema is not None:
             self.server |= {f"ema.{name}": self.server[name] for name in ("model", "buffers")}
-        self.initial_client = runtime.placeholder_state(initial_client_state(strategy, task))
+        self.initial_client = runtime.placeholder_state(initial_client_state(strategy, task, seed))
         self.clients = clients if clients is not None else ClientStore()
         self.pace = Pace()
         self.number, self.clock = 0, 0.0
@@ -164,7 +167,8 @@ class Simulation:
 
     def sample(self) -> list[int]:
         """The cohort of the next round."""
-        cohort = self.cohort(self.data.num_clients, random(self.seed, Stream.COHORT, self.number))
+        with keyed_globals(self.seed, Stream.COHORT, self.number):
+            cohort = self.cohort(self.data.num_clients, random(self.seed, Stream.COHORT, self.number))
         last = self.data.num_clients - 1
         if not (isinstance(cohort, list) and cohort and min(cohort) >= 0 and max(cohort) <= last):
             raise ConfigError(f"cohort: gave {cohort!r}; it must return a list of ids from 0 to {last}")
@@ -172,6 +176,7 @@ class Simulation:
             raise ConfigError(f"cohort: gave {cohort!r}, in which an id occurs twice")
         return cohort
 
+    @own_modes()
     def round(
         self,
         after_client: Callable[[Report], None] = lambda report: None,
@@ -219,6 +224,7 @@ class Simulation:
             return None
         return {name: self.server[f"ema.{name}"] for name in ("model", "buffers")}
 
+    @own_modes()
     def evaluate(self, batch_size: int = 500, server: State | None = None, *, train: bool = False) -> Evaluation:
         """Evaluate the global model on the whole test set, in eval mode; all runtimes give the same numbers.
 
@@ -236,6 +242,7 @@ class Simulation:
                 found.append({name: float(value) for name, value in outcome.metrics.items()})
         return _mean(_sums(found))
 
+    @own_modes()
     def evaluate_clients(
         self, clients: Iterable[int] | None = None, batch_size: int = 500, *, train: bool = False
     ) -> dict[int, Evaluation]:
@@ -246,7 +253,7 @@ class Simulation:
         """
         ids = range(self.data.num_clients) if clients is None else clients
         drop = self.failures.policy == "drop"
-        work = EvaluateClient(self.strategy, batch_size, train, wait_for_absent=not drop)
+        work = EvaluateClient(self.strategy, batch_size, train, wait_for_absent=not drop, seed=self.seed)
         sums = dict[int, Metrics]()
         jobs = (self._job(k, self.number - 1) for k in ids)
         with closing(self.runtime.map(work, self._download(), jobs)) as outcomes:
@@ -359,7 +366,8 @@ class Simulation:
         own = {name: value for name, value in self.server.items() if name not in RESERVED}
         copy = {name: value.clone() for name, value in own.items()}  # which the strategy may write to
         try:
-            update = self.strategy.server_update(copy, mean, info)
+            with keyed_globals(self.seed, Stream.SERVER, self.number):
+                update = self.strategy.server_update(copy, mean, info)
         except (ConfigError, RoundError):
             raise
         except (Exception, SystemExit) as error:

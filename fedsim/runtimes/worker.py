@@ -5,13 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedsim.base.modes import own_thread_modes
 from fedsim.data import FederatedData
 from fedsim.errors import forget_variables
-from fedsim.federated.client import SharedStateError, Work, states_are_only_read
+from fedsim.federated.client import GlobalDrawsError, SharedStateError, Work, keyed_only, states_are_only_read
 from fedsim.runtimes.cuda import new_stream, on_stream
 from fedsim.training.replica import Replica
 from fedsim.training.task import Task
-from fedsim.types import Job, Outcome, State
+from fedsim.types import Job, Outcome, State, Update
 
 
 class Worker:
@@ -29,15 +30,22 @@ class Worker:
                 if isinstance(item, Job) and item.client:  # a copy, in case the client writes to it
                     client = {name: _copied_to(value, self.replica.device) for name, value in item.client.items()}
                     item = item._replace(client=client)
-                with states_are_only_read(server, client):
-                    return work(self.replica, self.data, dict(server), item)  # clients share the tensors only
-            except SharedStateError:
+                with own_thread_modes(), states_are_only_read(server, client):
+                    return self._run(work, server, item)
+            except (SharedStateError, GlobalDrawsError):
                 raise
             except torch.OutOfMemoryError as error:
                 forget_variables(error)  # which hold the memory
                 return error
             except (Exception, SystemExit) as error:
                 return error
+
+    def _run(self, work: Work, server: State, item: Any) -> Update:
+        def run() -> list[Update]:
+            return [work(self.replica, self.data, dict(server), item)]  # clients share the tensors only
+
+        strategy = getattr(work, "strategy", None)
+        return (keyed_only(run, strategy, self.replica.device) if strategy else run())[0]
 
 
 def _copied_to(value: Tensor, device: torch.device) -> Tensor:

@@ -1,15 +1,15 @@
 """A trial forward pass of a network, before training."""
 
 import copy
-import random
 
-import numpy as np
 import torch
 from torch import nn
 
+from fedsim.base.global_draws import global_states
 from fedsim.errors import ConfigError
 from fedsim.training.draws import KeyedDraws
 
+CPU = torch.device("cpu")
 PROBE_PASSES = 3  # another thread may move a global generator during one pass, hardly during all
 
 
@@ -25,10 +25,10 @@ def probe(network: nn.Module, shape: tuple[int, ...], classes: int) -> tuple[boo
     before = {n: b.clone() for n, b in network.named_buffers()}
     try:
         for _ in range(PROBE_PASSES):
-            states = _global_states()
+            states = global_states(CPU)
             with draws, torch.no_grad():
                 outputs = network(examples)
-            if global_states_unchanged := states == _global_states():
+            if global_states_unchanged := states == global_states(CPU):
                 break
     except (RuntimeError, ValueError, IndexError) as error:
         raise ConfigError(f"model: cannot take examples of shape {shape}: {str(error).splitlines()[0]}") from error
@@ -46,7 +46,3 @@ def probe(network: nn.Module, shape: tuple[int, ...], classes: int) -> tuple[boo
     modules = {name.rpartition(".")[0] for name in moved}
     floating = (n for n, b in network.named_buffers() if b.is_floating_point())
     return draws.used, {n for n in floating if n.rpartition(".")[0] in modules}
-
-
-def _global_states() -> tuple[bytes, object, str]:
-    return torch.get_rng_state().numpy().tobytes(), random.getstate(), repr(np.random.get_state())  # noqa: NPY002 - networks may use it

@@ -63,7 +63,8 @@ class Replica:
                 self._counters[name] = buffer
         _, self._initial_counters = self.snapshot()
         self.generator = torch.Generator(self.device)
-        self._draws: AbstractContextManager[object] = KeyedDraws(self.generator) if task.draws else nullcontext()
+        self.draws = KeyedDraws(self.generator)
+        self._draws: AbstractContextManager[object] = self.draws if task.draws else nullcontext()
         self._recompute = Recompute(self.network, self.generator) if task.recompute else None
         self._teacher = copy.deepcopy(task.teacher).to(self.device).eval() if task.teacher else None
 
@@ -77,7 +78,7 @@ class Replica:
                 del self._low_precision_copies[dtype]
             self._dtype = dtype
         self.restore((buffers, self._initial_counters))
-        self.generator.manual_seed(seed)
+        self.draws.begin(seed)
 
     def _bind_weights(self, dtype: torch.dtype | None) -> None:
         """Bind the layers' weights to copies in `dtype` (convolution and linear layers), or to views of `flat`."""

@@ -17,11 +17,13 @@ from typing import Literal, NamedTuple
 import torch
 
 from fedsim.base.devices import one_thread
+from fedsim.base.global_draws import globals_restored
 from fedsim.base.machine import cores, memory
+from fedsim.base.modes import own_thread_modes
 from fedsim.data import FederatedData
 from fedsim.errors import ConfigError, RoundError
 from fedsim.federated.aggregate import Aggregator, Partial
-from fedsim.federated.client import Train, Work, check_update
+from fedsim.federated.client import Train, Work, check_update, keyed_only
 from fedsim.federated.fold import Fold
 from fedsim.federated.runtime import Call, Item, Outcomes, Results, Runtime
 from fedsim.runtimes.cuda import make_gpus_deterministic, new_stream, on_stream
@@ -101,7 +103,7 @@ class Vectorized(Runtime):
     def check(self, work: Train) -> None:
         check_options(work)
         super().check(work)
-        with one_thread():
+        with one_thread(), globals_restored():
             check_batchable(Network(self.task, self.home, self.conv), self.data[self.home], work)
 
     def run(self, work: Work, server: State, jobs: Iterable[Job], aggregator: Aggregator) -> Results:
@@ -145,7 +147,7 @@ class Vectorized(Runtime):
             if not hasattr(self.local, "network"):
                 self._start_worker()
             network: Network = self.local.network
-            with on_stream(self.local.stream):
+            with own_thread_modes(), on_stream(self.local.stream):
                 servers = on_device[network.device]
                 clients = [Client(works[i], servers[i], job) for i, job in chunk]
                 began, done = perf_counter(), list[tuple[int, Report]]()
@@ -203,7 +205,8 @@ class Vectorized(Runtime):
     def _attempt(self, network: Network, batch: Sequence[Client]) -> list[Outcome]:
         """The update or error of each client; a batch that fails is halved until the failing client is found."""
         try:
-            return list(self._updates(network, batch))
+            work = batch[0].work
+            return list(keyed_only(lambda: self._updates(network, batch), work.strategy, network.device))
         except (ConfigError, RoundError):
             raise
         except torch.OutOfMemoryError as error:

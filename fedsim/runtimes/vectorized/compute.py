@@ -51,7 +51,8 @@ def compute(network: Network, work: Train, cohort: Cohort, server: State, own: S
         broadcast = server | own
         home = client if work.strategy.buffers == "private" else broadcast
         local = BatchedObjective(network, cohort, index, home["buffers"])
-        update = work.client_update(broadcast, client, local)
+        update = work.client_update(broadcast, client, local, local.draws)
+        network.draws |= local.draws.used
         check_message(update)
         weight = update.weight if isinstance(update.weight, Tensor) else network.like.new_full((), update.weight)
         return update.message, weight.to(network.like), update.client, update.metrics

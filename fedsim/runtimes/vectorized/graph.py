@@ -61,7 +61,7 @@ class Graphs:
 
     def _may_capture(self, cohort: Cohort) -> bool:
         """Not with random draws for padded batches: the host decides how many numbers each client draws."""
-        counted = self.network.task.draws and any(step.padded for step in cohort.steps())
+        counted = self.network.draws and any(step.padded for step in cohort.steps())
         return self.usable and not counted and len(self.graphs) < MAX_GRAPHS
 
     def _pool(self) -> Any:
@@ -104,7 +104,7 @@ def record(
     It uses the worker's own stream: torch has 32 side streams, which workers may have to share.
     """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(network.device)
-    if network.task.draws:
+    if network.draws:
         for generator in cohort.generators:
             graph.register_generator_state(generator)
     with CAPTURING, torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
