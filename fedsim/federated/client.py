@@ -74,7 +74,7 @@ def initial_server_state(strategy: Strategy, task: Task, home: torch.device | No
         own = strategy.init_server(task.initial_model.to(home))
     if taken := [name for name in RESERVED if name in own]:
         raise ConfigError(f"strategy: init_server made {taken[0]!r}, which is a reserved name")
-    return own | {"buffers": task.initial_buffers.to(home)}
+    return ordinary(own) | {"buffers": task.initial_buffers.to(home)}
 
 
 def download(strategy: Strategy, server: State) -> State:
@@ -85,8 +85,14 @@ def download(strategy: Strategy, server: State) -> State:
 def initial_client_state(strategy: Strategy, task: Task, seed: int = 0) -> State:
     """The state of a client before it takes part for the first time."""
     with keyed_globals(seed, Stream.NETWORK):
-        state = strategy.init_client(task.initial_model, task.layout)
+        state = ordinary(strategy.init_client(task.initial_model, task.layout))
     return state | {"buffers": task.initial_buffers} if strategy.buffers == "private" else state
+
+
+def ordinary(state: State) -> State:
+    """The state, with copies of tensors that were made under `torch.inference_mode`, which cannot be trained."""
+    made = {name: value for name, value in state.items() if isinstance(value, Tensor) and value.is_inference()}
+    return state | {name: value.clone() for name, value in made.items()}
 
 
 class SharedStateError(RoundError):

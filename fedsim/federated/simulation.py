@@ -28,6 +28,7 @@ from fedsim.federated.client import (
     download,
     initial_client_state,
     initial_server_state,
+    ordinary,
 )
 from fedsim.federated.cohort import Cohort
 from fedsim.federated.fold import cause
@@ -376,7 +377,7 @@ class Simulation:
             made = type(update).__name__
             raise RoundError(f"round {self.number + 1}: server_update gave {made}; it should give a dictionary")
         self._check_update(update, own)
-        return self.server | update | buffers
+        return self.server | ordinary(update) | buffers
 
     def _with_ema_and_recalibration(self, server: State) -> State:
         """The server's state with recalibrated statistics and an updated running mean, if these are on."""

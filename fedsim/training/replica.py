@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fedsim.base.modes import own_thread_modes
 from fedsim.training.draws import KeyedDraws
 from fedsim.training.pooling import pool_faster
 from fedsim.training.recompute import Recompute
@@ -31,6 +32,7 @@ class Replica:
     times as long.
     """
 
+    @own_thread_modes()
     def __init__(self, task: Task, device: torch.device | str = "cpu", *, graphs: bool = False):
         self.task, self.device = task, torch.device(device)
         self.graphs = graphs and self.device.type == "cuda"  # whether steps may be captured

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedsim.base.modes import own_thread_modes
 from fedsim.errors import ConfigError
 from fedsim.training.layout import Layout
 from fedsim.training.probe import probe
@@ -24,6 +25,7 @@ class Task:
     from; it takes the same examples.
     """
 
+    @own_thread_modes()
     def __init__(
         self,
         network: nn.Module,
