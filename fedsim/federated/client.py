@@ -185,7 +185,7 @@ class EvaluateClient:
 
     def __call__(self, replica: Replica, data: FederatedData, server: State, job: Job) -> Update:
         client = job.client or {}
-        key = self.seed, Stream.NETWORK, job.round, job.client_id
+        key = self.seed, Stream.NETWORK, job.round + 1, job.client_id  # the round is -1 before the first one
         replica.draws.begin(int(random(*key).integers(2**63)))
         with replica.draws:
             model = self.strategy.client_model(server, client, replica.task.layout)
