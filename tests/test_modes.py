@@ -146,7 +146,6 @@ MODES = {
     "float64": lambda: flag(OWNERS["dtype"], "dtype", torch.float64),
     "matmul precision": lambda: flag(OWNERS["matmul"], "matmul", "medium"),
     "deterministic": lambda: flag(OWNERS["determinism"], "determinism", 2),
-    "fp32_precision": lambda: flag(torch.backends, "fp32_precision", "tf32"),
     "oneDNN": lambda: flag(torch.backends.mkldnn, "enabled", False),
     "meta": lambda: default_device("meta"),
     "denormals": flushed,
