@@ -208,10 +208,6 @@ def test_modes_are_restored_after_an_error():
         assert modes() == before
 
 
-def test_flags_are_those_of_a_new_process():
-    assert [getattr(owner, name) for owner, name, _ in FLAGS] == [value for _, _, value in FLAGS]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Inference(FedAvg):
     """FedAvg, whose own functions run under inference mode where `on`."""
