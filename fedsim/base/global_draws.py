@@ -3,11 +3,13 @@
 Code of the server runs alone, and may draw from them: `keyed_globals` seeds them first. Code of clients may not.
 """
 
+import _random
 import ctypes
 import random as python_random
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,57 +17,91 @@ from numpy.random import mtrand
 
 from fedsim.types import Stream, random
 
-MERSENNE_TWISTER_BYTES = 2500  # 624 numbers and a position, of 4 bytes each
+HEADER = object.__basicsize__
+PYTHON_BYTES = _random.Random.__basicsize__ - HEADER
+NUMPY_BYTES = 2500  # of MT19937: 624 numbers and a position, of 4 bytes each
 
 _alone = threading.RLock()  # two runs of one process do not draw from the global generators at a time
 
 
+class Shared:
+    """A context of the process: the first thread that enters opens it, and the last one that leaves closes it."""
+
+    def __init__(self, context: Callable[[], AbstractContextManager[object]]):
+        self.context, self.lock, self.inside, self.opened = context, threading.Lock(), 0, ExitStack()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.inside:
+                self.opened.enter_context(self.context())
+            self.inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                self.opened.close()
+
+
 @contextmanager
-def globals_restored() -> Iterator[None]:
-    """Afterwards, the global generators of torch, numpy and random are as they were before."""
-    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+def _restored() -> Iterator[None]:
+    of_torch = [(generator, generator.get_state()) for generator in _torch_generators()]
     numpys, numpy_state = mtrand.get_bit_generator(), np.random.get_state()  # noqa: NPY002
     python_state = python_random.getstate()
-    with torch.random.fork_rng(devices=gpus):
-        try:
-            yield
-        finally:
-            mtrand.set_bit_generator(numpys)
-            np.random.set_state(numpy_state)  # noqa: NPY002
-            python_random.setstate(python_state)
+    try:
+        yield
+    finally:
+        for generator, state in of_torch:
+            generator.set_state(state)
+        mtrand.set_bit_generator(numpys)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        python_random.setstate(python_state)
+
+
+globals_kept = Shared(_restored)  # when all threads have left, the global generators are as they were before
 
 
 @contextmanager
 def keyed_globals(seed: int, *key: int) -> Iterator[None]:
-    """Inside, the global generators of torch, numpy and random begin at a key; afterwards they are as before."""
+    """Inside, the global generators of torch, numpy and random begin at a key."""
     of_torch, of_numpy, of_python = random(seed, Stream.GLOBALS, *key).integers(2**63, size=3).tolist()
-    with _alone, globals_restored():
-        torch.manual_seed(of_torch)
+    with globals_kept, _alone:
+        for generator in _torch_generators():
+            generator.manual_seed(of_torch)
         mtrand.set_bit_generator(np.random.MT19937(of_numpy))
         python_random.seed(of_python)
         yield
 
 
 def global_states(device: torch.device) -> dict[str, object]:
-    """The states of the global generators, by name; equal as long as nothing is drawn. `device` may be a GPU."""
-    numpys = mtrand.get_bit_generator()
+    """The states of the global generators, by name; equal as long as nothing is drawn. `device` may be a GPU.
+
+    They are read in place, since `random.getstate` and numpy's `state` take as long as some clients.
+    """
+    numpys: Any = mtrand.get_bit_generator()
     of_torch = [torch.default_generator]
     if device.type == "cuda":
         of_torch.append(torch.cuda.default_generators[device.index or 0])
+    states = [generator.get_state() for generator in of_torch]
     return {
-        "torch's global generator": [generator.get_state().numpy().tobytes() for generator in of_torch],
-        "numpy.random": ctypes.string_at(numpys.ctypes.state_address, MERSENNE_TWISTER_BYTES)
-        if isinstance(numpys, np.random.MT19937)  # a hundred times as fast as its `state`
+        "torch's global generator": [ctypes.string_at(state.data_ptr(), len(state)) for state in states],
+        "numpy.random": ctypes.string_at(numpys.ctypes.state_address, NUMPY_BYTES)
+        if isinstance(numpys, np.random.MT19937)
         else repr(numpys.state),
-        "random": python_random.getstate(),
+        "random": ctypes.string_at(id(python_random._inst) + HEADER, PYTHON_BYTES),
     }
 
 
 @contextmanager
 def undisturbed_globals() -> Iterator[None]:
     """Inside, the global generators are in new states, and no other thread is inside `keyed_globals`."""
-    with _alone, globals_restored():
+    with globals_kept, _alone:
         torch.rand(())
         np.random.random()  # noqa: NPY002
         python_random.random()
         yield
+
+
+def _torch_generators() -> list[torch.Generator]:
+    gpus = torch.cuda.default_generators if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    return [torch.default_generator, *gpus]

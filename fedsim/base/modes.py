@@ -5,9 +5,9 @@ of new tensors. Anomaly detection changes no result, and is left as it is.
 """
 
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,10 @@ import torch
 from torch._C import _len_torch_function_stack
 from torch.overrides import _pop_mode, _push_mode
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
+
+from fedsim.base.global_draws import Shared, globals_kept
+
+ERRORS = {"divide": "warn", "over": "warn", "under": "ignore", "invalid": "warn"}  # numpy's, in a new process
 
 
 def _matmul_precision() -> str:
@@ -64,34 +68,24 @@ FLAGS: list[tuple[Any, str, object]] = [
 ]
 
 
-class _Process:
-    """The flags of the process, for the time in which any thread is inside fedsim."""
+class _Flags:
+    """The flags of the process: those that fedsim sets, by place in FLAGS."""
 
     def __init__(self) -> None:
-        self.lock, self.inside = threading.Lock(), 0
         self.own = [value for _, _, value in FLAGS]
-        self.callers = list[object]()
 
     @contextmanager
-    def flags(self) -> Iterator[None]:
-        with self.lock:
-            self.inside += 1
-            if self.inside == 1:
-                self.callers = self.values()
-                self.set(self.own)
+    def set_own(self) -> Iterator[None]:
+        callers = self.values()
+        self.set(self.own)
         try:
             yield
         finally:
-            with self.lock:
-                self.inside -= 1
-                if not self.inside:
-                    self.set(self.callers)
+            self.set(callers)
 
-    def keep(self, values: dict[str, object]) -> None:
-        with self.lock:
-            self.own = [values.get(name, own) for (_, name, _), own in zip(FLAGS, self.own, strict=True)]
-            now = self.values()
-            self.set([values.get(name, value) for (_, name, _), value in zip(FLAGS, now, strict=True)])
+    def keep(self, kept: dict[str, object]) -> None:
+        self.own = [kept.get(name, own) for (_, name, _), own in zip(FLAGS, self.own, strict=True)]
+        self.set([kept.get(name, now) for (_, name, _), now in zip(FLAGS, self.values(), strict=True)])
 
     def values(self) -> list[object]:
         return [getattr(owner, name) for owner, name, _ in FLAGS]
@@ -101,36 +95,60 @@ class _Process:
             setattr(owner, name, value)
 
 
-_process = _Process()
+_flags = _Flags()
+_own_flags = Shared(_flags.set_own)
 
 
 @contextmanager
 def own_modes() -> Iterator[None]:
-    """Run the code inside with the flags and modes of a new process; then restore those of the caller.
+    """Run the code inside with the flags and modes of a new process.
 
-    While one thread is inside, another that enters finds the flags set, and the last one out restores them.
+    Then restore those of the caller, and the global random generators. While one thread is inside, another that
+    enters finds the flags set, and the last one out restores them.
     """
-    with _process.flags(), own_thread_modes():
+    with _own_flags, globals_kept, own_thread_modes():
         yield
 
 
 @contextmanager
 def own_thread_modes() -> Iterator[None]:
     """The part of `own_modes` that belongs to a thread, such as gradients, autocast and the default device."""
-    with ExitStack() as entered:
-        enter: Callable[[Any], Any] = entered.enter_context
-        enter(without_function_modes())
-        if _get_current_dispatch_mode_stack():
-            enter(_disable_current_modes())
-        enter(torch.inference_mode(False))
-        enter(torch.enable_grad())
-        enter(torch.autocast("cpu", enabled=False))
-        enter(torch.autocast("cuda", enabled=False))
-        enter(np.errstate(divide="warn", over="warn", under="ignore", invalid="warn"))
-        if flushes_denormals():
-            torch.set_flush_denormal(False)
-            entered.callback(torch.set_flush_denormal, True)
+    others = _callers_modes()
+    if not others:
         yield
+        return
+    with ExitStack() as entered:
+        for mode in others:
+            entered.enter_context(mode())
+        yield
+
+
+def _callers_modes() -> list[Callable[[], AbstractContextManager[Any]]]:
+    """The contexts that are needed to undo the modes of this thread; to ask is much faster than to enter them."""
+    needed: dict[Callable[[], AbstractContextManager[Any]], bool] = {
+        without_function_modes: _len_torch_function_stack() > 0,
+        _disable_current_modes: bool(_get_current_dispatch_mode_stack()),
+        partial(torch.inference_mode, False): torch.is_inference_mode_enabled(),
+        torch.enable_grad: not torch.is_grad_enabled() or torch.is_inference_mode_enabled(),
+        partial(torch.autocast, "cpu", enabled=False): torch.is_autocast_enabled("cpu"),
+        partial(torch.autocast, "cuda", enabled=False): torch.is_autocast_enabled("cuda"),
+        _warnings_of_numpy: np.geterr() != ERRORS,
+        _denormals_kept: flushes_denormals(),
+    }
+    return [context for context, used in needed.items() if used]
+
+
+def _warnings_of_numpy() -> np.errstate:
+    return np.errstate(divide="warn", over="warn", under="ignore", invalid="warn")
+
+
+@contextmanager
+def _denormals_kept() -> Iterator[None]:
+    torch.set_flush_denormal(False)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(True)
 
 
 @contextmanager
@@ -154,4 +172,4 @@ def flushes_denormals() -> bool:
 
 def keep_flags(**values: object) -> None:
     """Set flags of FLAGS, by their names, now and wherever fedsim runs in this process from now on."""
-    _process.keep(values)
+    _flags.keep(values)

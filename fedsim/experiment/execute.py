@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.base.files import uninterrupted
-from fedsim.base.global_draws import globals_restored
 from fedsim.base.modes import own_modes
 from fedsim.errors import ConfigError, RoundError, located
 from fedsim.experiment.config import load
@@ -31,7 +30,6 @@ class Result:
 
 
 @own_modes()
-@globals_restored()
 def run(
     config: str | Path | Mapping[str, Any],
     overrides: Mapping[str, Any] | None = None,
@@ -50,7 +48,6 @@ def run(
 
 
 @own_modes()
-@globals_restored()
 def resume(
     folder: str | Path,
     overrides: Mapping[str, Any] | None = None,
@@ -67,7 +64,7 @@ def resume(
     started, named = resumed_run(Path(folder), overrides or {}, force)
     try:
         for note in started.notes:
-            warnings.warn(note, stacklevel=4)  # below the two decorators
+            warnings.warn(note, stacklevel=3)  # below the decorator
     except Warning:  # where the caller has warnings raised as errors
         if started.folder:
             started.folder.close()

@@ -17,7 +17,6 @@ from typing import Literal, NamedTuple
 import torch
 
 from fedsim.base.devices import one_thread
-from fedsim.base.global_draws import globals_restored
 from fedsim.base.machine import cores, memory
 from fedsim.base.modes import own_thread_modes
 from fedsim.data import FederatedData
@@ -103,7 +102,7 @@ class Vectorized(Runtime):
     def check(self, work: Train) -> None:
         check_options(work)
         super().check(work)
-        with one_thread(), globals_restored():
+        with one_thread():
             check_batchable(Network(self.task, self.home, self.conv), self.data[self.home], work)
 
     def run(self, work: Work, server: State, jobs: Iterable[Job], aggregator: Aggregator) -> Results:

@@ -79,7 +79,8 @@ class BatchedDraws(TorchFunctionMode):
             for place, tensor in zip(places, own, strict=True):
                 mine[place] = tensor.clone() if func in IN_PLACE else tensor
             args, kwargs = tree_unflatten(mine, structure)
-            return func(*args, **kwargs | {"generator": self.draws[client].on(device)})
+            drawn: Tensor = func(*args, **kwargs | {"generator": self.draws[client].on(device)})
+            return drawn
 
         return self._each(draw, *(leaves[i].detach() for i in places))
 
