@@ -21,6 +21,7 @@ HEADER = object.__basicsize__
 PYTHON_BYTES = _random.Random.__basicsize__ - HEADER
 NUMPY_BYTES = 2500  # of MT19937: 624 numbers and a position, of 4 bytes each
 
+_numpys = np.random.MT19937(0)  # takes the place of the caller's, which may be of another kind
 _alone = threading.RLock()  # two runs of one process do not draw from the global generators at a time
 
 
@@ -68,7 +69,8 @@ def keyed_globals(seed: int, *key: int) -> Iterator[None]:
     with globals_kept, _alone:
         for generator in _torch_generators():
             generator.manual_seed(of_torch)
-        mtrand.set_bit_generator(np.random.MT19937(of_numpy))
+        mtrand.set_bit_generator(_numpys)
+        np.random.seed(of_numpy % 2**32)  # noqa: NPY002
         python_random.seed(of_python)
         yield
 
@@ -84,7 +86,7 @@ def global_states(device: torch.device) -> dict[str, object]:
         of_torch.append(torch.cuda.default_generators[device.index or 0])
     states = [generator.get_state() for generator in of_torch]
     return {
-        "torch's global generator": [ctypes.string_at(state.data_ptr(), len(state)) for state in states],
+        "torch's global generator": [ctypes.string_at(state.data_ptr(), state.nbytes) for state in states],
         "numpy.random": ctypes.string_at(numpys.ctypes.state_address, NUMPY_BYTES)
         if isinstance(numpys, np.random.MT19937)
         else repr(numpys.state),
