@@ -1,7 +1,7 @@
 """The work of a client: training and evaluation, the same functions in every runtime."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
@@ -49,17 +49,21 @@ class Train:
         client = job.client or {}
         home = client if self.strategy.buffers == "private" else server
         local = ClientObjective(replica, data, job, home["buffers"], self.recipe, self.seed, self.time_limit)
-        update = self.client_update(server, client, local, replica.draws)
+        update = self.client_update(server, client, local, replica.draws if replica.keyed else None)
+        replica.keyed = replica.draws.used  # the mode costs time; `keyed_only` finds draws in a later client
         local.check_time()
         check_update(update, client)
         return update
 
     def client_update(
-        self, server: State, client: State, local: LocalObjective, draws: TorchFunctionMode
+        self, server: State, client: State, local: LocalObjective, draws: TorchFunctionMode | None
     ) -> Update:
         """The update of the strategy, which draws from `draws`, with metrics and batch-norm statistics."""
-        with draws:
-            update = self.strategy.client_update(server, client, KeyedObjective(local, draws))
+        if draws is None:
+            update = self.strategy.client_update(server, client, local)
+        else:
+            with draws:
+                update = self.strategy.client_update(server, client, KeyedObjective(local, draws))
         update = update._replace(metrics=local.metrics)
         if self.strategy.buffers == "average":
             return update._replace(message=update.message | {"buffers": local.buffers})
@@ -120,22 +124,25 @@ class GlobalDrawsError(RoundError):
     """A client's numbers came from a generator that all clients share."""
 
 
-def keyed_only(run: Callable[[], Sequence[Update]], strategy: Strategy, device: torch.device) -> Sequence[Update]:
+def keyed_only(
+    run: Callable[[bool], Sequence[Update]], strategy: Strategy, device: torch.device
+) -> Sequence[Update]:
     """The updates that `run` gives; raises GlobalDrawsError if it draws from global generators, or seeds them.
 
-    Another thread may have drawn meanwhile. So if a generator has moved, `run` must give the same again, and not
-    leave it in the same state.
+    If a generator has moved, `run(True)` runs, in which torch's functions must draw by client. Another thread may
+    have moved it: if it moves again, two runs must agree, and not leave it in the same state.
     """
-    before = global_states(device)
-    updates = run()
-    after = global_states(device)
-    if after == before:
-        return updates
-    with undisturbed_globals():
-        advanced = global_states(device)
-        same = all(map(equal, updates, run()))
-        again = global_states(device)
-    if same and not any(advanced[name] != again[name] == after[name] for name in before):
+    tries = list[tuple[dict[str, object], Sequence[Update], dict[str, object]]]()
+    for around in (nullcontext(), undisturbed_globals(), undisturbed_globals()):
+        with around:
+            before = global_states(device)
+            updates = run(bool(tries))
+            after = global_states(device)
+        if after == before:
+            return updates
+        tries.append((before, updates, after))
+    (_, earlier, left), (before, updates, after) = tries[1:]
+    if all(map(equal, earlier, updates)) and not any(before[name] != after[name] == left[name] for name in before):
         return updates
     names = " and ".join(name for name in before if before[name] != after[name])
     code = type(strategy).client_update.__code__

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsim.base.modes import own_thread_modes
 from fedsim.data import FederatedData
 from fedsim.errors import forget_variables
 from fedsim.federated.client import GlobalDrawsError, SharedStateError, Work, keyed_only, states_are_only_read
@@ -30,7 +29,7 @@ class Worker:
                 if isinstance(item, Job) and item.client:  # a copy, in case the client writes to it
                     client = {name: _copied_to(value, self.replica.device) for name, value in item.client.items()}
                     item = item._replace(client=client)
-                with own_thread_modes(), states_are_only_read(server, client):
+                with states_are_only_read(server, client):
                     return self._run(work, server, item)
             except (SharedStateError, GlobalDrawsError):
                 raise
@@ -41,11 +40,12 @@ class Worker:
                 return error
 
     def _run(self, work: Work, server: State, item: Any) -> Update:
-        def run() -> list[Update]:
+        def run(moved: bool) -> list[Update]:
+            self.replica.keyed |= moved
             return [work(self.replica, self.data, dict(server), item)]  # clients share the tensors only
 
         strategy = getattr(work, "strategy", None)
-        return (keyed_only(run, strategy, self.replica.device) if strategy else run())[0]
+        return (keyed_only(run, strategy, self.replica.device) if strategy else run(False))[0]
 
 
 def _copied_to(value: Tensor, device: torch.device) -> Tensor:

@@ -66,6 +66,7 @@ class Replica:
         _, self._initial_counters = self.snapshot()
         self.generator = torch.Generator(self.device)
         self.draws = KeyedDraws(self.generator)
+        self.keyed = True  # whether strategies run with `draws`: until one has not used them
         self._draws: AbstractContextManager[object] = self.draws if task.draws else nullcontext()
         self._recompute = Recompute(self.network, self.generator) if task.recompute else None
         self._teacher = copy.deepcopy(task.teacher).to(self.device).eval() if task.teacher else None

@@ -18,7 +18,6 @@ import torch
 
 from fedsim.base.devices import one_thread
 from fedsim.base.machine import cores, memory
-from fedsim.base.modes import own_thread_modes
 from fedsim.data import FederatedData
 from fedsim.errors import ConfigError, RoundError
 from fedsim.federated.aggregate import Aggregator, Partial
@@ -146,7 +145,7 @@ class Vectorized(Runtime):
             if not hasattr(self.local, "network"):
                 self._start_worker()
             network: Network = self.local.network
-            with own_thread_modes(), on_stream(self.local.stream):
+            with on_stream(self.local.stream):
                 servers = on_device[network.device]
                 clients = [Client(works[i], servers[i], job) for i, job in chunk]
                 began, done = perf_counter(), list[tuple[int, Report]]()
@@ -205,7 +204,7 @@ class Vectorized(Runtime):
         """The update or error of each client; a batch that fails is halved until the failing client is found."""
         try:
             work = batch[0].work
-            return list(keyed_only(lambda: self._updates(network, batch), work.strategy, network.device))
+            return list(keyed_only(lambda moved: self._updates(network, batch), work.strategy, network.device))
         except (ConfigError, RoundError):
             raise
         except torch.OutOfMemoryError as error:
