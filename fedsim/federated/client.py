@@ -133,8 +133,8 @@ def keyed_only(
     have moved it: if it moves again, two runs must agree, and not leave it in the same state.
     """
     tries = list[tuple[dict[str, object], Sequence[Update], dict[str, object]]]()
-    for around in (nullcontext(), undisturbed_globals(), undisturbed_globals()):
-        with around:
+    for around in (nullcontext, undisturbed_globals, undisturbed_globals):
+        with around():
             before = global_states(device)
             updates = run(bool(tries))
             after = global_states(device)
