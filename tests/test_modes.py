@@ -1,9 +1,11 @@
 """Random numbers in strategies, and runs under the modes and flags of the program around them."""
 
 import random
+import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from torch.nn import functional as F
 
 import fedsim
 from fedsim.base.modes import FLAGS
-from fedsim.errors import RoundError
+from fedsim.errors import ConfigError, RoundError
 from fedsim.federated.client import GlobalDrawsError
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.training.draws import KeyedDraws
@@ -88,6 +90,53 @@ def test_global_generators_are_refused_in_clients(noise, runtime):
         noisy(noise, runtime)
     assert isinstance(caught.value, RoundError)
     assert "\n" not in str(caught.value)
+
+
+def drawing_loss(logits, y, /):
+    return F.cross_entropy(logits + torch.randn_like(logits), y, reduction="none")
+
+
+def drawing_augmentation(batch, rng, size, /):
+    return batch._replace(x=batch.x * np.random.rand())  # noqa: NPY002
+
+
+@pytest.mark.parametrize("runtime", ["serial", {"name": "threads", "workers": 2}, "vectorized"])
+@pytest.mark.parametrize(
+    "own", [{"loss": "test_modes:drawing_loss"}, {"augment": ["test_modes:drawing_augmentation"]}]
+)
+def test_losses_and_augmentations_that_draw_from_global_generators_are_refused(own, runtime):
+    with pytest.raises((GlobalDrawsError, ConfigError), match=r"draws|random"):
+        fedsim.run(small(runtime=runtime, local={"lr": 0.05} | own))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Late(FedAvg):
+    """FedAvg, in which only one client draws, and only from the second round on."""
+
+    def client_update(self, server, client, local):
+        update = super().client_update(server, client, local)
+        late = local.client_id == 2 and local.lr < 0.05
+        noise = torch.randn(len(server["model"])) if late else 0
+        return update._replace(message={"delta": update.message["delta"] + noise})
+
+
+def test_a_client_that_draws_later_than_others_draws_by_its_key():
+    config = small(strategy="test_modes:Late", rounds=3, local={"lr": 0.05, "schedule": "cosine"})
+    alone = fedsim.run(config | {"runtime": "serial"}).summary["fingerprint"]
+    torch.rand(1)
+    for workers in (1, 3):
+        threads = config | {"runtime": {"name": "threads", "workers": workers}}
+        assert fedsim.run(threads).summary["fingerprint"] == alone
+
+
+def test_a_resumed_run_draws_the_same_numbers(tmp_path):
+    config = small(strategy={"name": "test_modes:Noisy", "noise": "randn"}, runtime="serial")
+    whole = fedsim.run(config | {"rounds": 3})
+    fedsim.run(config | {"rounds": 1}, out=tmp_path / "run")
+    torch.rand(1), np.random.rand(), random.random()  # noqa: NPY002
+    with pytest.warns(UserWarning, match="rounds: 3"):
+        resumed = fedsim.resume(tmp_path / "run", {"rounds": 3})
+    assert resumed.summary["fingerprint"] == whole.summary["fingerprint"]
 
 
 def test_draws_on_another_device_begin_anew_with_each_client():
@@ -198,6 +247,41 @@ def test_modes_of_the_caller_change_no_bits_and_are_restored(runtime):
             before = modes()
             assert fedsim.run(small(runtime=runtime)).summary["fingerprint"] == plain, name
             assert modes() == before, name
+
+
+EACH_FLAG = """
+import torch
+import fedsim
+from fedsim.base.modes import FLAGS
+from test_modes import small
+
+OTHER = {torch.float32: torch.float64, "highest": "medium", "none": "ieee", "tf32": "ieee"}
+OTHER |= {True: False, False: True}
+
+def values():
+    return [getattr(owner, name) for owner, name, _ in FLAGS]
+
+new = values()
+assert new == [value for _, _, value in FLAGS], new
+config = small(runtime="serial")
+plain = fedsim.run(config).summary["fingerprint"]
+assert values() == new
+for owner, name, value in FLAGS:
+    setattr(owner, name, 2 if name == "determinism" else OTHER[value])
+    before = values()
+    assert before != new, name
+    assert fedsim.run(config).summary["fingerprint"] == plain, name
+    assert values() == before, name
+    for owner, name, value in FLAGS:
+        setattr(owner, name, value)
+"""
+
+
+def test_no_flag_of_the_caller_changes_bits_and_each_is_restored():
+    done = subprocess.run(
+        [sys.executable, "-c", EACH_FLAG], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_modes_are_restored_after_an_error():

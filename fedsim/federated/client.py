@@ -147,9 +147,9 @@ def keyed_only(
     names = " and ".join(name for name in before if before[name] != after[name])
     code = type(strategy).client_update.__code__
     raise GlobalDrawsError(
-        f"{type(strategy).__name__} ({Path(code.co_filename).name}:{code.co_firstlineno}): the work of a client "
-        f"draws from {names}, or seeds it; all clients share it. torch.randn and most of torch's samplers are "
-        "seeded by client, and augmentations get a generator; use these"
+        f"{type(strategy).__name__} ({Path(code.co_filename).name}:{code.co_firstlineno}), or a loss or an "
+        f"augmentation of your own, draws from {names}, or seeds it; all clients share it. In strategies and "
+        "networks, torch.randn and most of torch's samplers are seeded by client; augmentations get a generator"
     )
 
 
