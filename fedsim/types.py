@@ -172,6 +172,7 @@ class Stream(IntEnum):
     NOISE = 10  # wrong labels
     PUBLIC = 11  # the choice of the examples that the server has
     RECALIBRATE = 12
+    GLOBALS = 13  # (seed, GLOBALS, stream, ...): the global generators, in functions of users at the server
 
 
 def random(seed: int, stream: Stream, *key: int) -> np.random.Generator:

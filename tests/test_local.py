@@ -235,12 +235,12 @@ MASKS = {
 }
 NOISE = MASKS | {
     "torch.randn": Noise(lambda x, train: x + torch.randn(x.shape) * train),
+    "torch.randn_like": Noise(lambda x, train: x + torch.randn_like(x) * train),
     "Tensor.normal_": Noise(lambda x, train: x + torch.empty(x.shape).normal_() * train),
 }
 UNKEYED = {
     "nn.AlphaDropout": nn.AlphaDropout(0.4),
     "nn.RReLU": nn.RReLU(),
-    "torch.randn_like": Noise(lambda x, train: x + torch.randn_like(x)),
 }
 
 

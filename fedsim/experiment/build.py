@@ -7,6 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.base.catalogue import Spec
+from fedsim.base.devices import one_thread
+from fedsim.base.global_draws import keyed_globals
+from fedsim.base.modes import own_modes
 from fedsim.data import AUGMENTATIONS, DATASETS, PARTITIONS, Dataset, FederatedData
 from fedsim.data.federated import checked_owners, public_mask, without_rows
 from fedsim.data.noise import LabelNoise
@@ -36,7 +39,8 @@ from fedsim.types import Stream, random
 def build_dataset(config: Config) -> Dataset:
     """The dataset of a resolved config; raises ConfigError."""
     own = {"name", *DATASETS.options(config.data["name"]).model_fields}  # also one that DataOptions has
-    return DATASETS.make({key: value for key, value in config.data.items() if key in own}, Dataset)
+    with keyed_globals(0, Stream.DATASET):
+        return DATASETS.make({key: value for key, value in config.data.items() if key in own}, Dataset)
 
 
 def build_data(config: Config, dataset: Dataset | None = None) -> FederatedData:
@@ -50,7 +54,8 @@ def build_data(config: Config, dataset: Dataset | None = None) -> FederatedData:
         raise ConfigError("data.public: all leaves simulated clients without examples; give a share such as 0.1")
     public = public_mask(dataset, shared["public"], seed)
     rest = without_rows(dataset, public)
-    owners = PARTITIONS.make(shared["partition"], np.ndarray, rest, shared["clients"], stream)
+    with keyed_globals(seed, Stream.PARTITION):
+        owners = PARTITIONS.make(shared["partition"], np.ndarray, rest, shared["clients"], stream)
     with border(f"data.partition.name: {shared['partition']['name']}", ConfigError):
         owners = checked_owners(owners, len(rest.y_train), shared["clients"])
     data = FederatedData(
@@ -75,6 +80,7 @@ def build_server_data(config: Config) -> FederatedData:
     return FederatedData(dataset, None, public=public, seed=seed, **shared)
 
 
+@own_modes()
 def build(
     config: Config,
     data: FederatedData | None = None,
@@ -133,7 +139,7 @@ def build_task(
     The network is tried on `examples` (n, *shape), by default on random ones. Where a teacher's weights are
     `sent` later, it keeps its initial ones, and its file is not read.
     """
-    with torch.random.fork_rng(devices=[]):
+    with keyed_globals(seed, Stream.MODEL), one_thread():
         torch.manual_seed(int(random(seed, Stream.MODEL).integers(2**63)))
         network = models.make(model, shape, classes)
         teacher = _teacher(model, recipe.distillation, shape, classes, sent)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.base.files import uninterrupted
+from fedsim.base.modes import own_modes
 from fedsim.errors import ConfigError, RoundError, located
 from fedsim.experiment.config import load
 from fedsim.experiment.figures import evaluate, summarize
@@ -37,6 +38,7 @@ class Result:
     interrupted: bool
 
 
+@own_modes()
 def run(
     config: str | Path | Mapping[str, Any],
     overrides: Mapping[str, Any] | None = None,
@@ -56,6 +58,7 @@ def run(
     return result
 
 
+@own_modes()
 def resume(
     folder: str | Path,
     overrides: Mapping[str, Any] | None = None,
@@ -79,7 +82,7 @@ def _warned(run: Run) -> Run:
     """The run, after a warning for each of its notes."""
     try:
         for note in run.notes:
-            warnings.warn(note, stacklevel=3)
+            warnings.warn(note, stacklevel=4)  # below the decorator
     except Warning:  # where the caller has warnings raised as errors
         if run.folder:
             run.folder.close()
@@ -89,9 +92,10 @@ def _warned(run: Run) -> Run:
 
 def _tell(lines: Iterable[str]) -> None:
     for line in lines:
-        warnings.warn(line, RuntimeWarning, stacklevel=3)
+        warnings.warn(line, RuntimeWarning, stacklevel=4)
 
 
+@own_modes()
 def execute(run: Run, hooks: Iterable[Hook] = ()) -> Result:
     """Run to its end what `new_run` or `resumed_run` started.
 

@@ -1,25 +1,28 @@
 """The work of a client: training and evaluation, the same functions in every runtime."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from math import isfinite
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from fedsim.base.catalogue import Spec
+from fedsim.base.global_draws import global_states, keyed_globals, undisturbed_globals
 from fedsim.data import FederatedData
-from fedsim.errors import ConfigError, RoundError, WrongReturnError, border
+from fedsim.errors import ConfigError, RoundError, WrongReturnError, border, name_of
 from fedsim.federated.aggregate import largest
 from fedsim.federated.strategy import Strategy, check_state, checked_update
 from fedsim.training.local import ClientObjective
-from fedsim.training.objective import LocalObjective
+from fedsim.training.objective import KeyedObjective, LocalObjective
 from fedsim.training.recipe import Recipe
 from fedsim.training.replica import Replica
 from fedsim.training.task import Task
-from fedsim.types import Job, State, Update, described, form_of
+from fedsim.types import Job, State, Stream, Update, described, form_of, random
 
 RESERVED = ("buffers", "ema.model", "ema.buffers")  # entries of the server's state that no strategy may have
 
@@ -49,15 +52,26 @@ class Train:
         home = client if self.strategy.buffers == "private" else server
         own = private_buffers(client, replica.task)
         local = ClientObjective(replica, data, job, home["buffers"], self.recipe, self.seed, self.time_limit, own)
-        update = self.client_update(server, client, local)
+        update = self.client_update(server, client, local, replica.draws if self.keyed else None)
         local.check_time()
         check_update(update, client)
         return update
 
-    def client_update(self, server: State, client: State, local: LocalObjective) -> Update:
-        """The update of the strategy, with metrics and batch-norm statistics."""
-        update = checked_update(self.strategy, self.strategy.client_update(server, client, local))
-        update = update._replace(metrics=local.metrics)
+    @property
+    def keyed(self) -> bool:
+        """Whether code of the user's own runs here, whose random numbers are to be the client's."""
+        return has_own_code(self.strategy, self.recipe.label_loss, *self.recipe.augment)
+
+    def client_update(
+        self, server: State, client: State, local: LocalObjective, draws: TorchFunctionMode | None
+    ) -> Update:
+        """The update of the strategy, which draws from `draws`, with metrics and batch-norm statistics."""
+        if draws is None:
+            made = self.strategy.client_update(server, client, local)
+        else:
+            with draws:
+                made = self.strategy.client_update(server, client, KeyedObjective(local, draws))
+        update = checked_update(self.strategy, made)._replace(metrics=local.metrics)
         if own := local.private_buffers:
             update = update._replace(client=update.client | _private_entries(own))
         if self.strategy.buffers == "average":
@@ -67,16 +81,19 @@ class Train:
         return update
 
 
-def initial_server_state(strategy: Strategy, task: Task, home: torch.device | None = None) -> State:
+def initial_server_state(strategy: Strategy, task: Task, home: torch.device | None = None, seed: int = 0) -> State:
     """The server's state before the first round: the strategy's entries and statistics. Raises ConfigError."""
     model = task.initial_model.to(home)
-    with border(f"strategy: {type(strategy).__name__}.init_server", ConfigError):
+    with (
+        keyed_globals(seed, Stream.SERVER),
+        border(f"strategy: {type(strategy).__name__}.init_server", ConfigError),
+    ):
         own = strategy.init_server(model)
         check_state(own)
         if "model" not in own or form_of({"model": own["model"]}) != form_of({"model": model}):
             made, right = described(form_of(own)), described(form_of({"model": model}))
             raise WrongReturnError(f"gave {made}; it should give {right}, and what else the server keeps")
-        own = {name: value.detach().to(model.device) for name, value in own.items()}
+        own = {name: value.detach().to(model.device) for name, value in ordinary(own).items()}
     if taken := [name for name in RESERVED if name in own]:
         raise ConfigError(f"strategy: init_server made {taken[0]!r}, which is a reserved name")
     if not isinstance(sent := strategy.broadcast, tuple | list) or [name for name in sent if name not in own]:
@@ -92,12 +109,15 @@ def download(strategy: Strategy, server: State) -> State:
     return {name: server[name] for name in (*strategy.broadcast, "buffers")}
 
 
-def initial_client_state(strategy: Strategy, task: Task) -> State:
+def initial_client_state(strategy: Strategy, task: Task, seed: int = 0) -> State:
     """The state of a client before it takes part for the first time. Raises ConfigError."""
-    with border(f"strategy: {type(strategy).__name__}.init_client", ConfigError):
+    with (
+        keyed_globals(seed, Stream.NETWORK),
+        border(f"strategy: {type(strategy).__name__}.init_client", ConfigError),
+    ):
         own = strategy.init_client(task.initial_model, task.layout)
         check_state(own)
-        own = {name: value.detach().to(task.initial_model.device) for name, value in own.items()}
+        own = {name: value.detach().to(task.initial_model.device) for name, value in ordinary(own).items()}
     own |= _private_entries(task.initial_of("private"))
     return own | {"buffers": task.initial_buffers} if strategy.buffers == "private" else own
 
@@ -109,6 +129,12 @@ def private_buffers(client: State, task: Task) -> State:
 
 def _private_entries(buffers: State) -> State:
     return {PRIVATE + name: value for name, value in buffers.items()}
+
+
+def ordinary(state: State) -> State:
+    """The state, with copies of tensors that were made under `torch.inference_mode`, which cannot be trained."""
+    made = {name: value for name, value in state.items() if isinstance(value, Tensor) and value.is_inference()}
+    return state | {name: value.clone() for name, value in made.items()}
 
 
 class SharedStateError(RoundError):
@@ -130,6 +156,56 @@ def states_are_only_read(server: State, client: State) -> Iterator[None]:
             raise SharedStateError(f"client_update wrote server[{name!r}] in place; states are only read")
     if name := written(before[1]):
         raise RuntimeError(f"client[{name!r}] was written in place; states are only read")
+
+
+class GlobalDrawsError(RoundError):
+    """A client's numbers came from a generator that all clients share."""
+
+
+def has_own_code(*parts: object) -> bool:
+    """Whether one of these objects, or a strategy inside one, is a user's own."""
+    for part in parts:
+        while part is not None:
+            if not name_of(part).startswith("fedsim."):
+                return True
+            part = getattr(part, "inner", None)
+    return False
+
+
+def keyed_only(work: Work, device: torch.device, run: Callable[[], Sequence[Update]]) -> Sequence[Update]:
+    """The updates of `run`; raises GlobalDrawsError if a user's code in it draws from global generators.
+
+    Another thread may have moved a generator: if it moves again, two runs must agree, and not leave it in the same
+    state, as seeding does.
+    """
+    if not getattr(work, "keyed", False):
+        return run()
+    tries = list[tuple[dict[str, object], Sequence[Update], dict[str, object]]]()
+    for around in (nullcontext, undisturbed_globals, undisturbed_globals):
+        with around():
+            before = global_states(device)
+            updates = run()
+            after = global_states(device)
+        if after == before:
+            return updates
+        tries.append((before, updates, after))
+    (_, earlier, left), (before, updates, after) = tries[1:]
+    if all(map(equal, earlier, updates)) and not any(before[name] != after[name] == left[name] for name in before):
+        return updates
+    names = " and ".join(name for name in before if before[name] != after[name])
+    strategy = type(work.strategy)  # type: ignore[attr-defined]
+    code = strategy.client_update.__code__
+    raise GlobalDrawsError(
+        f"{strategy.__name__} ({Path(code.co_filename).name}:{code.co_firstlineno}), or a loss or an "
+        f"augmentation of your own, draws from {names}, or seeds it; all clients share it. In strategies and "
+        "networks, torch.randn and most of torch's samplers are seeded by client; augmentations get a generator"
+    )
+
+
+def equal(a: Update, b: Update) -> bool:
+    """Whether two updates agree to the bit."""
+    mine, theirs = (u.message | u.client | u.metrics | {"": torch.as_tensor(u.weight)} for u in (a, b))
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 def check_update(update: Update, before: State) -> None:
@@ -156,10 +232,19 @@ class EvaluateClient:
     batch_size: int
     train: bool = False
     wait_for_absent: bool = True  # as in Train
+    seed: int = 0
+
+    @property
+    def keyed(self) -> bool:
+        """As in Train."""
+        return has_own_code(self.strategy)
 
     def __call__(self, replica: Replica, data: FederatedData, server: State, job: Job) -> Update:
         client = job.client or {}
-        model = self.strategy.client_model(server, client, replica.task.layout)
+        key = self.seed, Stream.NETWORK, job.round + 1, job.client_id  # the round is -1 before the first one
+        replica.draws.begin(int(random(*key).integers(2**63)))
+        with replica.draws if self.keyed else nullcontext():
+            model = self.strategy.client_model(server, client, replica.task.layout)
         if not (isinstance(model, Tensor) and model.shape == server["model"].shape):
             made = tuple(model.shape) if isinstance(model, Tensor) else type(model).__name__
             right = tuple(server["model"].shape)

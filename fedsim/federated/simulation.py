@@ -14,6 +14,8 @@ import numpy as np
 from fedsim.base.catalogue import Spec
 from fedsim.base.devices import one_thread
 from fedsim.base.files import uninterrupted
+from fedsim.base.global_draws import keyed_globals
+from fedsim.base.modes import own_modes
 from fedsim.data import FederatedData
 from fedsim.data.federated import batch_sizes
 from fedsim.errors import (
@@ -38,6 +40,7 @@ from fedsim.federated.client import (
     download,
     initial_client_state,
     initial_server_state,
+    ordinary,
 )
 from fedsim.federated.cohort import Cohort, ids
 from fedsim.federated.fold import cause
@@ -118,6 +121,7 @@ class Simulation:
     slowest.
     """
 
+    @own_modes()
     def __init__(
         self,
         strategy: Strategy,
@@ -157,10 +161,10 @@ class Simulation:
             runtime.check(self.work)
         self.aggregator = aggregator or WeightedMean()
         self.recalibrate, self.decay = recalibrate, ema
-        self.server: State = initial_server_state(strategy, task, runtime.home)
+        self.server: State = initial_server_state(strategy, task, runtime.home, seed)
         if ema is not None:
             self.server |= {f"ema.{name}": self.server[name] for name in ("model", "buffers")}
-        self.initial_client = runtime.placeholder_state(initial_client_state(strategy, task))
+        self.initial_client = runtime.placeholder_state(initial_client_state(strategy, task, seed))
         self.clients = clients if clients is not None else ClientStore()
         self.pace = Pace()
         self.number, self.clock = 0, 0.0
@@ -184,10 +188,14 @@ class Simulation:
 
     def sample(self) -> list[int]:
         """The cohort of the next round. Raises ConfigError."""
-        with border(f"cohort: {name_of(self.cohort)}", ConfigError):
+        with (
+            keyed_globals(self.seed, Stream.COHORT, self.number),
+            border(f"cohort: {name_of(self.cohort)}", ConfigError),
+        ):
             drawn = self.cohort(self.data.num_clients, random(self.seed, Stream.COHORT, self.number))
             return ids(drawn, self.data.num_clients)
 
+    @own_modes()
     def round(
         self,
         after_client: Callable[[Report], None] = lambda report: None,
@@ -238,6 +246,7 @@ class Simulation:
             return None
         return {name: self.server[f"ema.{name}"] for name in ("model", "buffers")}
 
+    @own_modes()
     def evaluate(self, batch_size: int = 500, server: State | None = None, *, train: bool = False) -> Evaluation:
         """Evaluate the global model on the whole test set, in eval mode; all runtimes give the same numbers.
 
@@ -258,6 +267,7 @@ class Simulation:
         check_once(self.runtime, "map", "examples from", done, [chunk.first for chunk in chunks])
         return _mean(_sums(found))
 
+    @own_modes()
     def evaluate_clients(
         self, clients: Iterable[int] | None = None, batch_size: int = 500, *, train: bool = False
     ) -> dict[int, Evaluation]:
@@ -268,7 +278,7 @@ class Simulation:
         """
         chosen = range(self.data.num_clients) if clients is None else list(clients)
         drop = self.failures.policy == "drop"
-        work = EvaluateClient(self.strategy, batch_size, train, wait_for_absent=not drop)
+        work = EvaluateClient(self.strategy, batch_size, train, wait_for_absent=not drop, seed=self.seed)
         sums, done = dict[int, Metrics](), list[int]()
         jobs = (self._job(k, self.number - 1) for k in chosen)
         with closing(outcomes(self.runtime, work, self._download(), jobs)) as tested:
@@ -393,7 +403,8 @@ class Simulation:
         own = {name: value for name, value in self.server.items() if name not in RESERVED}
         copy = {name: value.clone() for name, value in own.items()}  # which the strategy may write to
         with border(f"round {self.number + 1}: {type(self.strategy).__name__}.server_update", RoundError):
-            update = self.strategy.server_update(copy, mean, info)
+            with keyed_globals(self.seed, Stream.SERVER, self.number):
+                update = self.strategy.server_update(copy, mean, info)
             check_state(update)
             self._check_update(update, own)
             kept = {name: value for name, value in copy.items() if name not in update}
@@ -403,7 +414,7 @@ class Simulation:
                 raise WrongReturnError(
                     f"changed server[{lost[0]!r}] and did not return it; return {{{lost[0]!r}: ...}}"
                 )
-            update = {name: value.detach().to(own[name].device) for name, value in update.items()}
+            update = {name: value.detach().to(own[name].device) for name, value in ordinary(update).items()}
         return self.server | update | buffers
 
     def _with_ema_and_recalibration(self, server: State) -> State:

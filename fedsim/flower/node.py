@@ -175,7 +175,7 @@ class Node:
         self.state_files.touch(order.run)
         kept = self._stored_state(order, role)
         training = order.task == "train"
-        evaluate = EvaluateClient(role.parts.strategy, order.batch_size, order.train_mode)
+        evaluate = EvaluateClient(role.parts.strategy, order.batch_size, order.train_mode, seed=role.train.seed)
         work = role.train if training else evaluate
         server = {name: value.to(self.device) for name, value in order.server.items()}
         job = Job(order.client, order.round, _below("client", kept.state))
@@ -223,7 +223,7 @@ class Node:
         sent = form_of(download(strategy, initial_server_state(strategy, task)))
         train = Train(strategy, recipe, plan.seed, plan.time_limit)
         worker = Worker(task, data.to(self.device), self.device, graphs=True)
-        return Role(run, digest(text), parts, train, worker, initial_client_state(strategy, task), sent)
+        return Role(run, digest(text), parts, train, worker, initial_client_state(strategy, task, plan.seed), sent)
 
     def shard(self, form: Examples) -> Shard:
         """The node's examples in the federation's form; raises ConfigError where they do not fit."""

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 import torch
 
+from fedsim.base.modes import keep_flags
+
 
 def new_stream(device: torch.device) -> torch.cuda.Stream | None:
     """A stream for a worker on a GPU, whose results are reproducible from then on; None on a CPU."""
@@ -36,7 +38,5 @@ def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
 def make_gpus_deterministic() -> None:
     """Make CUDA's libraries use deterministic kernels; torch warns if an operation has none."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    # The line above turns this on, which costs one kernel for each allocation.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    # The last one would cost one kernel for each allocation.
+    keep_flags(benchmark=False, determinism=1, fill_uninitialized_memory=False)

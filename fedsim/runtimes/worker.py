@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fedsim.data import FederatedData
 from fedsim.errors import forget_variables
-from fedsim.federated.client import SharedStateError, Work, states_are_only_read
+from fedsim.federated.client import GlobalDrawsError, SharedStateError, Work, keyed_only, states_are_only_read
 from fedsim.runtimes.cuda import new_stream, on_stream
 from fedsim.training.replica import Replica
 from fedsim.training.task import Task
@@ -30,8 +30,15 @@ class Worker:
                     client = {name: _copied_to(value, self.replica.device) for name, value in item.client.items()}
                     item = item._replace(client=client)
                 with states_are_only_read(server, client):
-                    return work(self.replica, self.data, dict(server), item)  # clients share the tensors only
-            except (SharedStateError, KeyboardInterrupt):
+                    (update,) = keyed_only(
+                        work,
+                        self.replica.device,
+                        lambda: [
+                            work(self.replica, self.data, dict(server), item)
+                        ],  # clients share the tensors only
+                    )
+                    return update
+            except (SharedStateError, GlobalDrawsError, KeyboardInterrupt):
                 raise
             except torch.OutOfMemoryError as error:
                 forget_variables(error)  # which hold the memory

@@ -6,14 +6,18 @@ Two classes implement it: `fedsim.training.local.ClientObjective` for one client
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
+from fedsim.base.modes import without_function_modes
 from fedsim.training.layout import Layout
 from fedsim.training.recipe import Recipe
 from fedsim.types import Batch, State
 
+Result = TypeVar("Result")
 Loss = Callable[[Tensor, Batch], Tensor]  # (weights (P,), batch) -> (): a mean over the batch
 Correction = Callable[[Tensor, Tensor], Tensor]  # (gradient (P,), weights (P,)) -> gradient (P,)
 
@@ -122,3 +126,54 @@ class ObjectiveWrapper(LocalObjective):
     @property
     def metrics(self) -> State:
         return self.inner.metrics
+
+
+class KeyedObjective(ObjectiveWrapper):
+    """A client as its strategy sees it, whose own code draws from `draws`, a mode that is active around it.
+
+    The mode costs time for each operation, so fedsim's own code, the training loop above all, runs without it.
+    The strategy's functions that are called in there run with it.
+    """
+
+    def __init__(self, inner: LocalObjective, draws: TorchFunctionMode):
+        super().__init__(inner)
+        self._draws = draws
+
+    def train(self, start: Tensor, *, loss: Loss | None = None, correct: Correction | None = None) -> Tensor:
+        with without_function_modes():
+            return super().train(
+                start, loss=loss and self._drawing(loss), correct=correct and self._drawing(correct)
+            )
+
+    def loss(self, w: Tensor, batch: Batch | None = None) -> Tensor:
+        with without_function_modes():
+            return super().loss(w, batch)
+
+    def gradient(self, w: Tensor, batch: Batch | None = None) -> tuple[Tensor, Tensor]:
+        with without_function_modes():
+            return super().gradient(w, batch)
+
+    def batches(self, epochs: int | None = None) -> Iterator[Batch]:
+        batches = iter(super().batches(epochs))
+        while True:
+            with without_function_modes():
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+    def logits(self, w: Tensor, x: Tensor, *, train: bool = True) -> Tensor:
+        with without_function_modes():
+            return super().logits(w, x, train=train)
+
+    @property
+    def buffers(self) -> Tensor:
+        with without_function_modes():
+            return super().buffers
+
+    def _drawing(self, function: Callable[..., Result]) -> Callable[..., Result]:
+        def drawing(*args: Any) -> Result:
+            with self._draws:
+                return function(*args)
+
+        return drawing

@@ -1,20 +1,19 @@
 """A trial of a network before training: whether it fits the data, and whether all that it keeps is known."""
 
 import copy
-import random
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import chain
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fedsim.base.devices import one_thread
+from fedsim.base.global_draws import global_states, globals_kept
 from fedsim.errors import ConfigError, located
 from fedsim.training.draws import KeyedDraws
 
+CPU = torch.device("cpu")
 OWN_TENSORS = ("_parameters", "_buffers", "_modules")  # of a module's attributes, those that nn.Module knows
 TRAINED_TYPES = (torch.float32, torch.float64)
 STATE = "state that is neither a parameter nor a buffer, and that clients would share"
@@ -70,7 +69,7 @@ def probe(network: nn.Module, shape: tuple[int, ...], classes: int, examples: Te
         examples = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0))
     check_trained({n: p for n, p in network.named_parameters() if p.requires_grad})
     try:
-        with one_thread(), _generators_restored():
+        with one_thread(), globals_kept:
             return _tried(network, examples[torch.arange(4) % len(examples)], classes)
     except ConfigError:
         raise
@@ -153,8 +152,10 @@ class _Copy:
         """Raise ConfigError unless the parameters get dense gradients, and no tensor of others gets one."""
         if not outputs[0].requires_grad:
             raise ConfigError("model: its output has no gradient; does forward detach it, or run under no_grad?")
-        own = {parameter.data_ptr() for parameter in self.parameters.values()}  # TorchScript makes other objects
-        if foreign := {t.data_ptr() for t in _leaves(outputs)} - own:
+        own = {parameter.data_ptr() for parameter in self.parameters.values()}
+        scripted = any(isinstance(module, torch.jit.ScriptModule) for module in self.network.modules())
+        foreign = {t.data_ptr() for t in _leaves(outputs)} - own
+        if foreign and not scripted:  # the leaves of a copy of TorchScript are said to be the original's
             names = (name for name, p in original.named_parameters() if p.data_ptr() in foreign)
             where = next((f", {name} of the original" for name in names), "")
             raise ConfigError(
@@ -173,10 +174,10 @@ class _Copy:
         if self.network.training != train:
             self.network.train(train)
         self.draws.generator.manual_seed(0)
-        before = _global_states()
+        before = global_states(CPU)
         with self.draws:
             output = self.network(x)
-        self.global_draws[train].append(before != _global_states())
+        self.global_draws[train].append(before != global_states(CPU))
         outputs = self._checked(output, len(x), train)
         self._compare(train, shifted)
         return outputs
@@ -287,19 +288,3 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 def _type(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
-@contextmanager
-def _generators_restored() -> Iterator[None]:
-    """Set the global generators back to where they were."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - networks may use it
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-
-
-def _global_states() -> tuple[bytes, object, str]:
-    return torch.get_rng_state().numpy().tobytes(), random.getstate(), repr(np.random.get_state())  # noqa: NPY002 - networks may use it

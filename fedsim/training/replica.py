@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fedsim.base.modes import own_thread_modes
 from fedsim.training.buffers import Fate, PowerVectors
 from fedsim.training.draws import KeyedDraws
 from fedsim.training.pooling import pool_faster
@@ -34,6 +35,7 @@ class Replica:
     times as long.
     """
 
+    @own_thread_modes()
     def __init__(self, task: Task, device: torch.device | str = "cpu", *, graphs: bool = False):
         self.task, self.device = task, torch.device(device)
         self.graphs = graphs and self.device.type == "cuda"  # whether steps may be captured
@@ -73,7 +75,8 @@ class Replica:
         _, self._initial_counters = self.snapshot()
         self._power_vectors = PowerVectors(self.network)
         self.generator = torch.Generator(self.device)
-        self._draws: AbstractContextManager[object] = KeyedDraws(self.generator) if task.draws else nullcontext()
+        self.draws = KeyedDraws(self.generator)
+        self._draws: AbstractContextManager[object] = self.draws if task.draws else nullcontext()
         self._recompute = Recompute(self.network, self.generator) if task.recompute else None
         self._teacher = copy.deepcopy(task.teacher).to(self.device).eval() if task.teacher else None
 
@@ -92,7 +95,7 @@ class Replica:
                 del self._low_precision_copies[dtype]
             self._dtype = dtype
         self.restore((buffers, self._initial_counters | dict(private)))
-        self.generator.manual_seed(seed)
+        self.draws.begin(seed)
 
     def _bind_weights(self, dtype: torch.dtype | None) -> None:
         """Bind the layers' weights to copies in `dtype` (convolution and linear layers), or to views of `flat`."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedsim.base.modes import own_thread_modes
 from fedsim.errors import ConfigError
 from fedsim.training.buffers import Fate, buffer_fates, power_vectors
 from fedsim.training.layout import Layout
@@ -29,6 +30,7 @@ class Task:
     `examples` (n, ...), as `probe` says.
     """
 
+    @own_thread_modes()
     def __init__(
         self,
         network: nn.Module,

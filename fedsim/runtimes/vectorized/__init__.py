@@ -20,7 +20,7 @@ from fedsim.base.devices import one_thread
 from fedsim.base.machine import cores, memory
 from fedsim.data import FederatedData
 from fedsim.federated.aggregate import Aggregator, Partial
-from fedsim.federated.client import SharedStateError, Train, Work, check_update
+from fedsim.federated.client import GlobalDrawsError, SharedStateError, Train, Work, check_update, keyed_only
 from fedsim.federated.fold import Fold
 from fedsim.federated.runtime import Call, Item, Outcomes, Results, Runtime
 from fedsim.runtimes.cuda import make_gpus_deterministic, new_stream, on_stream
@@ -204,8 +204,8 @@ class Vectorized(Runtime):
     def _attempt(self, network: Network, batch: Sequence[Client]) -> list[Outcome]:
         """The update or error of each client; a batch that fails is halved until the failing client is found."""
         try:
-            return list(self._updates(network, batch))
-        except (SharedStateError, KeyboardInterrupt):
+            return list(keyed_only(batch[0].work, network.device, lambda: self._updates(network, batch)))
+        except (SharedStateError, GlobalDrawsError, KeyboardInterrupt):
             raise
         except torch.OutOfMemoryError as error:
             if len(batch) == 1:

@@ -52,7 +52,8 @@ def compute(network: Network, work: Train, cohort: Cohort, server: State, own: S
         home = client if work.strategy.buffers == "private" else broadcast
         own_buffers = private_buffers(client, network.task)
         local = BatchedObjective(network, cohort, index, home["buffers"], own_buffers)
-        update = work.client_update(broadcast, client, local)
+        update = work.client_update(broadcast, client, local, local.draws if work.keyed else None)
+        network.draws |= local.draws.used
         weight = torch.as_tensor(update.weight, device=network.device)
         return update.message, weight.double(), update.client, update.metrics
 

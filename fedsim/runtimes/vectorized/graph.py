@@ -64,7 +64,7 @@ class Graphs:
 
         Nor with spectral norms: the host waits for the eigenvalues of their weights.
         """
-        counted = self.network.task.draws and any(step.padded for step in cohort.steps())
+        counted = self.network.draws and any(step.padded for step in cohort.steps())
         waits = bool(self.network.power_vectors.names)
         return self.usable and not (counted or waits) and len(self.graphs) < MAX_GRAPHS
 
@@ -108,7 +108,7 @@ def record(
     It uses the worker's own stream: torch has 32 side streams, which workers may have to share.
     """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(network.device)
-    if network.task.draws:
+    if network.draws:
         for generator in cohort.generators:
             graph.register_generator_state(generator)
     with CAPTURING, torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):

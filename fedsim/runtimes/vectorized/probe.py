@@ -47,7 +47,7 @@ def check_batchable(network: Network, data: FederatedData, work: Train) -> None:
     It compares loss and statistics of the first step, since later values may be ill-conditioned. An error that
     also occurs without batching is ignored here; the run reports it.
     """
-    server = download(work.strategy, initial_server_state(work.strategy, network.task, network.device))
+    server = download(work.strategy, initial_server_state(work.strategy, network.task, network.device, work.seed))
     network, clients = _reporting_all(network), _unequal(data, work.recipe)
     one_step, two_steps = (replace(work, recipe=replace(work.recipe, epochs=1, steps=steps)) for steps in (1, 2))
     for number in range(MAX_TRIALS):
@@ -73,7 +73,7 @@ def _compare(
     network: Network, data: FederatedData, work: Train, server: State, clients: Sequence[int], number: int
 ) -> str | None:
     """The name of an entry that differs in round `number`, or None."""
-    initial = initial_client_state(work.strategy, network.task)
+    initial = initial_client_state(work.strategy, network.task, work.seed)
     state = {name: value.to(network.device) for name, value in initial.items()}
     batch = [Client(work, server, Job(client, number, state)) for client in clients]
     try:

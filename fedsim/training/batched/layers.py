@@ -4,19 +4,104 @@ Shapes: C clients, B examples of a client, with padding.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fedsim.errors import ConfigError
-from fedsim.training.batched.per_client import clients_first, per_client_value
-from fedsim.training.draws import DROPOUTS, SAMPLERS, dropout
+from fedsim.training.batched.per_client import clients_first, per_client_draws, per_client_value
+from fedsim.training.draws import DROPOUTS, IN_PLACE, SAMPLERS, KeyedDraws, device_of, dropout
 
 ConvMethod = Literal["im2col", "grouped"]
 Pair = tuple[int, int]
+
+
+class RaggedError(Exception):
+    """The strategy needs clients with equally many examples in a batch: it runs them in smaller batches."""
+
+
+class BatchedDraws(TorchFunctionMode):
+    """While it is active in this thread, code under `vmap` draws as with `training.draws.KeyedDraws`.
+
+    Each client draws from its own generator. `counts` (C,) is None, or the numbers of examples in a padded batch;
+    in a step without examples a client draws nothing.
+    """
+
+    def __init__(self, client_index: Tensor, generators: Sequence[torch.Generator], weights_shape: tuple[int]):
+        super().__init__()
+        self.client_index, self.weights_shape = client_index, weights_shape
+        self.draws = [KeyedDraws(generator) for generator in generators]
+        self.counts: list[int] | None = None
+        self.used = False
+        self._unwritten: list[Tensor] = []  # drawn in place, which `vmap` cannot do where clients share a tensor
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._unwritten and any(arg is tensor for arg in args for tensor in self._unwritten):
+            raise ConfigError(
+                "strategy: draws in place into a tensor that all clients share; runtime vectorized does not "
+                "support that, threads does; or use what the call returns"
+            )
+        if func in DROPOUTS:
+            return dropout(self._keep, DROPOUTS[func], *args, **kwargs)
+        if func not in SAMPLERS or kwargs.get("generator") is not None:
+            return func(*args, **kwargs)
+        drawn = self._sampled(func, args, kwargs)
+        if func not in IN_PLACE:
+            return drawn
+        target: Tensor = args[0] if args else kwargs["tensor"]
+        if not is_batchedtensor(target):
+            self._unwritten.append(target)
+            return drawn
+        target.copy_(drawn)
+        return target
+
+    def _sampled(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """What each client draws with its own row of the tensors among the arguments."""
+        leaves, structure = tree_flatten((args, kwargs))
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        device = device_of(args, kwargs)
+
+        def draw(client: int, *own: Tensor) -> Tensor:
+            mine = list(leaves)
+            for place, tensor in zip(places, own, strict=True):
+                mine[place] = tensor.clone() if func in IN_PLACE else tensor
+            args, kwargs = tree_unflatten(mine, structure)
+            drawn: Tensor = func(*args, **kwargs | {"generator": self.draws[client].on(device)})
+            return drawn
+
+        return self._each(draw, *(leaves[i].detach() for i in places))
+
+    def _keep(self, shape: torch.Size, device: torch.device, probability: float) -> Tensor:
+        return self._each(
+            lambda i: torch.empty(shape, device=device).bernoulli_(probability, generator=self.draws[i].on(device))
+        )
+
+    def _each(self, draw: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        self.used = True
+        return per_client_draws(self.client_index, partial(self._all, draw), *tensors)
+
+    def _all(self, draw: Callable[..., Tensor], *stacked: Tensor) -> Tensor:
+        """(C, ...) the draws of all clients; `stacked` are tensors (C, ...). Raises RaggedError."""
+        counts = self.counts or [1] * len(self.draws)
+        drawn = {i: draw(i, *(t[i] for t in stacked)) for i, count in enumerate(counts) if count}
+        like = next(iter(drawn.values()))
+        # In padded batches, only numbers and vectors (P,) are certainly not drawn one by one for the examples.
+        if self.counts and not (like.dim() == 0 or like.shape == self.weights_shape != (max(counts),)):
+            raise RaggedError
+        return torch.stack([drawn[i] if i in drawn else torch.zeros_like(like) for i in range(len(counts))])
 
 
 class BatchedLayers(TorchFunctionMode):
@@ -50,12 +135,16 @@ class BatchedLayers(TorchFunctionMode):
         if func in DROPOUTS:
             return dropout(self._keep, DROPOUTS[func], *args, **kwargs)
         if func in _IN_PLACE_SAMPLERS:
-            return self._draw(args[0].shape, args[0], lambda t, g: func(t, *args[1:], generator=g, **kwargs))
+            drawn = self._draw(args[0].shape, args[0], lambda t, g: func(t, *args[1:], generator=g, **kwargs))
+            return args[0].copy_(drawn) if is_batchedtensor(args[0]) else drawn
         if func in _SHAPE_SAMPLERS:
             shape = torch.Size(args[0] if not isinstance(args[0], int) else args)
             fill = _SHAPE_SAMPLERS[func]
             like = torch.empty(0, dtype=kwargs.get("dtype"), device=kwargs.get("device"))
             return self._draw(shape, like, lambda t, g: fill(t, generator=g))
+        if func in _LIKE_SAMPLERS:
+            fill, like = _LIKE_SAMPLERS[func], torch.empty_like(*args, **kwargs)
+            return self._draw(like.shape, like, lambda t, g: fill(t, generator=g))
         if func in SAMPLERS:
             name = getattr(func, "__name__", str(func))
             raise ConfigError(f"model: draws with {name}; runtime vectorized does not support that, threads does")
@@ -138,6 +227,10 @@ _IN_PLACE_SAMPLERS = {Tensor.bernoulli_, Tensor.uniform_, Tensor.normal_, Tensor
 _SHAPE_SAMPLERS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     torch.rand: Tensor.uniform_,
     torch.randn: Tensor.normal_,
+}
+_LIKE_SAMPLERS: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    torch.rand_like: Tensor.uniform_,
+    torch.randn_like: Tensor.normal_,
 }
 
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 
 from fedsim.training.batched.cohort import ALL_EXAMPLES, IN_ORDER, Cohort, Step
-from fedsim.training.batched.layers import BatchedLayers, ConvMethod
+from fedsim.training.batched.layers import BatchedDraws, BatchedLayers, ConvMethod
+from fedsim.training.batched.layers import RaggedError as RaggedError
 from fedsim.training.batched.optim import VmapOps
 from fedsim.training.batched.per_client import per_client_row, per_client_value
 from fedsim.training.buffers import COUNTER, PowerVectors
@@ -32,15 +33,12 @@ from fedsim.training.task import Task
 from fedsim.types import Batch, State
 
 
-class RaggedError(Exception):
-    """The strategy iterates over `batches` itself, so all clients of a batch must have equally many examples."""
-
-
 class Network:
     """One thread's copy of the network, as a function of weights, statistics and counters."""
 
     def __init__(self, task: Task, device: torch.device, conv: ConvMethod):
         self.task, self.device, self.conv = task, device, conv
+        self.draws = task.draws  # whether a client draws random numbers, in the network or in the strategy
         self.network = copy.deepcopy(task.network).to(device).train()
         if device.type == "cpu":
             for module in depthwise(self.network):
@@ -95,6 +93,7 @@ class BatchedObjective(LocalObjective):
         self._statistics: State = layout.split(self._of_each_client(buffers)) | others | self._network.counters
         self._at: Weights | None = None  # the iterate; a training pass there updates statistics
         self._layers = BatchedLayers(client_index, cohort.generators, self._network.conv)
+        self.draws = BatchedDraws(client_index, cohort.generators, (sum(self.layout.sizes),))
         self._metrics: State = {}
 
     @property
@@ -206,10 +205,11 @@ class BatchedObjective(LocalObjective):
         try:
             for step in self._cohort.steps(schedule):
                 batch = self._client_batch(step, augmented=True)
-                self._layers.counts, self._layers.mask = step.counts if step.padded else None, batch.mask
+                self._layers.counts = self.draws.counts = step.counts if step.padded else None
+                self._layers.mask = batch.mask
                 yield step, batch
         finally:
-            self._layers.counts = self._layers.mask = None
+            self._layers.counts = self._layers.mask = self.draws.counts = None
 
     def _client_batch(self, step: Step, augmented: bool) -> Batch:
         stacked = self._cohort.batch(step, augmented)._asdict()

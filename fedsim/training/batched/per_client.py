@@ -38,6 +38,28 @@ def per_client_row(client_index: Tensor, stacked: Tensor) -> Tensor:
     return per_client_value(client_index, lambda: stacked.view_as(stacked))
 
 
+class _PerClientDraws(torch.autograd.Function):
+    @staticmethod
+    def forward(client_index: Tensor, draw: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        raise NotImplementedError("per_client_draws works only inside vmap")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Any, client_index: Tensor, draw: Callable[..., Tensor], *tensors: Tensor
+    ) -> tuple[Tensor, int]:
+        own = (clients_first(tensor, dim, info) for tensor, dim in zip(tensors, in_dims[2:], strict=True))
+        return draw(*own), 0
+
+
+def per_client_draws(client_index: Tensor, draw: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """As `per_client_value`, with `draw(*tensors)`: it gets the `tensors` of all clients, (C, ...)."""
+    return _PerClientDraws.apply(client_index, draw, *tensors)  # type: ignore[no-any-return]
+
+
 class _AddProduct(torch.autograd.Function):
     @staticmethod
     def forward(w: Tensor, factor: Tensor, g: Tensor) -> Tensor:
