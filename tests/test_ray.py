@@ -24,7 +24,6 @@ from test_failures import (
     DROP,
     ODD,
     Dawdles,
-    Huge,
     InPlace,
     InPlaceAtHome,
     Odd,
@@ -228,7 +227,6 @@ def test_an_exception_that_cannot_travel_is_told():
 @pytest.mark.parametrize(
     ("strategy", "error", "said"),
     [
-        (Huge(), RoundError, r"^delta is too large: weights times values sum"),
         (InPlace(inner=make_strategy("fedavg")), RoundError, r"wrote server\['model'\] in place"),
         (InPlaceAtHome(inner=make_strategy("scaffold")), ClientError, r"client\['c'\] was written in place"),
         (
