@@ -8,10 +8,13 @@ from math import inf, nan
 import numpy as np
 import pytest
 import torch
+from conftest import make_simulation, make_task
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from torch import nn
 
 from fedsim import RoundError
+from fedsim.data import Dataset, FederatedData
 from fedsim.federated import aggregate
 from fedsim.federated.aggregate import FULL, LARGE, MESSAGES_AT_ONCE, PIECE, WeightedMean
 
@@ -228,6 +231,22 @@ def test_more_messages_than_the_sums_can_count_are_an_error(monkeypatch):
     with pytest.raises(RoundError, match="more than 3 messages"):
         MEAN.merge(total, MEAN.fold(updates_of(([1.0], 1.0), ([4.0], 1.0))))
     assert MEAN.result(total)["w"].tolist() == [2.5]
+
+
+def test_statistics_of_raw_columns_are_averaged():
+    """Age and income in a year, and a column of variance 1e36."""
+    draw = np.random.default_rng(0)
+    x = draw.normal([40.0, 6e4, 0.0], [12.0, 5e4, 1e18], (36, 3)).astype("float32")
+    y, owners = torch.arange(36) % 2, np.repeat(range(3), (4, 12, 20))
+    dataset = Dataset(torch.from_numpy(x), y, torch.from_numpy(x), y, 2)
+    task = make_task(lambda: nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2)), shape=(3,), classes=2)
+    simulation = make_simulation(
+        task=task, data=FederatedData(dataset, owners, clients=3), batch_size="full", lr=0.1
+    )
+    simulation.round()
+    variances = [0.9 + 0.1 * x[owners == k].astype(np.float64).var(0, ddof=1) for k in range(3)]
+    found = task.buffer_layout.split(simulation.server["buffers"])["0.running_var"]
+    np.testing.assert_allclose(found.numpy(), np.average(variances, 0, weights=(4, 12, 20)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("updates", [[], updates_of(([1.0], 0.0), ([2.0], 0.0))], ids=["nobody", "no weight"])

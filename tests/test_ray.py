@@ -11,7 +11,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +173,14 @@ def test_what_reaches_the_driver_grows_with_actors_and_not_with_the_cohort(monke
     make_simulation("fedavg", task=TASK, data=CROWD, runtime=crowded()).round()
     numbers = len(TASK.initial_model) + len(TASK.initial_buffers)
     assert 0 < received[0] <= 2 * numbers * (2 * 8 + (MESSAGES_AT_ONCE - 1) * 4)  # two in float64, and what waits
+
+
+def test_a_partial_sum_travels_with_all_its_bins():
+    values = 1e30, 1.0, -1e30, 3e-20
+    sent = [(k, {"w": torch.tensor([value, 1.0])}, 1.0 + k % 2) for k, value in enumerate(values)]
+    mean = WeightedMean()
+    parts = [unpack(pack(mean.fold(part)), own=True) for part in (sent[:2], [], sent[2:])]
+    assert torch.equal(mean.result(reduce(mean.merge, parts))["w"], mean.result(mean.fold(sent))["w"])
 
 
 # Failures

@@ -368,8 +368,8 @@ def _settle(unsure: list[Unsure], weight: Fraction) -> None:
 
 
 def _sign(terms: Tensor) -> Tensor:
-    """The signs (n,) of the sums of the columns of `terms` (rows, n)."""
-    digits = _digits(_spread(torch.stack([*terms]), {0: terms.new_zeros(terms.shape[1], dtype=torch.int64)}))
+    """The signs (n,) of the sums of the columns of `terms` (rows, n), whose memory is reused."""
+    digits = _digits(_spread(terms, {0: terms.new_zeros(terms.shape[1], dtype=torch.int64)}))
     sign = torch.zeros_like(digits[0])
     for digit in digits:
         sign = torch.where(sign == 0, digit.sign(), sign)
