@@ -173,7 +173,7 @@ class Sends(Wrapper):
         update = super().client_update(server, client, local)
         if local.client_id != 2:
             return update
-        message = {self.name: torch.full(server["model"].shape, self.value).to(self.kind)}
+        message = {self.name: torch.full(server["model"].shape, self.value, dtype=torch.double).to(self.kind)}
         return update._replace(message=message, weight=self.weight)
 
 
