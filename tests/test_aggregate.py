@@ -16,7 +16,7 @@ from torch import nn
 from fedsim import RoundError
 from fedsim.data import Dataset, FederatedData
 from fedsim.federated import aggregate
-from fedsim.federated.aggregate import MESSAGES_AT_ONCE, PIECE, WeightedMean
+from fedsim.federated.aggregate import EXACT_ROWS, MESSAGES_AT_ONCE, PIECE, WeightedMean
 
 MEAN = WeightedMean()
 LENGTH = 3
@@ -121,18 +121,17 @@ def threads_of(number):
 
 
 def test_what_was_rounded_is_found_with_and_without_the_processors_flag(monkeypatch):
-    """One entry of a large message has digits below those of all others."""
-    value = torch.ones(3 * PIECE)
-    value[-1] = 1 + 2.0**-23
-    sent = [
-        (k, {"w": sign * value}, weight) for k, (sign, weight) in enumerate([(1, 2.0**-50), (1, 1.0), (-1, 1.0)])
-    ]
+    """One entry of a message has digits below those of all others."""
+    ones = torch.ones(3 * PIECE)
+    odd = ones.clone()
+    odd[-1] = 2.0**-50 * (1 + 2.0**-23)
+    sent = [(k, {"w": value}, 1.0) for k, value in enumerate((odd, ones, -ones))]
     with threads_of(1):
         means = [MEAN.result(MEAN.fold(sent))["w"]]
         monkeypatch.setattr(aggregate, "_flags", lambda: None)
         means.append(MEAN.result(MEAN.fold(sent))["w"])
-    [right] = {rounded(Fraction(value[-1].item()) * Fraction(2) ** -50 / (2 + Fraction(2) ** -50), 24, -149)}
-    assert [mean[-1].item() for mean in means] == [right] * 2
+    right = [rounded(Fraction(odd[place].item()) / 3, 24, -149) for place in (0, -1)]
+    assert [[mean[place].item() for place in (0, -1)] for mean in means] == [right] * 2
     assert torch.equal(*means)
 
 
@@ -164,6 +163,20 @@ def test_a_common_scale_of_the_weights_changes_no_bit(scale):
     sent = [(k, {"w": row}, 1.0 + k) for k, row in enumerate(numbers)]
     scaled = [(k, message, weight * scale) for k, message, weight in sent]
     assert bits(MEAN.result(MEAN.fold(scaled))) == bits(MEAN.result(MEAN.fold(sent)))
+
+
+def test_many_terms_that_cancel_leave_the_last_digit():
+    """A sum of so many is too long for a float64."""
+    count = 2 * EXACT_ROWS + 1
+    sent = updates_of(*[([2.0**-19 * (1 - 2.0**-22)], 1 + 2.0**-22)] * count, ([-count * 2.0**-19], 1.0))
+    [total], _, weight = exact(sent)
+    assert MEAN.result(MEAN.fold(sent))["w"].item() == rounded(total / weight, 24, -149)
+
+
+def test_merging_adds_every_bin():
+    values = torch.tensor([2.0**exponent for exponent in range(-149, 128)])
+    parts = [MEAN.fold([(k, {"w": values}, 1.0) for k in range(MESSAGES_AT_ONCE)]) for _ in range(2)]
+    assert torch.equal(MEAN.result(MEAN.merge(*parts))["w"], values)
 
 
 def test_only_the_piece_of_a_large_entry_takes_more_memory():
