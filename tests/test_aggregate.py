@@ -1,17 +1,22 @@
 """Laws of the weighted mean: any order and grouping gives the same bits, and those are the right ones."""
 
 from collections import Counter
+from contextlib import contextmanager
 from fractions import Fraction
 from math import inf, nan
 
 import numpy as np
 import pytest
 import torch
+from conftest import make_simulation, make_task
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from torch import nn
 
 from fedsim import RoundError
-from fedsim.federated.aggregate import MAX_MAGNITUDE, MESSAGES_AT_ONCE, WeightedMean
+from fedsim.data import Dataset, FederatedData
+from fedsim.federated import aggregate
+from fedsim.federated.aggregate import EXACT_ROWS, MESSAGES_AT_ONCE, PIECE, WeightedMean
 
 MEAN = WeightedMean()
 LENGTH = 3
@@ -26,26 +31,42 @@ def updates_of(*pairs, dtype=torch.float32):
     return [(k, message(*values, dtype=dtype), weight) for k, (values, weight) in enumerate(pairs)]
 
 
-def numbers(width):
-    bound = float(np.float32(1e5))
-    return st.floats(-bound, bound, width=width) | st.floats(-1, 1, width=width).map(lambda v: v * 2**-30)
+LARGEST, TINIEST = float(np.finfo(np.float32).max), 2.0**-149
+ordinary = st.floats(-1e5, 1e5, width=32) | st.floats(-1, 1, width=32).map(lambda v: v * 2**-30)
+edges = st.sampled_from([0.0, -0.0, LARGEST, -LARGEST, TINIEST, -TINIEST, 1.0, -1.0, 2.0**26, 2.0**27, 2.0**-40])
+numbers = ordinary | edges | st.floats(width=32, allow_nan=False, allow_infinity=False)
+weights = (
+    st.integers(0, 10_000).map(float)
+    | st.floats(0, 100).filter(lambda w: w == 0 or w > 1e-60)
+    | st.floats(1e-30, 1e30)
+    | st.sampled_from([1e-12, 1e-16, 2.0**-40, 2.0**24 + 1, 2.0**53 - 1])
+)
 
 
-def updates(width):
-    """Messages as clients send them: weights are numbers of examples, or any other."""
-    dtype = torch.float32 if width == 32 else torch.float64
-    weights = st.integers(0, 10_000).map(float) | st.floats(0, 100)
-    pair = st.tuples(st.lists(numbers(width), min_size=LENGTH, max_size=LENGTH), weights)
-    return st.lists(pair, min_size=1, max_size=8).map(lambda pairs: updates_of(*pairs, dtype=dtype))
+def updates(dtype=torch.float32, values=numbers):
+    """Messages as clients send them, of any size; weights are numbers of examples, or any other."""
+    pair = st.tuples(st.lists(values, min_size=LENGTH, max_size=LENGTH), weights)
+    lists = st.lists(pair, min_size=1, max_size=10) | st.tuples(pair, weights).map(
+        lambda drawn: [(values, drawn[1]) for values in (drawn[0][0], [1.0] * LENGTH, [0.0, TINIEST, LARGEST])]
+    )  # also of one weight
+    return lists.map(lambda pairs: updates_of(*pairs, dtype=dtype))
 
 
 def exact(updates):
-    """The mean as fractions, and the same of magnitudes."""
+    """The sums of weight times value, of their magnitudes, and of the weights, as fractions."""
     weights = [Fraction(weight) for _, _, weight in updates]
     columns = list(zip(*([Fraction(v) for v in m["w"].tolist()] for _, m, _ in updates), strict=True))
-    means = [sum(w * v for w, v in zip(weights, column, strict=True)) / sum(weights) for column in columns]
-    sizes = [sum(w * abs(v) for w, v in zip(weights, column, strict=True)) / sum(weights) for column in columns]
-    return means, sizes
+    sums = [sum(w * v for w, v in zip(weights, column, strict=True)) for column in columns]
+    sizes = [sum(w * abs(v) for w, v in zip(weights, column, strict=True)) for column in columns]
+    return sums, sizes, sum(weights)
+
+
+def rounded(value, digits, smallest):
+    """The fraction as the nearest number of so many binary digits; a tie goes to the even one."""
+    exponent = value and abs(value.numerator).bit_length() - value.denominator.bit_length()
+    exponent -= bool(value) and abs(value) < Fraction(2) ** exponent
+    unit = Fraction(2) ** max(exponent + 1 - digits, smallest)
+    return float(round(value / unit) * unit)
 
 
 def scattered(updates, rng):
@@ -64,28 +85,115 @@ def bits(state):
     return {name: (value.dtype, value.shape, value.numpy().tobytes()) for name, value in state.items()}
 
 
-@given(updates(32) | updates(64), st.randoms(use_true_random=False))
+@given(updates() | updates(torch.float64), st.randoms(use_true_random=False))
 def test_any_order_and_grouping_gives_the_same_bits(updates, rng):
     assume(any(weight for _, _, weight in updates))
     assert bits(MEAN.result(scattered(updates, rng))) == bits(MEAN.result(MEAN.fold(updates)))
 
 
-@example(updates_of(([1e-12] * 3, 1.0), ([3e-12] * 3, 2.0), ([-2e-12] * 3, 5.0)))
-@example(updates_of(([1e-6] * 3, 1.0), ([1e3] * 3, 7.0), ([-1e3] * 3, 7.0)))
-@example(updates_of(([1e6, 1e-9, 1.0], 600.0), ([1e6, -1e-9, 1.0], 600.0)))
-@given(updates(32) | updates(64))
-def test_the_mean_is_exact_to_the_last_rounding(updates):
-    """To one rounding of the result's type, and half units of 2^-55; float64 products are themselves rounded."""
-    total = sum(weight for _, _, weight in updates)
-    assume(total >= 1)
+KINDS = {torch.float32: (24, -149), torch.bfloat16: (8, -133), torch.float16: (11, -24)}  # digits, smallest unit
+
+
+@example(updates_of(([1e-12] * 3, 1.0), ([3e-12] * 3, 2.0), ([-2e-12] * 3, 5.0)), torch.float32)
+@example(updates_of(([1e-6] * 3, 1.0), ([1e3] * 3, 7.0), ([-1e3] * 3, 7.0)), torch.float32)
+@example(updates_of(([1.0 + 2**-23] * 3, 0.1), ([1.0] * 3, 0.1)), torch.float32)  # a tie
+@example(updates_of(([LARGEST] * 3, 1e30), ([LARGEST] * 3, 3e-30)), torch.float32)
+@given(updates(), st.sampled_from([*KINDS]))
+def test_the_mean_is_exact_and_rounded_once(updates, dtype):
+    assume(any(weight for _, _, weight in updates))
+    largest = torch.finfo(dtype).max
+    sent = [(k, {"w": m["w"].clamp(-largest, largest).to(dtype)}, weight) for k, m, weight in updates]
+    sums, _, weight = exact(sent)
+    for threads in (1, 2):  # one thread asks the processor whether a difference was rounded
+        with threads_of(threads):
+            found = MEAN.result(MEAN.fold(sent))["w"]
+        assert (found.dtype, found.tolist()) == (dtype, [rounded(s / weight, *KINDS[dtype]) for s in sums])
+
+
+@contextmanager
+def threads_of(number):
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_was_rounded_is_found_with_and_without_the_processors_flag(monkeypatch):
+    """One entry of a message has digits below those of all others."""
+    ones = torch.ones(3 * PIECE)
+    odd = ones.clone()
+    odd[-1] = 2.0**-50 * (1 + 2.0**-23)
+    sent = [(k, {"w": value}, 1.0) for k, value in enumerate((odd, ones, -ones))]
+    with threads_of(1):
+        means = [MEAN.result(MEAN.fold(sent))["w"]]
+        monkeypatch.setattr(aggregate, "_flags", lambda: None)
+        means.append(MEAN.result(MEAN.fold(sent))["w"])
+    right = [rounded(Fraction(odd[place].item()) / 3, 24, -149) for place in (0, -1)]
+    assert [[mean[place].item() for place in (0, -1)] for mean in means] == [right] * 2
+    assert torch.equal(*means)
+
+
+def test_a_flag_that_does_not_tell_is_not_used(monkeypatch):
+    monkeypatch.setattr(aggregate, "INEXACT", 0)
+    assert aggregate._flags.__wrapped__() is None
+
+
+@given(updates(torch.float64))
+def test_products_of_float64_are_rounded_and_their_sum_is_exact(updates):
+    sums, sizes, weight = exact(updates)
+    assume(weight)
     found = MEAN.result(MEAN.fold(updates))["w"]
-    double = found.dtype == torch.float64
-    for value, mean, size in zip(found.tolist(), *exact(updates), strict=True):
-        rounding = (
-            size * Fraction(2) ** -50 if double else abs(mean) * Fraction(2) ** -24 + size * Fraction(2) ** -52
-        )
-        units = Fraction(len(updates), 2**56) / Fraction(total)
-        assert abs(Fraction(value) - mean) <= rounding + units + Fraction(2) ** -149
+    for value, total, size in zip(found.tolist(), sums, sizes, strict=True):
+        error = (size * Fraction(2) ** -52 + abs(total) * Fraction(2) ** -51) / weight
+        assert abs(Fraction(value) - total / weight) <= error + Fraction(2) ** -1074
+
+
+def test_large_terms_that_cancel_leave_the_small_ones():
+    values = [1e-12, 3e20, 7e-9, -3e20, 5e3]
+    assert MEAN.result(MEAN.fold(updates_of(*(([v], 0.2) for v in values))))["w"].tolist() == [1000.0]
+    four = updates_of(*(([v], 1.0) for v in values[:4]))
+    assert MEAN.result(MEAN.fold(four))["w"].item() == rounded(exact(four)[0][0] / 4, 24, -149)
+
+
+@pytest.mark.parametrize("scale", [2.0**-40, 2.0**60, 2.0**-190])
+def test_a_common_scale_of_the_weights_changes_no_bit(scale):
+    numbers = torch.randn(9, 1000, generator=torch.Generator().manual_seed(0)) * 1e-3
+    sent = [(k, {"w": row}, 1.0 + k) for k, row in enumerate(numbers)]
+    scaled = [(k, message, weight * scale) for k, message, weight in sent]
+    assert bits(MEAN.result(MEAN.fold(scaled))) == bits(MEAN.result(MEAN.fold(sent)))
+
+
+def test_many_terms_that_cancel_leave_the_last_digit():
+    """A sum of so many is too long for a float64."""
+    count = 2 * EXACT_ROWS + 1
+    sent = updates_of(*[([2.0**-19 * (1 - 2.0**-22)], 1 + 2.0**-22)] * count, ([-count * 2.0**-19], 1.0))
+    [total], _, weight = exact(sent)
+    assert MEAN.result(MEAN.fold(sent))["w"].item() == rounded(total / weight, 24, -149)
+
+
+def test_merging_adds_every_bin():
+    values = torch.tensor([2.0**exponent for exponent in range(-149, 128)])
+    parts = [MEAN.fold([(k, {"w": values}, 1.0) for k in range(MESSAGES_AT_ONCE)]) for _ in range(2)]
+    assert torch.equal(MEAN.result(MEAN.merge(*parts))["w"], values)
+
+
+def test_only_the_piece_of_a_large_entry_takes_more_memory():
+    value = torch.ones(3 * PIECE)
+    value[PIECE] = 1e30
+    sums = MEAN.fold([(k, {"w": value}, 1.0) for k in range(MESSAGES_AT_ONCE)])
+    assert torch.equal(MEAN.result(sums)["w"], value)
+    [total] = sums.values()
+    assert {place: len(bins) for place, bins in total.bins.items()} == {("w", 0): 2, ("w", 1): 4, ("w", 2): 2}
+
+
+def test_a_message_of_all_exponents_makes_few_bins():
+    """What strangers send is bounded: here by float32, and in all by the range of weights and products."""
+    value = torch.tensor([2.0**exponent for exponent in range(-149, 128)])
+    for sent, most in (([0.37] * 8, 9), ([2.0**-200, 2.0**200] * 4, 22)):
+        [total] = MEAN.fold([(k, {"w": value}, weight) for k, weight in enumerate(sent)]).values()
+        assert len(total.bins["w", 0]) <= most
 
 
 def test_small_values_keep_their_digits():
@@ -116,8 +224,9 @@ REFUSED = {
     "nan": (message(0.0, nan), 1.0, "w is not finite"),
     "inf": (message(0.0, inf), 1.0, "w is not finite"),
     "inf of no weight": (message(0.0, -inf), 0.0, "w is not finite"),
-    "huge": (message(0.0, 1e38), 1.0, "w is too large"),
-    "huge by its weight": (message(0.0, MAX_MAGNITUDE), 1.5, "w is too large"),
+    "huge": (message(0.0, 1e300, dtype=torch.float64), 1.0, "w is too large: weight times value is above"),
+    "a huge weight": (message(1.0, 2.0), 1e61, "weight is 1e\\+61; it must be 0, or from 6.2e-61 to 1.6e\\+60"),
+    "a tiny weight": (message(1.0, 2.0), 1e-61, "weight is 1e-61; it must be 0, or from 6.2e-61 to 1.6e\\+60"),
     "negative weight": (message(1.0, 2.0), -1.0, "weight is -1.0"),
     "weight nan": (message(1.0, 2.0), nan, "weight is nan"),
     "weight inf": (message(1.0, 2.0), inf, "weight is inf"),
@@ -141,11 +250,37 @@ def test_what_cannot_be_summed_is_refused_and_leaves_the_sum(bad, weight, named)
     assert MEAN.result(total)["w"].tolist() == [3.0, 6.0]
 
 
-def test_a_sum_that_overflows_is_an_error():
-    half = updates_of(([MAX_MAGNITUDE / 2], 1.0))
-    total = MEAN.merge(MEAN.fold(half), MEAN.fold(half))
-    with pytest.raises(RoundError, match="w is too large"):
-        MEAN.merge(total, MEAN.fold(updates_of(([1.0], 1.0))))
+def test_sums_beyond_float32_have_a_mean():
+    """However many are added, alone or when they are merged."""
+    for value, weight in ((LARGEST, 600.0), (2.0**33 / 3, 1.0), (2.0**26, 1.0), (3e9, 120.0)):
+        full = MEAN.merge(*(MEAN.fold(updates_of(*[([value, 1.0], weight)] * 20)) for _ in range(2)))
+        for _ in range(5):
+            full = MEAN.merge(full, MEAN.fold(updates_of(*[([value, 1.0], weight)] * 13)))
+        assert MEAN.result(full)["w"].tolist() == message(value, 1.0)["w"].tolist()
+
+
+def test_more_messages_than_the_sums_can_count_are_an_error(monkeypatch):
+    monkeypatch.setattr(aggregate, "MAX_MESSAGES", 3)
+    total = MEAN.fold(updates_of(([1.0], 1.0), ([4.0], 1.0)))
+    with pytest.raises(RoundError, match="more than 3 messages"):
+        MEAN.merge(total, MEAN.fold(updates_of(([1.0], 1.0), ([4.0], 1.0))))
+    assert MEAN.result(total)["w"].tolist() == [2.5]
+
+
+def test_statistics_of_raw_columns_are_averaged():
+    """Age and income in a year, and a column of variance 1e36."""
+    draw = np.random.default_rng(0)
+    x = draw.normal([40.0, 6e4, 0.0], [12.0, 5e4, 1e18], (36, 3)).astype("float32")
+    y, owners = torch.arange(36) % 2, np.repeat(range(3), (4, 12, 20))
+    dataset = Dataset(torch.from_numpy(x), y, torch.from_numpy(x), y, 2)
+    task = make_task(lambda: nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2)), shape=(3,), classes=2)
+    simulation = make_simulation(
+        task=task, data=FederatedData(dataset, owners, clients=3), batch_size="full", lr=0.1
+    )
+    simulation.round()
+    variances = [0.9 + 0.1 * x[owners == k].astype(np.float64).var(0, ddof=1) for k in range(3)]
+    found = task.buffer_layout.split(simulation.server["buffers"])["0.running_var"]
+    np.testing.assert_allclose(found.numpy(), np.average(variances, 0, weights=(4, 12, 20)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("updates", [[], updates_of(([1.0], 0.0), ([2.0], 0.0))], ids=["nobody", "no weight"])

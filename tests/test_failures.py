@@ -173,7 +173,7 @@ class Sends(Wrapper):
         update = super().client_update(server, client, local)
         if local.client_id != 2:
             return update
-        message = {self.name: torch.full(server["model"].shape, self.value).to(self.kind)}
+        message = {self.name: torch.full(server["model"].shape, self.value, dtype=torch.double).to(self.kind)}
         return update._replace(message=message, weight=self.weight)
 
 
@@ -181,7 +181,7 @@ class Sends(Wrapper):
     ("sent", "named"),
     [
         ({"value": float("nan")}, "delta is not finite"),
-        ({"value": 1e30}, "delta is too large"),
+        ({"value": 1e300, "kind": torch.float64}, "delta is too large"),
         ({"weight": -1.0}, "weight is -1.0"),
         ({"weight": float("inf")}, "weight is inf"),
         ({"kind": torch.int64}, r"delta is torch\.int64, which cannot be averaged"),
@@ -206,24 +206,6 @@ def test_reports_tell_of_every_client_once(runtime):
     make_simulation(faulty(4), runtime=runtime, failures=DROP).round(reports.append)
     assert sorted(report.client_id for report in reports) == list(range(len(SIZES)))
     assert {report.client_id for report in reports if report.error} == {4}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Huge(Strategy):
-    """Each message can be summed, two of them cannot."""
-
-    def client_update(self, server, client, local):
-        return Update({"delta": torch.full_like(server["model"], 2.0**32.9)}, weight=1.0)
-
-    def server_update(self, server, mean, info):
-        return {}
-
-
-@runtimes
-def test_what_does_not_add_up_is_no_clients_failure(runtime):
-    simulation = make_simulation(Huge(), runtime=runtime, failures=DROP)
-    with pytest.raises(RoundError, match=r"^delta is too large: weights times values sum to"):
-        simulation.round()
 
 
 @dataclass(frozen=True, kw_only=True)

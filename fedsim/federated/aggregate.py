@@ -1,24 +1,37 @@
 """Aggregators: the weighted mean of all messages, with the same bits in any order and grouping.
 
-Floating-point sums depend on the order of their terms, and clients finish in any order. But float64 adds exactly
-if every term is a multiple of one unit and no sum reaches 2^53 units. So each product of weight and value, which
-is exact for float32 values and weights below 2^29, is split into a multiple of 2^-18 and a multiple of 2^-55, and
-both parts are summed separately. Adding and subtracting a large constant rounds to such a multiple (Demmel &
-Nguyen, Parallel Reproducible Summation, 2015). The error of a product is at most half of 2^-55.
+Floating-point sums depend on the order of their terms, and clients finish in any order. So the sum is exact here,
+for all values and weights, and only the mean is rounded.
 
-The cost is passes over memory, so the constants are subtracted once, from the sums: each product p adds high =
-FINE + (p rounded to 2^-18) to the coarse sum, and the bits of high - p to the fine sum. That difference is FINE
-minus the rest of p. There a float64 counts in units of 2^-55, so its bits, read as an integer, are the bits of
-FINE minus the number of units.
+An entry's sum is held in bins, which are whole numbers: bin j counts units of 2^(45 j - 18). Each product of
+weight and value, which is exact for float32 values and weights of 29 bits, is split into a multiple of one bin's
+unit and a multiple of the next lower one's; bins 0 and -1 hold all digits of most products. Adding and subtracting
+a large constant rounds to such a multiple (Demmel & Nguyen, Parallel Reproducible Summation, 2015). Digits below
+both units go to the two next bins, only of the entries that have some. A weight of more bits counts as a sum of
+two, and a message of larger or smaller numbers begins at another bin.
+
+The cost is passes over memory. So numbers are not converted: where a constant was added to a product, a float64
+counts in units of the bin, so its bits, read as an integer, are the bits of the constant plus the number of units.
+And the processor's inexact flag tells at no cost that a subtraction did not round, so that there are no lower
+digits to look for; where a trial finds that the flag does not tell it, they are always looked for.
+
+Bins are made for a piece of a tensor when it needs them. Weights and products have a range, so there are at most
+22 bins, of 8 bytes for each entry; float32 values with weights of one size make 9 at most.
 """
 
+import platform
 import struct
+import sys
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from ctypes import PyDLL
 from dataclasses import dataclass, field
 from fractions import Fraction
-from math import isfinite
-from typing import Any, Protocol
+from functools import cache
+from math import frexp, isfinite, ldexp
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,24 +61,40 @@ class Aggregator(Protocol):
         """The aggregate; raises RoundError if no message has a positive weight."""
 
 
-COARSE, FINE = 1.5 * 2.0 ** (52 - 18), 1.5 * 2.0 ** (52 - 55)  # adding one rounds to 2^-18, the other to 2^-55
-MAX_MAGNITUDE = 2.0**33  # bound of a sum of magnitudes: 2^51 coarse units
-MAX_MESSAGES = 2**17  # in a round; each leaves a rest of up to half a coarse unit: 2^53 fine units in total
-FINE_BITS = struct.unpack("<q", struct.pack("<d", FINE))[0]  # the bits of FINE as an integer
+BIN_BITS = 45  # from the unit of a bin to the next
+ROUND = 1.5 * 2.0**52  # a float64 to which a number is added becomes whole
+FIRST_BIT = -18  # of the unit of bin 0
+LOWEST = -11  # the lowest bin that rows begin at: digits below 2^-558 do not count; float32 products have none
+MAX_MESSAGES = (
+    2**17
+)  # in a round; each makes two rows at most, and int64 holds the 2^44 units that each adds to a bin
+EXACT_ROWS = 2**9  # whose sums of 2^44 units are exact in float64
+WEIGHT_BITS = 29  # of a weight whose product with a float32 value is exact
+WEIGHTS = 2.0**-200, 2.0**200  # the range of weights above 0
+MAX_PRODUCT = 2.0**400
 MESSAGES_AT_ONCE = 8  # messages that are added in one pass, since reading and writing the sums is the cost
-BLOCK_ON_CPU = 2**16  # entries at a time, so that intermediate results stay in the cache
-BLOCK_ON_GPU = 2**21  # intermediate results take 16 bytes of memory for each entry and message
+PIECE = 2**16  # entries of a tensor that have bins of their own; on a CPU, their products stay in the cache
+PIECE_ON_GPU = 2**21
+
+Bins = dict[int, Tensor]  # by j: int64 (n,)
+
+
+class Waiting(NamedTuple):
+    """A message that is not in the bins yet."""
+
+    message: State
+    parts: list[float]  # of its weight; a row of products for each
+    largest: dict[str, float]  # magnitudes of entries, by name
 
 
 @dataclass
 class Sum:
     """The exact sums of weight times value, by name, and of the weights."""
 
-    coarse: State = field(default_factory=dict)  # float64: multiples of 2^-18, plus FINE for each message
-    fine: State = field(default_factory=dict)  # int64, modulo 2^64: FINE_BITS a message, minus units of 2^-55
-    waiting: list[tuple[State, float]] = field(default_factory=list)  # not in these sums yet, but in all below
+    bins: dict[tuple[str, int], Bins] = field(default_factory=dict)  # by name and number of the piece
+    waiting: list[Waiting] = field(default_factory=list)
+    rows: int = 0  # products in each sum
     clients: list[int] = field(default_factory=list)
-    magnitude: dict[str, Fraction] = field(default_factory=dict)  # sum of the largest entries' magnitudes
     weight: Fraction = Fraction(0)
 
 
@@ -73,25 +102,26 @@ Sums = dict[Form, Sum]  # only messages of equal form can be added
 
 
 class WeightedMean:
-    """sum of w_k m_k / sum of w_k, entry by entry (McMahan 2017, Algorithm 1)."""
+    """sum of w_k m_k / sum of w_k, entry by entry (McMahan 2017, Algorithm 1).
+
+    The mean of float32 messages, and of shorter ones, is the exact one, rounded once: to the nearest, in a tie to
+    the even one. Weights are 0, or from 2^-200 to 2^200; a message of weight 0 does not count. Of float64 messages
+    each product is rounded to float64, their sum is exact, and it and the mean are rounded.
+    """
 
     def fold(self, updates: Iterable[tuple[int, State, float]], start: Sums | None = None) -> Sums:
         total = {} if start is None else start
         for client, message, weight in updates:
             checked = _checked(client, message, weight)
-            _add_waiting(total.setdefault(form_of(message), Sum()), checked)
+            _add(total.setdefault(form_of(message), Sum()), checked)
         return total
 
     def merge(self, a: Sums, b: Sums) -> Sums:
         for form, theirs in b.items():
-            if form not in a:
+            if form in a:
+                _add(a[form], theirs)
+            else:
                 a[form] = theirs
-                continue
-            mine = a[form]
-            _add_waiting(mine, theirs)
-            for total, more in ((mine.coarse, theirs.coarse), (mine.fine, theirs.fine)):
-                for name, value in more.items():
-                    total[name] = total[name].add_(value.to(total[name].device)) if name in total else value
         return a
 
     def mismatched(self, total: Sums) -> dict[int, str]:
@@ -110,12 +140,16 @@ class WeightedMean:
             raise RoundError("no client's message has a weight above 0")
         _flush(sums)
         mean: State = {}
-        constant, bits = FINE * len(sums.clients), _as_int64(FINE_BITS * len(sums.clients))
         for name, shape, dtype in form:
-            mean[name] = torch.empty(shape, dtype=dtype, device=sums.coarse[name].device)
-            for coarse, fine, out in _blocks(sums.coarse[name], sums.fine[name], mean[name]):
-                rest = (bits - fine).double().mul_(2.0**-55)
-                out.copy_((coarse - constant).add_(rest).div_(float(sums.weight)))
+            mean[name] = next(iter(sums.bins[name, 0].values())).new_empty(shape, dtype=dtype)
+            unsure = list[Unsure]()
+            for number, (out,) in enumerate(_pieces(mean[name].view(-1))):
+                bins = sums.bins[name, number]
+                if dtype == torch.float64 or sums.rows > EXACT_ROWS:
+                    bins = _carried(bins)
+                unsure += _divide(bins, sums.weight, out)
+            if unsure:
+                _settle(unsure, sums.weight)
         return mean
 
 
@@ -136,69 +170,232 @@ def largest(value: Tensor) -> float:
 
 
 def _checked(client: int, message: State, weight: float) -> Sum:
+    """The message as a sum of one; raises ArithmeticError if it is invalid."""
     if not (isfinite(weight) and weight >= 0):
         raise ArithmeticError(f"the weight is {weight}; it must be finite and not negative")
-    magnitude = dict[str, Fraction]()
+    least, most = WEIGHTS
+    if weight and not least <= weight <= most:
+        raise ArithmeticError(f"the weight is {weight}; it must be 0, or from {least:.2g} to {most:.2g}")
+    parts, magnitude = _parts(Fraction(weight)), dict[str, float]()
     for name, value in message.items():
         if not value.is_floating_point():
             raise ArithmeticError(
                 f"{name} is {value.dtype}, which cannot be averaged; send floating-point numbers"
             )
-        entry = largest(value)
-        if not isfinite(entry):
+        magnitude[name] = largest(value)
+        if not isfinite(magnitude[name]):
             raise ArithmeticError(f"{name} is not finite")
-        magnitude[name] = Fraction(entry) * Fraction(weight)
-        if magnitude[name] > MAX_MAGNITUDE:
-            raise ArithmeticError(f"{name} is too large: weight times value is above {MAX_MAGNITUDE:.3g}")
+        if magnitude[name] * weight > MAX_PRODUCT:
+            raise ArithmeticError(f"{name} is too large: weight times value is above {MAX_PRODUCT:.3g}")
     message = {name: value.detach() for name, value in message.items()}
-    return Sum({}, {}, [(message, weight)], [client], magnitude, Fraction(weight))
+    return Sum({}, [Waiting(message, parts, magnitude)], len(parts), [client], Fraction(weight))
 
 
-def _add_waiting(total: Sum, more: Sum) -> None:
-    """Add the waiting messages of `more` to those of `total`; raises, without a change, if sums would overflow."""
+def _parts(number: Fraction, bits: int = WEIGHT_BITS) -> list[float]:
+    """Floats of so many bits at most, whose sum is the number; [0.0] for 0.
+
+    Of several, all but the last have 24 bits, so that few of their products have digits below bin -1.
+    """
+    parts, left = list[float](), number
+    while left or not parts:
+        part = _rounded(left, bits)
+        parts.append(part if Fraction(part) == left else _rounded(left, 24))
+        left -= Fraction(parts[-1])
+    return parts
+
+
+def _rounded(number: Fraction, bits: int) -> float:
+    mantissa, exponent = frexp(float(number))
+    return ldexp(round(mantissa * 2**bits), exponent - bits)
+
+
+def _add(total: Sum, more: Sum) -> None:
+    """Add `more` to `total`; raises RoundError, without a change, if there are too many messages."""
     if len(total.clients) + len(more.clients) > MAX_MESSAGES:
         raise RoundError(f"more than {MAX_MESSAGES} messages in one round")
-    magnitude = {n: total.magnitude.get(n, 0) + value for n, value in more.magnitude.items()}
-    for name, value in magnitude.items():
-        if value > MAX_MAGNITUDE:
-            raise RoundError(
-                f"{name} is too large: weights times values sum to over {MAX_MAGNITUDE:.3g}; scale messages down"
-            )
-    total.magnitude |= magnitude
+    for place, bins in more.bins.items():
+        mine = total.bins.setdefault(place, {})
+        for j, value in bins.items():
+            _add_bin(mine, j, value)
     total.waiting += more.waiting
+    total.rows += more.rows
     total.clients += more.clients
     total.weight += more.weight
     if len(total.waiting) >= MESSAGES_AT_ONCE:
         _flush(total)
 
 
+def _add_bin(bins: Bins, j: int, value: Tensor) -> None:
+    bins[j] = bins[j].add_(value.to(bins[j].device)) if j in bins else value
+
+
 def _flush(total: Sum) -> None:
-    """Add the waiting messages to the sums, exactly."""
-    for name in total.waiting[0][0] if total.waiting else ():
-        values = [message[name] for message, _ in total.waiting]
-        if name not in total.coarse:
-            total.coarse[name] = torch.zeros(values[0].shape, dtype=torch.double, device=values[0].device)
-            total.fine[name] = torch.zeros_like(total.coarse[name], dtype=torch.int64)
-        weights = total.coarse[name].new_tensor([[weight] for _, weight in total.waiting])
-        shape = len(values), min(_block(total.coarse[name]), values[0].numel())
-        products, highs = (total.coarse[name].new_empty(shape) for _ in range(2))
-        for coarse, fine, *blocks in _blocks(total.coarse[name], total.fine[name], *values):
-            product, high = products[:, : len(coarse)], highs[:, : len(coarse)]
-            torch._foreach_copy_(product.unbind(), blocks)
-            torch.add(product.mul_(weights), COARSE, out=high).sub_(COARSE - FINE)
-            coarse.add_(high.sum(0))
-            fine.add_(torch.sub(high, product, out=product).view(torch.int64).sum(0))
+    """Add the waiting messages to the bins, exactly."""
+    for name in total.waiting[0].message if total.waiting else ():
+        rows = defaultdict[int, list[tuple[float, Tensor]]](list)  # by the bin that they begin at
+        for message, parts, most in total.waiting:
+            for part in parts:
+                rows[_first_bin(abs(part) * most[name])].append((part, message[name]))
+        value = total.waiting[0].message[name]
+        shape = 2, max(map(len, rows.values())), min(_piece(value), value.numel())
+        memory = torch.empty(shape, dtype=torch.double, device=value.device)
+        for j, pairs in rows.items():
+            values = [value for _, value in pairs]
+            weights = memory.new_tensor([[part] for part, _ in pairs])
+            for number, block in enumerate(_pieces(*values)):
+                product, high = memory[:, : len(pairs), : len(block[0])].unbind()
+                torch._foreach_copy_(product.unbind(), block)
+                product.mul_(weights)
+                first = j if j <= 0 else _first_bin(largest(product))  # where large entries are, is worth a pass
+                _add_products(total.bins.setdefault((name, number), {}), first, product, high)
     total.waiting.clear()
 
 
-def _as_int64(number: int) -> int:
-    """The number modulo 2^64, in the range of int64."""
-    return (number + 2**63) % 2**64 - 2**63
+def _unit(j: int) -> float:
+    return ldexp(1.0, BIN_BITS * j + FIRST_BIT)
 
 
-def _block(tensor: Tensor) -> int:
-    return BLOCK_ON_CPU if tensor.device.type == "cpu" else BLOCK_ON_GPU
+def _first_bin(bound: float) -> int:
+    """The lowest bin to which no row adds more than 2^44 units, if its products are up to `bound`."""
+    return max(-((BIN_BITS - 1 + FIRST_BIT - frexp(bound)[1]) // BIN_BITS), LOWEST)
 
 
-def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    return zip(*(torch.split(tensor.reshape(-1), _block(tensor)) for tensor in tensors), strict=True)
+def _add_products(bins: Bins, j: int, product: Tensor, high: Tensor) -> None:
+    """Add the sums of the columns of `product` (rows, n) to `bins`, exactly; the memory of both is reused."""
+    size, columns = product.shape[1], None
+    while True:
+        upper, lower = ROUND * _unit(j), ROUND * _unit(j - 1)
+        torch.add(product, upper, out=high)
+        sums = [_units(high, upper)]
+        high.sub_(upper + lower)
+        # Now `high` becomes `lower` plus the rest of the product, rounded.
+        rounded = [pair for pair in zip(product, high, strict=True) if not _subtract(*pair)]
+        sums.append(_units(high, lower))
+        for i, units in zip((j, j - 1), sums, strict=True):
+            if columns is None:
+                _add_bin(bins, i, units)
+            else:
+                if i not in bins:
+                    bins[i] = units.new_zeros(size)
+                bins[i].index_add_(0, columns, units)
+        if not rounded or j == LOWEST:
+            return
+        left = [row.sub_(low.add_(torch.add(row, upper).sub_(upper + lower))) for row, low in rounded]
+        some = _nonzero(torch.stack([row.bool() for row in left]).view(torch.uint8).amax(0))
+        if not len(some):
+            return
+        j = max(j - 2, LOWEST)
+        if len(some) < product.shape[1] / 2:
+            columns = some if columns is None else columns[some]
+            left = [row.index_select(0, some) for row in left]
+        product = torch.stack(left)
+        high = high[: len(left), : product.shape[1]]
+
+
+def _units(numbers: Tensor, constant: float) -> Tensor:
+    """The sums of the columns of `numbers` (rows, n), without the constant of each, in units of their last bit."""
+    [bits] = struct.unpack("<q", struct.pack("<d", constant))
+    whole = (bits * len(numbers) + 2**63) % 2**64 - 2**63  # as int64, which counts modulo 2^64
+    return numbers.view(torch.int64).sum(0).sub_(whole)
+
+
+def _nonzero(tensor: Tensor) -> Tensor:
+    return torch.from_numpy(np.flatnonzero(tensor.bool().cpu().numpy())).to(tensor.device)  # faster than PyTorch's
+
+
+def _subtract(a: Tensor, b: Tensor) -> bool:
+    """Write a - b to `b`; returns whether it is certain that no difference was rounded."""
+    in_this_thread = a.device.type == "cpu" and torch.get_num_threads() == 1  # whose flags these are
+    if in_this_thread and (flags := _flags()):
+        return not _flagged(flags, a, b)
+    torch.sub(a, b, out=b)
+    return False
+
+
+def _flagged(flags: PyDLL, a: Tensor, b: Tensor) -> bool:
+    flags.feclearexcept(INEXACT)
+    torch.sub(a, b, out=b)
+    return bool(flags.fetestexcept(INEXACT))
+
+
+@cache
+def _flags() -> PyDLL | None:
+    """The C library's functions for the processor's flags; None where they do not tell what PyTorch rounded."""
+    try:
+        library = PyDLL("libm.so.6" if sys.platform == "linux" else None)
+        one, last = torch.ones(PIECE, dtype=torch.double), torch.zeros(PIECE, dtype=torch.double)
+        last[-1] = 2.0**-60  # which 1 - 2^-60 loses
+        told = [_flagged(library, one, b) for b in (one.clone(), last, one.clone())]
+        return library if told == [False, True, False] else None
+    except (OSError, AttributeError, TypeError):
+        return None
+
+
+INEXACT = {"x86_64": 0x20, "aarch64": 0x10, "arm64": 0x10}.get(platform.machine(), 0)  # FE_INEXACT of C
+
+
+def _carried(bins: Bins) -> Bins:
+    """The same sums with 2^44 units in a bin at most."""
+    digits, carry = Bins(), torch.zeros_like(next(iter(bins.values())))
+    for j in range(min(bins), max(bins) + 2):
+        number = carry + bins[j] if j in bins else carry
+        carry = (number + 2 ** (BIN_BITS - 1)) >> BIN_BITS
+        digits[j] = number - (carry << BIN_BITS)
+    return digits
+
+
+class Unsure(NamedTuple):
+    """Entries of a mean for which only exact arithmetic can tell which of two neighbours is nearer."""
+
+    out: Tensor  # (n,)
+    places: Tensor  # (u,) of these entries in `out`
+    other: Tensor  # (u,) the neighbours of what is there
+    bins: Bins  # (u,) each
+
+
+def _divide(bins: Bins, weight: Fraction, out: Tensor) -> list[Unsure]:
+    """Write the sum of `bins` / weight to `out`; in float64, sum and quotient are both rounded."""
+    top, *rest = sorted(bins, reverse=True)
+    number = bins[top].double()
+    for j in rest:
+        number.add_(bins[j].double(), alpha=2.0 ** (BIN_BITS * (j - top)))
+    # The roundings to float64 are less than 2^-48; and PyTorch rounds to 16 bits by way of float32.
+    error = {torch.float64: Fraction(0), torch.float32: Fraction(1, 2**48)}.get(out.dtype, Fraction(1, 2**22))
+    factor = Fraction(_unit(top)) / weight
+    out.copy_(number * float(factor * (1 + error)))
+    other = number.mul_(float(factor * (1 - error))).to(out.dtype)
+    places = _nonzero(out - other)
+    if not len(places):
+        return []
+    return [Unsure(out, places, other[places], {j: value[places] for j, value in bins.items()})]
+
+
+def _settle(unsure: list[Unsure], weight: Fraction) -> None:
+    """Round these entries to the nearest number, and to the even one if both are as near."""
+    counts = [len(each.places) for each in unsure]
+    a = torch.cat([each.out[each.places] for each in unsure])
+    b = torch.cat([each.other for each in unsure])
+    middle = (a.double() + b.double()) / 2
+    bins, start = Bins(), 0
+    for each, count in zip(unsure, counts, strict=True):
+        for j, value in each.bins.items():
+            bins.setdefault(j, value.new_zeros(len(a)))[start : start + count] = value
+        start += count
+    products = torch.stack([middle * -part for part in _parts(weight, WEIGHT_BITS - 1)])
+    _add_products(bins, _first_bin(largest(products)), products, torch.empty_like(products))
+    side = torch.zeros_like(next(iter(bins.values())))
+    for _, digits in sorted(_carried(bins).items(), reverse=True):
+        side = torch.where(side == 0, digits.sign(), side)
+    nearer = torch.where(side > 0, torch.maximum(a, b), torch.minimum(a, b))
+    nearer = torch.where(side == 0, middle.to(a.dtype), nearer)
+    for each, value in zip(unsure, torch.split(nearer, counts), strict=True):
+        each.out[each.places] = value
+
+
+def _piece(tensor: Tensor) -> int:
+    return PIECE if tensor.device.type == "cpu" else PIECE_ON_GPU
+
+
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Pieces of all tensors at once."""
+    return zip(*(torch.split(tensor.reshape(-1), _piece(tensor)) for tensor in tensors), strict=True)

@@ -385,8 +385,11 @@ class Simulation:
             raise error from report.exception
 
     def _client_error(self, number: int, client: int, why: str, error: BaseException | None) -> ClientError:
-        diverged = isinstance(error, ArithmeticError | NodeError) and ("not finite" in why or "too large" in why)
-        advice = "; lower local.lr, or set failures.policy=drop" if diverged else ""
+        advice = ""
+        if isinstance(error, ArithmeticError | NodeError) and "not finite" in why:
+            # Messages are checked in order: where statistics are the first that is not finite, the model is.
+            cure = "scale the data" if "buffers is not finite" in why else "lower local.lr"
+            advice = f"; {cure}, or set failures.policy=drop"
         return ClientError(f"round {number + 1}, client {client}: {why}{advice}")
 
     def _steps(self, clients: list[int]) -> dict[int, int]:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from math import inf
 from time import monotonic, perf_counter, sleep
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 
 from fedsim.data import FederatedData
 from fedsim.errors import NodeError
-from fedsim.federated.aggregate import MAX_MAGNITUDE, Aggregator, largest
+from fedsim.federated.aggregate import Aggregator, largest
 from fedsim.federated.client import EvaluateClient, Train
 from fedsim.federated.fold import Fold
 from fedsim.federated.runtime import Outcomes, Results
@@ -30,7 +31,8 @@ MAX_ANSWER_RATIO = 16  # times what a client is sent, and
 MAX_ANSWER_EXTRA = 2**26  # bytes more, that it may answer
 GRACE_SECONDS = 30.0  # that a SuperLink may be out of reach before there is another Flower run
 MAX_INVITATIONS = 3  # in a round, to a node that says that it does not know the plan
-MAX_EXAMPLES = 2**40  # of a client
+MAX_EXAMPLES = 2**40  # of a client; and its weight at most
+MAX_VALUE = 2.0**63  # of an entry of its message; servers square it, in float32
 MAX_METRIC = 1e300  # so that there is a sum of all
 SUMS = {Train: {"loss", "examples", "steps"}, EvaluateClient: {"loss", "examples", "correct"}}
 
@@ -116,7 +118,7 @@ class Dispatch:
         self.federation.gather()
         self.began = last = last_contact = monotonic()
         self._wait_for(jobs, self.wait)
-        self.cohort, link_failed = len(self.todo), False
+        link_failed = False
         try:
             while self.todo or self.flights:
                 try:
@@ -219,9 +221,11 @@ class Dispatch:
             raise ValueError(f"has {held} examples and keeps {which}, which cannot be")
         if strange := [name for name, value in sums.items() if not -MAX_METRIC <= value <= MAX_METRIC]:
             raise ValueError(f"has {strange[0]}, which is not finite")
-        for name, value in message.items():  # so that no node spoils the sum of all
-            if value.is_floating_point() and abs(answer.weight) * largest(value) > MAX_MAGNITUDE / self.cohort:
-                raise ValueError(f"has {name}, which is too large")
+        if MAX_EXAMPLES < answer.weight < inf:  # the sum names weights that are no numbers
+            raise ValueError(f"has the weight {answer.weight:g}, which is too large: above {MAX_EXAMPLES:.2g}")
+        for name, value in message.items():
+            if value.is_floating_point() and MAX_VALUE < largest(value) < inf:
+                raise ValueError(f"has {name}, which is too large: above {MAX_VALUE:.2g}")
         if (sums or not trained) and (sums.keys() != SUMS[type(self.work)] or sums["examples"] < 1):
             raise ValueError("has other metrics than its work gives")  # none where nothing was minimised
         metrics = {name: torch.tensor(value, dtype=torch.double) for name, value in sums.items()}
