@@ -54,8 +54,7 @@ def border(
 
 def is_own(target: object) -> bool:
     """Whether a class, function or object is a user's own, and not fedsim's."""
-    module = getattr(target, "__module__", None) or type(target).__module__
-    return str(module).partition(".")[0] != "fedsim"
+    return not name_of(target).startswith("fedsim.")
 
 
 def name_of(target: object) -> str:

@@ -109,7 +109,7 @@ def test_only_running_means_over_examples_are_averaged_unasked(move, buffers, me
             Task(Net(move, **buffers), SHAPE, CLASSES)
         assert all((f" {name} (" in str(caught.value)) == (name in others) for name in buffers)
     task = Task(Net(move, **buffers), SHAPE, CLASSES, buffers=dict.fromkeys(others, "server"))
-    assert task.fates == {
+    assert task.handling == {
         **dict.fromkeys(means, "average"),
         **dict.fromkeys(others, "server"),
         "fc.1.running_mean": "average",
@@ -126,7 +126,7 @@ def test_statistics_of_norms_are_those_that_torch_keeps():
         (nn.InstanceNorm2d(1), False),
     ]:
         task = Task(nn.Sequential(norm, nn.Flatten(), nn.Linear(D, CLASSES)), SHAPE, CLASSES)
-        assert task.fates == (dict.fromkeys(["0.running_mean", "0.running_var"], "average") if kept else {})
+        assert task.handling == (dict.fromkeys(["0.running_mean", "0.running_var"], "average") if kept else {})
 
 
 # Spectral norms
@@ -357,7 +357,7 @@ def test_averaged_buffers_are_the_weighted_mean():
 
 def test_a_word_may_be_said_of_statistics_too():
     task = Task(Net(running_mean, mean=zeros(D)), SHAPE, CLASSES, buffers={"mean": "private", "*g_*": "server"})
-    assert task.fates == {"mean": "private", "fc.1.running_mean": "server", "fc.1.running_var": "server"}
+    assert task.handling == {"mean": "private", "fc.1.running_mean": "server", "fc.1.running_var": "server"}
 
 
 @pytest.mark.parametrize(

@@ -30,9 +30,14 @@ NOISE = {
     "normal of means": lambda w: torch.normal(w, 1.0),
     "dropout": lambda w: F.dropout(w, 0.4),
     "normal_": lambda w: torch.zeros_like(w).normal_(),
-    "empty.normal_": lambda w: torch.empty(w.shape, dtype=w.dtype).normal_(),
     "init.normal_": lambda w: nn.init.normal_(torch.zeros_like(w)),
+    "lost": lambda w: [noise := torch.zeros_like(w), noise.normal_(), torch.stack([w, noise])[1]][-1],
 }
+IN_PLACE = (
+    "normal_",
+    "init.normal_",
+    "lost",
+)  # which cannot be written under vmap, where clients share the tensor
 GLOBAL = {
     "numpy.random": lambda w: w + np.random.normal(),  # noqa: NPY002
     "random": lambda w: w + random.random(),
@@ -78,15 +83,21 @@ def test_a_strategy_draws_the_same_numbers_everywhere(noise):
     torch.rand(1), np.random.rand(), random.random()  # noqa: NPY002
     for workers in (2, 3):
         assert torch.equal(noisy(noise, {"name": "threads", "workers": workers}), alone)
-    batched = noisy(noise, {"name": "vectorized", "chunk": 3, "workers": 1})
-    torch.testing.assert_close(batched, alone, rtol=1e-9, atol=1e-12)
+    vectorized = {"name": "vectorized", "chunk": 3, "workers": 1}
+    if noise in IN_PLACE:
+        with pytest.raises(
+            ConfigError, match=r"^strategy: draws in place into a tensor that all clients share .normal_"
+        ):
+            noisy(noise, vectorized)
+    else:
+        torch.testing.assert_close(noisy(noise, vectorized), alone, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("runtime", ["serial", {"name": "threads", "workers": 2}])
 @pytest.mark.parametrize("noise", GLOBAL)
 def test_global_generators_are_refused_in_clients(noise, runtime):
     torch.rand(1)
-    with pytest.raises(GlobalDrawsError, match=rf"^Noisy \(test_modes.py:\d+\).*draws from {noise}") as caught:
+    with pytest.raises(GlobalDrawsError, match=rf"^test_modes:Noisy draws from {noise}") as caught:
         noisy(noise, runtime)
     assert isinstance(caught.value, RoundError)
     assert "\n" not in str(caught.value)
@@ -100,11 +111,20 @@ def drawing_augmentation(batch, rng, size, /):
     return batch._replace(x=batch.x * np.random.rand())  # noqa: NPY002
 
 
+def drawing_schedule(time, /):
+    return 1 + random.random()
+
+
 @pytest.mark.parametrize("runtime", ["serial", {"name": "threads", "workers": 2}, "vectorized"])
 @pytest.mark.parametrize(
-    "own", [{"loss": "test_modes:drawing_loss"}, {"augment": ["test_modes:drawing_augmentation"]}]
+    "own",
+    [
+        {"loss": "test_modes:drawing_loss"},
+        {"augment": ["test_modes:drawing_augmentation"]},
+        {"schedule": "test_modes:drawing_schedule"},
+    ],
 )
-def test_losses_and_augmentations_that_draw_from_global_generators_are_refused(own, runtime):
+def test_losses_schedules_and_augmentations_that_draw_from_global_generators_are_refused(own, runtime):
     with pytest.raises((GlobalDrawsError, ConfigError), match=r"draws|random"):
         fedsim.run(small(runtime=runtime, local={"lr": 0.05} | own))
 

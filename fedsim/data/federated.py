@@ -18,6 +18,7 @@ from fedsim.data.dataset import Dataset, Flags, Ints, holdout_mask
 from fedsim.errors import ConfigError, WrongReturnError, border, name_of
 from fedsim.types import Batch, Stream, random
 
+TRIAL_EXAMPLES = 16  # on which a network is tried before a run
 BYTES_PER_CLIENT = 2 * 3 * 8  # for the bounds of a client's two parts, while they are counted
 
 
@@ -163,9 +164,15 @@ class FederatedData:
         return self._gather(self._centre(self._x_test), self._y_test, rows)
 
     def trial_examples(self) -> Tensor:
-        """(n, ...) up to four examples as clients get them: for training, or where there are none, for tests."""
-        few = torch.from_numpy(self._order[:4])
-        return self.batch(few)[0] if len(few) else self.test_batch(torch.arange(min(4, self.num_test)))[0]
+        """(n, ...) some examples as clients get them: for training, or where there are none, for tests.
+
+        They are spread over the clients, whose examples may be alike.
+        """
+        n = len(self._order) or self.num_test
+        places = np.linspace(0, n - 1, min(TRIAL_EXAMPLES, n)).astype(np.int64)
+        if len(self._order):
+            return self.batch(torch.from_numpy(self._order[places]))[0]
+        return self.test_batch(torch.from_numpy(places))[0]
 
     def examples(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Training examples as they are in the dataset, neither cropped nor normalised, and their `labels`."""

@@ -65,9 +65,8 @@ BIN_BITS = 45  # from the unit of a bin to the next
 ROUND = 1.5 * 2.0**52  # a float64 to which a number is added becomes whole
 FIRST_BIT = -18  # of the unit of bin 0
 LOWEST = -11  # the lowest bin that rows begin at: digits below 2^-558 do not count; float32 products have none
-MAX_MESSAGES = (
-    2**17
-)  # in a round; each makes two rows at most, and int64 holds the 2^44 units that each adds to a bin
+# In a round: each makes two rows at most, and int64 holds the 2^44 units that each row adds to a bin.
+MAX_MESSAGES = 2**17
 EXACT_ROWS = 2**9  # whose sums of 2^44 units are exact in float64
 WEIGHT_BITS = 29  # of a weight whose product with a float32 value is exact
 WEIGHTS = 2.0**-200, 2.0**200  # the range of weights above 0
@@ -226,7 +225,9 @@ def _add(total: Sum, more: Sum) -> None:
 
 
 def _add_bin(bins: Bins, j: int, value: Tensor) -> None:
-    bins[j] = bins[j].add_(value.to(bins[j].device)) if j in bins else value
+    if bins:  # all bins of a piece are on one device
+        value = value.to(next(iter(bins.values())).device)
+    bins[j] = bins[j].add_(value) if j in bins else value
 
 
 def _flush(total: Sum) -> None:
@@ -237,8 +238,9 @@ def _flush(total: Sum) -> None:
             for part in parts:
                 rows[_first_bin(abs(part) * most[name])].append((part, message[name]))
         value = total.waiting[0].message[name]
+        device = next(iter(total.bins[name, 0].values())).device if (name, 0) in total.bins else value.device
         shape = 2, max(map(len, rows.values())), min(_piece(value), value.numel())
-        memory = torch.empty(shape, dtype=torch.double, device=value.device)
+        memory = torch.empty(shape, dtype=torch.double, device=device)
         for j, pairs in rows.items():
             values = [value for _, value in pairs]
             weights = memory.new_tensor([[part] for part, _ in pairs])

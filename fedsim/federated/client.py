@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from math import isfinite
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from fedsim.base.catalogue import Spec
 from fedsim.base.global_draws import global_states, keyed_globals, undisturbed_globals
 from fedsim.data import FederatedData
-from fedsim.errors import ConfigError, RoundError, WrongReturnError, border, name_of
+from fedsim.errors import ConfigError, RoundError, WrongReturnError, border, is_own, name_of
 from fedsim.federated.aggregate import largest
 from fedsim.federated.strategy import Strategy, check_state, checked_update
 from fedsim.training.local import ClientObjective
@@ -52,15 +51,16 @@ class Train:
         home = client if self.strategy.buffers == "private" else server
         own = private_buffers(client, replica.task)
         local = ClientObjective(replica, data, job, home["buffers"], self.recipe, self.seed, self.time_limit, own)
-        update = self.client_update(server, client, local, replica.draws if self.keyed else None)
+        update = self.client_update(server, client, local, replica.draws if self.own_code else None)
         local.check_time()
         check_update(update, client)
         return update
 
     @property
-    def keyed(self) -> bool:
-        """Whether code of the user's own runs here, whose random numbers are to be the client's."""
-        return has_own_code(self.strategy, self.recipe.label_loss, *self.recipe.augment)
+    def own_code(self) -> list[str]:
+        """The names of what runs here and is the user's own."""
+        recipe = self.recipe
+        return own_code(self.strategy, recipe.label_loss, recipe.schedule, *recipe.augment)
 
     def client_update(
         self, server: State, client: State, local: LocalObjective, draws: TorchFunctionMode | None
@@ -162,14 +162,14 @@ class GlobalDrawsError(RoundError):
     """A client's numbers came from a generator that all clients share."""
 
 
-def has_own_code(*parts: object) -> bool:
-    """Whether one of these objects, or a strategy inside one, is a user's own."""
+def own_code(*parts: object) -> list[str]:
+    """The names of those of these objects, and of strategies inside them, that are a user's own."""
+    names = list[str]()
     for part in parts:
         while part is not None:
-            if not name_of(part).startswith("fedsim."):
-                return True
+            names += [name_of(part)] if is_own(part) else []
             part = getattr(part, "inner", None)
-    return False
+    return names
 
 
 def keyed_only(work: Work, device: torch.device, run: Callable[[], Sequence[Update]]) -> Sequence[Update]:
@@ -178,7 +178,7 @@ def keyed_only(work: Work, device: torch.device, run: Callable[[], Sequence[Upda
     Another thread may have moved a generator: if it moves again, two runs must agree, and not leave it in the same
     state, as seeding does.
     """
-    if not getattr(work, "keyed", False):
+    if not (own := getattr(work, "own_code", None)):
         return run()
     tries = list[tuple[dict[str, object], Sequence[Update], dict[str, object]]]()
     for around in (nullcontext, undisturbed_globals, undisturbed_globals):
@@ -193,12 +193,10 @@ def keyed_only(work: Work, device: torch.device, run: Callable[[], Sequence[Upda
     if all(map(equal, earlier, updates)) and not any(before[name] != after[name] == left[name] for name in before):
         return updates
     names = " and ".join(name for name in before if before[name] != after[name])
-    strategy = type(work.strategy)  # type: ignore[attr-defined]
-    code = strategy.client_update.__code__
     raise GlobalDrawsError(
-        f"{strategy.__name__} ({Path(code.co_filename).name}:{code.co_firstlineno}), or a loss or an "
-        f"augmentation of your own, draws from {names}, or seeds it; all clients share it. In strategies and "
-        "networks, torch.randn and most of torch's samplers are seeded by client; augmentations get a generator"
+        f"{' or '.join(dict.fromkeys(own))} draws from {names}, or seeds it; all clients share it. "
+        "In strategies and networks, torch.randn and most of torch's samplers are seeded by client; augmentations "
+        "get a generator"
     )
 
 
@@ -235,15 +233,15 @@ class EvaluateClient:
     seed: int = 0
 
     @property
-    def keyed(self) -> bool:
+    def own_code(self) -> list[str]:
         """As in Train."""
-        return has_own_code(self.strategy)
+        return own_code(self.strategy)
 
     def __call__(self, replica: Replica, data: FederatedData, server: State, job: Job) -> Update:
         client = job.client or {}
         key = self.seed, Stream.NETWORK, job.round + 1, job.client_id  # the round is -1 before the first one
         replica.draws.begin(int(random(*key).integers(2**63)))
-        with replica.draws if self.keyed else nullcontext():
+        with replica.draws if self.own_code else nullcontext():
             model = self.strategy.client_model(server, client, replica.task.layout)
         if not (isinstance(model, Tensor) and model.shape == server["model"].shape):
             made = tuple(model.shape) if isinstance(model, Tensor) else type(model).__name__

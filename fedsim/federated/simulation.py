@@ -431,7 +431,9 @@ class Simulation:
 
     def _recalibrated(self, server: State, settings: Recalibrate) -> State:
         work = Recalibration(settings, self.seed)
-        [(_, outcome)] = outcomes(self.runtime, work, server, [Job(0, self.number, None)])
+        made = [outcome for _, outcome in outcomes(self.runtime, work, server, [Job(0, self.number, None)])]
+        check_once(self.runtime, "map", "item", [0] * len(made), [0])
+        [outcome] = made
         if isinstance(outcome, BaseException):
             raise RoundError(f"recalibrate, round {self.number + 1}: {cause(outcome)}") from outcome
         if not isfinite(largest(outcome.message["buffers"])):

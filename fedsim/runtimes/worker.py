@@ -11,7 +11,7 @@ from fedsim.federated.client import GlobalDrawsError, SharedStateError, Work, ke
 from fedsim.runtimes.cuda import new_stream, on_stream
 from fedsim.training.replica import Replica
 from fedsim.training.task import Task
-from fedsim.types import Job, Outcome, State
+from fedsim.types import Job, Outcome, State, Update
 
 
 class Worker:
@@ -30,13 +30,7 @@ class Worker:
                     client = {name: _copied_to(value, self.replica.device) for name, value in item.client.items()}
                     item = item._replace(client=client)
                 with states_are_only_read(server, client):
-                    (update,) = keyed_only(
-                        work,
-                        self.replica.device,
-                        lambda: [
-                            work(self.replica, self.data, dict(server), item)
-                        ],  # clients share the tensors only
-                    )
+                    (update,) = keyed_only(work, self.replica.device, lambda: [self._update(work, server, item)])
                     return update
             except (SharedStateError, GlobalDrawsError, KeyboardInterrupt):
                 raise
@@ -45,6 +39,9 @@ class Worker:
                 return error
             except BaseException as error:
                 return error
+
+    def _update(self, work: Work, server: State, item: Any) -> Update:
+        return work(self.replica, self.data, dict(server), item)  # clients share the tensors, not the dictionary
 
 
 def _copied_to(value: Tensor, device: torch.device) -> Tensor:

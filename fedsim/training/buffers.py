@@ -33,7 +33,7 @@ from fedsim.training.draws import KeyedDraws
 from fedsim.training.probe import copied
 from fedsim.types import BufferWord, State
 
-Fate = BufferWord | Literal["weights"]
+Handling = BufferWord | Literal["weights"]
 
 STATISTICS, COUNTER = ("running_mean", "running_var"), "num_batches_tracked"  # of torch's norms
 POWER_ITERATIONS = 2.0**24  # so many leave an error of about 1e-7 in the norm, whatever the singular values
@@ -41,9 +41,9 @@ TOLERANCE = 1e-4  # relative; far above rounding, and below the difference of a 
 LARGEST_FACTOR = 1 - 1e-5  # of a running mean; a counter has 1
 
 
-def buffer_fates(
+def buffer_handling(
     network: nn.Module, moved: Iterable[str], examples: Tensor, words: Mapping[str, BufferWord]
-) -> dict[str, Fate]:
+) -> dict[str, Handling]:
     """What becomes of the buffers of `network`, of which a training pass changed those in `moved`, by name.
 
     `words` is `model.buffers`. Raises ConfigError where it does not say what is needed.
@@ -52,7 +52,7 @@ def buffer_fates(
     norms = {name for name, module in network.named_modules() if isinstance(module, _NormBase)}
     moved = [name for name in moved if name not in power]
     active = {name.rpartition(".")[0] for name in moved}
-    statistics, others = dict[str, Fate](), list[str]()
+    statistics, others = dict[str, Handling](), list[str]()
     for name in buffers:
         path, _, own = name.rpartition(".")
         if path in norms & active and own in STATISTICS:
@@ -66,8 +66,8 @@ def buffer_fates(
             f"model.buffers: training changes {_named(unsaid, buffers)}, which cannot be averaged unasked; say "
             f"average, server or private of each, such as {{{unsaid[0]}: server}}"
         )
-    fates: dict[str, Fate] = {**statistics, **said}
-    return {name: fates[name] for name in buffers if name in fates} | dict.fromkeys(power, "weights")
+    handling: dict[str, Handling] = {**statistics, **said}
+    return {name: handling[name] for name in buffers if name in handling} | dict.fromkeys(power, "weights")
 
 
 def _said(words: Mapping[str, BufferWord], buffers: Mapping[str, Tensor]) -> dict[str, BufferWord]:

@@ -25,7 +25,7 @@ class Findings(NamedTuple):
     draws: bool  # whether a pass draws random numbers
     moved: set[str]  # the buffers that a training pass changes
     reassigned: set[str]  # the buffers to which a pass assigns another tensor
-    examples: Tensor  # (4, *shape), those of the trial
+    examples: Tensor  # (n, *shape), those of the trial
 
 
 def copied(network: nn.Module) -> nn.Module:
@@ -66,11 +66,11 @@ def probe(network: nn.Module, shape: tuple[int, ...], classes: int, examples: Te
     global generator is changed.
     """
     if examples is None:
-        examples = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0))
+        examples = torch.randn(16, *shape, generator=torch.Generator().manual_seed(0))
     check_trained({n: p for n, p in network.named_parameters() if p.requires_grad})
     try:
         with one_thread(), globals_kept:
-            return _tried(network, examples[torch.arange(4) % len(examples)], classes)
+            return _tried(network, examples[torch.arange(max(len(examples) // 2 * 2, 4)) % len(examples)], classes)
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:
@@ -83,7 +83,7 @@ def _tried(network: nn.Module, examples: Tensor, classes: int) -> Findings:
         one, other = (_Copy(network, classes) for _ in range(2))
     except (Exception, SystemExit) as error:
         raise ConfigError(f"model: cannot be copied for clients that train at once: {located(error)}") from error
-    a, b = torch.split(examples.to(one.dtype), 2)
+    a, b = torch.tensor_split(examples.to(one.dtype), 2)
     first, second = one.passes(a, original=network), other.passes(b, shifted=True)
     pairs = (second, one.passes(b, shifted=True)), (first, one.passes(a))
     if one.draws_globally:

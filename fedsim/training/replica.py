@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedsim.base.modes import own_thread_modes
-from fedsim.training.buffers import Fate, PowerVectors
+from fedsim.training.buffers import Handling, PowerVectors
 from fedsim.training.draws import KeyedDraws
 from fedsim.training.pooling import pool_faster
 from fedsim.training.probe import heads
@@ -123,9 +123,9 @@ class Replica:
         """Copies of the batch-norm statistics (Q,) and of the other buffers."""
         return self.buffers.clone(), {name: counter.clone() for name, counter in self._counters.items()}
 
-    def others(self, fate: Fate) -> State:
-        """Copies of the buffers with this fate, which are not among the statistics, by name."""
-        return {name: b.clone() for name, b in self._counters.items() if self.task.fates.get(name) == fate}
+    def others(self, handling: Handling) -> State:
+        """Copies of the buffers that are handled in this way, which are not among the statistics, by name."""
+        return {name: b.clone() for name, b in self._counters.items() if self.task.handling.get(name) == handling}
 
     def restore(self, snapshot: Snapshot) -> None:
         """Set statistics and other buffers back to a snapshot."""

@@ -37,6 +37,8 @@ def clients_to_leave_out(task: Task, data: FederatedData, recipe: Recipe, *, dro
         whose = f"{recipe.batch_size} leaves a last batch of one example to {_holders(data, several)}"
         way_out = "set local.drop_last=true or local.min_batch=2"
         raise ConfigError(f"local.batch_size: {whose}, and the network needs two; {way_out} ({cause})")
+    if isinstance(data, Shard):
+        raise ConfigError(f"data: holds one example, and the network needs two; add more ({cause})")
     if not drop:
         raise ConfigError(
             f"data.partition: gives one example to {_holders(data, [1])}, and the network needs two; "

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fedsim.base.modes import own_thread_modes
 from fedsim.errors import ConfigError
-from fedsim.training.buffers import Fate, buffer_fates, power_vectors
+from fedsim.training.buffers import Handling, buffer_handling, power_vectors
 from fedsim.training.layout import Layout
 from fedsim.training.probe import copied, probe
 from fedsim.training.recompute import blocks_of
@@ -23,10 +23,10 @@ class Task:
     """A network and its loss. A copy of the network is the template: its weights are the initial model.
 
     Parameters that require no gradient are constants, and so are buffers that a training pass does not change.
-    `fates` says what becomes of the others, by `buffers`, which is `model.buffers`: those that are averaged, such
-    as batch-norm statistics, form the vector of buffers (Q,). It is separate from the model (P,), and strategies
-    do not see it. In training mode the network may return a tuple: its logits and the logits of auxiliary heads.
-    `teacher` is a network to distil from; it takes the same examples. The network is tried on
+    `handling` says what becomes of the others, by `buffers`, which is `model.buffers`: those that are averaged,
+    such as batch-norm statistics, form the vector of buffers (Q,). It is separate from the model (P,), and
+    strategies do not see it. In training mode the network may return a tuple: its logits and the logits of
+    auxiliary heads. `teacher` is a network to distil from; it takes the same examples. The network is tried on
     `examples` (n, ...), as `probe` says.
     """
 
@@ -46,17 +46,18 @@ class Task:
         self.shape, self.classes, self.channels_last = shape, classes, channels_last
         self.draws, moved, self.reassigned, examples = probe(network, shape, classes, examples)
         network = copied(network)
-        self.fates = buffer_fates(network, moved, examples, buffers)
-        self.network, self.recompute, self.teacher = network, recompute, teacher and copied(teacher)
+        self.handling = buffer_handling(network, moved, examples, buffers)
+        self.network, self.recompute = network, recompute
         if recompute and next(blocks_of(network), None) is None:
             raise ConfigError("local.activation_checkpointing: the network has no blocks, only single layers")
         parameters = {n: p for n, p in network.named_parameters() if p.requires_grad}
-        statistics = {n: b for n, b in network.named_buffers() if self.fates.get(n) == "average"}
+        statistics = {n: b for n, b in network.named_buffers() if self.handling.get(n) == "average"}
         normal = {id(p) for m in network.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
         norms = frozenset(n for n, p in parameters.items() if id(p) in normal)
         self.layout = Layout({n: p.shape for n, p in parameters.items()}, channels_last, norms)
         self.buffer_layout = Layout({n: b.shape for n, b in statistics.items()})
         self.initial_model = self.layout.flatten(parameters)
+        self.teacher = copied(teacher).to(self.initial_model.dtype) if teacher else None
         for name, buffer in statistics.items():
             if buffer.dtype != self.initial_model.dtype:
                 raise ConfigError(
@@ -65,9 +66,9 @@ class Task:
                 )
         self.initial_buffers = self.buffer_layout.flatten(statistics).to(self.initial_model.dtype)
 
-    def initial_of(self, *fates: Fate) -> State:
-        """The initial values of the buffers with one of these fates, by name; not copies."""
-        return {name: b for name, b in self.network.named_buffers() if self.fates.get(name) in fates}
+    def initial_of(self, *handling: Handling) -> State:
+        """The initial values of the buffers that are handled in one of these ways, by name; not copies."""
+        return {name: b for name, b in self.network.named_buffers() if self.handling.get(name) in handling}
 
     def losses(self, logits: Tensor, y: Tensor) -> Tensor:
         """(B,) the cross-entropy of each example."""
@@ -80,7 +81,7 @@ class Task:
         """
         own = dict(self.network.named_parameters()) | dict(self.network.named_buffers())
         started = self.initial_of("server", "private")
-        moving = {*self.layout.shapes, *self.fates} - started.keys()
+        moving = {*self.layout.shapes, *self.handling} - started.keys()
         fixed = {n: v for n, v in own.items() if n not in moving and (v.is_floating_point() or n in started)}
         taught = self.teacher.state_dict() if self.teacher else {}
         return fixed | {f"teacher: {name}": value for name, value in taught.items()}

@@ -52,9 +52,11 @@ def compute(network: Network, work: Train, cohort: Cohort, server: State, own: S
         home = client if work.strategy.buffers == "private" else broadcast
         own_buffers = private_buffers(client, network.task)
         local = BatchedObjective(network, cohort, index, home["buffers"], own_buffers)
-        update = work.client_update(broadcast, client, local, local.draws if work.keyed else None)
+        update = work.client_update(broadcast, client, local, local.draws if work.own_code else None)
         network.draws |= local.draws.used
-        weight = torch.as_tensor(update.weight, device=network.device)
+        weight = update.weight
+        if not isinstance(weight, Tensor):  # made on the device: a copy from the host cannot be captured
+            weight = network.like.new_full((), weight, dtype=torch.double)
         return update.message, weight.double(), update.client, update.metrics
 
     index = torch.arange(len(cohort.client_jobs), device=network.device)

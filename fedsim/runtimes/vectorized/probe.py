@@ -12,8 +12,9 @@ from fedsim.data import FederatedData
 from fedsim.errors import ConfigError, RoundError, located
 from fedsim.federated.client import PRIVATE, Train, download, initial_client_state, initial_server_state
 from fedsim.runtimes.vectorized.compute import Client, updates
-from fedsim.training.batched.objective import Network, RaggedError
-from fedsim.training.buffers import Fate
+from fedsim.training.batched.layers import RaggedError
+from fedsim.training.batched.objective import Network
+from fedsim.training.buffers import Handling
 from fedsim.training.recipe import Recipe
 from fedsim.training.replica import Replica
 from fedsim.training.task import Task
@@ -63,9 +64,11 @@ def check_batchable(network: Network, data: FederatedData, work: Train) -> None:
 
 def _reporting_all(network: Network) -> Network:
     """The network with all buffers private that the server would not see."""
-    fates: dict[str, Fate] = {n: "private" if fate == "server" else fate for n, fate in network.task.fates.items()}
     network, network.task = copy.copy(network), copy.copy(network.task)
-    network.task.fates = fates
+    handling: dict[str, Handling] = {
+        name: "private" if kept == "server" else kept for name, kept in network.task.handling.items()
+    }
+    network.task.handling = handling
     return network
 
 

@@ -6,13 +6,14 @@ Shapes: C clients, B examples of a client, with padding.
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from fedsim.errors import ConfigError
 from fedsim.training.batched.per_client import clients_first, per_client_draws, per_client_value
@@ -39,7 +40,6 @@ class BatchedDraws(TorchFunctionMode):
         self.draws = [KeyedDraws(generator) for generator in generators]
         self.counts: list[int] | None = None
         self.used = False
-        self._unwritten: list[Tensor] = []  # drawn in place, which `vmap` cannot do where clients share a tensor
 
     def __torch_function__(
         self,
@@ -49,11 +49,6 @@ class BatchedDraws(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if self._unwritten and any(arg is tensor for arg in args for tensor in self._unwritten):
-            raise ConfigError(
-                "strategy: draws in place into a tensor that all clients share; runtime vectorized does not "
-                "support that, threads does; or use what the call returns"
-            )
         if func in DROPOUTS:
             return dropout(self._keep, DROPOUTS[func], *args, **kwargs)
         if func not in SAMPLERS or kwargs.get("generator") is not None:
@@ -63,10 +58,8 @@ class BatchedDraws(TorchFunctionMode):
             return drawn
         target: Tensor = args[0] if args else kwargs["tensor"]
         if not is_batchedtensor(target):
-            self._unwritten.append(target)
-            return drawn
-        target.copy_(drawn)
-        return target
+            raise _shared_target(func, "strategy")
+        return target.copy_(drawn)
 
     def _sampled(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """What each client draws with its own row of the tensors among the arguments."""
@@ -104,6 +97,14 @@ class BatchedDraws(TorchFunctionMode):
         return torch.stack([drawn[i] if i in drawn else torch.zeros_like(like) for i in range(len(counts))])
 
 
+def _shared_target(func: Callable[..., Any], whose: str) -> ConfigError:
+    """The error for a draw in place that `vmap` loses."""
+    return ConfigError(
+        f"{whose}: draws in place into a tensor that all clients share ({getattr(func, '__name__', func)}); runtime "
+        "vectorized does not support that, threads does; or use torch.randn, torch.rand and others"
+    )
+
+
 class BatchedLayers(TorchFunctionMode):
     """While it is active in this thread, layers ignore padding, and each client draws from its own generator.
 
@@ -116,6 +117,8 @@ class BatchedLayers(TorchFunctionMode):
         self.client_index, self.generators, self.conv = client_index, generators, conv
         self.counts: list[int] | None = None
         self.mask: Tensor | None = None  # (B,) bool, the same information as `counts`
+        # Drawn into, but not written: `vmap` cannot, where clients share a tensor. What the call returns is right.
+        self._unwritten = WeakValueDictionary[int, Tensor]()  # by id
 
     def __torch_function__(
         self,
@@ -125,6 +128,8 @@ class BatchedLayers(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if self._unwritten and any(self._unwritten.get(id(leaf)) is leaf for leaf in tree_leaves((args, kwargs))):
+            raise _shared_target(func, "model")
         if func is torch.conv2d and self.conv == "im2col":
             return conv2d(*args, **kwargs)
         if func is F.batch_norm:
@@ -136,7 +141,10 @@ class BatchedLayers(TorchFunctionMode):
             return dropout(self._keep, DROPOUTS[func], *args, **kwargs)
         if func in _IN_PLACE_SAMPLERS:
             drawn = self._draw(args[0].shape, args[0], lambda t, g: func(t, *args[1:], generator=g, **kwargs))
-            return args[0].copy_(drawn) if is_batchedtensor(args[0]) else drawn
+            if is_batchedtensor(args[0]):
+                return args[0].copy_(drawn)
+            self._unwritten[id(args[0])] = args[0]
+            return drawn
         if func in _SHAPE_SAMPLERS:
             shape = torch.Size(args[0] if not isinstance(args[0], int) else args)
             fill = _SHAPE_SAMPLERS[func]

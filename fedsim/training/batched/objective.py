@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 
 from fedsim.training.batched.cohort import ALL_EXAMPLES, IN_ORDER, Cohort, Step
-from fedsim.training.batched.layers import BatchedDraws, BatchedLayers, ConvMethod
-from fedsim.training.batched.layers import RaggedError as RaggedError
+from fedsim.training.batched.layers import BatchedDraws, BatchedLayers, ConvMethod, RaggedError
 from fedsim.training.batched.optim import VmapOps
 from fedsim.training.batched.per_client import per_client_row, per_client_value
 from fedsim.training.buffers import COUNTER, PowerVectors
@@ -48,7 +47,7 @@ class Network:
         self.counters = {
             name: buffer.cpu() if name.endswith(COUNTER) else buffer.clone()
             for name, buffer in self.network.named_buffers()
-            if name not in task.fates and not buffer.is_floating_point()
+            if name not in task.handling and not buffer.is_floating_point()
         }
         self.others = {n: b.to(device) for n, b in task.initial_of("server", "private", "weights").items()}
         self.power_vectors = PowerVectors(self.network)
@@ -233,7 +232,7 @@ class BatchedObjective(LocalObjective):
         """Statistics and counters after a step; counters are equal for all clients that take it."""
         if not step.may_be_idle:
             return moved
-        active, names = self._active(step), self._network.task.fates
+        active, names = self._active(step), self._network.task.handling
         return moved | {name: torch.where(active, moved[name], self._statistics[name]) for name in names}
 
     def _heads(self, w: Weights, x: Tensor, train: bool) -> tuple[Tensor, ...]:
@@ -252,7 +251,7 @@ class BatchedObjective(LocalObjective):
             return None
         with torch.no_grad(), self._compute_mode():
             if self._start is None:
-                return cast(Tensor, cast(nn.Module, network.teacher)(x))
+                return cast(Tensor, cast(nn.Module, network.teacher)(x.to(network.like.dtype)))
             start, buffers = self._start
             statistics = self._statistics | network.task.buffer_layout.split(buffers) | self._power_vectors(start)
             return network(self.layout.split(start), statistics, x, train=False)[0]
