@@ -153,9 +153,11 @@ def test_a_config_makes_noise_after_the_partition_and_says_all_of_it():
 def test_fedsim_partition_tells_how_many_labels_are_wrong(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("c.yaml").write_text(json.dumps(CONFIG))  # JSON is YAML, too
-    app(["partition", "c.yaml", "data.label_noise.rate=1"], standalone_mode=False)
+    with pytest.raises(SystemExit, match="0"):
+        app(["partition", "c.yaml", "data.label_noise.rate=1"])
     assert "\nlabel noise: 32 of 40 labels are wrong\n" in capsys.readouterr().out  # a client holds out 2 of 10
-    app(["partition", "c.yaml"], standalone_mode=False)
+    with pytest.raises(SystemExit, match="0"):
+        app(["partition", "c.yaml"])
     assert "label noise" not in capsys.readouterr().out
 
 

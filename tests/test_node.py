@@ -365,7 +365,7 @@ class Interrupts(FedAvg):
         ("Raises", r"KeyError: 'one\\ntwo' \(mine_that_fails.py:8\)"),
         ("Exits", r"SystemExit: 3 \(mine_that_fails.py:11\)"),
         ("Writes", r"client_update wrote server\['model'\] in place"),
-        ("Sends", "message 'model' is not a tensor"),
+        ("Sends", "gave str as 'model' in its message"),
         ("Keeps", "its state has h, which is not finite"),
         ("Interrupts", None),
     ],

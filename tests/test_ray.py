@@ -240,7 +240,7 @@ def test_an_exception_that_cannot_travel_is_told():
         (
             Sends(inner=make_strategy("fedavg"), name=1),
             ClientError,
-            "round 1, client 2: .*message 1 is not a string",
+            "round 1, client 2: .*gave 1 as a name in its message",
         ),
         (Odd(inner=make_strategy("scaffold"), change=ODD["shorter"], bad={4, 2}), ClientError, "client 2: sent "),
     ],
@@ -260,12 +260,12 @@ def test_odd_messages_leave_no_trace(change):
 
 def test_who_is_over_its_time_limit_is_dropped():
     slow = Dawdles(sleep=sleep_a_little, where="at its end", bad={2})
-    failed = simulate(slow, failures=Failures(policy="drop", time_limit=0.25)).round().failed
-    assert failed == {"2": "was over its time limit of 0.25 s"}
+    failed = simulate(slow, failures=Failures(policy="drop", time_limit=1.0)).round().failed
+    assert failed == {"2": "was over its time limit of 1 s"}
 
 
 def sleep_a_little(seconds):
-    time.sleep(seconds / 200)
+    time.sleep(seconds / 40)
 
 
 def test_a_run_that_is_left_early_leaves_the_actors_clean():

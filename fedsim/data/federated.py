@@ -62,6 +62,8 @@ class FederatedData:
                 raise ConfigError(f"data.holdout: {holdout} should be at least 0 and less than 1")
             if not (n := len(public) - int(public.sum())):
                 raise ConfigError("data: there are no training examples for clients; at least one is needed")
+            if clients > n:
+                raise ConfigError(f"data.clients: {clients} is too many for {n} examples; allowed: 1 to {n}")
             with border("data.partition", ConfigError):
                 owners = checked_owners(owners, n, clients)
             self.owners[~public] = owners

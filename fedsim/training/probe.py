@@ -140,7 +140,7 @@ class _Copy:
                 found = self._pass(x, train, shifted)
                 if train and original:
                     self._check_gradient(found, original)
-            outputs[train] = [head.detach() for head in found]
+            outputs[train] = [head.detach().clone() for head in found]
         attributes = {
             f"{attribute} of {path or 'the network'}": tensor.detach().clone()
             for path, module in self.network.named_modules()
