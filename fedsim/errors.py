@@ -8,6 +8,7 @@ from pathlib import Path
 from sysconfig import get_path
 from traceback import clear_frames, walk_tb
 
+NO_STATE = "it must depend on its arguments alone, without a state or random numbers of its own"
 STANDARD_LIBRARY = get_path("stdlib")
 NO_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory")  # what torch says
 
@@ -49,7 +50,9 @@ def border(
         if passes(error):
             raise
         plain = isinstance(error, ConfigError | RoundError | WrongReturnError)
-        raise fault(f"{whose}: {one_line(error) if plain else located(error)}") from error
+        text = f"{whose}: {one_line(error) if plain else located(error)}"
+        # contextlib takes an error caused by a StopIteration for that StopIteration.
+        raise fault(text) from (None if isinstance(error, StopIteration) else error)
 
 
 def is_own(target: object) -> bool:

@@ -255,12 +255,13 @@ def check_methods(thing: object, base: type, at: str) -> None:
         except TypeError as error:
             taken = f"{kind.__name__}.{name} does not take the arguments ({', '.join(arguments)})"
             raise ConfigError(f"{at}: {taken}: {error}") from None
-    for name in {name for part in kind.__mro__ if is_own(part) for name in _public_methods(part)}:
-        near = difflib.get_close_matches(name, methods.keys() - own, n=1, cutoff=0.85)
-        if near and not hasattr(base, name):
-            wrong = f"{kind.__name__}.{name} is never called; did you mean {near[0]!r}?"
-            way = "begin the name of a method of your own with _"
-            raise ConfigError(f"{at}: {wrong} The methods are {', '.join(methods)}; {way}")
+    for part in filter(is_own, kind.__mro__):
+        for name in vars(part) if issubclass(part, base) else ():
+            near = nearest(name, methods.keys() - vars(part).keys(), 0.85)
+            if near and name in _public_methods(part) and not hasattr(base, name):
+                wrong = f"{part.__name__}.{name} is never called; did you mean {near[0]!r}?"
+                way = "begin the name of a method of your own with _"
+                raise ConfigError(f"{at}: {wrong} The methods are {', '.join(methods)}; {way}")
 
 
 def _public_methods(kind: type) -> dict[str, Callable[..., Any]]:

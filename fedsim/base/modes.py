@@ -111,9 +111,12 @@ def own_modes() -> Iterator[None]:
 
 
 @contextmanager
-def own_thread_modes() -> Iterator[None]:
-    """The part of `own_modes` that belongs to a thread, such as gradients, autocast and the default device."""
-    if _thread_is_new():
+def own_thread_modes(*, always: bool = False) -> Iterator[None]:
+    """The part of `own_modes` that belongs to a thread, such as gradients, autocast and the default device.
+
+    With `always`, also what the code inside has left behind is undone where the thread was as a new one.
+    """
+    if not always and _thread_is_new():
         yield
         return
     with ExitStack() as entered:

@@ -15,7 +15,7 @@ from fedsim.base.catalogue import Spec
 from fedsim.base.machine import check_memory
 from fedsim.data.augment import Augmentation, check_augmentations, checked_batch
 from fedsim.data.dataset import Dataset, Flags, Ints, holdout_mask
-from fedsim.errors import ConfigError, WrongReturnError, border, name_of
+from fedsim.errors import NO_STATE, ConfigError, WrongReturnError, border, name_of
 from fedsim.types import Batch, Stream, random
 
 TRIAL_EXAMPLES = 16  # on which a network is tried before a run
@@ -155,7 +155,12 @@ class FederatedData:
         rows = self._order[:2]
         if augment and len(rows):
             with border("local.augment", ConfigError):
-                self.training_batch(torch.from_numpy(rows), augment, np.random.default_rng(0))
+                one, again = (
+                    self.training_batch(torch.from_numpy(rows), augment, np.random.default_rng(0))._asdict()
+                    for _ in range(2)
+                )
+                if not all(value is None or torch.equal(value, again[name]) for name, value in one.items()):
+                    raise WrongReturnError(f"two batches of the same examples differ; {NO_STATE}")
 
     def check_augment(self, specs: Sequence[Spec]) -> None:
         """Raise ConfigError where the resolved entries of `local.augment` do not fit these examples."""

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from fedsim.base.catalogue import Spec
 from fedsim.base.global_draws import global_states, keyed_globals, undisturbed_globals
+from fedsim.base.modes import own_thread_modes
 from fedsim.data import FederatedData
 from fedsim.errors import ConfigError, RoundError, WrongReturnError, border, is_own, name_of
 from fedsim.federated.aggregate import largest
@@ -172,17 +173,22 @@ def own_code(*parts: object) -> list[str]:
     return names
 
 
-def keyed_only(work: Work, device: torch.device, run: Callable[[], Sequence[Update]]) -> Sequence[Update]:
+def keyed_only(
+    work: Work, task: Task, device: torch.device, run: Callable[[], Sequence[Update]]
+) -> Sequence[Update]:
     """The updates of `run`; raises GlobalDrawsError if a user's code in it draws from global generators.
 
     Another thread may have moved a generator: if it moves again, two runs must agree, and not leave it in the same
     state, as seeding does.
     """
-    if not (own := getattr(work, "own_code", None)):
+    if not (own := [*getattr(work, "own_code", ()), *task.own_code]):
         return run()
     tries = list[tuple[dict[str, object], Sequence[Update], dict[str, object]]]()
     for around in (nullcontext, undisturbed_globals, undisturbed_globals):
-        with around():
+        with (
+            around(),
+            own_thread_modes(always=True),
+        ):  # those that a user's code leaves behind are not the next client's
             before = global_states(device)
             updates = run()
             after = global_states(device)

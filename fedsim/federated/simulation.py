@@ -19,6 +19,7 @@ from fedsim.base.modes import own_modes
 from fedsim.data import FederatedData
 from fedsim.data.federated import batch_sizes
 from fedsim.errors import (
+    NO_STATE,
     ClientError,
     ConfigError,
     NodeError,
@@ -188,12 +189,16 @@ class Simulation:
 
     def sample(self) -> list[int]:
         """The cohort of the next round. Raises ConfigError."""
-        with (
-            keyed_globals(self.seed, Stream.COHORT, self.number),
-            border(f"cohort: {name_of(self.cohort)}", ConfigError),
-        ):
+        with border(f"cohort: {name_of(self.cohort)}", ConfigError):
+            chosen, again = self._drawn(), self._drawn()
+            if chosen != again:
+                raise WrongReturnError(f"gave two cohorts for one round; {NO_STATE}")
+            return chosen
+
+    def _drawn(self) -> list[int]:
+        with keyed_globals(self.seed, Stream.COHORT, self.number):
             drawn = self.cohort(self.data.num_clients, random(self.seed, Stream.COHORT, self.number))
-            return ids(drawn, self.data.num_clients)
+        return ids(drawn, self.data.num_clients)
 
     @own_modes()
     def round(

@@ -6,7 +6,7 @@ from numbers import Real
 from typing import ClassVar, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedsim.base.catalogue import check_methods
 from fedsim.errors import ConfigError, WrongReturnError
@@ -108,8 +108,8 @@ def check_state(state: object, noun: str = "state", whose: str = "") -> None:
     for name, value in state.items():
         if not isinstance(name, str):
             raise WrongReturnError(f"{whose}gave {name!r} as a name in its {noun}; names are strings")
-        if not isinstance(value, Tensor) or value.layout is not torch.strided:
-            made = str(value.layout) if isinstance(value, Tensor) else type(value).__name__
+        if type(value) not in (Tensor, nn.Parameter) or value.layout is not torch.strided:
+            made = str(value.layout) if type(value) is Tensor else type(value).__name__
             raise WrongReturnError(f"{whose}gave {made} as {name!r} in its {noun}; it should be a dense tensor")
 
 

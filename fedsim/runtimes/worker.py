@@ -30,8 +30,8 @@ class Worker:
                     client = {name: _copied_to(value, self.replica.device) for name, value in item.client.items()}
                     item = item._replace(client=client)
                 with states_are_only_read(server, client):
-                    (update,) = keyed_only(work, self.replica.device, lambda: [self._update(work, server, item)])
-                    return update
+                    task, device = self.replica.task, self.replica.device
+                    return keyed_only(work, task, device, lambda: [self._update(work, server, item)])[0]
             except (SharedStateError, GlobalDrawsError, KeyboardInterrupt):
                 raise
             except torch.OutOfMemoryError as error:

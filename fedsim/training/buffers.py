@@ -62,9 +62,11 @@ def buffer_handling(
     statistics |= dict.fromkeys(running_means(network, others, examples) if others else (), "average")
     said = _said(words, {name: buffers[name] for name in buffers if name in statistics or name in others})
     if unsaid := [name for name in others if name not in statistics and name not in said]:
+        floating = any(buffers[name].is_floating_point() for name in unsaid)
         raise ConfigError(
             f"model.buffers: training changes {_named(unsaid, buffers)}, which cannot be averaged unasked; say "
-            f"average, server or private of each, such as {{{unsaid[0]}: server}}"
+            f"{'average, ' if floating else ''}server (begins anew for each client) or private (each client keeps "
+            f"its own) of each, such as {{{unsaid[0]}: server}}"
         )
     handling: dict[str, Handling] = {**statistics, **said}
     return {name: handling[name] for name in buffers if name in handling} | dict.fromkeys(power, "weights")
@@ -74,7 +76,7 @@ def _said(words: Mapping[str, BufferWord], buffers: Mapping[str, Tensor]) -> dic
     """What `model.buffers` says of each buffer; raises ConfigError."""
     said = dict[str, BufferWord]()
     if words and not buffers:
-        raise ConfigError("model.buffers: training changes no buffers of this network that need a word")
+        raise ConfigError("model.buffers: training changes no buffer of this network that it could be said of")
     for pattern, word in words.items():
         for name in matching(buffers, [pattern], "model.buffers"):
             if said.setdefault(name, word) != word:

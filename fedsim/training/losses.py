@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from fedsim.base.catalogue import Catalogue
 from fedsim.data.dataset import Ints
-from fedsim.errors import ConfigError, WrongReturnError, border, name_of
+from fedsim.errors import NO_STATE, ConfigError, WrongReturnError, border, name_of
 from fedsim.types import Batch, Positive
 
 
@@ -65,10 +65,12 @@ def check_loss(loss: LabelLoss, classes: int) -> None:
     """Raise ConfigError unless `loss` gives a loss of each of three examples, with a gradient."""
     logits, y = torch.zeros(3, classes, requires_grad=True), torch.arange(3) % classes
     with border(f"local.loss: {name_of(loss)}", ConfigError), torch.enable_grad():
-        losses = loss(logits, y)
+        losses, again = loss(logits, y), loss(logits, y)
         if not (isinstance(losses, Tensor) and losses.shape == y.shape and losses.requires_grad):
             made = f"a tensor {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
             raise WrongReturnError(f"gave {made}; it should give (3,) for 3 examples, with a gradient")
+        if not torch.equal(losses, again):
+            raise WrongReturnError(f"gave two results for the same examples; {NO_STATE}")
 
 
 LOSSES = Catalogue(

@@ -48,6 +48,8 @@ def check_trained(parameters: dict[str, nn.Parameter]) -> None:
         if other.dtype != parameter.dtype:
             types = f"{first} is {_type(parameter)} and {name} is {_type(other)}"
             raise ConfigError(f"model: {types}; trained parameters need one type, for example by .float()")
+        if other._backward_hooks or getattr(other, "_post_accumulate_grad_hooks", None):
+            raise ConfigError(f"model: {name} has a gradient hook, which copies lose; let forward do its work")
         if other.is_meta or other.layout != torch.strided:
             where = "on the meta device" if other.is_meta else "sparse"
             raise ConfigError(f"model: {name} is {where}; trained parameters are dense and have values")
@@ -68,12 +70,16 @@ def probe(network: nn.Module, shape: tuple[int, ...], classes: int, examples: Te
     if examples is None:
         examples = torch.randn(16, *shape, generator=torch.Generator().manual_seed(0))
     check_trained({n: p for n, p in network.named_parameters() if p.requires_grad})
+    if any(isinstance(m, torch.jit.ScriptModule) and [*m.buffers()] for m in network.modules()):
+        raise ConfigError("model: is TorchScript with buffers; give the nn.Module that it was made from")
     try:
         with one_thread(), globals_kept:
             return _tried(network, examples[torch.arange(max(len(examples) // 2 * 2, 4)) % len(examples)], classes)
     except ConfigError:
         raise
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise ConfigError(f"model: cannot take examples of shape {shape}: {located(error)}") from error
 
 
@@ -81,7 +87,9 @@ def _tried(network: nn.Module, examples: Tensor, classes: int) -> Findings:
     """Each of two copies must give the same whatever passes were before, of its own or of the other."""
     try:
         one, other = (_Copy(network, classes) for _ in range(2))
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise ConfigError(f"model: cannot be copied for clients that train at once: {located(error)}") from error
     a, b = torch.tensor_split(examples.to(one.dtype), 2)
     first, second = one.passes(a, original=network), other.passes(b, shifted=True)
@@ -97,9 +105,9 @@ def _tried(network: nn.Module, examples: Tensor, classes: int) -> Findings:
 
 
 class _Passes(NamedTuple):
-    """The outputs of a training and an evaluation pass, and the tensors among the modules' attributes after it."""
+    """What a training and an evaluation pass give, and the tensors among the modules' attributes after these."""
 
-    outputs: list[Tensor]
+    outputs: list[Tensor]  # of both, and the gradients and the buffers after the first
     attributes: dict[str, Tensor]
 
 
@@ -132,15 +140,20 @@ class _Copy:
         """A training and an evaluation pass at the initial parameters, or at `shifted` ones in the other order.
 
         So each kind of pass follows itself, at other parameters and examples. With the `original` network, it also
-        checks what the training pass gives a gradient.
+        checks which tensors get a gradient.
         """
         outputs = dict[bool, list[Tensor]]()
         for train in (False, True) if shifted else (True, False):
+            before = global_states(CPU)
             with torch.set_grad_enabled(train):
                 found = self._pass(x, train, shifted)
                 if train and original:
-                    self._check_gradient(found, original)
-            outputs[train] = [head.detach().clone() for head in found]
+                    self._check_leaves(found, original)
+                gradients = self._gradients(found) if train else []
+            self.global_draws[train].append(before != global_states(CPU))
+            self._compare(train, shifted)
+            buffers = [buffer.clone() for buffer in self.network.buffers()] if train else []
+            outputs[train] = [head.detach().clone() for head in found] + gradients + buffers
         attributes = {
             f"{attribute} of {path or 'the network'}": tensor.detach().clone()
             for path, module in self.network.named_modules()
@@ -148,8 +161,8 @@ class _Copy:
         }
         return _Passes(outputs[True] + outputs[False], attributes)
 
-    def _check_gradient(self, outputs: tuple[Tensor, ...], original: nn.Module) -> None:
-        """Raise ConfigError unless the parameters get dense gradients, and no tensor of others gets one."""
+    def _check_leaves(self, outputs: tuple[Tensor, ...], original: nn.Module) -> None:
+        """Raise ConfigError unless parameters of this copy get a gradient, and no tensor of others gets one."""
         if not outputs[0].requires_grad:
             raise ConfigError("model: its output has no gradient; does forward detach it, or run under no_grad?")
         own = {parameter.data_ptr() for parameter in self.parameters.values()}
@@ -162,25 +175,25 @@ class _Copy:
                 f"model: a copy computes with a tensor that requires a gradient and is not its parameter{where}; "
                 "a lambda or hook may hold it, or a list that should be an nn.ModuleList or nn.ParameterList"
             )
+
+    def _gradients(self, outputs: tuple[Tensor, ...]) -> list[Tensor]:
+        """The gradients of the trained parameters that have one; raises ConfigError where one is sparse."""
         trained = {name: p for name, p in self.parameters.items() if p.requires_grad}
         total = sum(head.double().square().sum() for head in outputs)
         gradients = torch.autograd.grad(total, list(trained.values()), allow_unused=True)  # type: ignore[arg-type]
         for name, gradient in zip(trained, gradients, strict=True):
             if gradient is not None and gradient.layout != torch.strided:
                 raise ConfigError(f"model: {name} has a sparse gradient; use sparse=False")
+        return [gradient for gradient in gradients if gradient is not None]
 
     def _pass(self, x: Tensor, train: bool, shifted: bool) -> tuple[Tensor, ...]:
         self._restore(shifted)
         if self.network.training != train:
             self.network.train(train)
         self.draws.generator.manual_seed(0)
-        before = global_states(CPU)
         with self.draws:
             output = self.network(x)
-        self.global_draws[train].append(before != global_states(CPU))
-        outputs = self._checked(output, len(x), train)
-        self._compare(train, shifted)
-        return outputs
+        return self._checked(output, len(x), train)
 
     def _start(self, name: str, shifted: bool) -> Tensor:
         moves = shifted and self.parameters[name].requires_grad
@@ -225,9 +238,12 @@ class _Copy:
             raise ConfigError(f"model: forward gives {kind}; it {wanted}, as one tensor")
         for head in outputs:
             if tuple(head.shape) != (count, self.classes):
+                several, only = (
+                    (f"{len(outputs)} tensors, one of them ", " only") if len(outputs) > 1 else ("", "")
+                )
                 raise ConfigError(
-                    f"model: gives {tuple(head.shape)} for {count} examples; "
-                    f"{self.classes} classes need ({count}, {self.classes})"
+                    f"model: gives {several}{tuple(head.shape)} for {count} examples; "
+                    f"{self.classes} classes need ({count}, {self.classes}){only}"
                 )
             if not head.is_floating_point():
                 raise ConfigError(f"model: gives {_type(head)}; it {wanted}, as floating-point numbers")
@@ -247,8 +263,8 @@ def _check_equal(before: _Passes, after: _Passes) -> None:
         raise ConfigError(f"model: attribute {moved[0]} is {STATE}; register_buffer makes it a part of the model")
     if len(before.outputs) != len(after.outputs) or not all(map(_same, before.outputs, after.outputs)):
         raise ConfigError(
-            f"model: its output depends on earlier passes, by {STATE}: an attribute, a global variable, or one of "
-            "a function such as a hook; register_buffer makes a tensor a part of the model"
+            f"model: its output, gradient or buffers depend on earlier passes, by {STATE}: an attribute, a global "
+            "variable, or one of a function such as a hook; register_buffer makes a tensor a part of the model"
         )
 
 

@@ -12,13 +12,14 @@ from annotated_types import Ge
 from fedsim.base.catalogue import Options, Spec
 from fedsim.data.augment import Augmentation
 from fedsim.data.federated import batch_sizes
-from fedsim.errors import ConfigError, WrongReturnError, border, name_of, one_line
+from fedsim.errors import NO_STATE, ConfigError, WrongReturnError, border, name_of, one_line
 from fedsim.training.layout import Layout
 from fedsim.training.losses import LabelLoss, check_loss
 from fedsim.training.optim import FOREACH, LARS, SGD, Adam, Foreach, Optimizer
 from fedsim.training.schedules import Schedule, constant
 from fedsim.types import Count, Decay, Divisor, NonNegative, Positive, Share
 
+LARGEST_LR = 2.0**127
 BASE_BATCH_SIZE = 256  # the batch size at which lr_scaling leaves `lr` as it is (Goyal et al. 2017, https://arxiv.org/abs/1706.02677)
 
 
@@ -134,6 +135,8 @@ class Recipe:
         for name in ("accumulate", "min_batch") if self.batch_size != "full" else ():
             if (value := getattr(self, name)) > self.batch_size:
                 raise ConfigError(f"local.{name}: {value} exceeds local.batch_size, {self.batch_size}")
+        if self.peak_lr > LARGEST_LR:
+            raise ConfigError(f"local.lr: {self.peak_lr:g} is more than a 32-bit number holds, {LARGEST_LR:.3g}")
         if self.drop_last and self.min_batch > 1:
             raise ConfigError("local.min_batch: local.drop_last leaves no small batch; set one of the two")
         if self.oversample and self.class_weights:
@@ -145,7 +148,10 @@ class Recipe:
     def check_schedule(self, number: int) -> float:
         """`lr_at` round `number`, from 0; raises ConfigError where the schedule gives none."""
         with border(f"local.schedule: {name_of(self.schedule)}", ConfigError):
-            return self.lr_at(number)
+            rate = self.lr_at(number)
+            if rate != self.lr_at(number):
+                raise WrongReturnError(f"gave two factors for round {number + 1}; {NO_STATE}")
+            return rate
 
     @property
     def peak_lr(self) -> float:

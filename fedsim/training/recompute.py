@@ -7,6 +7,7 @@ have their first values when a block is recomputed, and random numbers of `Keyed
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,14 +47,15 @@ class Recompute:
                 )
                 for module in block.modules()
             ]
-            return nullcontext(), self._recomputation(block, self.generator.get_state(), buffers)
+            modes = [(module, module.training) for module in block.modules()]
+            return nullcontext(), self._recomputation(block, self.generator.get_state(), buffers, modes)
 
-        def run(*args: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
             if not (self.on and torch.is_grad_enabled()):
-                return forward(*args)
+                return forward(*args, **kwargs)
             args = tuple(list(arg) if isinstance(arg, list) else arg for arg in args)  # DenseNet extends its list
             return checkpoint(
-                forward,
+                partial(forward, **kwargs),
                 *args,
                 use_reentrant=False,
                 preserve_rng_state=False,
@@ -64,12 +66,16 @@ class Recompute:
         return run
 
     @contextmanager
-    def _recomputation(self, block: nn.Module, draws: Tensor, buffers: list[Buffers]) -> Iterator[None]:
-        """Training mode with the random numbers and copies of the `buffers` of the first pass."""
-        now, training = self.generator.get_state(), block.training  # False if used as a teacher since
+    def _recomputation(
+        self, block: nn.Module, draws: Tensor, buffers: list[Buffers], modes: list[tuple[nn.Module, bool]]
+    ) -> Iterator[None]:
+        """The modes, random numbers and copies of the `buffers` of the first pass."""
+        now = self.generator.get_state()
         own = [(current, dict(current)) for current, _ in buffers]
+        used = [(module, module.training) for module in block.modules()]  # False if used as a teacher since
         self.generator.set_state(draws)
-        block.train()
+        for module, training in modes:
+            module.training = training
         try:
             for current, first in buffers:
                 current.update(first)
@@ -77,6 +83,7 @@ class Recompute:
                 yield
         finally:
             self.generator.set_state(now)
-            block.train(training)
+            for module, training in used:
+                module.training = training
             for current, values in own:
                 current.update(values)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from functools import cached_property
 from types import MappingProxyType
 
 import torch
@@ -9,13 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedsim.base.modes import own_thread_modes
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, name_of
 from fedsim.training.buffers import Handling, buffer_handling, power_vectors
 from fedsim.training.layout import Layout
 from fedsim.training.probe import copied, probe
 from fedsim.training.recompute import blocks_of
 from fedsim.types import BufferWord, State
 
+LIBRARIES = ("fedsim.", "torch.", "torchvision.")
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -65,6 +67,12 @@ class Task:
                     f"{self.initial_model.dtype}, as the trained parameters are"
                 )
         self.initial_buffers = self.buffer_layout.flatten(statistics).to(self.initial_model.dtype)
+
+    @cached_property
+    def own_code(self) -> list[str]:
+        """The names of the modules' classes that are neither fedsim's nor PyTorch's."""
+        kinds = dict.fromkeys(type(module) for module in self.network.modules())
+        return [name_of(kind) for kind in kinds if not name_of(kind).startswith(LIBRARIES)]
 
     def initial_of(self, *handling: Handling) -> State:
         """The initial values of the buffers that are handled in one of these ways, by name; not copies."""

@@ -204,7 +204,8 @@ class Vectorized(Runtime):
     def _attempt(self, network: Network, batch: Sequence[Client]) -> list[Outcome]:
         """The update or error of each client; a batch that fails is halved until the failing client is found."""
         try:
-            return list(keyed_only(batch[0].work, network.device, lambda: self._updates(network, batch)))
+            work = batch[0].work
+            return list(keyed_only(work, network.task, network.device, lambda: self._updates(network, batch)))
         except (SharedStateError, GlobalDrawsError, KeyboardInterrupt):
             raise
         except torch.OutOfMemoryError as error:

@@ -99,9 +99,10 @@ class BatchedDraws(TorchFunctionMode):
 
 def _shared_target(func: Callable[..., Any], whose: str) -> ConfigError:
     """The error for a draw in place that `vmap` loses."""
+    name = getattr(func, "__name__", func)
     return ConfigError(
-        f"{whose}: draws in place into a tensor that all clients share ({getattr(func, '__name__', func)}); runtime "
-        "vectorized does not support that, threads does; or use torch.randn, torch.rand and others"
+        f"{whose}: draws in place into a tensor that all clients share ({name}); runtime vectorized does not "
+        "support that, threads does; or use torch.randn, torch.rand and others"
     )
 
 
