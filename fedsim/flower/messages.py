@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 from fedsim.flower.transport import Encoded, Transport
 from fedsim.types import State
 
-FORMAT = 1  # of all these messages; server and node must have the same
+FORMAT = 2  # of all these messages; server and node must have the same
 
 
 class Hello(NamedTuple):
@@ -21,11 +21,17 @@ class Invitation(NamedTuple):
 
 
 class Joined(NamedTuple):
-    """A node's name, and the reason if it does not take part in the run that it was invited to."""
+    """A node's name, and the reason if it does not take part in the run that it was invited to.
+
+    A node that takes part agrees to its numbers of examples for this run.
+    """
 
     name: str
     versions: dict[str, str]  # of fedsim, torch, numpy and Python on the node
     error: str | None = None  # None if the node takes part
+    examples: int = 0  # n_k, that it trains on
+    tested: int = 0  # examples that it evaluates its own model on
+    notes: tuple[str, ...] = ()  # what the other side should know, one line each
 
 
 class Order(NamedTuple):

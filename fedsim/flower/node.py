@@ -153,7 +153,8 @@ class Node:
         except Exception as error:
             return Joined(self.settings.name, versions(), _error_line(error))
         self.role = role
-        return Joined(self.settings.name, versions())
+        n = len(self.dataset.y_train)
+        return Joined(self.settings.name, versions(), None, n, len(self.dataset.y_test) or n)
 
     def work(self, order: Order) -> Answer:
         """Train or evaluate; the answer says why where that fails. Raises only what ends the process."""
