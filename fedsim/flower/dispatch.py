@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from fedsim.data import FederatedData
-from fedsim.errors import NodeError
+from fedsim.errors import NodeError, located
 from fedsim.federated.aggregate import Aggregator, largest
 from fedsim.federated.client import EvaluateClient, Train
 from fedsim.federated.fold import Fold
@@ -209,6 +209,8 @@ class Dispatch:
             return self._checked(flight, answer)._replace(bytes=reply.bytes)
         except ValueError as error:
             return self._failed(flight, f"its answer {error}")
+        except Exception as error:  # a stranger's bytes may end its client's part in a round, not the round
+            return self._failed(flight, f"its answer cannot be used: {located(error)}")
 
     def _checked(self, flight: Flight, answer: Answer) -> Answered:
         """The update that a node answered; raises ValueError where it cannot be one."""

@@ -4,7 +4,6 @@ It computes with the very same functions as a simulation's workers. Nothing here
 """
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from fedsim.federated.client import (
     initial_server_state,
 )
 from fedsim.federated.fold import cause, compact
-from fedsim.flower.messages import Answer, Invitation, Joined, Order, failure
+from fedsim.flower.messages import NAME, Answer, Invitation, Joined, Order, failure
 from fedsim.flower.plan import Allow, Examples, Parts, Plan, digest, parts_of
 from fedsim.flower.state_files import RUN, StateFiles, StoredState, needed
 from fedsim.flower.transport import ROUNDED, TRANSPORTS, encode
@@ -39,7 +38,6 @@ from fedsim.training.precision import check_precision
 from fedsim.training.small_batches import clients_to_leave_out
 from fedsim.types import Form, Job, Positive, State, described, form_of
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MAX_ROUNDS = 10**9 - 1
 
 
