@@ -131,7 +131,7 @@ class RoundInfo(NamedTuple):
     num_clients: int  # N
     generator: torch.Generator  # for server-side noise
     cohort_examples: int  # the sum of n_k over the cohort
-    total_examples: int | None  # n, over all clients; None until every client on a node has reported its number
+    total_examples: int | None  # n, over all clients; None until every node has joined
 
     @property
     def held(self) -> int:
@@ -147,7 +147,7 @@ class RoundInfo(NamedTuple):
     def share(self) -> float:
         """The cohort's share of all examples: the sum of n_k / n over it; raises RoundError."""
         if self.total_examples is None:
-            raise RoundError("some clients have not reported how many examples they hold; begin with cohort=all")
+            raise RoundError("some nodes have not joined, so the number of all examples is not known")
         return self.cohort_examples / self.total_examples
 
     @property

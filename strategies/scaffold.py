@@ -46,6 +46,9 @@ class Scaffold(Strategy):
         c_new = torch.where(k_lr > 0, c_k - c + (x - y) / k_lr, c_k)  # line 12
         return Update({"delta": y - x, "delta_c": c_new - c_k}, weight=1.0, client={"c": c_new})
 
+    def max_weight(self, num_examples: int, num_steps: int) -> float:
+        return 1.0
+
     def server_update(self, server: State, mean: State, info: RoundInfo) -> State:
         return {
             "model": server["model"] + self.server_lr * mean["delta"],

@@ -328,31 +328,38 @@ TRICKS = {
 ON_A_WIRE = dict([*LIES.items()][::2]) | TRICKS
 
 
+class Liar:
+    """Tells one lie in each round in which its client is asked; `told` has their names by round, from 0."""
+
+    def __init__(self, names):
+        self.left, self.told = [*names], dict[int, str]()
+
+    def lie(self, number):
+        """The name of the round's lie; empty when all are told."""
+        if number not in self.told and self.left:
+            self.told[number] = self.left.pop(0)
+            print(f"round {number + 1} lie: {self.told[number]}", flush=True)
+        return self.told.get(number, "")
+
+
 def main(path):
     """A node that tells one lie in each of its rounds, and prints which; when it dies it comes back."""
     from fedsim.flower.node import Node, NodeSettings
     from fedsim.flower.run_connection import address_of
 
-    settings, honest = NodeSettings.read(Path(path)), node_process.respond
-    left = dict(ON_A_WIRE)
-    told, before, trick = dict[int, str](), [], []
+    settings, honest, liar = NodeSettings.read(Path(path)), node_process.respond, Liar(ON_A_WIRE)
+    before, trick = [], []
 
     def respond(node, content):
         answer = honest(node, content)
         trick.clear()
-        if wire.kind(content) != Order.__name__:
-            return answer
-        number = wire.read(Order, content).round
-        if number not in told:
-            told[number] = next(iter(left), "")
-            left.pop(told[number], None)
-            print(f"round {number + 1} lie: {told[number]}", flush=True)
-        if lie := LIES.get(told[number]):
-            content = lie.told(answer)
-            if isinstance(content, str):
-                raise ValueError(content)
-            return content
-        trick.extend([TRICKS[told[number]].told] if told[number] else [])
+        name = liar.lie(wire.read(Order, content).round) if wire.kind(content) == Order.__name__ else ""
+        if name in LIES:
+            answer = LIES[name].told(answer)
+            if isinstance(answer, str):
+                raise ValueError(answer)
+        elif name:
+            trick.append(TRICKS[name].told)
         return answer
 
     def deliver(link, message, content):
@@ -365,7 +372,7 @@ def main(path):
     node_process.respond, node_process._deliver = respond, deliver
     while pid := os.fork():
         print("ended with", os.waitpid(pid, 0)[1], flush=True)
-        left.clear()
+        liar.left.clear()
     with Node(settings) as node:
         node_process.serve(node, address_of(settings.superlink, settings.ca, settings.insecure), settings.key)
 

@@ -19,28 +19,31 @@ LIES, TRICKS = hostile.LIES, hostile.TRICKS
 QUICK = {"local": CONFIG["local"] | {"batch_size": 12}, "model": {"name": "cnn_bn", "widths": [2, 3]}}
 
 
-def wrong(kinds, records):
-    """Which kinds of answers were not refused, or for another reason than theirs."""
-    found = [record["failed"].get("0", "not refused") for record in records]
+def wrong(told, records):
+    """Which lies of those told, by round, were not refused, or for another reason than theirs."""
+    found = {name: records[number]["failed"].get("0", "not refused") for number, name in told.items()}
     return {
         name: why[:300]
-        for name, why in zip(kinds, found, strict=True)
+        for name, why in found.items()
         if not (re.search((LIES | TRICKS)[name].reason, why) and why.isprintable() and len(why) < 450)
     }
 
 
 def test_a_lie_costs_its_own_client_only(tmp_path, monkeypatch):
     """Whatever a node answers: the reason is said, and the model is as if the node had not been asked."""
-    config = dropping("scaffold", rounds=len(LIES), **QUICK)
+    liar, records = hostile.Liar(LIES), []
     with closing(Lab(tmp_path, monkeypatch)) as here:
-        simulation, kinds = here.simulation(config), [*LIES.values()]
-        here.spoil = lambda name, content: (
-            kinds[simulation.number].told(content) if name == "client-00" else content
-        )
-        records = played(simulation, len(LIES))
-    assert wrong(LIES, records) == {}
-    assert [{*record["failed"]} for record in records] == [{"0"}] * len(LIES)
-    assert played(without(build(config), [record["failed"] for record in records]), len(LIES)) == records
+        simulation = here.simulation(config := dropping("scaffold", **QUICK))
+
+        def spoil(name, content):
+            return LIES[liar.lie(simulation.number)].told(content) if name == "client-00" else content
+
+        here.spoil = spoil
+        while liar.left:
+            records.append(shown(simulation.round()))
+    assert wrong(liar.told, records) == {}
+    assert [{*record["failed"]} for record in records] == [{"0"}] * len(records)
+    assert played(without(build(config), [record["failed"] for record in records]), len(records)) == records
 
 
 # On real processes
@@ -54,7 +57,7 @@ def memory(process):
 @pytest.mark.slow
 def test_a_real_node_that_lies_costs_its_own_client_only(tmp_path):
     """Also with what only a process can do: more than one answer, answers to others, in part, late; it dies."""
-    rounds = len(hostile.ON_A_WIRE) + 8  # in some of which it is not there yet, or already honest
+    rounds = len(hostile.ON_A_WIRE) + 20  # in some of which it is not there yet, or already honest
     config = dropping("scaffold", rounds=rounds, **QUICK)
     write_shards(build_data(config), tmp_path / "shards")
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(CONFIG | QUICK | {"strategy": "scaffold", "rounds": rounds}))
@@ -91,14 +94,14 @@ def test_a_real_node_that_lies_costs_its_own_client_only(tmp_path):
         assert driver.returncode == 0, tail(driver)
         told = re.findall(r"round (\d+) lie: (.+)", (federation.folder / f"{names[0]}.log").read_text())
     found = [json.loads(line) for line in lines.read_text().splitlines()]
-    records, kinds = [shown(record) for record in found], {int(number): kind for number, kind in told}
-    slowest = sorted((found[number - 1]["seconds"], kind) for number, kind in kinds.items())[-12:]
+    records, told = [shown(record) for record in found], {int(number) - 1: name for number, name in told}
+    slowest = sorted((found[number]["seconds"], name) for number, name in told.items())[-12:]
     print(
         *(f"{each / 2**20:.0f}" for each in (taken[0], max(taken), taken[-1])), "MiB at first, at most, at the end"
     )
     print("slowest:", *slowest)
-    assert [*kinds.values()] == [*hostile.ON_A_WIRE]
-    assert wrong(kinds.values(), [records[number - 1] for number in kinds]) == {}
+    assert [*told.values()] == [*hostile.ON_A_WIRE]
+    assert wrong(told, records) == {}
     assert all({*record["failed"]} <= {"0"} for record in records)
     assert records[-1]["failed"] == {}
     assert played(without(build(config), [record["failed"] for record in records]), rounds) == records

@@ -271,6 +271,9 @@ class Steps(FedAvg):
         start, end = local.loss(x), local.loss(w)
         return Update({"delta": w - x}, weight=local.num_examples * (1 + (start - end).abs()))
 
+    def max_weight(self, num_examples, num_steps):
+        return 100 * num_examples
+
 
 def test_a_strategy_that_steps_by_itself_agrees_with_serial():
     assert_agree(pair(Steps(), sizes=(8, 5, 8, 5, 3)))

@@ -304,6 +304,14 @@ def batch_sizes(examples: int, batch_size: int, least: int = 1) -> list[int]:
     return sizes
 
 
+def batch_count(examples: int, batch_size: int, least: int = 1) -> tuple[int, int]:
+    """How many batches `batch_sizes` gives, and the largest size, without a list of them."""
+    whole, rest = divmod(examples, batch_size)
+    if not whole:
+        return min(rest, 1), rest
+    return whole + (rest >= max(least, 1)), batch_size + (rest if rest < least else 0)
+
+
 def public_mask(dataset: Dataset, share: float | Literal["all"], seed: int) -> Flags:
     """(n,) True for the training examples that belong to the server: all, or a random `share`, rounded down."""
     n = len(dataset.y_train)

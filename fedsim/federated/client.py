@@ -1,6 +1,6 @@
 """The work of a client: training and evaluation, the same functions in every runtime."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from math import isfinite
@@ -16,6 +16,7 @@ from fedsim.base.modes import own_thread_modes
 from fedsim.data import FederatedData
 from fedsim.errors import ConfigError, RoundError, WrongReturnError, border, is_own, name_of
 from fedsim.federated.aggregate import largest
+from fedsim.federated.claims import Bounds, first_wrong, training_bounds, training_claims
 from fedsim.federated.strategy import Strategy, check_state, checked_update
 from fedsim.training.local import ClientObjective
 from fedsim.training.objective import KeyedObjective, LocalObjective
@@ -54,8 +55,26 @@ class Train:
         local = ClientObjective(replica, data, job, home["buffers"], self.recipe, self.seed, self.time_limit, own)
         update = self.client_update(server, client, local, replica.draws if self.own_code else None)
         local.check_time()
-        check_update(update, client)
+        self.check_update(update, client, len(data.rows(job.client_id)), server["model"].dtype)
         return update
+
+    def bounds(self, num_examples: int, dtype: torch.dtype) -> Bounds:
+        """What a client with so many examples may give beside its message; losses have that dtype."""
+        return training_bounds(self.strategy, self.recipe, num_examples, dtype)
+
+    def check_update(self, update: Update, before: State, num_examples: int, dtype: torch.dtype) -> None:
+        """Raise if the update of a client, whose state was `before`, cannot be used.
+
+        ArithmeticError, if the state has another form, or a number is not finite; WrongReturnError, if a number is
+        larger than the strategy declares.
+        """
+        sums = {name: float(value) for name, value in update.metrics.items()}
+        check_finite(update.client, before, sums)
+        weight = float(update.weight.detach() if isinstance(update.weight, Tensor) else update.weight)
+        if wrong := first_wrong(training_claims(weight, sums, self.bounds(num_examples, dtype))):
+            declared = "max_weight" if wrong.name == "weight" else "max_steps"
+            advice = f"; if more is right, override {declared}" if wrong.value > wrong.most else ""
+            raise WrongReturnError(f"{type(self.strategy).__name__}.client_update: gave the {wrong}{advice}")
 
     @property
     def own_code(self) -> list[str]:
@@ -212,16 +231,15 @@ def equal(a: Update, b: Update) -> bool:
     return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
-def check_update(update: Update, before: State) -> None:
-    """Raise ArithmeticError if the client's state has another form than `before`, or a number is not finite."""
-    state = update.client
+def check_finite(state: State, before: State, sums: Mapping[str, float]) -> None:
+    """Raise ArithmeticError if a client's state has another form than `before`, or a number is not finite."""
     if form_of(state) != form_of(before):
         raise ArithmeticError(f"its state is {described(form_of(state))}, and was {described(form_of(before))}")
     for name, value in state.items():
         if value.is_floating_point() and not isfinite(largest(value)):
             raise ArithmeticError(f"its state has {name}, which is not finite")
-    for name, value in update.metrics.items():
-        if not isfinite(value):
+    for name, number in sums.items():
+        if not isfinite(number):
             raise ArithmeticError(f"{name} is not finite")
 
 

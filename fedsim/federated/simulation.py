@@ -32,6 +32,7 @@ from fedsim.errors import (
 )
 from fedsim.federated.aggregate import Aggregator, WeightedMean, largest
 from fedsim.federated.availability import Attempt, Availability
+from fedsim.federated.claims import clients_above, training_bounds
 from fedsim.federated.client import (
     RESERVED,
     EvaluateClient,
@@ -77,11 +78,15 @@ class Failures:
     With `drop`, a round needs answers from `min_clients` clients. A client fails if it raises an exception, if its
     message or state is not finite or has other tensors than those of most clients, or if it takes longer than
     `time_limit` seconds, which is checked before each batch and at the end.
+
+    No client may hold more than `max_examples` training examples, by which most strategies weight it. A node with
+    more cannot join; in a simulation such clients end the start of the run, or with `drop` are left out.
     """
 
     policy: Literal["raise", "drop"] = "raise"
     min_clients: Count = 1
     time_limit: Positive | None = None
+    max_examples: Count | None = None
 
 
 class Round(NamedTuple):
@@ -147,6 +152,8 @@ class Simulation:
         data.check_augmented(recipe.augment)
         with border(f"strategy: {type(strategy).__name__}.check", ConfigError):
             strategy.check(recipe, task.layout)
+        with border(f"strategy: {type(strategy).__name__}", ConfigError):
+            training_bounds(strategy, recipe, 1, task.initial_model.dtype)
         if availability:
             if data.clients_are_remote:
                 raise ConfigError(
@@ -154,7 +161,9 @@ class Simulation:
                 )
             availability.check(data.num_clients)
         check_recalibration(recalibrate, strategy.buffers, task, data)
-        self.left_out = clients_to_leave_out(task, data, recipe, drop=failures.policy == "drop")  # and why
+        drop = failures.policy == "drop"
+        self.left_out = clients_to_leave_out(task, data, recipe, drop=drop)  # and why
+        self.left_out |= clients_above(failures.max_examples, data, drop=drop)
         self.strategy, self.task, self.data, self.runtime, self.cohort = strategy, task, data, runtime, cohort
         self.recipe, self.failures, self.availability, self.seed = recipe, failures, availability, seed
         self.config = config

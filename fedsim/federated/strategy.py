@@ -55,6 +55,21 @@ class Strategy(ABC):
         """(P,) the model that a client uses for its own examples; personalised strategies override it."""
         return server["model"]
 
+    def max_weight(self, num_examples: int, num_steps: int) -> float:
+        """The largest weight of an update from a client of n_k examples and K_k steps; n_k by default.
+
+        A client whose update has a larger one fails: no client counts for more than the algorithm says.
+        """
+        return num_examples
+
+    def max_steps(self, num_steps: int) -> int:
+        """The most mini-batch gradients that a client computes in a round, if `train` takes `num_steps`.
+
+        By default as many; a strategy that trains twice gives 2 * num_steps. Where `local.steps` is less than a
+        pass over all examples, `num_steps` is such a pass, because `local.gradient` makes one.
+        """
+        return num_steps
+
 
 @dataclass(frozen=True, kw_only=True)
 class Wrapper(Strategy):
@@ -86,6 +101,12 @@ class Wrapper(Strategy):
 
     def client_model(self, server: State, client: State, layout: Layout) -> Tensor:
         return self.inner.client_model(server, client, layout)
+
+    def max_weight(self, num_examples: int, num_steps: int) -> float:
+        return self.inner.max_weight(num_examples, num_steps)
+
+    def max_steps(self, num_steps: int) -> int:
+        return self.inner.max_steps(num_steps)
 
 
 def check_strategy(strategy: object) -> None:

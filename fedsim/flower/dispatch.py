@@ -14,6 +14,7 @@ import torch
 from fedsim.data import FederatedData
 from fedsim.errors import NodeError, located
 from fedsim.federated.aggregate import Aggregator, largest
+from fedsim.federated.claims import Bounds, Claim, evaluation_claims, first_wrong, training_claims
 from fedsim.federated.client import EvaluateClient, Train
 from fedsim.federated.fold import Fold
 from fedsim.federated.runtime import Outcomes, Results
@@ -31,9 +32,8 @@ MAX_ANSWER_RATIO = 16  # times what a client is sent, and
 MAX_ANSWER_EXTRA = 2**26  # bytes more, that it may answer
 GRACE_SECONDS = 30.0  # that a SuperLink may be out of reach before there is another Flower run
 MAX_INVITATIONS = 3  # in a round, to a node that says that it does not know the plan
-MAX_EXAMPLES = 2**40  # of a client; and its weight at most
 MAX_VALUE = 2.0**63  # of an entry of its message; servers square it, in float32
-MAX_METRIC = 1e300  # so that there is a sum of all
+MAX_SECONDS = 1e9  # that a node says it took
 SUMS = {Train: {"loss", "examples", "steps"}, EvaluateClient: {"loss", "examples", "correct"}}
 
 
@@ -83,6 +83,7 @@ class Dispatch:
         self.federation, self.work, self.data, self.transport = federation, work, data, transport
         self.wait = federation.timing.wait if work.wait_for_absent else 0.0
         self.broadcast = wire.arrays(encode(server, "exact")[0])  # once, whoever gets it
+        self.dtype = server["model"].dtype  # of losses
         self.most = MAX_ANSWER_EXTRA + MAX_ANSWER_RATIO * sum(value.nbytes for value in server.values())
         self.todo: list[Waiting] = []
         self.flights: dict[str, Flight] = {}  # by message
@@ -116,6 +117,7 @@ class Dispatch:
     def _answers(self, jobs: Iterable[Job]) -> Generator[Answered, None, None]:
         """The answer to each job's order, as they come."""
         self.federation.gather()
+        self.data.sizes[:] = self.federation.roster.examples
         self.began = last = last_contact = monotonic()
         self._wait_for(jobs, self.wait)
         link_failed = False
@@ -217,22 +219,40 @@ class Dispatch:
         job, trained = flight.job, isinstance(self.work, Train)
         message = decode(answer.message, self.most)
         version, sums = job.round + 1 if trained and job.client else 0, answer.metrics
-        kept, known = (answer.version, answer.mark), 1 <= answer.examples <= MAX_EXAMPLES if trained else True
-        if not known or kept[0] != version or not 0 <= kept[1] < 2**62:
-            held, which = str(answer.examples)[:20], str(kept)[:40]
-            raise ValueError(f"has {held} examples and keeps {which}, which cannot be")
-        if strange := [name for name, value in sums.items() if not -MAX_METRIC <= value <= MAX_METRIC]:
-            raise ValueError(f"has {strange[0]}, which is not finite")
-        if MAX_EXAMPLES < answer.weight < inf:  # the sum names weights that are no numbers
-            raise ValueError(f"has the weight {answer.weight:g}, which is too large: above {MAX_EXAMPLES:.2g}")
+        kept = answer.version, answer.mark
+        if kept[0] != version or not 0 <= kept[1] < 2**62:
+            raise ValueError(f"keeps {str(kept)[:40]}, which cannot be")
+        self._check_claims(flight, answer)
         for name, value in message.items():
             if value.is_floating_point() and MAX_VALUE < largest(value) < inf:
                 raise ValueError(f"has {name}, which is too large: above {MAX_VALUE:.2g}")
-        if (sums or not trained) and (sums.keys() != SUMS[type(self.work)] or sums["examples"] < 1):
-            raise ValueError("has other metrics than its work gives")  # none where nothing was minimised
         metrics = {name: torch.tensor(value, dtype=torch.double) for name, value in sums.items()}
         client = {"version": torch.tensor(kept)} if trained and job.client else {}
         return Answered(job, flight.since, Update(message, answer.weight, client, metrics), 0, answer.examples)
+
+    def _check_claims(self, flight: Flight, answer: Answer) -> None:
+        """Raise ValueError where a number cannot be true, by what the node agreed to when it joined."""
+        agreed, work, sums = self.federation.roster.sizes[self._name(flight.job)], self.work, answer.metrics
+        trained = isinstance(work, Train)
+        if (sums or not trained) and sums.keys() != SUMS[type(work)]:  # none where nothing was minimised
+            raise ValueError("has other metrics than its work gives")
+        held, known = (answer.examples, agreed.examples) if trained else (sums["examples"], agreed.tested)
+        if held != known:
+            self.federation.roster.forget(flight.node)  # to agree to another number, if its data have changed
+            raise ValueError(f"has {str(held)[:20]} examples, and the node joined with {known}")
+        claims = [Claim("seconds", answer.seconds, 0, MAX_SECONDS)]
+        if isinstance(work, Train):
+            claims += training_claims(answer.weight, sums, self._bounds(work, agreed.examples))
+        else:
+            claims += evaluation_claims(sums, agreed.tested, self.dtype)
+        if wrong := first_wrong(claims):
+            raise ValueError(f"has {wrong}")
+
+    def _bounds(self, work: Train, examples: int) -> Bounds:
+        try:
+            return work.bounds(examples, self.dtype)
+        except Exception as error:  # of a strategy of the user's
+            raise ValueError(f"cannot be checked: {located(error)}") from None
 
     def _gone(self, flight: Flight, why: str) -> None:
         """Let a client whose node went away wait for the node."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fedsim.errors import ConfigError, RoundError, one_line
 from fedsim.experiment.checkpoint import versions
+from fedsim.federated.claims import MAX_EXAMPLES
 from fedsim.flower import wire
 from fedsim.flower.messages import NAME, Hello, Invitation, Joined
 
@@ -30,6 +31,13 @@ class Seen(NamedTuple):
     why: str = WAITING  # the reason why it does not take part; empty if it does
 
 
+class Sizes(NamedTuple):
+    """The numbers of examples that a node agreed to when it joined."""
+
+    examples: int  # n_k
+    tested: int  # on which it evaluates its own model; 0 if only n_k is known, from a checkpoint
+
+
 class Asked(NamedTuple):
     """A question that a node has not answered yet."""
 
@@ -41,8 +49,9 @@ class Roster:
     """The nodes of a run, by name; it finds and invites them over the link that is in use.
 
     `names` is empty until it is known which nodes take part. Client k is then the k-th name, and no other node
-    receives the plan. `keys` maps names to public keys: a node may use one of these names only if it has that key,
-    and no other name at all. `key_of` returns the keys of the connected nodes, by node id.
+    receives the plan. A node that joins agrees to its numbers of examples. `keys` maps names to public keys: a
+    node may use one of these names only if it has that key, and no other name at all. `key_of` returns the keys of
+    the connected nodes, by node id.
     """
 
     def __init__(
@@ -51,6 +60,8 @@ class Roster:
         self.keys, self._key_of = keys, key_of
         self.names: list[str] = []
         self.joined: dict[str, int] = {}  # node ids, by name
+        self.sizes: dict[str, Sizes] = {}  # by name, of all that have joined so far
+        self.max_examples = MAX_EXAMPLES  # n_k of a node that may join
         self.online: set[int] = set()
         self._seen: dict[int, Seen] = {}  # by node
         self._asked: dict[str, Asked] = {}  # by message
@@ -78,10 +89,10 @@ class Roster:
             if reply.gone:
                 self._seen.pop(asked.node, None)
                 continue
-            name, why = self._heard(asked.node, reply, keys)
+            name, sizes, why = self._heard(asked, reply, keys)
             self._seen[asked.node] = Seen(now, name, why if asked.invited else why or WAITING)
             if not why and asked.invited:
-                self._join(name, asked.node)
+                self._join(name, asked.node, sizes)
             elif not why:
                 wanted.add(asked.node)
         self._ask(link, wanted, invitation)
@@ -95,6 +106,11 @@ class Roster:
     def complete(self) -> bool:
         """Whether all of the run's nodes have joined."""
         return self.joined.keys() >= {*self.names}
+
+    @property
+    def examples(self) -> list[int]:
+        """n_k of each client; 0 while its node has not joined."""
+        return [self.sizes[name].examples if name in self.sizes else 0 for name in self.names]
 
     def too_few_accept(self, clients: int) -> bool:
         """Whether every connected node has answered and fewer than needed accept, so that waiting cannot help."""
@@ -160,25 +176,38 @@ class Roster:
         self._asked |= {message: Asked(node, invitation is not None) for message, node in sent.items()}
         self._seen |= {node: Seen(now, self._seen[node].name if node in self._seen else "") for node in new}
 
-    def _heard(self, node: int, reply: "Reply", keys: dict[int, bytes]) -> tuple[str, str]:
-        """A node's name, and the reason why it cannot take part, which is empty if it can."""
+    def _heard(self, asked: Asked, reply: "Reply", keys: dict[int, bytes]) -> tuple[str, Sizes, str]:
+        """A node's name and sizes, and the reason why it cannot take part, which is empty if it can."""
+        node, name, sizes = asked.node, "", Sizes(0, 0)
         if reply.error is not None or reply.content is None:
-            return "", f"node {node}: {reply.error}"
+            return name, sizes, f"node {node}: {reply.error}"
         try:
             joined = wire.read(Joined, reply.content)
         except ValueError as wrong:
-            return "", f"node {node}: {wrong}"
-        name = one_line(joined.name)
+            return name, sizes, f"node {node}: {wrong}"
+        if not NAME.fullmatch(joined.name):  # nor has a node that could not read its settings
+            return name, sizes, f"node {node}: {joined.error or f'its name {joined.name[:70]!r} is none'}"
+        name, sizes = joined.name, Sizes(joined.examples, joined.tested)
         if self.keys is not None and (name not in self.keys or keys.get(node) != self.keys[name]):
-            return "", f"a node uses the name {name} without having the key that belongs to this name"
+            return "", sizes, f"a node uses the name {name} without having the key that belongs to this name"
         if self.named and name not in self.names:
-            return name, "is not one of this run's nodes"
+            return name, sizes, "is not one of this run's nodes"
         if joined.error is not None:
-            return name, one_line(joined.error)
-        if not NAME.fullmatch(joined.name):
-            return "", f"node {node}: {name!r} is no name of a node"
+            return name, sizes, one_line(joined.error)
+        if asked.invited and (why := self._unusable(sizes)):
+            return name, sizes, why
         self._compare(name, joined.versions)
-        return name, ""
+        return name, sizes, ""
+
+    def _unusable(self, sizes: Sizes) -> str | None:
+        """Why a node with these numbers of examples may not join, if it may not."""
+        for number, what, most, which in (
+            (sizes.examples, "examples", self.max_examples, " (failures.max_examples)"),
+            (sizes.tested, "examples to test on", MAX_EXAMPLES, ""),
+        ):
+            if not 1 <= number <= most:
+                return f"has {str(number)[:20]} {what}; allowed: 1 to {most}{which if most < MAX_EXAMPLES else ''}"
+        return None
 
     def _compare(self, name: str, theirs: dict[str, str]) -> None:
         """Warn of versions with which results may differ in the last bits."""
@@ -187,7 +216,11 @@ class Roster:
                 text = "nodes: %s has %s %s, the server has %s; results may differ by rounding errors"
                 log.warning(text, name, package, one_line(there), here)
 
-    def _join(self, name: str, node: int) -> None:
+    def _join(self, name: str, node: int, sizes: Sizes) -> None:
+        before = self.sizes.get(name, sizes).examples
+        if sizes.examples != before:
+            log.warning("nodes: %s now has %d examples, and had %d", name, sizes.examples, before)
+        self.sizes[name] = sizes
         if self.joined.get(name, node) != node:
             log.warning("nodes: %s has joined a second time; its first connection is no longer used", name)
         self.joined = {other: there for other, there in self.joined.items() if there != node} | {name: node}

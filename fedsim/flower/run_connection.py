@@ -16,7 +16,7 @@ from fedsim.flower.app import flower_app
 from fedsim.flower.internals import Link, LinkError, Superlink, listed
 from fedsim.flower.messages import Invitation
 from fedsim.flower.plan import digest
-from fedsim.flower.roster import Roster, read_keys
+from fedsim.flower.roster import Roster, Sizes, read_keys
 from fedsim.types import State
 
 log = logging.getLogger(__name__)
@@ -189,10 +189,11 @@ class RunConnection:
         names = self.roster.names
         return {"name": "flower", "run": self.run, "nodes": names, "sizes": sizes} if names else None
 
-    def restore(self, run: str, names: list[str]) -> None:
-        """Go on with a run and its nodes; raises ConfigError if other nodes are set."""
+    def restore(self, run: str, names: list[str], sizes: list[int]) -> None:
+        """Go on with a run, its nodes and their n_k; raises ConfigError if other nodes are set."""
         if self.roster.names not in ([], names):
             raise ConfigError(
                 f"runtime.nodes: is {', '.join(self.roster.names)}, but the run has {', '.join(names)}"
             )
         self.run, self.roster.names = run, names
+        self.roster.sizes = {name: Sizes(n, 0) for name, n in zip(names, sizes, strict=True) if n}

@@ -10,6 +10,7 @@ from fedsim.base.catalogue import Spec
 from fedsim.data import FederatedData
 from fedsim.errors import ConfigError
 from fedsim.federated.aggregate import Aggregator
+from fedsim.federated.claims import MAX_EXAMPLES
 from fedsim.federated.client import EvaluateClient, Train, Work
 from fedsim.federated.runtime import Outcomes, Results, Runtime
 from fedsim.flower import needs_flwr
@@ -81,6 +82,7 @@ class Flower(Runtime):
             raise ConfigError("runtime: flower sends names and numbers to nodes, and needs a config that has them")
         self.federation.plan = plan_of(work.config, self.data).json_text()
         self.federation.initial = initial_of(self.task)
+        self.federation.roster.max_examples = work.config["failures"]["max_examples"] or MAX_EXAMPLES
 
     def placeholder_state(self, initial: State) -> State:
         """The version of the state that a node keeps; nothing if clients keep no state."""
@@ -101,7 +103,7 @@ class Flower(Runtime):
         sizes: Any = choice["sizes"]
         if len(sizes) != len(self.data.sizes):
             raise ConfigError(f"data.clients: {len(self.data.sizes)}, and the run has {len(sizes)} nodes")
-        self.federation.restore(choice["run"], choice["nodes"])
+        self.federation.restore(choice["run"], choice["nodes"], sizes)
         self.data.sizes[:] = sizes
         return True
 

@@ -11,7 +11,7 @@ from annotated_types import Ge
 
 from fedsim.base.catalogue import Options, Spec
 from fedsim.data.augment import Augmentation
-from fedsim.data.federated import batch_sizes
+from fedsim.data.federated import batch_count, batch_sizes
 from fedsim.errors import NO_STATE, ConfigError, WrongReturnError, border, name_of, one_line
 from fedsim.training.layout import Layout
 from fedsim.training.losses import LabelLoss, check_loss
@@ -182,7 +182,13 @@ class Recipe:
 
     def num_steps(self, examples: int) -> int:
         """K, the number of steps of a client with so many examples."""
-        return self.steps or self.epochs * len(self.batch_sizes(examples))
+        return self.steps or self.epochs * self.epoch_of(examples)[0]
+
+    def epoch_of(self, examples: int) -> tuple[int, int]:
+        """How many mini-batches an epoch of a client with so many examples has, and the size of the largest."""
+        size = max(self.batch_size_of(examples), 1)
+        dropped = examples % size if self.drop_last else 0
+        return batch_count(examples - dropped, size, self.min_batch)
 
     def batch_size_of(self, examples: int) -> int:
         """B, the batch size of a client with so many examples."""

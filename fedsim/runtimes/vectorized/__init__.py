@@ -20,7 +20,7 @@ from fedsim.base.devices import one_thread
 from fedsim.base.machine import cores, memory
 from fedsim.data import FederatedData
 from fedsim.federated.aggregate import Aggregator, Partial
-from fedsim.federated.client import GlobalDrawsError, SharedStateError, Train, Work, check_update, keyed_only
+from fedsim.federated.client import GlobalDrawsError, SharedStateError, Train, Work, keyed_only
 from fedsim.federated.fold import Fold
 from fedsim.federated.runtime import Call, Item, Outcomes, Results, Runtime
 from fedsim.runtimes.cuda import make_gpus_deterministic, new_stream, on_stream
@@ -155,11 +155,12 @@ class Vectorized(Runtime):
                     outcomes = self._attempt(network, clients)
                 self.first_chunk = nullcontext()
                 each = (perf_counter() - began) / len(chunk)
-                for (i, job), outcome in zip(chunk, outcomes, strict=True):
+                data = self.data[network.device]
+                for (i, job), client, outcome in zip(chunk, clients, outcomes, strict=True):
                     key = threading.get_ident(), i
                     if key not in folds:
                         folds[key] = Fold(calls[i].aggregator)
-                    report = folds[key].add(job, _checked(outcome, job), began)
+                    report = folds[key].add(job, _checked(outcome, client, data), began)
                     done.append((i, report._replace(seconds=each)))
             return done
 
@@ -240,12 +241,13 @@ class Vectorized(Runtime):
         self.local.stream = new_stream(device)
 
 
-def _checked(outcome: Outcome, job: Job) -> Outcome:
-    """The update, or an error if the client's new state is invalid."""
+def _checked(outcome: Outcome, client: Client, data: FederatedData) -> Outcome:
+    """The update, or an error if it cannot be used."""
     if not isinstance(outcome, BaseException):
+        work, server, job = client
         try:
-            check_update(outcome, job.client or {})
-        except ArithmeticError as error:
+            work.check_update(outcome, job.client or {}, len(data.rows(job.client_id)), server["model"].dtype)
+        except Exception as error:
             return error
     return outcome
 
