@@ -85,7 +85,7 @@ def printable(text: object) -> str:
 
 def one_line(text: object) -> str:
     """`text` without line breaks, cut after 200 characters."""
-    words = printable(" ".join(str(text).split()))
+    words = printable(" ".join(str(text).split())[:201])  # first cut: a stranger may send millions of characters
     return words if len(words) <= 200 else f"{words[:197]}..."
 
 

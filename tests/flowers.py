@@ -147,7 +147,7 @@ class Federation:
 
         return register(Superlink(self.address, self.ca.read_bytes() if self.ca else None), Path(public_key))
 
-    def node(self, name, settings, stock=False, key=None):
+    def node(self, name, settings, stock=False, key=None, program=(BIN / "fedsim", "node")):
         """A node with these settings in NAME.yaml, besides name, state, SuperLink and key, which are added.
 
         With `auth` it gets a registered key, unless one is given. Another of the same name is the same one again.
@@ -158,7 +158,7 @@ class Federation:
         path = self.folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(common | ({"key": str(key)} if key else {}) | settings))
         if not stock:
-            return self.start(name, BIN / "fedsim", "node", path)
+            return self.start(name, *program, path)
         return self.supernode(name, f'config="{path}"', key)
 
     def supernode(self, name, node_config, key=None):

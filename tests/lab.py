@@ -10,19 +10,20 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from uuid import uuid4
 
-import torch
-from flwr.app import ConfigRecord, RecordDict
+import hostile
+from flwr.app import RecordDict
 
+from fedsim.errors import NodeError
 from fedsim.experiment.build import build, build_data, build_server_data
 from fedsim.experiment.config import load
+from fedsim.federated.fold import failure
 from fedsim.flower import dispatch, roster, run_connection, wire
 from fedsim.flower.internals import LinkError, Reply
-from fedsim.flower.messages import Answer, Joined, Order
+from fedsim.flower.messages import Answer, Order
 from fedsim.flower.node import Node, NodeSettings
 from fedsim.flower.node_process import respond
 from fedsim.flower.runtime import Flower
 from fedsim.flower.shards import write_shards
-from fedsim.flower.transport import Coded, decode, encode
 
 CONFIG = {
     "seed": 3,
@@ -44,12 +45,36 @@ CONFIG = {
     "runtime": {"name": "serial", "device": "cpu"},
 }
 LOST = 1e9  # seconds
+LIES = [*hostile.LIES.values()]
 
 
 def shown(done):
     """What a round shows of what was learned."""
     record = done if isinstance(done, dict) else done._asdict()
     return {name: value for name, value in record.items() if name not in ("seconds", "bytes_up")}
+
+
+def played(simulation, rounds=CONFIG["rounds"]):
+    return [shown(simulation.round()) for _ in range(rounds)]
+
+
+def without(simulation, missing):
+    """The same simulation in which exactly these fail: reasons by client, round by round."""
+    run = simulation.runtime.run
+
+    def some(work, server, jobs, aggregator):
+        jobs = list(jobs)
+        reasons = {job.client_id: missing[job.round].get(str(job.client_id)) for job in jobs}
+        yield from run(work, server, [job for job in jobs if not reasons[job.client_id]], aggregator)
+        absent = [job for job in jobs if reasons[job.client_id]]
+        yield aggregator.fold([]), [failure(job, NodeError(reasons[job.client_id]), 0.0) for job in absent]
+
+    simulation.runtime.run = some
+    return simulation
+
+
+def dropping(strategy, **settings):
+    return load(CONFIG | {"strategy": strategy, "failures": {"policy": "drop"}} | settings)
 
 
 class Clock:
@@ -149,7 +174,7 @@ class Lab:
 
     def spoil(self, name, content):
         """What becomes of a node's answer."""
-        return self.random.choice(list(SPOILS.values()))(content) if self.happens("spoil") else content
+        return self.random.choice(LIES).told(content) if self.happens("spoil") else content
 
     def _id(self):
         return self.random.randrange(2**63)
@@ -221,72 +246,3 @@ class Wire:
 
     def close(self, error=None):
         self.ended = True
-
-
-# What nodes that are broken, or of somebody else, could answer.
-
-
-def _changed(**changes):
-    return lambda content: wire.record(wire.read(Answer, content)._replace(**changes))
-
-
-def _coded(change):
-    def spoil(content):
-        answer = wire.read(Answer, content)
-        return wire.record(answer._replace(message={n: change(c) for n, c in answer.message.items()}))
-
-    return spoil
-
-
-def _message(**tensors):
-    return lambda content: wire.record(wire.read(Answer, content)._replace(message=encode(tensors, "exact")[0]))
-
-
-def _times(factor):
-    def spoil(content):
-        answer = wire.read(Answer, content)
-        message = {n: v * factor if v.is_floating_point() else v for n, v in decode(answer.message).items()}
-        return wire.record(answer._replace(message=encode(message, "exact")[0]))
-
-    return spoil
-
-
-def _text(content):
-    content.config_records[wire.KEY]["json"] = '{"weight": "many"}'
-    return content
-
-
-SPOILS = {
-    "an error": lambda content: "the node's app died",
-    "another kind": lambda content: wire.record(Joined("me", {}, None)),
-    "nothing": lambda content: RecordDict(),
-    "no JSON": _text,
-    "JSON of bytes": lambda content: RecordDict({wire.KEY: ConfigRecord({"kind": b"Answer", "json": b"\xff"})}),
-    "numbers": lambda content: RecordDict({wire.KEY: ConfigRecord({"kind": 1, "json": [2]})}),
-    "no tensors": lambda content: RecordDict({wire.KEY: content.config_records[wire.KEY]}),
-    "a failure": _changed(error="KeyError: 'x' (mine.py:3)"),
-    "another state": _changed(version=99),
-    "a negative state": _changed(version=-1),
-    "no examples": _changed(examples=0),
-    "too many examples": _changed(examples=10**30),
-    "examples beyond any float": _changed(examples=10**400),
-    "a strange mark": _changed(mark=-1),
-    "a long mark": _changed(mark=2**70),
-    "a sum beyond any float": _changed(metrics={"loss": 1.7e308, "examples": 1.0, "steps": 1.0}),
-    "more than all others": _times(1e20),
-    "no weight": _changed(weight=float("nan")),
-    "less weight": _changed(weight=-5.0),
-    "all weight": _changed(weight=float("inf")),
-    "a strange metric": _changed(metrics={"loss": float("inf"), "examples": 1.0, "steps": 1.0}),
-    "fewer metrics": _changed(metrics={"examples": 3.0}),
-    "other metrics": _changed(metrics={"loss": 1.0, "examples": 1.0, "steps": 1.0, "more": 1.0}),
-    "no examples in metrics": _changed(metrics={"loss": 1.0, "examples": 0.0, "steps": -1.0}),
-    "not finite": _message(model=torch.full((5,), float("nan"))),
-    "another shape": _message(model=torch.ones(5)),
-    "another type": _message(model=torch.ones(5, dtype=torch.int64)),
-    "fewer bytes": _coded(lambda coded: coded._replace(data=coded.data[:-1])),
-    "no such type": _coded(lambda coded: coded._replace(dtype="object")),
-    "no such coding": _coded(lambda coded: coded._replace(coding="pickle")),
-    "too large": _coded(lambda coded: Coded("float32", (2**28,), "lossless", b"\0" * 2**21)),
-    "a negative shape": _coded(lambda coded: coded._replace(shape=(-1,))),
-}

@@ -11,28 +11,22 @@ import torch
 import yaml
 from flowers import Federation, free_port, tail, until
 from flwr.app import RecordDict
-from lab import CONFIG, SPOILS, Lab, shown
+from lab import CONFIG, Lab, dropping, played, shown, without
 
 import fedsim
-from fedsim.errors import ClientError, ConfigError, NodeError, RoundError
+from fedsim.errors import ClientError, ConfigError, RoundError
 from fedsim.experiment.build import build, build_data
 from fedsim.experiment.checkpoint import versions
 from fedsim.experiment.config import load
 from fedsim.experiment.execute import execute
 from fedsim.experiment.hook import Hook
 from fedsim.experiment.start import new_run, resumed_run
-from fedsim.federated.fold import failure
 from fedsim.flower import wire
 from fedsim.flower.internals import LinkError, Reply
 from fedsim.flower.messages import Invitation, Joined
 from fedsim.flower.roster import Roster
 from fedsim.flower.shards import client_name, write_shards
 from fedsim.flower.transport import encode
-
-
-def played(simulation, rounds=CONFIG["rounds"]):
-    return [shown(simulation.round()) for _ in range(rounds)]
-
 
 # In one process: a wire that does its worst
 
@@ -74,21 +68,6 @@ def test_nodes_that_come_back_change_nothing(lab, strategy, seeds):
         assert played(lab(seed, **BAD).simulation(config, wait=1e5, round_timeout=1e6)) == expected
 
 
-def without(simulation, missing):
-    """The same simulation in which exactly these fail: reasons by client, round by round."""
-    run = simulation.runtime.run
-
-    def some(work, server, jobs, aggregator):
-        jobs = list(jobs)
-        reasons = {job.client_id: missing[job.round].get(str(job.client_id)) for job in jobs}
-        yield from run(work, server, [job for job in jobs if not reasons[job.client_id]], aggregator)
-        absent = [job for job in jobs if reasons[job.client_id]]
-        yield aggregator.fold([]), [failure(job, NodeError(reasons[job.client_id]), 0.0) for job in absent]
-
-    simulation.runtime.run = some
-    return simulation
-
-
 def survived(simulation, rounds=CONFIG["rounds"]):
     """The records of a run whose rounds are tried again where nobody answered."""
     records = []
@@ -102,10 +81,6 @@ def survived(simulation, rounds=CONFIG["rounds"]):
     raise AssertionError(f"{len(records)} rounds")
 
 
-def dropping(strategy, **settings):
-    return load(CONFIG | {"strategy": strategy, "failures": {"policy": "drop"}} | settings)
-
-
 @schedules
 def test_clients_that_fail_are_as_in_a_simulation_where_they_do(lab, strategy, seeds):
     """Also those that answer too late, keep what does not count, or send what cannot be."""
@@ -115,23 +90,6 @@ def test_clients_that_fail_are_as_in_a_simulation_where_they_do(lab, strategy, s
         missing = [record["failed"] for record in records]
         assert played(without(build(config), missing)) == records
         assert all(reason.isprintable() and len(reason) < 300 for each in missing for reason in each.values())
-
-
-def test_what_cannot_be_an_answer_is_none(lab):
-    """Whatever it is, its client fails, the reason says who and why, and nothing of it is counted."""
-    config = dropping("scaffold", rounds=len(SPOILS))
-    here, hows = lab(), dict(enumerate(SPOILS))
-    simulation = here.simulation(config)
-
-    def spoil(name, content):
-        return SPOILS[hows[simulation.number]](content) if name == "client-01" else content
-
-    here.spoil = spoil
-    records = played(simulation, len(SPOILS))
-    for how, record in zip(SPOILS, records, strict=True):
-        assert record["failed"].keys() == {"1"}, how
-        assert record["failed"]["1"].startswith(("client-01: ", "sent ")), how
-    assert played(without(build(config), [record["failed"] for record in records]), len(SPOILS)) == records
 
 
 class Snapshot(Hook):
@@ -251,6 +209,9 @@ class Room:
     def receive(self, waiting, *, most_bytes):
         nodes = {to: int(to.split()[0]) for to in waiting}
         return [Reply(to, node, self._says(node), None, 0) for to, node in nodes.items() if node in self.names]
+
+    def abandon(self, messages):
+        pass
 
     def _says(self, node):
         name = self.names[node]

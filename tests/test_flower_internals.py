@@ -15,6 +15,7 @@ from datetime import UTC, datetime, timedelta
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,9 +26,12 @@ pytest.importorskip("flwr")
 import httpx
 from flowers import Federation, until
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app.error import Error
 from flwr.app.message.message import make_message
 from flwr.app.metadata import Metadata
+from flwr.common.serde import message_to_proto
 from flwr.proto.message_pb2 import ObjectTree
+from flwr.proto.runtime_pb2 import PullAppMessagesResponse
 from flwr.supercore.constant import TASK_TOKEN_HEADER
 from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.inflatable import inflatable_object, inflatable_utils
@@ -35,6 +39,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid.http_grid import HttpGrid
+from hostile import post
 from lab import CONFIG
 
 from fedsim.errors import ConfigError
@@ -651,6 +656,42 @@ def test_a_reply_that_nobody_waits_for_is_dropped(federation, link):
         (other,) = link.send({member.node_id: content()}, "train", group="", ttl=60)
         assert member.answer(until(lambda: member.receive(most_bytes=ROOM), "message"), content())
         assert collect(link, [other])[member.node_id].error is None
+
+
+def test_a_node_answers_its_own_messages_once(federation, link):
+    """And cannot say, as the SuperLink does, that it is gone, so that it would be asked again."""
+    with (
+        closing(NodeLink.open(at(federation), key(federation, "a"))) as a,
+        closing(NodeLink.open(at(federation), key(federation, "b"))) as b,
+    ):
+        sent = link.send({a.node_id: content(), b.node_id: content()}, "train", group="", ttl=60)
+        mine, theirs = (until(lambda m=m: m.receive(most_bytes=ROOM), "message") for m in (a, b))
+        post(a, mine, error=Error(5, "gone"))
+        post(a, mine, content(), whole=False)
+        post(a, mine, content(), to=theirs.metadata.message_id, whole=False)
+        assert b.answer(theirs, content(seed=2))
+        replies = collect(link, sent)
+        assert replies[a.node_id][2:] == (None, "the node is gone: gone", 0, False)
+        assert same(values(replies[b.node_id].content), values(content(seed=2)))
+
+
+def test_a_superlink_that_repeats_itself_is_heard_once():
+    def reply(to, of):
+        about = Metadata(1, "", of, 1, to, "", time.time(), 60.0, "train", 3)
+        return message_to_proto(make_message(about, error=Error(5, "lost")))
+
+    heard = [("a", 1), ("a", 7), ("late", 7), ("late", 7), ("b", 7), ("unasked", 7)]
+    superlink = SimpleNamespace(
+        PullMessages=lambda request: PullAppMessagesResponse(
+            messages_list=[reply(*each) for each in heard], message_object_trees=[ObjectTree() for _ in heard]
+        ),
+        ConfirmMessageReceived=lambda request: None,
+    )
+    with closing(Link(superlink, 1, 3, ours=False)) as link:
+        link.abandon(["late"])
+        replies = link.receive(["a", "b"], most_bytes=ROOM)
+        assert [(each.to, each.gone) for each in replies] == [("a", True), ("b", False)]
+        assert (link._abandoned, link._arriving) == (set(), {})
 
 
 def test_only_registered_keys_join_and_one_at_a_time(federation, tmp_path):

@@ -211,6 +211,8 @@ class Dispatch:
             return self._checked(flight, answer)._replace(bytes=reply.bytes)
         except ValueError as error:
             return self._failed(flight, f"its answer {error}")
+        except Exception as error:  # a stranger's bytes may end its client's part in a round, not the round
+            return self._failed(flight, f"its answer cannot be used: {located(error)}")
 
     def _checked(self, flight: Flight, answer: Answer) -> Answered:
         """The update that a node answered; raises ValueError where it cannot be one."""

@@ -1,7 +1,7 @@
 """Which nodes have joined a run. Clients are identified by the names that nodes give, not by Flower's node ids."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,6 +20,7 @@ ASK_AGAIN_AFTER = 60.0  # seconds; a node that has not answered, or has refused,
 MOST_ANSWER_BYTES = 2**20
 COMPARED = "fedsim", "torch"  # packages; with another version of one, results may differ in the last bits
 WAITING = "has not answered yet"
+MOST_SHOWN = 20  # names, or reasons, in one line
 
 
 class Seen(NamedTuple):
@@ -76,7 +77,9 @@ class Roster:
             for node, seen in self._seen.items()
             if node in self.online and not (seen.why and now - seen.since > ASK_AGAIN_AFTER)
         }
-        self._asked = {message: asked for message, asked in self._asked.items() if asked.node in self._seen}
+        left = {message for message, asked in self._asked.items() if asked.node not in self._seen}
+        link.abandon(left)
+        self._asked = {message: asked for message, asked in self._asked.items() if message not in left}
         self.joined = {name: node for name, node in self.joined.items() if node in self.online}
         self._ask(link, self.online - self._seen.keys(), None if self.named else invitation)
         keys = self._key_of() if self.keys is not None and self._asked else {}  # may raise: before replies
@@ -121,7 +124,7 @@ class Roster:
         if len(self.joined) < clients:
             raise RoundError(f"nodes: too few have joined: {self.shown(clients)}")
         if len(self.joined) > clients:
-            there = ", ".join(sorted(self.joined))
+            there = ", ".join(_some(self.joined))
             raise RoundError(
                 f"nodes: more than {clients} have joined: {there}; runtime.nodes should list those that take part"
             )
@@ -130,9 +133,9 @@ class Roster:
 
     def shown(self, clients: int) -> str:
         """In words, which nodes have joined, which are expected, and why others have not joined."""
-        there = ", ".join(sorted(self.joined)) or "none"
-        reasons = sorted({f"{seen.name}: {seen.why}" for seen in self._seen.values() if seen.name and seen.why})
-        reasons += sorted({seen.why for seen in self._seen.values() if not seen.name and seen.why != WAITING})
+        there = ", ".join(_some(self.joined)) or "none"
+        reasons = _some({f"{seen.name}: {seen.why}" for seen in self._seen.values() if seen.name and seen.why})
+        reasons += _some({seen.why for seen in self._seen.values() if not seen.name and seen.why != WAITING})
         if waiting := sum(seen.why == WAITING for seen in self._seen.values()):
             reasons.append(f"{waiting} connected, but without an answer so far")
         return f"{there} of {', '.join(self.names) or clients}" + "".join(f"; {one_line(why)}" for why in reasons)
@@ -160,7 +163,7 @@ class Roster:
         """In words, why a client's node could not be sent its order; with the names of nodes that may be meant."""
         if self.node(client) is not None:
             return "has joined, but too late to be sent its order"
-        others = sorted(seen.name for seen in self._seen.values() if seen.name and seen.name not in self.names)
+        others = _some({seen.name for seen in self._seen.values() if seen.name and seen.name not in self.names})
         more = f"; connected, but not part of this run: {', '.join(others)}" if others else ""
         if silent := sum(seen.why == WAITING for seen in self._seen.values()):
             return f"has not joined; {silent} connected, but without an answer so far{more}"
@@ -187,8 +190,8 @@ class Roster:
             joined = wire.read(Joined, reply.content)
         except ValueError as wrong:
             return name, sizes, f"node {node}: {wrong}"
-        if not NAME.fullmatch(joined.name):
-            return name, sizes, f"node {node}: its name {joined.name[:70]!r} is none"
+        if not NAME.fullmatch(joined.name):  # nor has a node that could not read its settings
+            return name, sizes, f"node {node}: {joined.error or f'its name {joined.name[:70]!r} is none'}"
         name, sizes = joined.name, Sizes(joined.examples, joined.tested)
         if self.keys is not None and (name not in self.keys or keys.get(node) != self.keys[name]):
             return "", sizes, f"a node uses the name {name} without having the key that belongs to this name"
@@ -226,6 +229,12 @@ class Roster:
         if self.joined.get(name, node) != node:
             log.warning("nodes: %s has joined a second time; its first connection is no longer used", name)
         self.joined = {other: there for other, there in self.joined.items() if there != node} | {name: node}
+
+
+def _some(words: Collection[str]) -> list[str]:
+    """The first of them in order, and how many more there are: strangers may be many."""
+    first, more = sorted(words)[:MOST_SHOWN], len(words) - MOST_SHOWN
+    return first if more <= 0 else [*first, f"{more} more"]
 
 
 def read_keys(folder: Path) -> dict[str, bytes]:

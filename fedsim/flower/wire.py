@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_type_hints
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from fedsim.errors import one_line
+from fedsim.errors import located, one_line
 from fedsim.flower.messages import FORMAT, Answer, Hello, Invitation, Joined, Order
 from fedsim.flower.transport import Coded, Encoded, decode, encode
 from fedsim.types import State
@@ -20,6 +20,7 @@ Message = TypeVar("Message", Hello, Invitation, Joined, Order, Answer)
 KEY = f"fedsim.{FORMAT}"  # name of the record that has the JSON
 STYPE = "fedsim."  # then the coding of a tensor: the `stype` of a Flower array
 MOST_ARRAYS = 10_000
+MOST_CHARACTERS: dict[Any, int] = {Joined: 2**18, Answer: 2**18}  # of the JSON: each wrong field takes time
 
 
 def _schema(kind: Any) -> type[BaseModel]:
@@ -52,14 +53,21 @@ def read(kind: type[Message], content: RecordDict) -> Message:
         about = content.config_records[KEY]
         if about["kind"] != kind.__name__:
             raise ValueError(f"is {about['kind']!r:.40} and should be {kind.__name__}")
-        numbers = SCHEMAS[kind].model_validate_json(str(about["json"]))
-        found: dict[str, Any] = dict(numbers)
+        if strange := content.keys() - {KEY, *TENSORS[kind]}:
+            raise ValueError(f"has {min(strange)!r:.40}, which no {kind.__name__} has")
+        if len(text := str(about["json"])) > MOST_CHARACTERS.get(kind, len(text)):
+            raise ValueError(f"has {len(text)} characters of JSON; allowed: {MOST_CHARACTERS[kind]}")
+        found: dict[str, Any] = dict(SCHEMAS[kind].model_validate_json(text))
         found |= {name: _decoded(kind, name, content.array_records[name]) for name in TENSORS[kind]}
     except KeyError as error:
         raise ValueError(f"has no {error.args[0]!r:.40}; it is not from fedsim, or from another version") from None
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(one_line(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")) from None
+    except ValueError:
+        raise
+    except Exception as error:  # whatever bytes from an untrusted sender make Flower's code, or ours, raise
+        raise ValueError(f"cannot be read: {located(error)}") from None
     return kind(**found)
 
 

@@ -59,6 +59,7 @@ from fedsim.flower.internals.objects import PARALLEL_OBJECTS, GoneError, Incomin
 Kind = Literal["train", "query", "evaluate"]
 
 HEARTBEAT_INTERVAL = 10.0  # seconds; the SuperLink fails a run after 60 without a heartbeat
+RECEIVE_SECONDS = 2.0  # for one reply, before others get their turn: it may be of 100,000 objects
 START_ATTEMPTS = 5  # runs to start before an error says that another process takes them
 ENDED = "the SuperLink has ended this run: it was stopped, or the SuperLink was restarted"
 NODE = Node(node_id=SUPERLINK_NODE_ID)  # the sender of the messages of a run's driver
@@ -200,17 +201,21 @@ class Link:
             pulled = self._call(self._runtime.PullMessages, PullAppMessagesRequest(message_ids=asked))
             for proto, tree in zip(pulled.messages_list, pulled.message_object_trees, strict=True):
                 to, name = proto.metadata.reply_to_message_id, tree.object_id
+                if to not in asked:
+                    continue
+                asked.discard(to)  # of two replies the first counts
                 if to in self._abandoned:
                     self._abandoned.discard(to)
                     self._done(name)
-                elif to in asked:
-                    if proto.HasField("error"):
-                        replies.append(self._failed(to, name, message_from_proto(proto).error))
-                    else:
-                        try:
-                            self._arriving[to] = IncomingMessage(tree, most_bytes)
-                        except TooLargeError as error:
-                            replies.append(self._reply(to, name, error=f"its reply is too large: {error}"))
+                elif proto.HasField("error"):
+                    failed = message_from_proto(proto).error
+                    gone = failed.code in GONE and proto.metadata.src_node_id == SUPERLINK_NODE_ID
+                    replies.append(self._reply(to, name, error=_error_text(failed))._replace(gone=gone))
+                else:
+                    try:
+                        self._arriving[to] = IncomingMessage(tree, most_bytes)
+                    except TooLargeError as error:
+                        replies.append(self._reply(to, name, error=f"its reply is too large: {error}"))
         for to in [to for to in self._arriving if to in waiting]:
             try:
                 reply = self._arrived(to)
@@ -225,11 +230,11 @@ class Link:
     def _arrived(self, to: str) -> Reply | None:
         arrival = self._arriving[to]
         try:
-            if not arrival.advance(self._get, self._pool):
+            if not arrival.advance(self._get, self._pool, RECEIVE_SECONDS):
                 return None
             message = arrival.message()
             if message.has_error():
-                return self._failed(to, arrival.name, message.error)
+                return self._reply(to, arrival.name, error=_error_text(message.error))
             return self._reply(to, arrival.name, message.content, arrival.bytes)
         except TooLargeError as error:
             return self._reply(to, arrival.name, error=f"its reply is too large: {error}")
@@ -246,9 +251,6 @@ class Link:
         self._arriving.pop(to, None)
         self._done(name)
         return Reply(to, self._nodes.pop(to, 0), content, None if error is None else one_line(error), size)
-
-    def _failed(self, to: str, name: str, error: Error) -> Reply:
-        return self._reply(to, name, error=_error_text(error))._replace(gone=error.code in GONE)
 
     def _done(self, name: str) -> None:
         """Have the SuperLink delete a reply, without waiting for it."""

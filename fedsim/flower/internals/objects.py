@@ -5,8 +5,12 @@ yet; these hash and copy once, and transfer several objects in parallel. The wir
 """
 
 import json
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
+from itertools import islice
+from math import inf
+from time import monotonic
 
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.app.message.arraychunk import ArrayChunk
@@ -107,33 +111,35 @@ class IncomingMessage:
         if len(names) > MOST_OBJECTS:
             raise TooLargeError(f"{len(names)} objects; allowed: up to {MOST_OBJECTS}")
         self.bytes = 0  # of the objects that have arrived
-        self.name, self._missing = tree.object_id, names
+        self.name, self._missing = tree.object_id, deque(names)
         self._contents = dict[str, bytes]()
         self._most, self._limit = most_bytes, ByteLimit(most_bytes, min(1024 * len(names), MOST_HEADER_BYTES))
 
-    def advance(self, fetch: Callable[[str], bytes | None], pool: Executor) -> bool:
+    def advance(self, fetch: Callable[[str], bytes | None], pool: Executor, seconds: float = inf) -> bool:
         """Fetch the objects that are available, and return whether the message is complete.
 
-        `fetch` returns None for an object that has not been sent yet. Raises LinkError, GoneError, and
-        TooLargeError, without reading what is too large.
+        `fetch` returns None for an object that has not been sent yet. After `seconds` it stops, and goes on in the
+        next call. Raises LinkError, GoneError, and TooLargeError, without reading what is too large.
         """
 
         def one(name: str) -> bytes | None:
             with limited(self._limit):
                 return fetch(name)
 
-        parallel = 1  # at first, because asking for an object that is not there costs time
-        while self._missing:  # in the order in which they are sent
-            window = self._missing[:parallel]
+        parallel, began = 1, monotonic()  # one at first: asking for an object that is not there costs time
+        while self._missing and monotonic() - began <= seconds:  # in the order in which they are sent
+            window = [*islice(self._missing, parallel)]
             parallel = PARALLEL_OBJECTS
             got = dict(zip(window, pool.map(one, window), strict=True))
             here = {name: content for name, content in got.items() if content is not None}
             self._contents |= here
             self.bytes += sum(map(len, here.values()))
-            self._missing = [name for name in self._missing if name not in here]
-            if len(here) < len(window):
+            for _ in window:
+                self._missing.popleft()
+            if later := [name for name in window if name not in here]:
+                self._missing.extendleft(reversed(later))
                 return False
-        return True
+        return not self._missing
 
     def message(self) -> Message:
         """The message; raises ValueError if its objects are not one."""

@@ -1,0 +1,108 @@
+"""Laws of a node that lies, repeats itself, is late or dies: it costs its own client, and nobody else anything."""
+
+import json
+import re
+import time
+from contextlib import closing, suppress
+from pathlib import Path
+
+import hostile
+import pytest
+import yaml
+from flowers import BIN, Federation, tail, until
+from lab import CONFIG, Lab, dropping, played, shown, without
+
+from fedsim.experiment.build import build, build_data
+from fedsim.flower.shards import client_name, write_shards
+
+LIES, TRICKS = hostile.LIES, hostile.TRICKS
+QUICK = {"local": CONFIG["local"] | {"batch_size": 12}, "model": {"name": "cnn_bn", "widths": [2, 3]}}
+
+
+def wrong(told, records):
+    """Which lies of those told, by round, were not refused, or for another reason than theirs."""
+    found = {name: records[number]["failed"].get("0", "not refused") for number, name in told.items()}
+    return {
+        name: why[:300]
+        for name, why in found.items()
+        if not (re.search((LIES | TRICKS)[name].reason, why) and why.isprintable() and len(why) < 450)
+    }
+
+
+def test_a_lie_costs_its_own_client_only(tmp_path, monkeypatch):
+    """Whatever a node answers: the reason is said, and the model is as if the node had not been asked."""
+    liar, records = hostile.Liar(LIES), []
+    with closing(Lab(tmp_path, monkeypatch)) as here:
+        simulation = here.simulation(config := dropping("scaffold", **QUICK))
+
+        def spoil(name, content):
+            return LIES[liar.lie(simulation.number)].told(content) if name == "client-00" else content
+
+        here.spoil = spoil
+        while liar.left:
+            records.append(shown(simulation.round()))
+    assert wrong(liar.told, records) == {}
+    assert [{*record["failed"]} for record in records] == [{"0"}] * len(records)
+    assert played(without(build(config), [record["failed"] for record in records]), len(records)) == records
+
+
+# On real processes
+
+
+def memory(process):
+    """Resident bytes."""
+    return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())[1]) * 1024
+
+
+@pytest.mark.slow
+def test_a_real_node_that_lies_costs_its_own_client_only(tmp_path):
+    """Also with what only a process can do: more than one answer, answers to others, in part, late; it dies."""
+    rounds = len(hostile.ON_A_WIRE) + 20  # in some of which it is not there yet, or already honest
+    config = dropping("scaffold", rounds=rounds, **QUICK)
+    write_shards(build_data(config), tmp_path / "shards")
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(CONFIG | QUICK | {"strategy": "scaffold", "rounds": rounds}))
+    names = [client_name(k, 3) for k in range(3)]
+    (tmp_path / "federation").mkdir()
+    with Federation(tmp_path / "federation", tls=False) as federation:
+        for k, name in enumerate(names):
+            data = {
+                "name": "npz",
+                "path": str(tmp_path / "shards" / f"{k}.npz"),
+                "channels": "first",
+                "classes": 3,
+            }
+            program = [BIN / "python", Path(hostile.__file__)] if k == 0 else [BIN / "fedsim", "node"]
+            federation.node(name, {"data": data}, program=program)
+        to = [
+            "--superlink",
+            federation.address,
+            "--insecure",
+            "--nodes",
+            ",".join(names),
+            "--out",
+            tmp_path / "run",
+        ]
+        settings = ["failures.policy=drop", f"runtime.round_timeout={hostile.TIMEOUT}"]
+        driver = federation.start("serve", BIN / "fedsim", "serve", tmp_path / "c.yaml", *settings, *to)
+        lines = tmp_path / "run" / "rounds.jsonl"
+        until(lambda: lines.exists() and lines.read_text().count("\n") > 4, "rounds", process=driver)
+        taken = [memory(driver)]
+        while driver.poll() is None:
+            with suppress(OSError, TypeError):  # it has just ended
+                taken.append(memory(driver))
+            time.sleep(0.1)
+        assert driver.returncode == 0, tail(driver)
+        told = re.findall(r"round (\d+) lie: (.+)", (federation.folder / f"{names[0]}.log").read_text())
+    found = [json.loads(line) for line in lines.read_text().splitlines()]
+    records, told = [shown(record) for record in found], {int(number) - 1: name for number, name in told}
+    slowest = sorted((found[number]["seconds"], name) for number, name in told.items())[-12:]
+    print(
+        *(f"{each / 2**20:.0f}" for each in (taken[0], max(taken), taken[-1])), "MiB at first, at most, at the end"
+    )
+    print("slowest:", *slowest)
+    assert [*told.values()] == [*hostile.ON_A_WIRE]
+    assert wrong(told, records) == {}
+    assert all({*record["failed"]} <= {"0"} for record in records)
+    assert records[-1]["failed"] == {}
+    assert played(without(build(config), [record["failed"] for record in records]), rounds) == records
+    assert taken[-1] - taken[0] < 2**27
