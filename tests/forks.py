@@ -297,7 +297,7 @@ def power_losses(folder, to):
 
     def opened(self, mode="r", *args, **options):
         file = open_(self, mode, *args, **options)
-        if mode == "wb":  # perhaps with the inode of one that is gone
+        if mode == "xb":  # perhaps with the inode of one that is gone
             content.pop(os.fstat(file.fileno()).st_ino, None)
         return file
 
@@ -346,7 +346,7 @@ def _before_changes(tell):
     open_ = Path.open
 
     def opened(self, mode="r", *args, **options):
-        if mode in ("wb", "ab"):
+        if mode in ("xb", "ab"):
             once()
             return _Torn(open_(self, mode, *args, **options), once)
         return open_(self, mode, *args, **options)

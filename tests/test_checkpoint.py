@@ -6,11 +6,14 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import struct
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +22,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save
-from small_run import CONFIG, contents, left
+from small_run import CONFIG, contents, left, rounds_done
 
 import fedsim
 from fedsim.base import files
@@ -398,21 +401,173 @@ def test_what_is_no_json_of_ours_is_refused_in_a_line(run, text):
     refused(run, "broken checkpoint")
 
 
-@pytest.mark.parametrize("name", ["000009.json", "server-000004.safetensors"])
-@pytest.mark.parametrize("kind", ["pipe", "folder", "link to itself", "device"])
-def test_what_is_no_file_is_not_waited_for(run, name, kind):
-    path = run / "checkpoints" / name
+def spoiled(path, kind, monkeypatch):
+    """A disk that fails, or something else in the place of a file."""
+    if kind == "failing disk":
+        opened = os.open
+
+        def failing(name, *how, **more):
+            if Path(name) == path:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), name)
+            return opened(name, *how, **more)
+
+        monkeypatch.setattr(os, "open", failing)
+        return "Input/output error"
     path.unlink(missing_ok=True)
+    if kind == "folder":
+        (path / "with").mkdir(parents=True)
+        return "Is a directory"
     if kind == "pipe":
         os.mkfifo(path)
-    elif kind == "folder":
-        path.mkdir()
-    elif kind == "device":
-        path.symlink_to("/dev/zero")
+        return "Not a regular file"
+    path.symlink_to("/dev/zero" if kind == "device" else path)
+    return "Is a symbolic link"
+
+
+@pytest.mark.parametrize("name", ["json", "server", "clients"])
+@pytest.mark.parametrize("kind", ["failing disk", "folder", "pipe", "link to itself", "device"])
+def test_from_a_checkpoint_that_cannot_be_read_the_one_before_is_taken(run, longer, name, kind, monkeypatch):
+    before, last = (values(path) for path in sorted((run / "checkpoints").glob("*.json"))[-2:])
+    own = next(each["name"] for each in last["clients"] if each not in before["clients"])
+    file = {"json": "000004.json", "server": last["server"]["name"], "clients": own}[name]
+    why = spoiled(run / "checkpoints" / file, kind, monkeypatch)
+    said = "000004.json: broken checkpoint: " + ("" if name == "json" else f"{file}: ") + why
+    assert resume(run, complaints=[said]) == longer
+
+
+@pytest.mark.parametrize("kind", ["failing disk", "folder", "pipe", "device"])
+def test_without_its_rounds_no_checkpoint_is_taken_nor_lost(run, kind, monkeypatch):
+    why = spoiled(run / "rounds.jsonl", kind, monkeypatch)
+    monkeypatch.setattr("test_checkpoint.contents", lambda run: sorted(run.rglob("*")))  # for it cannot be read
+    refused(run, f"rounds.jsonl: {why}; no checkpoint can be used without it")
+
+
+@pytest.mark.parametrize("name", ["rounds.jsonl", "config.yaml", ".lock", "checkpoints", "tensorboard"])
+def test_what_a_link_in_a_run_leads_to_stays_as_it_is(run, tmp_path, name):
+    elsewhere = tmp_path / "elsewhere"
+    (run / name).rename(elsewhere)
+    (run / name).symlink_to(elsewhere)
+    if name == ".lock":
+        elsewhere.write_text("precious")
+    before = elsewhere.read_bytes() if elsewhere.is_file() else contents(elsewhere)
+    with pytest.raises(ConfigError, match=rf"run/{re.escape(name)}: .*link") as caught:
+        fedsim.resume(run)
+    assert "\n" not in str(caught.value)
+    assert (elsewhere.read_bytes() if elsewhere.is_file() else contents(elsewhere)) == before
+
+
+def test_what_lies_in_the_place_of_a_files_draft_is_replaced(run, longer, tmp_path):
+    """A link leads to another file, which stays as it is."""
+    other = tmp_path / "other"
+    other.write_text("precious")
+    names = ["rounds.jsonl", "config.yaml", "summary.json", "model.safetensors", "checkpoints/000005.json"]
+    for name in names:
+        (run / f"{name}.draft").symlink_to(other)
+    (run / "checkpoints/000006.json.draft").mkdir()
+    assert resume(run) == longer
+    assert other.read_text() == "precious"
+
+
+def test_a_copy_by_hard_links_stays_as_it_is(run, longer, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "copy", copy_function=os.link)
+    before = contents(copy)
+    assert resume(run) == longer
+    assert contents(copy) == before
+    assert resume(copy) == longer
+
+
+def test_files_are_counted_before_they_are_read(run, monkeypatch):
+    """A checkpoint names no file twice, nor more bytes than a disk has; many that name one read it once."""
+    monkeypatch.setattr("fedsim.experiment.checkpoint.verify", lambda *_: pytest.fail("it is read"))
+    each = values(newest(run))["clients"][0]
+    put("clients", to=[each, each])(run)
+    refused(run, "names a file of clients' states twice")
+    large = [{"name": f"clients-{i:06}.safetensors", "bytes": 2**50, "sha256": ""} for i in range(100)]
+    put("clients", to=large)(run)
+    refused(run, "the files that it names are larger than the disk")
+    monkeypatch.undo()
+    segment = (run / "checkpoints" / each["name"]).read_bytes()
+    put("clients", to=[each | {"sha256": "0" * 64}])(run)
+    read, opened = [], files.hashlib.sha256
+
+    class Counted:
+        def __init__(self, *content):
+            self.digest = opened(*content)
+
+        def update(self, content):
+            read.append(len(content))
+            self.digest.update(content)
+
+        def hexdigest(self):
+            return self.digest.hexdigest()
+
+    monkeypatch.setattr(files, "hashlib", SimpleNamespace(sha256=Counted))
+    refused(run, "has changed since it was written")
+    assert sum(read) == len(segment)
+
+
+# While the run goes on
+
+
+@dataclass(kw_only=True)
+class Meddle(fedsim.Hook):
+    """Somebody else, after the second round."""
+
+    what: Callable
+
+    def after_round(self, run, record):
+        if record["round"] == 2:
+            self.what(run.folder.path)
+
+
+def meddled(folder, what, priority=50):
+    """The error of a run with which somebody else meddles."""
+    with pytest.raises((RoundError, OSError)) as caught:
+        fedsim.run(CONFIG | THREE, out=folder, hooks=[Meddle(what=what, priority=priority)])
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def cut(run):
+    log = run / "rounds.jsonl"
+    log.write_bytes(log.read_bytes().splitlines(keepends=True)[0])
+
+
+def append(run):
+    with (run / "rounds.jsonl").open("ab") as log:
+        log.write(b"mine\n")
+
+
+def replace(run):
+    shutil.copy(run / "rounds.jsonl", run / "other")
+    (run / "other").rename(run / "rounds.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("what", "said", "goes_on"),
+    [
+        (cut, "not the", "rounds.jsonl has"),
+        (append, "not the", ""),
+        (replace, "was deleted or replaced", ""),
+        (lambda run: (run / "rounds.jsonl").unlink(), "was deleted or replaced", None),
+    ],
+    ids=["cut", "added", "replaced", "deleted"],
+)
+def test_rounds_that_somebody_changes_end_the_run_at_once(tmp_path, longer, what, said, goes_on):
+    """With a line, and with the checkpoints as they were: a resume goes on from one whose rounds are there."""
+    run = tmp_path / "run"
+    assert f"{run}/rounds.jsonl: " in (line := meddled(run, what, priority=150))  # after the checkpoint
+    assert said in line
+    assert rounds_done(run) == 2
+    if goes_on is None:
+        refused(run, "rounds.jsonl: No such file or directory; no checkpoint can be used without it")
     else:
-        path.symlink_to(path)
-    with pytest.raises((ConfigError, OSError), match=name):
-        resumed_run(run, {})
+        assert resume(run, complaints=[goes_on] if goes_on else []) == longer
+
+
+def test_clients_states_that_somebody_deletes_end_the_run_at_the_next_checkpoint(tmp_path):
+    assert "clients' states are gone" in meddled(tmp_path / "run", lambda run: shutil.rmtree(run / "checkpoints"))
+    assert "rounds.jsonl" in meddled(tmp_path / "gone", shutil.rmtree)
 
 
 def test_a_file_larger_than_memory_is_not_read(run):
@@ -587,7 +742,7 @@ ABOUT = {"config": {}, "data": "", "last": None, "stopped": None, "seconds": 0.0
 
 
 def log(folder):
-    (folder / "rounds.jsonl").write_bytes(b"\n" * 7)
+    (folder / "rounds.jsonl").write_bytes((b"-" * 100 + b"\n") * 7)
     return File(**file(folder / "rounds.jsonl"))
 
 

@@ -5,18 +5,20 @@ import hashlib
 import os
 import shutil
 import signal
+import stat
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 from uuid import uuid4
 
 from annotated_types import Ge
 from filelock import FileLock, Timeout
+from safetensors import safe_open
 from torch import Tensor
 
 from fedsim.base.machine import memory
@@ -42,8 +44,9 @@ def write(path: Path, content: bytes, *, sync_name: bool = True) -> File:
     Without `sync_name` the file's name reaches the disk only when its folder is next synchronised.
     """
     draft = path.with_name(path.name + DRAFT)
+    remove(draft)  # left by a kill, or a link
     try:
-        with draft.open("wb") as file:
+        with draft.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -72,6 +75,31 @@ def create(folder: Path, contents: Mapping[str, bytes]) -> None:
     sync_folder(folder.parent)
 
 
+def remove(path: Path) -> None:
+    """Delete what has this name, if anything has: a file, a link but not what it leads to, or a whole folder."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        if path.is_symlink() or not path.is_dir():
+            raise
+        shutil.rmtree(path)
+
+
+def check_folder(path: Path) -> None:
+    """Raise ConfigError where `path` exists and is no folder; a symbolic link to one is none, either."""
+    with suppress(FileNotFoundError):
+        mode = os.lstat(path).st_mode
+        if not stat.S_ISDIR(mode):
+            what = "is a symbolic link" if stat.S_ISLNK(mode) else "is no folder"
+            raise ConfigError(f"{path}: {what}, and should be a folder of its own")
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder in another one, unless it is there; raises ConfigError where it is a link or a file."""
+    check_folder(path)
+    path.mkdir(exist_ok=True)
+
+
 def check_writable(path: Path, at: str) -> None:
     """Raise ConfigError that begins with `at` where no file can be written; called before the work is done."""
     if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
@@ -85,7 +113,7 @@ def locked(folder: Path) -> FileLock:
     name is not UTF-8: safetensors cannot open a file in it.
     """
     check_name(folder)
-    lock = FileLock(folder / ".lock")
+    lock = lock_in(folder)
     try:
         lock.acquire(blocking=False)
     except Timeout:
@@ -97,6 +125,16 @@ def locked(folder: Path) -> FileLock:
         way = "use a folder on a file system with locks, such as a local disk"
         raise ConfigError(f"{folder / '.lock'}: cannot be locked: {why}; {way}") from None
     return lock
+
+
+def lock_in(folder: Path) -> FileLock:
+    """The lock of a folder, not yet held; raises ConfigError where its file is not an empty one: it will be."""
+    path = folder / ".lock"
+    with suppress(FileNotFoundError):
+        found = os.lstat(path)
+        if not stat.S_ISREG(found.st_mode) or (found.st_nlink > 1 and found.st_size):
+            raise ConfigError(f"{path}: is no lock, but another file or a link; delete it")
+    return FileLock(path)
 
 
 def check_name(folder: Path) -> None:
@@ -117,39 +155,55 @@ def sync_folder(path: Path) -> None:
 
 
 def read(folder: Path, file: File) -> bytes:
-    """The content of a file; raises ValueError, which says why, where it has changed since it was written."""
-    with _open_checked(folder, file) as stream:
+    """The content of a file; raises ValueError, which says why, where it cannot be read or has changed since."""
+    with _checked(folder, file) as stream:
         content = stream.read(file.bytes)
     _check_digest(file, hashlib.sha256(content).hexdigest())
     return content
 
 
-def verify(folder: Path, file: File) -> None:
-    """Raise the same errors as `read`, without loading the file into memory."""
-    digest, rest = hashlib.sha256(), file.bytes  # a log may have grown, and only its beginning counts
-    with _open_checked(folder, file) as stream:
-        while block := stream.read(min(rest, 2**20)):
-            digest.update(block)
-            rest -= len(block)
-    _check_digest(file, digest.hexdigest())
+def verify(folder: Path, file: File, known: dict[str, str] | None = None) -> None:
+    """Raise the same errors as `read`, without loading the file into memory.
+
+    With `known`, the digests of files by name, each file is read once, and may not have grown.
+    """
+    digests = {} if known is None else known
+    with _checked(folder, file, whole=known is not None) as stream:
+        if file.name not in digests:
+            digest, rest = hashlib.sha256(), file.bytes  # a log may have grown, and only its beginning counts
+            while block := stream.read(min(rest, 2**20)):
+                digest.update(block)
+                rest -= len(block)
+            digests[file.name] = digest.hexdigest()
+    _check_digest(file, digests[file.name])
 
 
-def _open_checked(folder: Path, file: File) -> BufferedReader:
+@contextmanager
+def _checked(folder: Path, file: File, *, whole: bool = False) -> Iterator[BufferedReader]:
+    """The file, opened; raises ValueError for a length that cannot be, and in place of each OSError."""
     try:
-        stream = open_regular(folder / file.name)
-    except FileNotFoundError as error:
+        with open_regular(folder / file.name) as stream:
+            length = os.fstat(stream.fileno()).st_size
+            if length > memory():
+                raise ValueError(f"{file.name} has {length} bytes; more than this machine's memory")
+            if length < file.bytes or (whole and length > file.bytes):
+                raise ValueError(f"{file.name} has {length} bytes; it should have {file.bytes}")
+            yield stream
+    except OSError as error:
         raise ValueError(f"{file.name}: {error.strerror}") from None
-    length = os.fstat(stream.fileno()).st_size
-    if length < file.bytes or length > memory():
-        stream.close()
-        limit = f"it should have {file.bytes}" if length < file.bytes else "more than this machine's memory"
-        raise ValueError(f"{file.name} has {length} bytes; {limit}")
-    return stream
 
 
 def _check_digest(file: File, digest: str) -> None:
     if digest != file.sha256:
         raise ValueError(f"{file.name} has changed since it was written")
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """A safetensors file, to read its tensors one by one; raises OSError for anything but a regular file."""
+    open_regular(path).close()  # safetensors would follow a link, and wait for a pipe
+    with safe_open(path, "pt") as file:
+        yield file
 
 
 def untied_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

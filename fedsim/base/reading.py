@@ -1,8 +1,10 @@
 """Reads untrusted files, such as configs, as data of a bounded size; errors are one line.
 
-Nothing that is read here is executed or unpickled.
+Nothing that is read here is executed or unpickled. A file that the user names may be a symbolic link. What lies in
+a folder that may come from elsewhere, such as a run's, may not: a link there could lead anywhere.
 """
 
+import errno
 import json
 import os
 import re
@@ -27,22 +29,43 @@ TOO_DEEP = f"it is nested more than {MAX_YAML_DEPTH} levels deep"
 MERGE_TAG = "tag:yaml.org,2002:merge"  # the tag of the key <<
 
 
-def open_regular(path: str | Path) -> BufferedReader:
-    """Open a file to read its bytes.
+def open_regular(path: str | Path, *, links: bool = False) -> BufferedReader:
+    """Open a file to read its bytes; a symbolic link is followed with `links` only.
 
     Raises OSError for anything but a regular file: reading a pipe may block, and a device may never end.
     """
-    mode = os.stat(path).st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # open() itself refuses a folder
-        raise OSError(0, "Not a regular file", str(path))
-    return open(path, "rb")
+
+    def opener(name: str, flags: int) -> int:
+        flags |= os.O_NONBLOCK  # or it would wait for the other end of a pipe
+        try:
+            file = os.open(name, flags if links else flags | os.O_NOFOLLOW)
+        except OSError as error:
+            if error.errno == errno.ELOOP and os.path.islink(name) and not links:
+                error.strerror = "Is a symbolic link"
+            raise
+        kind = os.fstat(file).st_mode
+        if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # open() itself refuses a folder
+            os.close(file)
+            raise OSError(0, "Not a regular file", name)
+        return file
+
+    return open(path, "rb", opener=opener)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_regular(path: str | Path, most: int, *, links: bool = False) -> bytes:
+    """The content of a regular file of at most `most` bytes; raises OSError, for a longer one too."""
+    with open_regular(path, links=links) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"is larger than {most} bytes", str(path))
+    return content
+
+
+def read_yaml(path: Path, *, links: bool = True) -> dict[str, Any]:
     """The mapping in a YAML file; raises ConfigError naming the file and the line."""
     at = printable(path)
     try:
-        with open_regular(path) as file:
+        with open_regular(path, links=links) as file:
             content = file.read(MAX_YAML_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: the name contains a zero byte
         raise ConfigError(f"{at}: cannot be read: {getattr(error, 'strerror', None) or error}") from None

@@ -46,7 +46,11 @@ def read_image(path: str, size: int, grey_range: Range | None = None) -> npt.NDA
     `grey_range`, or of the range that the file gives, become 0 and 255; values outside become the nearer end.
     """
     try:
-        with open_regular(path) as file, Image.open(file, formats=FORMATS) as image, _large_alone(image):
+        with (
+            open_regular(path, links=True) as file,
+            Image.open(file, formats=FORMATS) as image,
+            _large_alone(image),
+        ):
             square = _square(_rgb(_upright(image), grey_range), size)
     except ConfigError as error:
         raise ConfigError(f"data.root: {printable(path)} {error}") from None

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -119,8 +120,8 @@ def _fill_cache(
     folder: Path, train: list[Sample], test: list[Sample], size: int, grey_range: Range | None
 ) -> None:
     """Makes the cache `folder`, all or nothing, even if other processes make it at the same time."""
-    draft = folder.with_suffix(f".{os.getpid()}")
-    draft.mkdir(parents=True, exist_ok=True)
+    draft = folder.with_suffix(f".{uuid4().hex[:8]}")
+    draft.mkdir(parents=True)
     try:
         needed, free = 3 * size**2 * (len(train) + len(test)), shutil.disk_usage(draft).free
         if needed > free:  # writing to a mapped file on a full disk would kill the process

@@ -248,7 +248,7 @@ def _owned_by_list(root: Path, samples: list[Sample], path: Path) -> list[Sample
     """The samples with the owners that the CSV file at `path` has for them."""
     at, owners = f"data.owner_list: {printable(path)}", dict[str, str]()
     try:
-        with open_regular(path) as file:
+        with open_regular(path, links=True) as file:
             content = file.read(MAX_LIST_BYTES + 1)
         if len(content) > MAX_LIST_BYTES:
             raise ConfigError(f"{at} has more than {MAX_LIST_BYTES} bytes")

@@ -90,7 +90,7 @@ def npz(
 def _read_archive(path: Path, channels: Channels | None) -> dict[str, Array]:
     """The arrays of an .npz file, read into memory."""
     try:
-        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+        with open_regular(path, links=True) as file, zipfile.ZipFile(file) as archive:
             members = _members(archive)
             needed = 0
             for name, member in members.items():
@@ -133,7 +133,7 @@ def _map_folder(path: Path) -> dict[str, Array]:
         if not os.path.lexists(file):
             continue
         try:
-            with open_regular(file) as stream:
+            with open_regular(file, links=True) as stream:
                 needed = _memory_needed(file.stem, stream, os.fstat(stream.fileno()).st_size)
             total += 0 if file.stem in EXAMPLES else needed
             # The kernel counts a file that is mapped with mode "c" as memory, and refuses one that is larger.

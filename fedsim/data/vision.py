@@ -128,7 +128,7 @@ def _check_file(file: Path) -> None:
     torchvision verifies the checksums of CIFAR and SVHN, but it reads idx files, such as MNIST's, whatever their
     length and header.
     """
-    with open_regular(file) as stream:
+    with open_regular(file, links=True) as stream:
         start, length = stream.read(16), os.fstat(stream.fileno()).st_size
     if length > MAX_FILE_BYTES:
         raise ValueError(f"{file.name} has {gigabytes(length)}; allowed: up to {gigabytes(MAX_FILE_BYTES)}")

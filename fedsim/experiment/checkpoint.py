@@ -5,10 +5,13 @@ the segments of the client store, and the part of rounds.jsonl that existed. It 
 whole or does not exist. Nothing in it is executed. Randomness has a key, so no generator is saved.
 """
 
+import errno
 import hashlib
 import json
+import os
 import platform
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import version
@@ -20,15 +23,29 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from fedsim.base.files import DRAFT, File, read, sync_folder, untied_copies, verify, write
-from fedsim.base.reading import open_regular, parse_json
+from fedsim.base.files import (
+    DRAFT,
+    File,
+    check_folder,
+    make_folder,
+    read,
+    remove,
+    sync_folder,
+    untied_copies,
+    verify,
+    write,
+)
+from fedsim.base.machine import memory
+from fedsim.base.reading import open_regular, parse_json, read_regular
 from fedsim.base.version import VERSION
 from fedsim.errors import ConfigError, one_line
+from fedsim.experiment.round_log import NAME as LOG
 from fedsim.federated.simulation import Round, Simulation
 from fedsim.federated.store import SEGMENT_NAME
 from fedsim.types import Form, State, described, form_of
 
 MAX_BYTES = 2**25  # of N.json
+MIN_LINE_BYTES, MAX_LINE_BYTES = 100, 2**28  # of rounds.jsonl, whose names alone have more than the first
 NAME = re.compile(r"\d{6,}\.json")
 SERVER = re.compile(r"server-\d{6,}\.safetensors")
 HARMLESS_SETTINGS = (  # that do not change what is learned, or only from now on
@@ -75,7 +92,7 @@ class Checkpoints:
         Of the client store only what changed is written. `about` holds the other fields of Checkpoint: config,
         data, last, stopped, seconds.
         """
-        self.folder.mkdir(exist_ok=True)
+        make_folder(self.folder)
         clients = simulation.clients.flush()
         path = self.folder / f"server-{simulation.number:06}.safetensors"
         server = write(path, save(untied_copies(simulation.server)), sync_name=False)
@@ -104,19 +121,18 @@ class Checkpoints:
         """The newest whole checkpoint with the server's state, and what is wrong with newer ones, in words.
 
         With `max_round` the newest one of at most that round. None where there are no such checkpoints; raises
-        ConfigError where all are broken.
+        ConfigError where all are broken. A file is read once, however many checkpoints name it.
         """
-        broken = list[str]()
-        for path in self._found():
-            if max_round is not None and int(path.stem) > max_round:
-                continue
+        found = [path for path in self._found() if max_round is None or int(path.stem) <= max_round]
+        logs, digests, broken = _logs(log_folder / LOG, found), dict[str, str](), list[str]()
+        for path in found:
             try:
                 checkpoint = _read(path)
-                rounds = read(log_folder, checkpoint.log).count(b"\n")
-                if rounds + (checkpoint.last is not None) != checkpoint.round:
-                    raise ValueError(f"{checkpoint.log.name} has {rounds} rounds")
+                _check_log(checkpoint, logs)
+                if sum(file.bytes for file in checkpoint.clients) > shutil.disk_usage(self.folder).total:
+                    raise ValueError("the files that it names are larger than the disk")
                 for file in checkpoint.clients:
-                    verify(self.folder, file)
+                    verify(self.folder, file, digests)
                 server = load(read(self.folder, checkpoint.server))
                 return (checkpoint, server), [f"{line}; goes on after round {checkpoint.round}" for line in broken]
             except ConfigError:
@@ -132,7 +148,7 @@ class Checkpoints:
         _check_form(self.folder, "the server's state is", form_of(server), form_of(simulation.server))
         for path in self._found():
             if int(path.stem) > checkpoint.round:  # broken
-                path.unlink()
+                remove(path)
         for path in self._found():
             with suppress(ValueError):  # this one is broken too, and will not be read again
                 self._segments[path.name] = {file.name for file in _read(path).clients}
@@ -145,9 +161,9 @@ class Checkpoints:
 
     def start(self, simulation: Simulation) -> None:
         """Prepare a run that begins with its first round: delete what an earlier, killed one left."""
-        self.folder.mkdir(exist_ok=True)
+        make_folder(self.folder)
         for path in self._found():
-            path.unlink()
+            remove(path)
         sync_folder(self.folder.parent)
         self._restore_clients(simulation, [])
         self._settle(simulation)
@@ -171,20 +187,23 @@ class Checkpoints:
         simulation.runtime.checkpointed_rounds([int(path.stem) for path in self._found()])
 
     def _found(self) -> list[Path]:
-        """The files N.json, the newest first."""
-        paths = [path for path in self.folder.glob("*.json") if NAME.fullmatch(path.name)]
-        return sorted(paths, key=lambda path: int(path.stem), reverse=True)
+        """The files N.json, the newest first; raises ConfigError where their folder is none, or a link to one."""
+        check_folder(self.folder)
+        names = list[str]()
+        with suppress(FileNotFoundError):
+            names = [name for name in os.listdir(self.folder) if NAME.fullmatch(name)]
+        return [self.folder / name for name in sorted(names, key=lambda name: int(name[:-5]), reverse=True)]
 
     def _sweep(self, simulation: Simulation, keep: int) -> None:
         """Delete all but the newest checkpoints, and the files that only the deleted ones needed."""
         found = self._found()
         for path in found[keep:]:
-            path.unlink()
+            remove(path)
             self._segments.pop(path.name, None)
         servers = {f"server-{path.stem}.safetensors" for path in found[:keep]}
         for path in self.folder.iterdir():
             if path.name.endswith(DRAFT) or (SERVER.fullmatch(path.name) and path.name not in servers):
-                path.unlink()
+                remove(path)
         simulation.clients.pinned = set().union(*self._segments.values())
         simulation.clients.tidy()
         self._settle(simulation)
@@ -234,14 +253,47 @@ def _last(checkpoint: Checkpoint) -> dict[str, Any]:
     return checkpoint.last.model_dump() if checkpoint.last else {}
 
 
-def _read(path: Path) -> Checkpoint:
-    """Read N.json; raises ValueError where it is not whole."""
+def _logs(path: Path, found: list[Path]) -> dict[int, File]:
+    """rounds.jsonl up to the end of some line, by the number of lines: all that these checkpoints may name.
+
+    Raises ConfigError where it cannot be read, for then no checkpoint can be used.
+    """
+    logs = dict[int, File]()
+    wanted = {int(each.stem) - more for each in found for more in (0, 1)}  # of one more there may be no line yet
+    if not found:
+        return logs
     try:
-        with open_regular(path) as opened:
-            content = opened.read(MAX_BYTES + 1)
-        if len(content) > MAX_BYTES:
-            raise ValueError(f"is larger than {MAX_BYTES} bytes")
-        signed = parse_json(content)
+        with open_regular(path) as file:
+            if (length := os.fstat(file.fileno()).st_size) > memory():
+                raise OSError(errno.EFBIG, f"has {length} bytes; more than this machine's memory")
+            digest, length = hashlib.sha256(), 0
+            for rounds in range(max(wanted) + 1):
+                if rounds in wanted:
+                    logs[rounds] = File(LOG, length, digest.hexdigest())
+                line = file.readline(MAX_LINE_BYTES)
+                if len(line) < MIN_LINE_BYTES or not line.endswith(b"\n"):
+                    break
+                digest.update(line)
+                length += len(line)
+    except OSError as error:
+        why = f"{path}: {error.strerror}; no checkpoint can be used without it"
+        raise ConfigError(f"{why}; put it back, or delete {found[0].parent} to start over") from None
+    return logs
+
+
+def _check_log(checkpoint: Checkpoint, logs: dict[int, File]) -> None:
+    """Raise ValueError where rounds.jsonl does not begin with the rounds of a checkpoint."""
+    rounds = checkpoint.round - (checkpoint.last is not None)
+    if rounds not in logs:
+        raise ValueError(f"{LOG} has fewer than {rounds} rounds")
+    if logs[rounds] != checkpoint.log:
+        raise ValueError(f"{LOG} has changed since it was written")
+
+
+def _read(path: Path) -> Checkpoint:
+    """Read N.json; raises ValueError where it cannot be read, or is not whole."""
+    try:
+        signed = parse_json(read_regular(path, MAX_BYTES))
         if signed["sha256"] != _sha256(signed["checkpoint"]):
             raise ValueError("is not what it was when it was written")
         if signed["checkpoint"]["format"] != Checkpoint.model_fields["format"].default:
@@ -251,6 +303,8 @@ def _read(path: Path) -> Checkpoint:
         checkpoint = Checkpoint.model_validate_json(json.dumps(signed["checkpoint"]))
     except ConfigError:
         raise
+    except OSError as error:
+        raise ValueError(error.strerror) from None
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
@@ -260,10 +314,11 @@ def _read(path: Path) -> Checkpoint:
         raise ValueError(f"is of round {checkpoint.round}")
     if _last(checkpoint).get("round", checkpoint.round) != checkpoint.round:
         raise ValueError(f"has done {checkpoint.round} rounds, and its last one is another")
-    files = [checkpoint.log, checkpoint.server, *checkpoint.clients]
-    for file, name in zip(
-        files, [re.compile("rounds.jsonl"), SERVER, *[SEGMENT_NAME] * len(files[2:])], strict=True
-    ):
-        if not name.fullmatch(file.name):  # nor does it lead out of the folder
-            raise ValueError(f"{file.name!r} is no name of such a file")
+    server, segments = f"server-{checkpoint.round:06}.safetensors", [file.name for file in checkpoint.clients]
+    wrong = [name for name in segments if not SEGMENT_NAME.fullmatch(name)]  # which may lead out of the folder
+    wrong += [n for n, right in ((checkpoint.log.name, LOG), (checkpoint.server.name, server)) if n != right]
+    if wrong:
+        raise ValueError(f"{wrong[0]!r} is no name of such a file")
+    if len(set(segments)) < len(segments):
+        raise ValueError("names a file of clients' states twice")
     return checkpoint

@@ -1,8 +1,6 @@
 """The folder of a run: its config, its rounds, its checkpoints and its results."""
 
-import hashlib
 import json
-import os
 from glob import escape
 from math import isfinite
 from pathlib import Path
@@ -14,12 +12,15 @@ from pydantic import ConfigDict, create_model
 from safetensors.torch import save
 from torch import Tensor
 
-from fedsim.base.files import File, check_name, create, locked, read, untied_copies, write
+from fedsim.base.files import File, check_name, create, locked, read, remove, untied_copies, write
+from fedsim.base.reading import read_regular, read_yaml
 from fedsim.data import FederatedData
 from fedsim.data.partition import content_hash, label_counts
 from fedsim.errors import ConfigError, RoundError, one_line
 from fedsim.experiment.checkpoint import FIELDS, Checkpoints
 from fedsim.experiment.config import Config
+from fedsim.experiment.round_log import NAME as LOG
+from fedsim.experiment.round_log import RoundLog
 from fedsim.report.runs import parse_record
 
 Line: Any = create_model("Line", __config__=ConfigDict(extra="allow", strict=True), **FIELDS)  # of rounds.jsonl
@@ -37,8 +38,7 @@ class RunFolder:
     def __init__(self, path: Path):
         self.path, self.checkpoints = path, Checkpoints(path / CHECKPOINTS)
         self._lock = locked(path)
-        self._bytes, self._digest = 0, hashlib.sha256()  # of rounds.jsonl
-        self._rounds = (path / "rounds.jsonl").open("ab", buffering=0)
+        self._log: RoundLog | None = None  # until it is known with which rounds it begins
 
     @classmethod
     def create(cls, path: Path, config: Config, data: FederatedData) -> Self:
@@ -50,7 +50,9 @@ class RunFolder:
             create(path, {"config.yaml": _yaml(config), "partition.json": _json(describe(data))})
         except OSError as error:
             raise ConfigError(f"{path}: cannot be made: {error.strerror}; name a folder with --out") from None
-        return cls(path)
+        folder = cls(path)
+        folder._log = RoundLog(path)
+        return folder
 
     @classmethod
     def number(cls, stem: str, config: Config, data: FederatedData) -> Self:
@@ -69,7 +71,8 @@ class RunFolder:
     @property
     def begun(self) -> bool:
         """Whether rounds.jsonl has a round."""
-        return (self.path / "rounds.jsonl").stat().st_size > 0
+        log = self.path / LOG
+        return log.is_file() and log.stat().st_size > 0
 
     def go_on(self, config: Config, data: FederatedData, log: File | None) -> list[dict[str, Any]]:
         """Write a resumed run's config, cut rounds.jsonl to `log`, and return its records; raises ConfigError."""
@@ -77,33 +80,27 @@ class RunFolder:
         try:
             records = [Line.model_validate(parse_record(line)).model_dump() for line in content.splitlines()]
         except ValueError as error:
-            raise ConfigError(f"{self.path / 'rounds.jsonl'}: broken: {one_line(error)}") from None
-        self._rounds.truncate(len(content))
-        self._bytes, self._digest = len(content), hashlib.sha256(content)
+            raise ConfigError(f"{self.path / LOG}: broken: {one_line(error)}") from None
+        self._log = RoundLog(self.path, content)
         for name, wanted in (("config.yaml", _yaml(config)), ("partition.json", _json(describe(data)))):
-            if not (self.path / name).exists() or (self.path / name).read_bytes() != wanted:
+            if not _holds(self.path / name, wanted):
                 write(self.path / name, wanted)
-        (self.path / "summary.json").unlink(missing_ok=True)
+        remove(self.path / "summary.json")
         return records
 
     def round(self, record: dict[str, Any]) -> None:
-        """Add a line to rounds.jsonl."""
+        """Add a line to rounds.jsonl; raises RoundError where somebody else has changed it."""
+        assert self._log
         try:
-            line = rest = json.dumps(record, allow_nan=False).encode() + b"\n"
+            line = json.dumps(record, allow_nan=False).encode() + b"\n"
         except (TypeError, ValueError) as error:  # because of what a hook added
             raise RoundError(f"round {record['round']}: rounds.jsonl cannot hold it: {error}") from None
-        try:
-            while rest:  # a full disk takes a part of it, and fails at the next write only
-                rest = rest[self._rounds.write(rest) :]
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path / "rounds.jsonl")) from None
-        self._bytes += len(line)
-        self._digest.update(line)
+        self._log.add(line)
 
     def log(self) -> File:
-        """The length and hash of rounds.jsonl so far, which is on disk then."""
-        os.fsync(self._rounds.fileno())
-        return File("rounds.jsonl", self._bytes, self._digest.hexdigest())
+        """The length and hash of rounds.jsonl so far, which is on disk then; raises what `round` raises."""
+        assert self._log
+        return self._log.saved()
 
     def finish(
         self, model: dict[str, Tensor], ema: dict[str, Tensor] | None, summary: dict[str, Any] | None
@@ -117,8 +114,22 @@ class RunFolder:
 
     def close(self) -> None:
         """Unlock it for other processes."""
-        self._rounds.close()
+        if self._log:
+            self._log.close()
         self._lock.release()
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    """Whether it is a file with just this in it."""
+    try:
+        return read_regular(path, len(content)) == content
+    except OSError:
+        return False
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """What config.yaml of a run's folder says; raises ConfigError."""
+    return read_yaml(path / "config.yaml", links=False)
 
 
 def finite(record: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from fedsim.errors import ConfigError, one_line
 from fedsim.experiment.build import build, build_hooks
 from fedsim.experiment.checkpoint import Checkpoint, changes, versions
 from fedsim.experiment.config import Config, load
-from fedsim.experiment.folder import RunFolder
+from fedsim.experiment.folder import RunFolder, read_config
 from fedsim.experiment.hook import Hook
 from fedsim.experiment.run import Run
 from fedsim.federated.simulation import Simulation
@@ -54,7 +54,8 @@ def resumed_run(
     """
     if not (path / "config.yaml").is_file():
         raise ConfigError(f"{path}: is no folder of a run; it has no config.yaml")
-    config, before = load(path / "config.yaml", overrides), load(path / "config.yaml")
+    values = read_config(path)
+    config, before = load(values, overrides), load(values)
     folder = RunFolder(path)
     try:
         saved, notes = folder.checkpoints.latest(path, max_round)

@@ -8,17 +8,20 @@ from typing import Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from fedsim.base.files import open_tensors
 from fedsim.base.machine import gigabytes, memory
-from fedsim.base.reading import open_regular
+from fedsim.base.reading import read_regular
 from fedsim.errors import ConfigError, one_line
 from fedsim.experiment.config import Config
 from fedsim.experiment.config import load as load_config
+from fedsim.experiment.folder import read_config
 from fedsim.models.options import make
 from fedsim.types import Count
 
+MAX_BYTES = 2**26  # of partition.json
 MAX_NUMBERS = 2**28  # in an example, and of classes
 
 
@@ -58,7 +61,7 @@ class Trained(NamedTuple):
 
 def load_trained(run: Path, *, ema: bool = False) -> Trained:
     """The network of a run's folder, or with `ema` its running mean; no data is read. Raises ConfigError."""
-    config, record = load_config(run / "config.yaml"), _partition_record(run)
+    config, record = load_config(read_config(run)), _partition_record(run)
     spec = config.model if isinstance(config.model, Mapping) else {"name": config.model}
     with torch.random.fork_rng(devices=[]):
         network = make_network(_bare(spec), record.example.shape, record.classes)
@@ -66,8 +69,7 @@ def load_trained(run: Path, *, ema: bool = False) -> Trained:
     if ema and not path.exists():
         raise ConfigError(f"--ema: {run} has no {path.name}, as runs have whose config sets `ema`")
     try:
-        open_regular(path).close()
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path) as file:
             network.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - no mapping
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
@@ -99,8 +101,7 @@ def _bare(spec: Mapping[str, object]) -> dict[str, object]:
 def _partition_record(run: Path) -> PartitionRecord:
     path = run / "partition.json"
     try:
-        with open_regular(path) as file:
-            return PartitionRecord.model_validate_json(file.read())
+        return PartitionRecord.model_validate_json(read_regular(path, MAX_BYTES))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; is its folder that of a run?") from None
     except ValueError:

@@ -7,6 +7,7 @@ than half of a segment is current, its current states are rewritten; a segment w
 checkpoint needs it.
 """
 
+import os
 import re
 import shutil
 import tempfile
@@ -17,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ByteSize
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 
-from fedsim.base.files import File, uninterrupted, untied_copies, write
+from fedsim.base.files import File, open_tensors, remove, uninterrupted, untied_copies, write
 from fedsim.errors import RoundError
 from fedsim.types import State
 
@@ -117,11 +118,14 @@ class ClientStore(Mapping[int, State]):
                 self._rewrite(name)
         needed = self.pinned | set(self._staged_place.values())
         for name in [n for n, segment in self._segments.items() if not segment.live and n not in needed]:
-            (self._home() / name).unlink(missing_ok=True)
+            remove(self._home() / name)
             del self._segments[name]
 
     def flush(self) -> list[File]:
-        """Write all changed states; returns the files with the states of all clients, the older files first."""
+        """Write all changed states; returns the files with the states of all clients, the older files first.
+
+        Raises RoundError where someone has deleted one of them.
+        """
         for name in [name for name, segment in self._segments.items() if segment.has_discarded]:
             self._rewrite(name)
         while self._changed:
@@ -130,7 +134,11 @@ class ClientStore(Mapping[int, State]):
                 self._cached |= part
                 self._bytes += sum(map(_size, part.values()))
             self._free_memory()
-        return [segment.file for segment in self._segments.values() if segment.live]
+        files = [segment.file for segment in self._segments.values() if segment.live]
+        there = set(os.listdir(self._home())) if files else set[str]()
+        if gone := [file.name for file in files if file.name not in there]:
+            raise RoundError(f"{self._home() / gone[0]}: clients' states are gone; someone has deleted the file")
+        return files
 
     def restore(self, files: Iterable[File]) -> None:
         """Read the states from files that `flush` returned; raises ValueError if one is not a segment.
@@ -140,6 +148,8 @@ class ClientStore(Mapping[int, State]):
         for file in files:
             keys = self._keys(file.name)
             clients = sorted({_client_of(key) for key in keys})
+            if len(clients) > MAX_CLIENTS_PER_SEGMENT:
+                raise ValueError(f"{file.name} has the states of {len(clients)} clients, too many for one file")
             for client in clients:
                 self._forget(client)
                 self._place[client] = file.name
@@ -149,7 +159,7 @@ class ClientStore(Mapping[int, State]):
             if path.name in self.pinned:  # if only another checkpoint needs it, it is deleted with that
                 self._segments.setdefault(path.name, Segment(File(path.name, 0, ""), [], 0))
             elif path.name not in self._segments:
-                path.unlink()
+                remove(path)
         self._written = 1 + max((int(path.stem.rpartition("-")[2]) for path in found), default=-1)
 
     def _rewrite(self, name: str) -> None:
@@ -211,7 +221,7 @@ class ClientStore(Mapping[int, State]):
         """The states of some clients in a segment, one at a time."""
         at = f"state of client {clients[0]}"
         try:
-            with safe_open(self._home() / name, "pt") as segment:
+            with open_tensors(self._home() / name) as segment:
                 entries: dict[int, list[str]] = {client: [] for client in clients}
                 for key in sorted(segment.keys()):
                     client, _, entry = key.partition(".")
@@ -228,7 +238,7 @@ class ClientStore(Mapping[int, State]):
 
     def _keys(self, name: str) -> list[str]:
         try:
-            with safe_open(self._home() / name, "pt") as segment:
+            with open_tensors(self._home() / name) as segment:
                 return list(segment.keys())
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{name}: {error}") from error

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
+from filelock import Timeout
+from safetensors import SafetensorError
 from safetensors.torch import save
 
-from fedsim.base.files import DRAFT, untied_copies, write
+from fedsim.base.files import DRAFT, lock_in, make_folder, open_tensors, remove, untied_copies, write
 from fedsim.base.reading import MAX_YAML_BYTES, open_regular
 from fedsim.errors import ConfigError, one_line
 from fedsim.types import State, described, form_of
@@ -54,7 +54,7 @@ class StateFiles:
         self.folder = folder
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = FileLock(folder / ".lock")
+            self._lock = lock_in(folder)
             self._lock.acquire(timeout=lock_timeout)
         except Timeout:
             raise ConfigError(
@@ -72,9 +72,9 @@ class StateFiles:
     def join(self, run: str, plan: str, initial: State) -> None:
         """Store a run's plan and initial tensors; raises OSError."""
         home = self._home(run)
-        home.mkdir(exist_ok=True)
+        make_folder(home)
         for draft in home.glob(f"*{DRAFT}"):  # left by a process that was killed
-            draft.unlink()
+            remove(draft)
         for name in (PLAN, INITIAL):  # so that a plan and the tensors of another one are never together
             (home / name).unlink(missing_ok=True)
         _write(home / INITIAL, initial, {})
@@ -160,9 +160,8 @@ def _write(path: Path, state: State, about: dict[str, str]) -> int:
 
 def _read(path: Path) -> tuple[State, dict[str, str], int]:
     """Tensors, their metadata, and their mark; raises OSError, and ValueError for a file that is not a state."""
-    open_regular(path).close()
     try:
-        with safe_open(path, "pt") as file:
+        with open_tensors(path) as file:
             about = dict(file.metadata() or {})
             state = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - it is not a mapping
     except SafetensorError as error:

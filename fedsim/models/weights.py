@@ -66,7 +66,7 @@ def _check_tensor(name: str, own: Tensor, given: Mapping[str, Tensor], where: st
 
 def _from_file(path: Path, where: str) -> dict[str, Tensor]:
     try:
-        with open_regular(path.expanduser()) as file:
+        with open_regular(path.expanduser(), links=True) as file:
             size = file.seek(0, 2)
             if size > memory() // 2:
                 raise ConfigError(f"{where}: has {gigabytes(size)}; allowed: half of this machine's memory")

@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from fedsim.base.reading import open_regular, parse, parse_json
+from fedsim.base.reading import parse, parse_json, read_regular
 from fedsim.errors import ConfigError, one_line
 
 WIDTH = 80  # columns of a terminal
@@ -61,10 +61,11 @@ def read_run(folder: Path | str) -> RunRecord:
             f"{folder}: is a sweep, whose own table is in results.csv; name folders of runs in it{such}"
         )
     summary = folder / "summary.json"
+    config = _mapping(folder / "config.yaml", lambda raw: parse(raw.decode(), "not YAML"))
     return RunRecord(
         folder=folder,
-        config=_mapping(folder / "config.yaml", lambda raw: parse(raw.decode(), "not YAML")),
-        rounds=_rounds(folder / "rounds.jsonl"),
+        config=config,
+        rounds=_rounds(folder / "rounds.jsonl", config.get("rounds")),
         summary=_mapping(summary, parse_json) if summary.exists() else None,
     )
 
@@ -214,8 +215,11 @@ def _mapping(path: Path, parsed: Callable[[bytes], Any]) -> dict[str, Any]:
     return content
 
 
-def _rounds(path: Path) -> list[dict[str, Any]]:
-    *lines, tail = _read(path).split(b"\n")
+def _rounds(path: Path, most: object) -> list[dict[str, Any]]:
+    content = _read(path)
+    if isinstance(most, int) and (count := content.count(b"\n")) > most:
+        raise ConfigError(f"{path}: broken: {count} lines, and the run's config.yaml has {most} rounds")
+    *lines, tail = content.split(b"\n")
     with suppress(ValueError):  # an incomplete line; one that lacks only its newline is whole
         parse_json(tail)
         lines.append(tail)
@@ -231,10 +235,6 @@ def _round(line: bytes, at: str) -> dict[str, Any]:
 
 def _read(path: Path) -> bytes:
     try:
-        with open_regular(path) as file:
-            content = file.read(MAX_BYTES + 1)
+        return read_regular(path, MAX_BYTES)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; is its folder that of a run?") from error
-    if len(content) > MAX_BYTES:
-        raise ConfigError(f"{path}: is larger than {MAX_BYTES} bytes")
-    return content

@@ -11,7 +11,7 @@ import yaml
 from filelock import FileLock
 
 from fedsim.base.catalogue import Spec
-from fedsim.base.files import check_name, create, locked, write
+from fedsim.base.files import check_folder, check_name, create, locked, write
 from fedsim.base.reading import read_yaml
 from fedsim.errors import ConfigError
 from fedsim.experiment.checkpoint import changes
@@ -59,7 +59,7 @@ class Sweep:
     @classmethod
     def read(cls, folder: Path) -> Self:
         """What sweep.yaml says; raises ConfigError."""
-        values = read_yaml(folder / FILE)
+        values = read_yaml(folder / FILE, links=False)
         try:
             config, settings, axes = (dict(values[key]) for key in ("config", "settings", "grid"))
             target = None if values.get("target") is None else float(values["target"])
@@ -76,6 +76,8 @@ class Sweep:
     @cached_property
     def points(self) -> list[PointRun]:
         """Every point with its config; raises ConfigError that names the point."""
+        for name in self.grid.names:
+            check_folder(self.folder / name)
         return [
             PointRun(name, point, self._config(name, point), self.folder / name)
             for name, point in zip(self.grid.names, self.grid.points, strict=True)

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedsim.base.reading import open_regular
 from fedsim.data import Dataset, FederatedData
 from fedsim.errors import ClientError, ConfigError, RoundError, located, one_line, reason
 from fedsim.experiment.build import build, build_data, build_dataset
@@ -17,6 +18,7 @@ from fedsim.experiment.config import Config, DataOptions, load
 from fedsim.experiment.execute import execute
 from fedsim.experiment.folder import CHECKPOINTS
 from fedsim.experiment.hook import Hook
+from fedsim.experiment.round_log import NAME as LOG
 from fedsim.experiment.run import Run
 from fedsim.experiment.start import Make, Started, new_run, resumed_run
 from fedsim.federated.simulation import Simulation
@@ -201,8 +203,11 @@ def has_ray() -> bool:
 
 def rounds_done(folder: Path) -> int:
     """By the lines of rounds.jsonl."""
-    log = folder / "rounds.jsonl"
-    return log.read_bytes().count(b"\n") if log.exists() else 0
+    try:
+        with open_regular(folder / LOG) as log:
+            return sum(block.count(b"\n") for block in iter(partial(log.read, 2**20), b""))
+    except OSError:
+        return 0
 
 
 def failure_line(error: BaseException) -> str:

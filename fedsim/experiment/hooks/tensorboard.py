@@ -5,6 +5,7 @@ from socket import gethostname
 from time import time
 from typing import Any
 
+from fedsim.base.files import make_folder, remove
 from fedsim.experiment.hook import Hook
 from fedsim.experiment.run import Run
 
@@ -33,10 +34,10 @@ class TensorBoard(Hook):
         if run.folder is None:
             return
         folder = run.folder.path / "tensorboard"
-        folder.mkdir(exist_ok=True)
+        make_folder(folder)
         for old in folder.glob("events.out.tfevents.*"):
-            old.unlink()
-        self._file = (folder / f"events.out.tfevents.{int(time())}.{gethostname()}").open("wb")
+            remove(old)
+        self._file = (folder / f"events.out.tfevents.{int(time())}.{gethostname()}").open("xb")
         self._write(wall_time=time(), file_version="brain.Event:2")
         ago = sum(record["seconds"] for record in run.records)
         for record in run.records:

@@ -103,7 +103,7 @@ def key(
 
 def _read() -> _File:
     try:
-        with open_regular(path()) as file:
+        with open_regular(path(), links=True) as file:
             return _File.model_validate_json(file.read(MAX_FILE_BYTES))
     except (OSError, RuntimeError, ValidationError):
         return _File()
