@@ -208,7 +208,7 @@ class Node:
         training = order.task == "train"
         stores = training and (role.initial_client or order.transport in ROUNDED)
         if stores:
-            self._check_room(order, kept)
+            kept = self._make_room(order, kept)
         evaluate = EvaluateClient(role.parts.strategy, order.batch_size, order.train_mode, seed=role.train.seed)
         work = role.train if training else evaluate
         server = {name: value.to(self.device) for name, value in order.server.items()}
@@ -224,7 +224,7 @@ class Node:
             return answer
         if stores:
             client = _above("client", {name: compact(value) for name, value in update.client.items()})
-            kept = self._store(order, role, kept, client | _above("residual", left))
+            kept = self._store(order, role, kept._replace(state=client | _above("residual", left)))
             answer = answer._replace(version=order.round + 1, mark=kept.mark)
         answer = answer._replace(examples=len(self.dataset.y_train), seconds=perf_counter() - began)
         role.done = order._replace(checkpoints=()), answer
@@ -305,18 +305,21 @@ class Node:
             role.last = order.version, kept
         return role.last[1]
 
-    def _check_room(self, order: Order, before: StoredState) -> None:
-        """Raise ConfigError before a training whose state could not be stored."""
+    def _make_room(self, order: Order, kept: StoredState) -> StoredState:
+        """Delete the states that no checkpoint of the run needs; raises ConfigError where a new one does not fit.
+
+        Returns what is kept, with the earlier versions that are still needed.
+        """
         most = self.settings.allow.max_states
         if (asked := len(order.checkpoints)) > most:
             raise ConfigError(f"allow.max_states: {asked:,} checkpoints; allowed on this node: up to {most:,}")
-        self.state_files.check_room(order.run, sum(value.nbytes for value in before.state.values()))
+        earlier = needed(order.version, kept.earlier, order.checkpoints)
+        self.state_files.prune(order.run, order.version, {*earlier, order.round + 1})
+        self.state_files.check_room(order.run, sum(value.nbytes for value in kept.state.values()))
+        return kept._replace(earlier=earlier)
 
-    def _store(self, order: Order, role: Role, before: StoredState, state: State) -> StoredState:
-        """Store the new state, and delete those that no checkpoint of the run needs."""
-        kept = StoredState(state, needed(order.version, before.earlier, order.checkpoints))
+    def _store(self, order: Order, role: Role, kept: StoredState) -> StoredState:
         kept = self.state_files.store(order.run, order.client, order.round + 1, kept)
-        self.state_files.prune(order.run, order.version, {*kept.earlier, order.round + 1})
         role.last = order.round + 1, kept
         return kept
 
