@@ -83,7 +83,8 @@ def kept(path: Path, as_json: bool) -> Table | str:
         return json.dumps([run.shown() for run in runs], indent=2)
     most = settings.allow.max_disk.human_readable()
     caption = f"{_size(sum(run.bytes for run in runs))} of {most}, which allow.max_disk allows"
-    shown = Table(width=WIDTH, box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
+    shown = Table(width=WIDTH, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    shown.caption, shown.caption_justify = caption, "left"
     for name in ("run", "joined", "last message"):
         shown.add_column(name, no_wrap=True)
     shown.add_column("trains")

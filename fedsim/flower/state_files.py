@@ -83,6 +83,7 @@ class StateFiles:
         except OSError as error:
             raise ConfigError(f"state: {folder}: {error.strerror}") from None
         self.forget_after, self.max_disk, self.max_new_runs = forget_after, max_disk, max_new_runs
+        self._sizes = dict[str, int]()  # bytes on disk at most, by run
         for draft in folder.glob(f".*{DRAFT}"):  # this one and the next are of a process that was killed
             shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
         for draft in [each for run in runs(folder) for each in (folder / run).glob(f"*{DRAFT}")]:
@@ -173,7 +174,7 @@ class StateFiles:
         content, mark = _content(untied_copies(kept.state), about)
         self.check_room(run, len(content))
         write(self._path(run, version), content)
-        self._measure([run])
+        self._sizes[run] += _on_disk(len(content))
         return kept._replace(mark=mark)
 
     def prune(self, run: str, version: int, needed: Collection[int]) -> None:
@@ -184,7 +185,6 @@ class StateFiles:
         idle = {v: path for v, path in states(self._home(run)).items() if v not in {version, *needed}}
         newer = sorted((path for v, path in idle.items() if v > version), key=_written)
         _delete([path for v, path in idle.items() if v < version] + newer[:-MOST_UNCOUNTED])
-        self._measure([run])
 
     def finish(self, run: str, version: int, keep: Keep) -> None:
         """Delete what `keep` does not keep of a run that has ended, with this version of the client's state.
@@ -217,7 +217,7 @@ class StateFiles:
     def _measure(self, of: Iterable[str] | None = None) -> None:
         """Measure what these runs take, by default all."""
         if of is None:
-            self._sizes, of = dict[str, int](), runs(self.folder)
+            self._sizes, of = {}, runs(self.folder)
         self._sizes |= {run: size(self.folder / run) for run in of}
 
     def _new_runs(self) -> int:
