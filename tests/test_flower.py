@@ -150,6 +150,46 @@ def test_a_driver_that_was_killed_goes_on_as_if_it_had_not_been(lab, tmp_path, s
         assert result.summary["fingerprint"] == lines(copy)[-1]["fingerprint"]
 
 
+def left(here):
+    """The files that each node keeps of runs."""
+    return {
+        name: sorted(path.name for path in node.state_files.folder.glob("*/*"))
+        for name, node in here.nodes.items()
+    }
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "scaffold"])
+def test_a_finished_run_says_so_and_can_be_made_longer(lab, tmp_path, strategy):
+    """One that was interrupted or has failed does not."""
+    config, folder = load(CONFIG | {"strategy": strategy}), tmp_path / "run"
+
+    def make(here):
+        return lambda config: here.simulation(config, wait=1e5, round_timeout=1e6)
+
+    execute(*new_run(config, tmp_path / "whole", make=make(lab())))
+    here = lab()
+    run, hooks = new_run(load(CONFIG | {"strategy": strategy, "rounds": 2}), folder, make=make(here))
+    with pytest.raises(RoundError, match="killed"):
+        execute(run, [*hooks, Snapshot(2, tmp_path / "copy")])
+    assert all("finished" not in names for names in left(here).values())
+    execute(*resumed_run(folder, {}, make=make(here)))
+    state = [] if strategy == "fedavg" else ["state-000000002.safetensors"]
+    assert left(here) == {name: ["finished", "plan.json", *state] for name in here.nodes}
+    execute(*resumed_run(folder, {"rounds": CONFIG["rounds"]}, make=make(here)))
+    assert lines(folder) == lines(tmp_path / "whole")
+
+
+def test_nodes_that_are_away_at_the_end_are_not_waited_for(lab):
+    config, here = load(CONFIG | {"rounds": 1}), lab()
+    simulation = here.simulation(config, wait=1e5, round_timeout=1e6)
+    simulation.round()
+    here.leaves(next(iter(here.ids)), 1e5)
+    began = here.clock.now
+    simulation.runtime.run_finished(simulation.clients)
+    assert here.clock.now - began < 22
+    assert sum("finished" in names for names in left(here).values()) == 2
+
+
 def test_a_run_does_not_go_on_with_other_nodes(lab, tmp_path):
     config, here, copy = load(CONFIG | {"strategy": "scaffold"}), lab(), tmp_path / "copy"
 

@@ -1,12 +1,16 @@
 """Laws of nodes: they compute what a simulation does, whatever becomes of them, and obey their owner."""
 
 import copy
+import errno
 import json
+import logging
 import os
 import re
 import sys
+from contextlib import closing
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from uuid import uuid4
 
 import numpy as np
@@ -19,7 +23,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from fedsim.base.catalogue import options_of
-from fedsim.base.files import untied_copies
+from fedsim.base.files import untied_copies, write
 from fedsim.data import DATASETS
 from fedsim.data.federated import Shard
 from fedsim.errors import ClientError, ConfigError, NodeError
@@ -28,11 +32,12 @@ from fedsim.experiment.config import load, parse_overrides
 from fedsim.federated.client import EvaluateClient, Train
 from fedsim.federated.fold import Fold, failure
 from fedsim.federated.runtime import Runtime
-from fedsim.flower.messages import Invitation, Order
+from fedsim.flower.messages import Finished, Invitation, Order
 from fedsim.flower.node import Node, NodeSettings
+from fedsim.flower.node_process import FewLines
 from fedsim.flower.plan import Allow, Plan, digest, initial_of, plan_of
 from fedsim.flower.shards import client_name, write_shards
-from fedsim.flower.state_files import StateFiles, StoredState, needed
+from fedsim.flower.state_files import StateFiles, StoredState, forget, needed, size, states
 from fedsim.flower.transport import decode
 from fedsim.runtimes.serial import Serial
 from fedsim.strategies import CATALOGUE
@@ -403,7 +408,7 @@ def test_runs_that_nobody_asks_for_go(tmp_path):
     os.utime(tmp_path / old, (0, 0))
     (tmp_path / "mine").mkdir()
     keeping = StateFiles(tmp_path, 1.0)
-    assert {path.name for path in tmp_path.iterdir()} == {".lock", "mine", new}
+    assert {path.name for path in tmp_path.glob("[!.]*")} == {"mine", new}
     assert keeping.joined(old) is None
     plan, initial = keeping.joined(new)
     assert (plan, initial["model"].tolist()) == ("{}", [1, 1, 1])
@@ -418,8 +423,219 @@ def test_a_process_that_never_ends_forgets_runs_too(tmp_path):
     keeping.join(old, "{}", {})
     os.utime(tmp_path / old, (0, 0))
     keeping.join(new, "{}", {})
-    assert {path.name for path in tmp_path.iterdir()} == {".lock", new}
+    assert {path.name for path in tmp_path.glob("[!.]*")} == {new}
     keeping.close()
+
+
+# What a node keeps
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_so_many_new_runs_begin_in_a_day_whatever_is_restarted_or_deleted(tmp_path, monkeypatch):
+    first, second, third = "1" * 32, "2" * 32, "3" * 32
+    with closing(StateFiles(tmp_path, 1.0, max_new_runs=2)) as keeping:
+        for run in (first, second, first):  # a known run is not new
+            keeping.join(run, "{}", {})
+        with pytest.raises(ConfigError, match=r"allow\.max_new_runs: 2 .* up to 2 a day"):
+            keeping.join(third, "{}", {})
+        forget(tmp_path, first)
+    with closing(StateFiles(tmp_path, 1.0, max_new_runs=2)) as keeping:
+        with pytest.raises(ConfigError, match="max_new_runs"):
+            keeping.join(third, "{}", {})
+        assert names(tmp_path) == [".lock", ".new-runs.json", second]
+        for day in ("1999-01-01", "2999-01-01"):  # the clock went on, or back
+            monkeypatch.setattr("fedsim.flower.state_files._today", lambda day=day: day)
+            keeping.admit(third)
+        (tmp_path / ".new-runs.json").write_text("{")
+        keeping.join(third, "{}", {})
+
+
+def test_files_never_take_more_than_the_owner_allows(shards, monkeypatch):
+    """However long the lists of checkpoints are; what is refused leaves all as it was, and the run goes on."""
+    nodes = Nodes(shards, more={"allow.max_disk": 60_000, "allow.max_states": 20})
+    simulation, most = simulated(nodes, "scaffold", cohort="all"), [0]
+
+    def measured(path, content):
+        write(path, content)
+        most.append(size(path.parent) + len(content))  # as if the draft were still there
+
+    monkeypatch.setattr("fedsim.flower.state_files.write", measured)
+    nodes.checkpoints = []
+    for number in range(20):
+        nodes.checkpoints.append(number)
+        before = {path: names(path) for path in (shards / "state").glob("*/*") if path.is_dir()}
+        try:
+            simulation.round()
+        except ClientError as error:
+            why = str(error)
+            break
+    assert re.search(r"allow\.max_disk: 4,096 bytes do not fit beside 5\d,\d\d\d of its runs; allowed", why)
+    assert {path: names(path) for path in before} == before
+    assert 50_000 < max(most) <= 60_000
+    nodes.checkpoints = [number]
+    simulation.round()
+    nodes.checkpoints = [*range(21)]
+    with pytest.raises(ClientError, match=r"allow\.max_states: 21 checkpoints; .* up to 20"):
+        simulation.round()
+
+
+def test_states_that_never_count_do_not_pile_up(shards):
+    nodes = Nodes(shards)
+    orders = []
+    nodes.around = lambda nodes, order, work: orders.append(order) or work(order)
+    simulated(nodes, "scaffold", cohort="all").round()
+    order = orders[0]
+    for number in range(1, 40):
+        assert nodes.node(0).work(order._replace(round=number, checkpoints=())).error is None
+    found = states(nodes.node(0).state_files.folder / order.run)
+    assert sorted(found) == [1, *range(32, 41)] or sorted(found) == [*range(32, 41)]
+
+
+def test_a_full_disk_is_a_reason_and_leaves_nothing_half(shards, monkeypatch):
+    """At whichever of the writes it is full."""
+    nodes, left = Nodes(shards), [0]
+    simulation = simulated(nodes, "scaffold", cohort="all")
+    simulation.runtime.check(simulation.work)
+    node, invitation = nodes.node(0), Invitation(nodes.run_id, nodes.plan, nodes.initial)
+
+    def sync(file):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.fsync", sync)
+    for left[0] in range(6):
+        assert "No space left on device" in node.join(invitation).error
+        assert not set(names(node.state_files.folder)) - {".lock", ".new-runs.json"}
+    left[0] = 100
+    simulation.round()
+    before, left[0] = names(node.state_files.folder / nodes.run_id), 0
+    with pytest.raises(ClientError, match="No space left on device"):
+        simulation.round()
+    assert names(node.state_files.folder / nodes.run_id) == before
+    left[0] = 100
+    expected = build(config("scaffold", cohort="all"))
+    assert [expected.round() for _ in range(2)][-1].fingerprint == simulation.round().fingerprint
+
+
+def test_what_a_killed_process_left_is_deleted(tmp_path):
+    run = uuid4().hex
+    with closing(StateFiles(tmp_path, 1.0)) as keeping:
+        keeping.join(run, "{}", {})
+    (tmp_path / run / "state-000000001.safetensors.draft").write_bytes(b"half")
+    (tmp_path / f".{uuid4().hex}.draft").mkdir()
+    (tmp_path / ".new-runs.json.draft").write_bytes(b"half")
+    StateFiles(tmp_path, 1.0).close()
+    assert names(tmp_path) == [".lock", ".new-runs.json", run]
+    assert names(tmp_path / run) == ["initial.safetensors", "plan.json"]
+
+
+@pytest.mark.parametrize(
+    ("keep", "left"),
+    [
+        (
+            "all",
+            ["finished", "initial.safetensors", "plan.json", *[f"state-{v:09}.safetensors" for v in (1, 2, 3)]],
+        ),
+        ("last", ["finished", "plan.json", "state-000000003.safetensors"]),
+        ("nothing", None),
+    ],
+)
+def test_a_node_keeps_of_a_finished_run_what_its_owner_wants(shards, keep, left):
+    nodes = Nodes(shards, more={"keep": keep})
+    simulation = simulated(nodes, "scaffold", cohort="all")
+    nodes.checkpoints = [1, 2, 3]
+    [simulation.round() for _ in range(3)]
+    node = nodes.node(0)
+    home = node.state_files.folder / nodes.run_id
+    for run in (uuid4().hex, "../elsewhere"):
+        node.finish(Finished(run, 0))
+    assert len(names(home)) == 5
+    for version in (3, 0):  # whatever a server says, the last state stays
+        assert node.finish(Finished(nodes.run_id, version)) is None
+        assert (names(home) if home.exists() else None) == left
+    if keep == "nothing":
+        with pytest.raises(ClientError, match="is not here"):
+            simulation.round()
+        return
+    expected = build(config("scaffold", cohort="all"))
+    [expected.round() for _ in range(3)]
+    assert simulation.round().fingerprint == expected.round().fingerprint
+    assert not (home / "finished").exists()
+
+
+def test_the_owner_lists_and_deletes_runs_while_the_node_works(shards, fedsim_, tmp_path):
+    nodes = Nodes(shards)
+    simulation = simulated(nodes, "scaffold", cohort="all")
+    nodes.run_id = "ab" + "1" * 30
+    simulation.round()
+    path, other = shards / "own.yaml", "ab" + "2" * 30
+    values = yaml.safe_load((shards / "0.yaml").read_text())
+    path.write_text(yaml.safe_dump(values | {"state": str(shards / "state"), "data": "digits"}))
+    assert nodes.node(0).join(Invitation(other, nodes.plan, nodes.initial)).error is None
+    nodes.node(0).finish(Finished(other, 0))
+    listed = fedsim_("node", path, "--runs")
+    assert (listed.status, listed.err) == (0, "")
+    rows = [line.split() for line in listed.out.splitlines() if line.split()[:1] and "ab" in line[:5]]
+    assert [(row[0], row[-1]) for row in rows] == [("ab111111", "no"), ("ab222222", "yes")]
+    assert max(map(len, listed.out.splitlines())) <= 80
+    found = {run["run"]: run for run in json.loads(fedsim_("node", path, "--runs", "--json").out)}
+    about = found[nodes.run_id]
+    assert (about["strategy"], about["model"], about["round"]) == ("scaffold", "cnn_bn", 1)
+    assert about["bytes"] == size(nodes.node(0).state_files.folder / nodes.run_id)
+    assert (found[other]["round"], found[other]["finished"], about["finished"]) == (None, True, False)
+    for prefix, why in (
+        ("ab", "2 runs begin with 'ab': ab1"),
+        ("c", "no run"),
+        ("", "should be"),
+        ("*", "should be"),
+    ):
+        wrong = fedsim_("node", path, "--forget", prefix)
+        assert (wrong.status, wrong.err.count("\n")) == (2, 1)
+        assert why in wrong.err
+    for prefix in ("ab1", "ab2"):
+        gone = fedsim_("node", path, "--forget", prefix)
+        assert (gone.status, gone.out[:10]) == (0, f"forgot {prefix}")
+    assert fedsim_("node", path, "--runs", "--json").out.strip() == "[]"
+    with pytest.raises(ClientError, match="state 1 of client 0 is not here"):
+        simulation.round()
+
+
+def test_paths_are_relative_to_where_they_are_given(tmp_path, monkeypatch):
+    """In a file to its folder, and in what replaces it to that of the process."""
+    (tmp_path / "x").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    values = {"name": "a", "data": {"name": "npz", "path": "a.npz"}, "ca": "c.crt", "key": "~/k", "state": "s"}
+    (tmp_path / "x" / "n.yaml").write_text(yaml.safe_dump(values))
+
+    def read(**given):
+        found = NodeSettings.read(Path("x/n.yaml"), given)
+        return [
+            Path(path).absolute().relative_to(tmp_path)
+            for path in (found.data["path"], found.ca, found.key, found.state)
+        ]
+
+    assert read() == [Path("x/a.npz"), Path("x/c.crt"), Path("me/k"), Path("x/s")]
+    given = read(**{"data.path": "b.npz", "ca": "d/c.crt", "key": "~/j", "state": "t"})
+    assert given == [Path("b.npz"), Path("d/c.crt"), Path("me/j"), Path("t")]
+    assert read(data={"name": "npz", "path": "b.npz"})[0] == Path("b.npz")
+    with pytest.raises(ConfigError, match="ca: ~no-such-user/c: there is no such home folder"):
+        read(ca="~no-such-user/c")
+
+
+def test_a_node_logs_so_many_lines_a_minute(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("fedsim.flower.node_process.monotonic", lambda: now[0])
+    few = FewLines()
+    record = logging.makeLogRecord({"msg": "%s", "args": ("refused",)})
+    assert sum(few.filter(record) for _ in range(10_000)) == 600
+    now[0] = 61.0
+    assert few.filter(record)
+    assert record.getMessage() == "refused (9400 lines left out)"
 
 
 # Plans
@@ -525,7 +741,14 @@ def node(tmp_path_factory):
         yield made
 
 
-TIGHT = {"max_epochs": 5, "max_steps": 9, "max_batch_size": 8, "max_parameters": 10_000, "max_bytes": "1MiB"}
+TIGHT = {
+    "max_new_runs": 1000,
+    "max_epochs": 5,
+    "max_steps": 9,
+    "max_batch_size": 8,
+    "max_parameters": 10_000,
+    "max_bytes": "1MiB",
+}
 
 
 def refused(node, plan, why="", tensors=None):

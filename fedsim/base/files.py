@@ -100,6 +100,14 @@ def make_folder(path: Path) -> None:
     path.mkdir(exist_ok=True)
 
 
+def expanded(path: Path, at: str) -> Path:
+    """The path with a leading ~ or ~USER replaced by a home folder; raises ConfigError where there is none."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{at}: {printable(path)}: there is no such home folder") from None
+
+
 def check_writable(path: Path, at: str) -> None:
     """Raise ConfigError that begins with `at` where no file can be written; called before the work is done."""
     if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):

@@ -8,6 +8,7 @@ import typer
 from fedsim.cli.interrupts import raise_on_interrupt
 from fedsim.cli.runs import execute_and_show
 from fedsim.cli.shared import ConfigPath, NewFolder, Settings, console
+from fedsim.errors import ConfigError
 
 
 def serve(
@@ -41,11 +42,26 @@ def node(
     ca: Annotated[Path | None, typer.Option(help="the certificate of the SuperLink's authority")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="plain HTTP, without a certificate")] = False,
     key: Annotated[Path | None, typer.Option(help="the node's private key, if the SuperLink asks for one")] = None,
+    runs: Annotated[bool, typer.Option("--runs", help="only list the runs that the node keeps")] = False,
+    json: Annotated[bool, typer.Option("--json", help="the list of --runs as JSON")] = False,
+    forget: Annotated[
+        str | None,
+        typer.Option(metavar="RUN", help="only delete a run that the node keeps: its id or the beginning"),
+    ] = None,
 ) -> None:
     """Take part in a federation as a client, with the data of this machine, until interrupted."""
-    from fedsim.flower.options import work
+    from fedsim.flower.options import forgotten, kept, work
 
+    if json and not runs:
+        raise ConfigError("--json: goes with --runs")
     raise_on_interrupt()
+    if forget is not None:
+        console.out(forgotten(settings, forget), highlight=False)
+    if runs:
+        shown = kept(settings, json)
+        print(shown) if isinstance(shown, str) else console.print(shown)
+    if runs or forget is not None:
+        return
     work(settings, superlink=superlink, ca=ca, insecure=insecure or None, key=key)
 
 

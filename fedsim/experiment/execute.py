@@ -25,7 +25,7 @@ from fedsim.experiment.hook import (
 )
 from fedsim.experiment.run import Record, Run
 from fedsim.experiment.start import new_run, resumed_run
-from fedsim.federated.runtime import close
+from fedsim.federated.runtime import close, tell_finished
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,9 @@ def execute(run: Run, hooks: Iterable[Hook] = ()) -> Result:
         with suppress(KeyboardInterrupt), uninterrupted():
             run.summary = summarize(run)
             _end(endings)
+        if run.finished and run.failure is None:
+            with suppress(KeyboardInterrupt):  # all is saved
+                tell_finished(run.simulation.runtime, run.simulation.clients)
     except Exception as error:
         if run.failure is None or isinstance(run.failure, KeyboardInterrupt):
             run.failure = error

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -68,6 +68,9 @@ class Runtime(ABC):
 
     def close(self) -> None:  # noqa: B027 - most runtimes start no processes
         """End the processes that the runtime has started; the next run starts new ones."""
+
+    def run_finished(self, clients: Mapping[int, State]) -> None:  # noqa: B027 - only other machines need to know
+        """Called when a whole run has reached its end and all is saved, with the states of its clients."""
 
     @property
     def choice(self) -> Spec | None:
@@ -135,6 +138,12 @@ def close(runtime: Runtime) -> None:
     """End the processes of a runtime; faults of a user's own runtime become RoundErrors."""
     with border(_whose(runtime, "close"), RoundError, lambda error: not is_own(runtime)):
         runtime.close()
+
+
+def tell_finished(runtime: Runtime, clients: Mapping[int, State]) -> None:
+    """Tell a runtime that its run has reached the end; faults of a user's own runtime become RoundErrors."""
+    with border(_whose(runtime, "run_finished"), RoundError, lambda error: not is_own(runtime)):
+        runtime.run_finished(clients)
 
 
 def check_once(runtime: Runtime, method: str, what: str, done: Sequence[int], asked: Sequence[int]) -> None:

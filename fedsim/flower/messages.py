@@ -68,6 +68,16 @@ class Answer(NamedTuple):
     lost: bool = False  # the node does not have the plan and must be invited first
 
 
+class Finished(NamedTuple):
+    """Tells a node that a run has reached its end; the node answers with the same.
+
+    The owner's settings say what the node keeps. A run may still be made longer, from the state of this version.
+    """
+
+    run: str
+    version: int  # of the client's state at the end; 0 if it has none
+
+
 def failure(error: str, *, lost: bool = False, seconds: float = 0.0) -> Answer:
     """The answer of a node that could not carry out an order."""
     return Answer({}, 0.0, {}, 0, 0, 0, seconds, error, lost)

@@ -4,7 +4,7 @@ It computes with the very same functions as a simulation's workers. Nothing here
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -15,6 +15,7 @@ from pydantic import AfterValidator
 
 from fedsim.base.catalogue import Options, Spec, options_of, validated
 from fedsim.base.devices import devices, one_thread
+from fedsim.base.files import expanded
 from fedsim.base.reading import read_yaml
 from fedsim.data import DATASETS, Dataset
 from fedsim.data.federated import Shard
@@ -29,9 +30,9 @@ from fedsim.federated.client import (
     initial_server_state,
 )
 from fedsim.federated.fold import cause, compact
-from fedsim.flower.messages import NAME, Answer, Invitation, Joined, Order, failure
+from fedsim.flower.messages import NAME, Answer, Finished, Invitation, Joined, Order, failure
 from fedsim.flower.plan import Allow, Examples, Parts, Plan, digest, parts_of
-from fedsim.flower.state_files import RUN, StateFiles, StoredState, needed
+from fedsim.flower.state_files import RUN, Keep, StateFiles, StoredState, needed
 from fedsim.flower.transport import ROUNDED, TRANSPORTS, encode
 from fedsim.runtimes.worker import Worker
 from fedsim.training.precision import check_precision
@@ -53,7 +54,8 @@ class NodeSettings(Options):
     `name` is what the federation knows it by; `data` names a dataset, whose training examples it trains on, and
     on whose test examples, if there are any, it evaluates its own model. `state` is where its client's states are
     kept, by default under $XDG_STATE_HOME or ~/.local/state; a run's go `forget_after` days after its last
-    message. Paths are relative to the file's folder.
+    message. When a run has reached its end, the node keeps what `keep` says: only its plan and the `last` state,
+    from which the run can still be made longer, `all`, or `nothing`. Paths are relative to the file's folder.
 
     `superlink` is host:port of Flower's SuperLink, `ca` a file with the certificate of its authority, `key` the
     private key that the node signs with; `insecure` is plain HTTP.
@@ -64,6 +66,7 @@ class NodeSettings(Options):
     state: Path | None = None
     device: str = "auto"
     allow: Allow = Allow()
+    keep: Keep = "last"
     forget_after: Positive = 90.0  # days
     superlink: str = "127.0.0.1:8000"
     ca: Path | None = None
@@ -72,29 +75,39 @@ class NodeSettings(Options):
 
     @classmethod
     def read(cls, path: Path, overrides: Mapping[str, Any] | None = None) -> Self:
-        """The settings of a file, with `overrides` by dotted keys; raises ConfigError."""
-        return cls.of(overridden(read_yaml(path), overrides or {}), path.parent)
+        """The settings of a file, with `overrides` by dotted keys; raises ConfigError.
+
+        Paths in the file are relative to its folder, and those in `overrides` to that of this process.
+        """
+        overrides = overrides or {}
+        return cls.of(overridden(read_yaml(path), overrides), path.parent, overrides)
 
     @classmethod
-    def of(cls, values: Mapping[str, Any], folder: Path = Path()) -> Self:
-        """The settings of a mapping, with paths relative to `folder`; raises ConfigError."""
+    def of(cls, values: Mapping[str, Any], folder: Path = Path(), given: Collection[str] = ()) -> Self:
+        """The settings of a mapping; raises ConfigError.
+
+        Paths are relative to `folder`, those of the dotted keys in `given` to the folder of this process.
+        """
         settings = validated(cls, values)
+
+        def at(key: str, path: Path) -> Path:
+            own = any(f"{key}.".startswith(f"{each}.") for each in given)
+            return (Path() if own else folder) / expanded(path, key)
+
         data = DATASETS.resolve(settings.data)
         fields = options_of(DATASETS.load(data["name"])).model_fields
         paths = {n for n, field in fields.items() if Path in (field.annotation, *get_args(field.annotation))}
-        data |= {name: str(_at(folder, Path(data[name]))) for name in paths if data[name] is not None}
-        places = {name: _at(folder, path) for name in ("state", "ca", "key") if (path := getattr(settings, name))}
+        data |= {name: str(at(f"data.{name}", Path(data[name]))) for name in paths if data[name] is not None}
+        places = {name: at(name, path) for name in ("state", "ca", "key") if (path := getattr(settings, name))}
         return settings.model_copy(update={"data": data, **places})
 
     @property
     def home(self) -> Path:
-        """The folder of the node's own states."""
-        default = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "fedsim"
-        return (self.state or default) / self.name
-
-
-def _at(folder: Path, path: Path) -> Path:
-    return folder / path.expanduser()
+        """The folder of the node's own states; raises ConfigError where there is no home folder for it."""
+        if self.state:
+            return self.state / self.name
+        default = Path(os.environ.get("XDG_STATE_HOME") or expanded(Path("~/.local/state"), "state"))
+        return default / "fedsim" / self.name
 
 
 @dataclass
@@ -125,7 +138,13 @@ class Node:
         settings.allow.check_importable()
         self.dataset = DATASETS.make(settings.data, Dataset)
         self.dataset.check_parts("train")
-        self.state_files = StateFiles(settings.home, settings.forget_after, lock_wait)
+        self.state_files = StateFiles(
+            settings.home,
+            settings.forget_after,
+            lock_wait,
+            max_disk=settings.allow.max_disk,
+            max_new_runs=settings.allow.max_new_runs,
+        )
         self.role: Role | None = None  # of the run that it worked for last
 
     def close(self) -> None:
@@ -145,6 +164,7 @@ class Node:
         try:
             if not RUN.fullmatch(run):
                 raise ConfigError(f"run: {run[:40]!r} is no run's id")
+            self.state_files.admit(run)
             with one_thread():
                 role = self._role(run, plan, initial)
             self.state_files.join(run, plan, initial)
@@ -163,6 +183,16 @@ class Node:
         except Exception as error:
             return failure(_error_line(error), seconds=perf_counter() - began)
 
+    def finish(self, finished: Finished) -> str | None:
+        """Forget what the owner does not keep of a run that has ended; returns why, where that fails."""
+        if self.role and self.role.run == finished.run:
+            self.role = None
+        try:
+            self.state_files.finish(finished.run, finished.version, self.settings.keep)
+        except (OSError, ValueError) as error:
+            return _error_line(error)
+        return None
+
     def _work(self, order: Order, began: float) -> Answer:
         role = self._known(order)
         if role is None:
@@ -174,6 +204,9 @@ class Node:
         self.state_files.touch(order.run)
         kept = self._stored_state(order, role)
         training = order.task == "train"
+        stores = training and (role.initial_client or order.transport in ROUNDED)
+        if stores:
+            kept = self._make_room(order, kept)
         evaluate = EvaluateClient(role.parts.strategy, order.batch_size, order.train_mode, seed=role.train.seed)
         work = role.train if training else evaluate
         server = {name: value.to(self.device) for name, value in order.server.items()}
@@ -187,19 +220,20 @@ class Node:
         answer = Answer(encoded, float(update.weight), metrics, 0, 0, 0, perf_counter() - began)
         if not training:
             return answer
-        if role.initial_client or order.transport in ROUNDED:
+        if stores:
             client = _above("client", {name: compact(value) for name, value in update.client.items()})
-            kept = self._store(order, role, kept, client | _above("residual", left))
+            kept = self._store(order, role, kept._replace(state=client | _above("residual", left)))
             answer = answer._replace(version=order.round + 1, mark=kept.mark)
         answer = answer._replace(examples=len(self.dataset.y_train), seconds=perf_counter() - began)
-        role.done = order, answer
+        role.done = order._replace(checkpoints=()), answer
         return answer
 
     def _known(self, order: Order) -> Role | None:
         """The node's part in the order's run, if it has joined with this plan; raises ConfigError."""
         if not RUN.fullmatch(order.run):
             raise ConfigError(f"run: {order.run[:40]!r} is no run's id")
-        if self.role is None or (self.role.run, self.role.plan) != (order.run, order.plan):
+        here = self.role is not None and (self.role.run, self.role.plan) == (order.run, order.plan)
+        if not (here and self.state_files.has(order.run)):  # its owner may have deleted it
             joined = self.state_files.joined(order.run)
             if joined is None or digest(joined[0]) != order.plan:
                 return None
@@ -269,11 +303,21 @@ class Node:
             role.last = order.version, kept
         return role.last[1]
 
-    def _store(self, order: Order, role: Role, before: StoredState, state: State) -> StoredState:
-        """Store the new state, and delete those that no checkpoint of the run needs."""
-        kept = StoredState(state, needed(order.version, before.earlier, order.checkpoints))
+    def _make_room(self, order: Order, kept: StoredState) -> StoredState:
+        """Delete the states that no checkpoint of the run needs; raises ConfigError where a new one does not fit.
+
+        Returns what is kept, with the earlier versions that are still needed.
+        """
+        most = self.settings.allow.max_states
+        if (asked := len(order.checkpoints)) > most:
+            raise ConfigError(f"allow.max_states: {asked:,} checkpoints; allowed on this node: up to {most:,}")
+        earlier = needed(order.version, kept.earlier, order.checkpoints)
+        self.state_files.prune(order.run, order.version, {*earlier, order.round + 1})
+        self.state_files.check_room(order.run, sum(value.nbytes for value in kept.state.values()))
+        return kept._replace(earlier=earlier)
+
+    def _store(self, order: Order, role: Role, kept: StoredState) -> StoredState:
         kept = self.state_files.store(order.run, order.client, order.round + 1, kept)
-        self.state_files.prune(order.run, order.version, kept.earlier)
         role.last = order.round + 1, kept
         return kept
 

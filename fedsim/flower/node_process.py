@@ -13,13 +13,15 @@ from fedsim.errors import ConfigError
 from fedsim.experiment.checkpoint import versions
 from fedsim.flower import wire
 from fedsim.flower.internals import LinkError, NodeLink, Superlink
-from fedsim.flower.messages import Answer, Hello, Invitation, Joined, Order, failure
+from fedsim.flower.messages import Answer, Finished, Hello, Invitation, Joined, Order, failure
 from fedsim.flower.node import Node
 
 log = logging.getLogger(__name__)
 POLL = 0.03, 0.5  # seconds between two looks for messages, at least and at most
 SHARE = 0.01  # of the time since the last message, to wait for the next look
 MOST_TEXT_BYTES = 2**23  # of a message besides its tensors
+MOST_LINES = 600  # that the node logs in a minute; a round is two
+MINUTE = 60.0  # seconds
 RETRY_PAUSE = 1.0  # seconds between two attempts to connect
 LEAVE_PAUSE = 1.0  # seconds between leaving and joining again, long enough for the server to notice
 
@@ -33,6 +35,11 @@ def respond(node: Node, content: RecordDict) -> RecordDict:
         joined = node.join(wire.read(Invitation, content))
         log.info("%s", f"refused: {joined.error}" if joined.error else "joined a run")
         return wire.record(joined)
+    if kind == Finished.__name__:
+        finished = wire.read(Finished, content)
+        why = node.finish(finished)
+        log.info("%s", f"cannot delete a run that has ended: {why}" if why else "a run has reached its end")
+        return wire.record(finished)
     try:
         order = wire.read(Order, content)
     except ValueError as error:
@@ -40,6 +47,23 @@ def respond(node: Node, content: RecordDict) -> RecordDict:
     answer = node.work(order)
     log.info("%s", described(order, answer))
     return wire.record(answer)
+
+
+class FewLines(logging.Filter):
+    """Passes MOST_LINES a minute on, and tells how many it has left out: no sender of messages fills the log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.began, self.lines = monotonic(), 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the line is passed on."""
+        if monotonic() - self.began >= MINUTE:
+            if self.lines > MOST_LINES:
+                record.msg, record.args = f"{record.getMessage()} ({self.lines - MOST_LINES} lines left out)", None
+            self.began, self.lines = monotonic(), 0
+        self.lines += 1
+        return self.lines <= MOST_LINES
 
 
 def described(order: Order, answer: Answer) -> str:

@@ -183,7 +183,9 @@ class Allow(Options):
     """What a node allows. Null allows every entry that comes with fedsim; modules of others must be listed.
 
     `max_parameters` bounds a network's parameters and buffers, and separately a teacher's; `max_bytes` a message;
-    `max_augmentation` each whole number in an augmentation; the others bound options of `local`.
+    `max_augmentation` each whole number in an augmentation. `max_disk` bounds the files of all runs together,
+    `max_new_runs` the runs that begin in a day (with 0 the node takes part only in those that it has joined),
+    `max_states` the checkpoints that a run may have the node keep states for. The others bound options of `local`.
     """
 
     strategies: Annotated[list[str], _known(STRATEGIES)] | None = None
@@ -197,6 +199,9 @@ class Allow(Options):
     max_augmentation: Count = 1000
     max_parameters: Count = 2_000_000_000
     max_bytes: Annotated[ByteSize, Ge(1)] = ByteSize(16 * 2**30)
+    max_disk: Annotated[ByteSize, Ge(1)] = ByteSize(32 * 2**30)
+    max_new_runs: Annotated[int, Ge(0)] = 100  # a day, by UTC
+    max_states: Count = 1000
 
     def check_names(self, plan: Plan) -> None:
         """Raise ConfigError where a plan names what is not allowed; nothing is imported for it."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, NamedTuple
 
+from fedsim.base.files import expanded
 from fedsim.errors import ConfigError, RoundError, one_line
 from fedsim.experiment.checkpoint import versions
 from fedsim.federated.claims import MAX_EXAMPLES
@@ -241,7 +242,8 @@ def read_keys(folder: Path) -> dict[str, bytes]:
     """The public keys of a folder's NAME.pub files, by name; raises ConfigError."""
     from fedsim.flower.internals import public_key_bytes
 
-    found = {path.stem: public_key_bytes(path) for path in sorted(folder.glob("*.pub"))}
+    files = sorted(expanded(folder, "runtime.keys").glob("*.pub"))
+    found = {path.stem: public_key_bytes(path) for path in files}
     if not found:
         raise ConfigError(f"runtime.keys: {folder}: has no file NAME.pub")
     return found

@@ -2,7 +2,7 @@
 
 import logging
 import ssl
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from math import inf
@@ -11,10 +11,12 @@ from time import monotonic, sleep
 from uuid import uuid4
 
 from fedsim.base.catalogue import Spec
+from fedsim.base.files import expanded
 from fedsim.errors import ConfigError, RoundError
+from fedsim.flower import wire
 from fedsim.flower.app import flower_app
 from fedsim.flower.internals import Link, LinkError, Superlink, listed
-from fedsim.flower.messages import Invitation
+from fedsim.flower.messages import Finished, Invitation
 from fedsim.flower.plan import digest
 from fedsim.flower.roster import Roster, Sizes, read_keys
 from fedsim.types import State
@@ -24,6 +26,9 @@ LOOK_PAUSE = 0.1  # seconds between two looks for nodes, while nothing else is d
 RETRY_PAUSE = 1.0  # seconds between two attempts to connect
 SILENT_WAIT = 2.0  # seconds; a longer wait is logged
 LOOK_PAUSE_TRAINING = 0.5  # the same while clients train
+FINISHED_WAIT = 20.0  # seconds that nodes have to hear of a run's end: Flower's SuperNodes take six to nine
+FINISHED_PAUSE = 0.05  # seconds between two looks for their answers
+MOST_FINISHED_BYTES = 2**16  # of an answer to it
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ def address_of(superlink: str, ca: Path | None, insecure: bool, at: str = "runti
     if ca is None:
         return Superlink(superlink, None)
     try:
-        content = ca.expanduser().read_bytes()
+        content = expanded(ca, f"{at}ca").read_bytes()
         ssl.create_default_context(cadata=content.decode("ascii"))
     except (ssl.SSLError, ValueError):  # the first is an OSError, too
         raise ConfigError(f"{at}ca: {ca}: is not a certificate in PEM format") from None
@@ -166,6 +171,21 @@ class RunConnection:
         """Drop answers to these messages that arrive late."""
         if self._link is not None:
             self._link.abandon([*messages])
+
+    def tell_finished(self, versions: Mapping[str, int]) -> None:
+        """Tell the nodes that are there that the run has reached its end, with the versions of their states.
+
+        Nodes that are away are not waited for, and find no message when they come back.
+        """
+        if self._link is None:
+            return
+        link, joined, until = self._link, self.roster.joined, monotonic() + FINISHED_WAIT
+        contents = {node: wire.record(Finished(self.run, versions.get(n, 0))) for n, node in joined.items()}
+        with suppress(LinkError):
+            waiting = {*link.send(contents, "query", group="finished", ttl=FINISHED_WAIT)}
+            while waiting and monotonic() < until:
+                sleep(FINISHED_PAUSE)
+                waiting -= {reply.to for reply in link.receive(waiting, most_bytes=MOST_FINISHED_BYTES)}
 
     def close(self) -> None:
         """End the Flower run; the next round begins another."""

@@ -1,6 +1,6 @@
 """Clients on machines of their own, over Flower: nodes that hold their data and keep their states themselves."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,6 +106,11 @@ class Flower(Runtime):
         self.federation.restore(choice["run"], choice["nodes"], sizes)
         self.data.sizes[:] = sizes
         return True
+
+    def run_finished(self, clients: Mapping[int, State]) -> None:
+        """Tell the nodes, which then keep of the run what their owners want."""
+        names = self.federation.roster.names
+        self.federation.tell_finished({names[k]: int(state["version"][0]) for k, state in clients.items()})
 
     def close(self) -> None:
         """End the Flower run; the next round starts another."""

@@ -2,17 +2,22 @@
 
 A state is a safetensors file that is complete or absent, and lists the earlier versions that the run may go back
 to. Nothing in it is executed, and a file whose checksum is wrong is refused.
+
+What servers can make a node keep is bounded: the bytes of all runs together, the runs that begin in a day, and the
+states of a run. It is checked before anything is written.
 """
 
 import hashlib
+import json
+import os
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
-from os import utime
+from math import inf
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from filelock import Timeout
@@ -20,15 +25,21 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 
 from fedsim.base.files import DRAFT, lock_in, make_folder, open_tensors, remove, untied_copies, write
-from fedsim.base.reading import MAX_YAML_BYTES, open_regular
+from fedsim.base.reading import MAX_YAML_BYTES, open_regular, parse_json
 from fedsim.errors import ConfigError, one_line
 from fedsim.types import State, described, form_of
 
 RUN = re.compile(r"[0-9a-f]{32}")
 PLAN, INITIAL = "plan.json", "initial.safetensors"
+FINISHED = "finished"  # an empty file in the folder of a run that has reached its end
+NEW_RUNS = ".new-runs.json"  # how many runs have begun today
 VERSION = re.compile(r"state-(\d{9})\.safetensors")
 DAY = 24 * 3600.0  # seconds
 MARK_DIGITS = 15  # hexadecimal
+BLOCK = 4096  # bytes; a file or folder takes a multiple of it
+MOST_UNCOUNTED = 8  # states that are kept of those newer than the last one that counts
+
+Keep = Literal["last", "all", "nothing"]
 
 
 class StoredState(NamedTuple):
@@ -47,10 +58,19 @@ class StateFiles:
     """A node's folder, used by one process at a time.
 
     Raises ConfigError if another process still uses it after `lock_timeout` seconds. Runs that have had no message
-    for `forget_after` days are deleted, at the start and when another run begins.
+    for `forget_after` days are deleted, at the start and when another run begins. All runs together take at most
+    `max_disk` bytes, and at most `max_new_runs` begin in a day.
     """
 
-    def __init__(self, folder: Path, forget_after: float, lock_timeout: float = 0.0):
+    def __init__(
+        self,
+        folder: Path,
+        forget_after: float,
+        lock_timeout: float = 0.0,
+        *,
+        max_disk: float = inf,
+        max_new_runs: float = inf,
+    ):
         self.folder = folder
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -62,38 +82,74 @@ class StateFiles:
             ) from None
         except OSError as error:
             raise ConfigError(f"state: {folder}: {error.strerror}") from None
-        self.forget_after = forget_after
+        self.forget_after, self.max_disk, self.max_new_runs = forget_after, max_disk, max_new_runs
+        self._sizes = dict[str, int]()  # bytes on disk at most, by run
+        for draft in folder.glob(f".*{DRAFT}"):  # this one and the next are of a process that was killed
+            remove(draft)
+        for draft in [each for run in runs(folder) for each in (folder / run).glob(f"*{DRAFT}")]:
+            remove(draft)
         self._forget()
 
     def close(self) -> None:
         """Release the folder for another process."""
         self._lock.release()
 
+    def has(self, run: str) -> bool:
+        """Whether the node has joined a run, and not forgotten it."""
+        return self._home(run).is_dir()
+
+    def admit(self, run: str) -> None:
+        """Raise ConfigError if the run would be new, and as many as may have begun today."""
+        if not self.has(run) and (begun := self._new_runs()) >= self.max_new_runs:
+            most = f"allowed on this node: up to {self.max_new_runs} a day"
+            raise ConfigError(f"allow.max_new_runs: {begun} new runs have begun today (UTC); {most}")
+
     def join(self, run: str, plan: str, initial: State) -> None:
-        """Store a run's plan and initial tensors; raises OSError."""
-        home = self._home(run)
-        make_folder(home)
-        for draft in home.glob(f"*{DRAFT}"):  # left by a process that was killed
-            remove(draft)
-        for name in (PLAN, INITIAL):  # so that a plan and the tensors of another one are never together
-            (home / name).unlink(missing_ok=True)
-        _write(home / INITIAL, initial, {})
-        write(home / PLAN, plan.encode())
+        """Store a run's plan and initial tensors, or nothing; raises OSError, and ConfigError for a full quota."""
+        self.admit(run)
+        home, new, own = self._home(run), not self.has(run), untied_copies(initial)
+        joined = self.joined(run)
+        if joined is None or (joined[0], _digest(joined[1])) != (plan, _digest(own)):
+            contents = {INITIAL: _content(own, {})[0], PLAN: plan.encode()}
+            for name in contents:  # so that a plan and the tensors of another one are never together
+                (home / name).unlink(missing_ok=True)
+            self.check_room(run, *map(len, contents.values()))
+            try:
+                if new:
+                    self._count_new_run()
+                make_folder(home)
+                for name, content in contents.items():
+                    write(home / name, content)
+            except BaseException:
+                if new:
+                    shutil.rmtree(home, ignore_errors=True)
+                raise
+        self.touch(run)
         self._forget()
 
     def joined(self, run: str) -> tuple[str, State] | None:
         """A run's plan and initial tensors; None if they are absent or damaged."""
         home = self._home(run)
         try:
-            with open_regular(home / PLAN) as file:
-                plan = file.read(4 * MAX_YAML_BYTES).decode()
-            return plan, _read(home / INITIAL)[0]
+            return read_plan(home), _read(home / INITIAL)[0]
         except (OSError, ValueError):
             return None
 
     def touch(self, run: str) -> None:
-        """Record that the run has had a message now."""
-        utime(self._home(run))
+        """Record that the run has had a message now, and so goes on."""
+        (self._home(run) / FINISHED).unlink(missing_ok=True)
+        os.utime(self._home(run))
+
+    def check_room(self, run: str, *lengths: int) -> None:
+        """Raise ConfigError unless files of these lengths may be added to the run's, before any is deleted."""
+        wanted = sum(map(_on_disk, lengths))
+        self._measure([run])
+        if sum(self._sizes.values()) + wanted <= self.max_disk:
+            return
+        self._measure()  # the owner may have deleted some
+        if (held := sum(self._sizes.values())) + wanted > self.max_disk:
+            most = f"allowed on this node: up to {self.max_disk:,}"
+            raise ConfigError(f"allow.max_disk: {wanted:,} bytes do not fit beside {held:,} of its runs; {most}")
 
     def load(self, run: str, client: int, version: int, mark: int) -> StoredState:
         """The client's state of this version and mark; raises ValueError, with the reason, if it cannot be had."""
@@ -110,22 +166,71 @@ class StateFiles:
             raise ValueError(f"state {version} of client {client} is broken: {one_line(error)}") from None
 
     def store(self, run: str, client: int, version: int, kept: StoredState) -> StoredState:
-        """Store a client's state, and return it with its mark; raises OSError, and ValueError for some dtypes."""
-        about = {"client": str(client), "earlier": " ".join(map(str, kept.earlier))}
-        return kept._replace(mark=_write(self._path(run, version), kept.state, about))
+        """Store a client's state, and return it with its mark.
 
-    def prune(self, run: str, version: int, needed: Sequence[int]) -> None:
-        """Delete the states older than `version` that are not in `needed`."""
-        for path in self._home(run).iterdir():
-            found = VERSION.fullmatch(path.name)
-            if found and int(found[1]) < version and int(found[1]) not in needed:
-                with suppress(OSError):
-                    path.unlink()
+        Raises OSError, ConfigError for a full quota, and ValueError for some dtypes.
+        """
+        about = {"client": str(client), "earlier": " ".join(map(str, kept.earlier))}
+        content, mark = _content(untied_copies(kept.state), about)
+        self.check_room(run, len(content))
+        write(self._path(run, version), content)
+        self._sizes[run] += _on_disk(len(content))
+        return kept._replace(mark=mark)
+
+    def prune(self, run: str, version: int, needed: Collection[int]) -> None:
+        """Delete states that are not in `needed`: all that are older than `version`, and of newer ones most.
+
+        The newer ones are of answers that did not count, such as those that came too late; the last written stay.
+        """
+        idle = {v: path for v, path in states(self._home(run)).items() if v not in {version, *needed}}
+        newer = sorted((path for v, path in idle.items() if v > version), key=_written)
+        _delete([path for v, path in idle.items() if v < version] + newer[:-MOST_UNCOUNTED])
+
+    def finish(self, run: str, version: int, keep: Keep) -> None:
+        """Delete what `keep` does not keep of a run that has ended, with this version of the client's state.
+
+        The state that was written last stays as well, so that no server's message makes a node lose it. Raises
+        OSError.
+        """
+        home = self._home(run)
+        if not home.is_dir():
+            return
+        if keep == "nothing":
+            forget(self.folder, run)
+        else:
+            if keep == "last":
+                found = states(home)
+                last = max(found.values(), key=_written, default=None)
+                _delete([path for v, path in found.items() if v != version and path != last])
+                _delete([home / INITIAL])  # a server that goes on with the run sends it again
+            (home / FINISHED).touch()
+            os.utime(home)
+        self._measure([run])
 
     def _forget(self) -> None:
-        for run in [path for path in self.folder.iterdir() if RUN.fullmatch(path.name)]:
-            if time.time() - run.stat().st_mtime > self.forget_after * DAY:
-                shutil.rmtree(run, ignore_errors=True)
+        for run in runs(self.folder):
+            with suppress(OSError):  # its owner deletes it now, too
+                if time.time() - (self.folder / run).stat().st_mtime > self.forget_after * DAY:
+                    forget(self.folder, run)
+        self._measure()
+
+    def _measure(self, of: Iterable[str] | None = None) -> None:
+        """Measure what these runs take, by default all."""
+        if of is None:
+            self._sizes, of = {}, runs(self.folder)
+        self._sizes |= {run: size(self.folder / run) for run in of}
+
+    def _new_runs(self) -> int:
+        """How many runs have begun today."""
+        with suppress(OSError, ValueError), open_regular(self.folder / NEW_RUNS) as file:
+            match parse_json(file.read(BLOCK)):
+                case {"day": day, "runs": int(begun)} if day == _today():
+                    return begun
+        return 0
+
+    def _count_new_run(self) -> None:
+        about = {"day": _today(), "runs": self._new_runs() + 1}
+        write(self.folder / NEW_RUNS, json.dumps(about).encode())
 
     def _path(self, run: str, version: int) -> Path:
         return self._home(run) / f"state-{version:09}.safetensors"
@@ -146,16 +251,66 @@ def needed(version: int, earlier: Sequence[int], checkpoints: Sequence[int]) -> 
     return tuple(sorted({version, *newest} - {0}))
 
 
-def _write(path: Path, state: State, about: dict[str, str]) -> int:
-    """Returns the state's mark."""
-    own = untied_copies(state)
-    digest = _digest(own)
+def runs(folder: Path) -> list[str]:
+    """The ids of the runs in a node's folder; raises OSError."""
+    return sorted(path.name for path in folder.iterdir() if RUN.fullmatch(path.name))
+
+
+def states(home: Path) -> dict[int, Path]:
+    """The files of a run's states, by version; raises OSError."""
+    return {int(found[1]): path for path in home.iterdir() if (found := VERSION.fullmatch(path.name))}
+
+
+def size(home: Path) -> int:
+    """The bytes that a run's folder takes on the disk; 0 if there is none."""
+    total = 0
+    with suppress(OSError), os.scandir(home) as entries:  # its owner may delete it now
+        total += BLOCK
+        total += sum(_on_disk(entry.stat(follow_symlinks=False).st_size) for entry in entries)
+    return total
+
+
+def read_plan(home: Path) -> str:
+    """The text of a run's plan; raises OSError, and ValueError for bytes that are no text."""
+    with open_regular(home / PLAN) as file:
+        return file.read(4 * MAX_YAML_BYTES).decode()
+
+
+def forget(folder: Path, run: str) -> None:
+    """Delete a run, also under a process that works for it: it is there whole, or not at all. Raises OSError."""
+    away = folder / f".{run}{DRAFT}"
+    shutil.rmtree(away, ignore_errors=True)
+    (folder / run).rename(away)
+    shutil.rmtree(away)
+
+
+def _delete(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _written(path: Path) -> float:
+    return path.stat().st_mtime
+
+
+def _on_disk(length: int) -> int:
+    """The bytes that a file of this length takes."""
+    return max(-(-length // BLOCK), 1) * BLOCK
+
+
+def _today() -> str:
+    return time.strftime("%Y-%m-%d", time.gmtime())
+
+
+def _content(state: State, about: dict[str, str]) -> tuple[bytes, int]:
+    """The bytes of a state's file, and the state's mark; raises ValueError for some dtypes."""
+    digest = _digest(state)
     try:
-        content = save(own, about | {"sha256": _checksum(about, digest)})
+        content = save(state, about | {"sha256": _checksum(about, digest)})
     except KeyError as error:
         raise ValueError(f"{error} cannot be written to disk, so it cannot be part of a client's state") from error
-    write(path, content)
-    return int(digest[:MARK_DIGITS], 16)
+    return content, int(digest[:MARK_DIGITS], 16)
 
 
 def _read(path: Path) -> tuple[State, dict[str, str], int]:

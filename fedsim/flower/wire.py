@@ -11,11 +11,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from fedsim.errors import located, one_line
-from fedsim.flower.messages import FORMAT, Answer, Hello, Invitation, Joined, Order
+from fedsim.flower.messages import FORMAT, Answer, Finished, Hello, Invitation, Joined, Order
 from fedsim.flower.transport import Coded, Encoded, decode, encode
 from fedsim.types import State
 
-Message = TypeVar("Message", Hello, Invitation, Joined, Order, Answer)
+Message = TypeVar("Message", Hello, Invitation, Joined, Order, Answer, Finished)
 
 KEY = f"fedsim.{FORMAT}"  # name of the record that has the JSON
 STYPE = "fedsim."  # then the coding of a tensor: the `stype` of a Flower array
@@ -30,12 +30,12 @@ def _schema(kind: Any) -> type[BaseModel]:
     return create_model(kind.__name__, __config__=config, **fields)
 
 
-KINDS: tuple[Any, ...] = (Hello, Invitation, Joined, Order, Answer)
+KINDS: tuple[Any, ...] = (Hello, Invitation, Joined, Order, Answer, Finished)
 TENSORS = {kind: {n: h for n, h in get_type_hints(kind).items() if h in (State, Encoded)} for kind in KINDS}
 SCHEMAS = {kind: _schema(kind) for kind in KINDS}
 
 
-def record(message: Hello | Invitation | Joined | Order | Answer, **records: ArrayRecord) -> RecordDict:
+def record(message: Hello | Invitation | Joined | Order | Answer | Finished, **records: ArrayRecord) -> RecordDict:
     """A message as a Flower record. `records` has fields that are encoded already, and are not encoded again."""
     numbers, states = {}, dict[str, ArrayRecord]()
     for name, value in message._asdict().items():
