@@ -46,9 +46,11 @@ def unread() -> bool:
 
 
 def before_import(module: str, name: str, at: str) -> None:
-    """Apply the rule to `name`, for which `module` is about to be imported; raises ConfigError if it is refused."""
+    """Apply the rule to `name`, for which `module` would be imported; raises ConfigError where it is refused."""
     refuse_code(f"{name} is code that does not come with fedsim", at)
-    if _Current.rule is Rule.ANNOUNCED and not (module in _Current.announced or f"{module}.".startswith("fedsim.")):
+    if _Current.rule is not Rule.ANNOUNCED or f"{module}.".startswith("fedsim."):
+        return
+    if module not in _Current.announced:
         _Current.announced |= {module}
         if (files := files_of(module)) is not None:
             line = f"{at}: imports {module}, which is not fedsim's: {', '.join(files) or 'a folder without code'}"
