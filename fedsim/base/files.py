@@ -1,6 +1,7 @@
 """Atomic writes: after a kill, or on a full disk, a file has its new content or its old one, never a part."""
 
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
@@ -24,6 +25,7 @@ from fedsim.base.reading import open_regular
 from fedsim.errors import ConfigError, printable
 
 DRAFT = ".draft"  # the suffix of a file or folder that is being written
+LOOK_SECONDS = 0.05  # for which someone who looks whether a folder is locked may hold its lock
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
@@ -87,7 +89,7 @@ def locked(folder: Path) -> FileLock:
     check_name(folder)
     lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=LOOK_SECONDS, poll_interval=LOOK_SECONDS / 5)
     except Timeout:
         raise ConfigError(f"{folder}: another process is running it") from None
     except (OSError, NotImplementedError) as error:
@@ -97,6 +99,21 @@ def locked(folder: Path) -> FileLock:
         way = "use a folder on a file system with locks, such as a local disk"
         raise ConfigError(f"{folder / '.lock'}: cannot be locked: {why}; {way}") from None
     return lock
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether another process holds the lock of a folder; looking takes a moment, for which `locked` waits."""
+    try:
+        file = os.open(folder / ".lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EAGAIN, errno.EACCES)
+    finally:
+        os.close(file)
+    return False
 
 
 def check_name(folder: Path) -> None:

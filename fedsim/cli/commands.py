@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from fedsim.cli.federations import certificates, flower_app, node, nodes, serve
-from fedsim.cli.inspection import list_, partition
+from fedsim.cli.inspection import check, list_, partition
 from fedsim.cli.interrupts import Interrupted
 from fedsim.cli.measurement import bench, export, profile
 from fedsim.cli.runs import compare, resume, run, sweep
@@ -27,6 +27,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "sweep": sweep,
     "partition": partition,
     "compare": compare,
+    "check": check,
     "list": list_,
     "bench": bench,
     "profile": profile,

@@ -11,16 +11,17 @@ from typing import Any, Self
 import numpy as np
 import yaml
 from pydantic import ConfigDict, create_model
-from safetensors.torch import save
 from torch import Tensor
 
-from fedsim.base.files import File, check_name, create, locked, read, untied_copies, write
+from fedsim.base.files import File, check_name, create, locked, read, write
 from fedsim.data import FederatedData
 from fedsim.data.partition import content_hash, label_counts
 from fedsim.errors import ConfigError, RoundError, one_line
+from fedsim.experiment import model_file
 from fedsim.experiment.checkpoint import FIELDS, Checkpoints
 from fedsim.experiment.config import Config
 from fedsim.report.runs import parse_record
+from fedsim.training.layout import Order
 
 Line: Any = create_model("Line", __config__=ConfigDict(extra="allow", strict=True), **FIELDS)  # of rounds.jsonl
 CHECKPOINTS = "checkpoints"  # in a run's folder
@@ -38,6 +39,7 @@ class RunFolder:
         self.path, self.checkpoints = path, Checkpoints(path / CHECKPOINTS)
         self._lock = locked(path)
         self._bytes, self._digest = 0, hashlib.sha256()  # of rounds.jsonl
+        self.partition: str | None = None  # SHA-256 of partition.json
         self._rounds = (path / "rounds.jsonl").open("ab", buffering=0)
 
     @classmethod
@@ -47,10 +49,12 @@ class RunFolder:
             raise ConfigError(f"{path}: exists, and a run is never overwritten; name another folder")
         check_name(path)
         try:
-            create(path, {"config.yaml": _yaml(config), "partition.json": _json(describe(data))})
+            create(path, {"config.yaml": _yaml(config), "partition.json": (partition := _json(describe(data)))})
         except OSError as error:
             raise ConfigError(f"{path}: cannot be made: {error.strerror}; name a folder with --out") from None
-        return cls(path)
+        folder = cls(path)
+        folder.partition = hashlib.sha256(partition).hexdigest()
+        return folder
 
     @classmethod
     def number(cls, stem: str, config: Config, data: FederatedData) -> Self:
@@ -80,7 +84,9 @@ class RunFolder:
             raise ConfigError(f"{self.path / 'rounds.jsonl'}: broken: {one_line(error)}") from None
         self._rounds.truncate(len(content))
         self._bytes, self._digest = len(content), hashlib.sha256(content)
-        for name, wanted in (("config.yaml", _yaml(config)), ("partition.json", _json(describe(data)))):
+        partition = _json(describe(data))
+        self.partition = hashlib.sha256(partition).hexdigest()
+        for name, wanted in (("config.yaml", _yaml(config)), ("partition.json", partition)):
             if not (self.path / name).exists() or (self.path / name).read_bytes() != wanted:
                 write(self.path / name, wanted)
         (self.path / "summary.json").unlink(missing_ok=True)
@@ -106,12 +112,16 @@ class RunFolder:
         return File("rounds.jsonl", self._bytes, self._digest.hexdigest())
 
     def finish(
-        self, model: dict[str, Tensor], ema: dict[str, Tensor] | None, summary: dict[str, Any] | None
+        self,
+        model: dict[str, Tensor],
+        ema: dict[str, Tensor] | None,
+        order: Order,
+        summary: dict[str, Any] | None,
     ) -> None:
         """The global model, its running mean if there is one, and where the run reached its end, summary.json."""
-        write(self.path / "model.safetensors", save(untied_copies(model)))
+        write(self.path / "model.safetensors", model_file.content(model, order))
         if ema is not None:
-            write(self.path / "ema.safetensors", save(untied_copies(ema)))
+            write(self.path / "ema.safetensors", model_file.content(ema, order))
         if summary is not None:
             write(self.path / "summary.json", _json(summary))
 
