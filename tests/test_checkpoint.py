@@ -826,7 +826,7 @@ def test_a_disk_without_locks_is_refused_in_a_line(tmp_path, monkeypatch):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr("fedsim.base.files.FileLock.acquire", lambda self, blocking: no_locks())
+    monkeypatch.setattr("fedsim.base.files.FileLock.acquire", lambda self, **_: no_locks())
     with pytest.raises(ConfigError, match=r"run/\.lock: cannot be locked: No locks available; use a folder on a"):
         fedsim.run(CONFIG, out=tmp_path / "run")
 

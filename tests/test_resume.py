@@ -329,11 +329,12 @@ class Mine(Hook):
 def test_an_interrupt_while_a_module_of_the_config_is_imported_ends_in_a_line(forks, folder, command):
     (folder / "mine.py").write_text(MINE)
     write(folder, rounds=1, hooks=["mine:Mine"])
+    told = f"fedsim: hooks[0].name: imports mine, which is not fedsim's: {folder}/mine.py\n"
     done = forks.run("run", "c.yaml", "--out=done", cwd=folder, prepare=["own_modules"])
-    assert (done.status, done.err) == (0, ""), str(done)
+    assert (done.status, done.err) == (0, told), str(done)
     (folder / "interrupt").touch()
     done = forks.run(*command.split(), cwd=folder, prepare=["own_modules"])
-    assert (done.status, done.err) == (130, EARLY), str(done)
+    assert (done.status, done.err) == (130, told + EARLY), str(done)
     assert not (folder / "runs").exists()
 
 

@@ -25,6 +25,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, ValidationError, create_mo
 from pydantic.fields import FieldInfo
 
 from fedsim.base.files import uninterrupted
+from fedsim.base.own_code import before_import, unread
 from fedsim.errors import ConfigError, border, is_own, name_of
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ class Catalogue:
             return _attribute(importlib.import_module(f"{self.package}.{module}"), attribute, at)
         if not (attribute and all(part.isidentifier() for part in module.split("."))):
             raise ConfigError(f"{at}: {unknown(name, self.entries)}, or your own package.module:attribute")
+        before_import(module, name, at)
         with border(f"{at}: {name}", ConfigError):
             try:
                 return _attribute(importlib.import_module(module), attribute, at)
@@ -95,6 +97,8 @@ class Catalogue:
     def options(self, name: str, at: str = "") -> "type[Options]":
         """The schema of an entry's options; raises ConfigError, as annotations and defaults may be the user's."""
         at = at or f"{self.kind}.name"
+        if unread() and ":" in name:
+            return AnyOptions
         target = self.load(name, at)
         with border(f"{at}: {name}", ConfigError):
             return options_of(target)
@@ -123,7 +127,10 @@ class Catalogue:
         if "name" in own.model_fields:
             taken = "has an option called name, which no config can set; rename it"
             raise ConfigError(f"{at}.name: {spec['name']} {taken}")
-        schema = _schema((own, also) if also else (own,), name=(str, ...))  # so that errors list `name`, too
+        bases = (own, also) if also else (own,)
+        if own is AnyOptions:  # the last base says whether unknown keys are allowed
+            bases = bases[::-1]
+        schema = _schema(bases, name=(str, ...))  # so that errors list `name`, too
         values = validated(schema, options, at)
         with border(f"{at}.name: {spec['name']}", ConfigError):
             return {"name": spec["name"]} | values.model_dump(mode="json")
@@ -181,6 +188,12 @@ class Options(BaseModel):
         if isinstance(value, int) and abs(value) >= 2**63:
             raise ValueError(f"{_json_excerpt(value)} should be smaller than 2^63")
         return value
+
+
+class AnyOptions(Options):
+    """The schema of an entry that is not looked up."""
+
+    model_config = ConfigDict(extra="allow")
 
 
 @cache

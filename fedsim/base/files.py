@@ -1,6 +1,7 @@
 """Atomic writes: after a kill, or on a full disk, a file has its new content or its old one, never a part."""
 
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
@@ -26,6 +27,7 @@ from fedsim.base.reading import open_regular
 from fedsim.errors import ConfigError, printable
 
 DRAFT = ".draft"  # the suffix of a file or folder that is being written
+LOOK_SECONDS = 0.05  # for which someone who looks whether a folder is locked may hold its lock
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
@@ -123,7 +125,7 @@ def locked(folder: Path) -> FileLock:
     check_name(folder)
     lock = lock_in(folder)
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=LOOK_SECONDS, poll_interval=LOOK_SECONDS / 5)
     except Timeout:
         raise ConfigError(f"{folder}: another process is running it") from None
     except (OSError, NotImplementedError) as error:
@@ -143,6 +145,21 @@ def lock_in(folder: Path) -> FileLock:
         if not stat.S_ISREG(found.st_mode) or (found.st_nlink > 1 and found.st_size):
             raise ConfigError(f"{path}: is no lock, but another file or a link; delete it")
     return FileLock(path)
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether another process holds the lock of a folder; looking takes a moment, for which `locked` waits."""
+    try:
+        file = os.open(folder / ".lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EAGAIN, errno.EACCES)
+    finally:
+        os.close(file)
+    return False
 
 
 def check_name(folder: Path) -> None:

@@ -1,16 +1,17 @@
 """All commands by name, in the order of `fedsim --help`; wrong usage is one line, as a wrong config is."""
 
+import inspect
 import sys
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import click
 import typer
 from typer.core import TyperGroup
 
 from fedsim.cli.federations import certificates, flower_app, node, nodes, serve
-from fedsim.cli.inspection import list_, partition
+from fedsim.cli.inspection import check, list_, partition
 from fedsim.cli.interrupts import Interrupted
 from fedsim.cli.measurement import bench, export, profile
 from fedsim.cli.runs import compare, resume, run, sweep
@@ -26,12 +27,17 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "sweep": sweep,
     "partition": partition,
     "compare": compare,
+    "check": check,
     "list": list_,
     "bench": bench,
     "profile": profile,
     "export": export,
     "certificates": certificates,
 }
+READ_CONFIGS = (run, serve, node, flower_app, resume, sweep, partition, bench, profile, export)
+NoCode = Annotated[
+    bool, typer.Option("--no-code", help="refuse a config that names code which does not come with fedsim")
+]
 
 
 class Commands(TyperGroup):
@@ -113,5 +119,22 @@ def _interruptible(function: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
+def _with_no_code(function: Callable[..., None]) -> Callable[..., None]:
+    """The same command with the option --no-code; without it, each module that is not fedsim's is announced."""
+
+    @wraps(function)
+    def call(*, no_code: bool, **arguments: Any) -> None:
+        from fedsim.base.own_code import Rule, own_code
+
+        with own_code(Rule.REFUSED if no_code else Rule.ANNOUNCED):
+            function(**arguments)
+
+    signature = inspect.signature(function)
+    option = inspect.Parameter("no_code", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=NoCode)
+    parameters = [*signature.parameters.values(), option]
+    call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return call
+
+
 for name, function in COMMANDS.items():
-    app.command(name)(_interruptible(function))
+    app.command(name)(_interruptible(_with_no_code(function) if function in READ_CONFIGS else function))

@@ -1,4 +1,4 @@
-"""Commands that show which client holds which data, and what a config can name."""
+"""Commands that show which client holds which data, what a config can name, and whether a run is whole."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from fedsim.cli.interrupts import raise_on_interrupt
-from fedsim.cli.shared import ConfigPath, Settings, console
+from fedsim.cli.shared import AsJson, ConfigPath, Settings, console, errors, print_json
+from fedsim.errors import printable
 
 
 def partition(
@@ -60,3 +61,31 @@ def list_(
     raise_on_interrupt()
     for part in listing(kind, pattern):
         console.print(part, markup=False, highlight=False)
+
+
+def check(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a run, or of a sweep")],
+    as_json: AsJson = False,
+) -> None:
+    """Say what a run's folder holds, whether that is whole, and where the run can be resumed; changes nothing."""
+    from dataclasses import asdict
+
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+    from fedsim.experiment.check import check_run, parts_table
+    from fedsim.sweep.check import check_sweep
+    from fedsim.sweep.folder import is_sweep
+
+    raise_on_interrupt()
+    columns = TextColumn("{task.description}"), BarColumn(bar_width=18), DownloadColumn()
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
+        bar = progress.add_task("checkpoints", total=None)
+        look = check_sweep if is_sweep(folder) else check_run
+        found = look(folder, lambda done, total: progress.update(bar, completed=done, total=total))
+    if as_json:
+        print_json(asdict(found) | {"whole": not found.faults, "verdict": found.verdict})
+    else:
+        console.print(parts_table(found))
+        console.out(printable(found.verdict), highlight=False)
+    if found.faults:
+        raise typer.Exit(1)

@@ -77,6 +77,7 @@ class Checkpoint(BaseModel):
     server: File
     clients: list[File]  # the oldest first
     runtime: dict[str, Any] | None = None  # what `auto` chose, or the nodes of `flower`
+    partition: str | None = None  # SHA-256 of partition.json; older versions did not write it
 
 
 class Checkpoints:

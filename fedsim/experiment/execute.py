@@ -201,6 +201,7 @@ class Checkpointer:
                 self.settings.keep,
                 config=run.config.model_dump(mode="json"),
                 data=self.data,
+                partition=run.folder.partition,
                 last=run.unlogged._asdict() if run.unlogged else None,
                 stopped=run.stopped,
                 seconds=run.seconds,
@@ -214,7 +215,7 @@ def _save_results(run: Run) -> None:
         task, server, ema = run.simulation.task, run.simulation.server, run.simulation.ema
         with _saving("results"):
             means = None if ema is None else task.state_dict(ema)
-            run.folder.finish(task.state_dict(server), means, None if run.failure else run.summary)
+            run.folder.finish(task.state_dict(server), means, task.order, None if run.failure else run.summary)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The figures of a run: what the test after a round measures, and what summary.json says."""
 
 import resource
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -35,24 +36,28 @@ def spread(accuracies: list[float]) -> dict[str, float]:
     }
 
 
-def summarize(run: Run) -> dict[str, Any]:
-    """What summary.json says of a run."""
-    records = run.records
+def repeated(records: Sequence[Record], *, ema: bool) -> Record:
+    """The figures of summary.json that follow from the lines of rounds.jsonl."""
     tested = [record for record in records if "test_accuracy" in record]
     training = sum(record["seconds"] for record in records)
     last = tested[-1] if tested else {}
-    ema = {"ema_test_accuracy": last.get("ema_test_accuracy")} if run.simulation.ema else {}
     return {
         "rounds": len(records),
         "test_accuracy": last.get("test_accuracy"),
         "test_loss": last.get("test_loss"),
-        **ema,
+        **({"ema_test_accuracy": last.get("ema_test_accuracy")} if ema else {}),
         "best_test_accuracy": max((record["test_accuracy"] for record in tested), default=None),
-        "fingerprint": run.simulation.fingerprint(),
-        "stopped": run.stopped,
-        "seconds": run.seconds,
         "client_steps_per_second": sum(r["steps"] for r in records) / training if training else 0.0,
         "bytes_up": sum(record["bytes_up"] for record in records),
         "bytes_down": sum(record["bytes_down"] for record in records),
+    }
+
+
+def summarize(run: Run) -> dict[str, Any]:
+    """What summary.json says of a run."""
+    return repeated(run.records, ema=bool(run.simulation.ema)) | {
+        "fingerprint": run.simulation.fingerprint(),
+        "stopped": run.stopped,
+        "seconds": run.seconds,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }

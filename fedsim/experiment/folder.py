@@ -1,5 +1,6 @@
 """The folder of a run: its config, its rounds, its checkpoints and its results."""
 
+import hashlib
 import json
 from glob import escape
 from math import isfinite
@@ -9,19 +10,20 @@ from typing import Any, Self
 import numpy as np
 import yaml
 from pydantic import ConfigDict, create_model
-from safetensors.torch import save
 from torch import Tensor
 
-from fedsim.base.files import File, check_name, create, locked, read, remove, untied_copies, write
+from fedsim.base.files import File, check_name, create, locked, read, remove, write
 from fedsim.base.reading import read_regular, read_yaml
 from fedsim.data import FederatedData
 from fedsim.data.partition import content_hash, label_counts
 from fedsim.errors import ConfigError, RoundError, one_line
+from fedsim.experiment import model_file
 from fedsim.experiment.checkpoint import FIELDS, Checkpoints
 from fedsim.experiment.config import Config
 from fedsim.experiment.round_log import NAME as LOG
 from fedsim.experiment.round_log import RoundLog
 from fedsim.report.runs import parse_record
+from fedsim.training.layout import Order
 
 Line: Any = create_model("Line", __config__=ConfigDict(extra="allow", strict=True), **FIELDS)  # of rounds.jsonl
 CHECKPOINTS = "checkpoints"  # in a run's folder
@@ -39,6 +41,7 @@ class RunFolder:
         self.path, self.checkpoints = path, Checkpoints(path / CHECKPOINTS)
         self._lock = locked(path)
         self._log: RoundLog | None = None  # until it is known with which rounds it begins
+        self.partition: str | None = None  # SHA-256 of partition.json
 
     @classmethod
     def create(cls, path: Path, config: Config, data: FederatedData) -> Self:
@@ -47,11 +50,12 @@ class RunFolder:
             raise ConfigError(f"{path}: exists, and a run is never overwritten; name another folder")
         check_name(path)
         try:
-            create(path, {"config.yaml": _yaml(config), "partition.json": _json(describe(data))})
+            create(path, {"config.yaml": _yaml(config), "partition.json": (partition := _json(describe(data)))})
         except OSError as error:
             raise ConfigError(f"{path}: cannot be made: {error.strerror}; name a folder with --out") from None
         folder = cls(path)
         folder._log = RoundLog(path)
+        folder.partition = hashlib.sha256(partition).hexdigest()
         return folder
 
     @classmethod
@@ -82,7 +86,9 @@ class RunFolder:
         except ValueError as error:
             raise ConfigError(f"{self.path / LOG}: broken: {one_line(error)}") from None
         self._log = RoundLog(self.path, content)
-        for name, wanted in (("config.yaml", _yaml(config)), ("partition.json", _json(describe(data)))):
+        partition = _json(describe(data))
+        self.partition = hashlib.sha256(partition).hexdigest()
+        for name, wanted in (("config.yaml", _yaml(config)), ("partition.json", partition)):
             if not _holds(self.path / name, wanted):
                 write(self.path / name, wanted)
         remove(self.path / "summary.json")
@@ -103,12 +109,16 @@ class RunFolder:
         return self._log.saved()
 
     def finish(
-        self, model: dict[str, Tensor], ema: dict[str, Tensor] | None, summary: dict[str, Any] | None
+        self,
+        model: dict[str, Tensor],
+        ema: dict[str, Tensor] | None,
+        order: Order,
+        summary: dict[str, Any] | None,
     ) -> None:
         """The global model, its running mean if there is one, and where the run reached its end, summary.json."""
-        write(self.path / "model.safetensors", save(untied_copies(model)))
+        write(self.path / "model.safetensors", model_file.content(model, order))
         if ema is not None:
-            write(self.path / "ema.safetensors", save(untied_copies(ema)))
+            write(self.path / "ema.safetensors", model_file.content(ema, order))
         if summary is not None:
             write(self.path / "summary.json", _json(summary))
 

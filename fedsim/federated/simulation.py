@@ -235,7 +235,7 @@ class Simulation:
                 round=self.number + 1,
                 cohort=selected,
                 train_loss=sums["loss"] / sums["examples"] if sums.get("examples") else None,
-                fingerprint=_fingerprint(server),
+                fingerprint=fingerprint_of(server),
                 seconds=perf_counter() - start,
                 steps=int(sums.get("steps", 0)),
                 bytes_up=sum(r.bytes_up for r in reports),
@@ -316,7 +316,7 @@ class Simulation:
 
     def fingerprint(self) -> str:
         """SHA-256 of the global model's bytes, batch-norm statistics included."""
-        return _fingerprint(self.server)
+        return fingerprint_of(self.server)
 
     def _download(self) -> State:
         """The entries of the server's state that clients download, as copies."""
@@ -479,7 +479,8 @@ class Simulation:
             )
 
 
-def _fingerprint(server: State) -> str:
+def fingerprint_of(server: State) -> str:
+    """SHA-256 of the bytes of `model` (P,) and `buffers` (Q,)."""
     digest = hashlib.sha256()
     for name in ("model", "buffers"):
         digest.update(server[name].cpu().numpy().data)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,3 +48,11 @@ class Layout:
             out, channels, height, width = shape
             return part.view(out, height, width, channels).permute(0, 3, 1, 2)
         return part.view(shape)
+
+
+class Order(NamedTuple):
+    """The names of the tensors in the model (P,) and in the buffers (Q,), in their order."""
+
+    model: list[str]
+    buffers: list[str]
+    channels_last: bool  # of the model, as in Layout

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fedsim.base.modes import own_thread_modes
 from fedsim.errors import ConfigError, name_of
 from fedsim.training.buffers import Handling, buffer_handling, power_vectors
-from fedsim.training.layout import Layout
+from fedsim.training.layout import Layout, Order
 from fedsim.training.probe import copied, probe
 from fedsim.training.recompute import blocks_of
 from fedsim.types import BufferWord, State
@@ -77,6 +77,11 @@ class Task:
     def initial_of(self, *handling: Handling) -> State:
         """The initial values of the buffers that are handled in one of these ways, by name; not copies."""
         return {name: b for name, b in self.network.named_buffers() if self.handling.get(name) in handling}
+
+    @property
+    def order(self) -> Order:
+        """Where the tensors of `state_dict` lie in the model (P,) and in the buffers (Q,)."""
+        return Order([*self.layout.shapes], [*self.buffer_layout.shapes], self.layout.channels_last)
 
     def losses(self, logits: Tensor, y: Tensor) -> Tensor:
         """(B,) the cross-entropy of each example."""

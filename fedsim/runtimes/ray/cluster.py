@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.base.machine import cores
+from fedsim.base.own_code import refuse_code
 from fedsim.errors import ConfigError, missing_extra, one_line
 
 try:
@@ -33,6 +34,7 @@ def join(address: str | None) -> None:
             raise ConfigError(f"runtime.address: {address}, and this process has joined {joined} already")
         return
     if address:
+        refuse_code(f"what a cluster at {address} answers may hold code", "runtime.address")
         address = _reach(address)
     own: dict[str, Any] = {} if address else {"num_cpus": cores(), "include_dashboard": False}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

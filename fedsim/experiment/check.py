@@ -1,0 +1,658 @@
+"""What a run's folder holds, and whether that is whole: `fedsim check`.
+
+It only reads. The folder may come from elsewhere: nothing is opened through a link, and what the config names as
+`package.module:attribute` is not imported. Every file is hashed once, however many checkpoints refer to it.
+"""
+
+import hashlib
+import os
+import re
+import stat
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from io import BufferedReader
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+from zlib import crc32
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from rich import box
+from rich.table import Table
+from rich.text import Text
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+
+from fedsim.base.files import DRAFT, is_locked
+from fedsim.base.machine import gigabytes, memory
+from fedsim.base.own_code import Rule, own_code
+from fedsim.base.reading import MAX_YAML_BYTES, open_regular, parse, parse_json
+from fedsim.errors import ConfigError, one_line, printable
+from fedsim.experiment import model_file
+from fedsim.experiment.checkpoint import NAME, Checkpoint, changes
+from fedsim.experiment.checkpoint import _read as read_checkpoint
+from fedsim.experiment.config import Config, load
+from fedsim.experiment.figures import repeated
+from fedsim.experiment.folder import CHECKPOINTS, Line
+from fedsim.federated.simulation import fingerprint_of
+from fedsim.report.runs import MAX_BYTES, WIDTH, parse_record
+from fedsim.types import Count
+
+MAX_ENTRIES = 100_000  # of checkpoints/
+MAX_CHECKPOINTS = 1000
+BLOCK = 2**20  # bytes that are hashed between two words about how far it is
+SHA256, NODE_RUN = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{32}")
+PNG = b"\x89PNG\r\n\x1a\n"
+MODEL, EMA, LOG, SUMMARY = "model.safetensors", "ema.safetensors", "rounds.jsonl", "summary.json"
+ON_NODES = ("flower", "ray")  # runtimes that need a package which may not be installed here
+
+RunState = Literal["finished", "interrupted", "killed", "running"]  # interrupted: ended early, with all saved
+Progress = Callable[[int, int], None]  # bytes that are hashed, and how many will be
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file or folder of a run: what it holds, or what is wrong with it."""
+
+    name: str
+    state: Literal["whole", "missing", "broken", "left over", "not checked"]
+    about: str = ""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A folder as it was found."""
+
+    folder: Path
+    state: RunState
+    parts: list[Part]
+
+    @property
+    def faults(self) -> list[Part]:
+        """What is broken, or missing where it should be."""
+        return [part for part in self.parts if part.state in ("missing", "broken")]
+
+    @property
+    def verdict(self) -> str:
+        """All of it in a line."""
+        if not (faults := [f"{part.name} is {part.state}" for part in self.faults]):
+            return f"whole: {self.extent}, {self.state}{self.way_on}"
+        more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
+        return f"broken: {'; '.join(faults[:3])}{more}{self.way_on}"
+
+    @property
+    def extent(self) -> str:
+        """How much there is, in words."""
+        return f"{len(self.parts)} parts"
+
+    @property
+    def way_on(self) -> str:
+        """How it can go on, in words."""
+        return ""
+
+
+@dataclass(frozen=True)
+class CheckedRun(Checked):
+    """A run's folder as it was found."""
+
+    rounds: int
+    planned: int | None  # rounds, by the config
+    resumable: list[int]  # the rounds after which it can go on, the last one first
+
+    @property
+    def extent(self) -> str:
+        of = "" if self.state == "finished" or self.planned is None else f" of {self.planned}"
+        return f"{self.rounds}{of} rounds"
+
+    @property
+    def way_on(self) -> str:
+        if self.state == "running":
+            return ""
+        if not self.resumable:
+            return "; has no whole checkpoint"
+        return f"; can be resumed after round {self.resumable[0]}"
+
+
+class Partition(BaseModel):
+    """partition.json, as far as its numbers can be compared with each other."""
+
+    model_config = ConfigDict(strict=True)
+
+    clients: Count
+    public: int
+    classes: Count
+    example: dict[str, Any]
+    examples: int | None
+    hash: str = "0" * 64
+    labels: list[int] | None = None
+    labels_by_client: list[list[int]] | None = None
+
+
+class NotCheckedError(Exception):
+    """Why something could not be checked."""
+
+
+class Saved(NamedTuple):
+    """The fingerprints of the models in a checkpoint."""
+
+    model: str
+    ema: str | None
+
+
+def check_run(folder: Path, progress: Progress = lambda done, total: None) -> CheckedRun:
+    """Look at a run's folder; raises ConfigError where there is none."""
+    if not (folder.is_dir() and os.path.lexists(folder / "config.yaml")):
+        raise ConfigError(f"{folder}: is no folder of a run; it has no config.yaml")
+    with own_code(Rule.UNREAD):
+        return _Check(folder, progress).checked()
+
+
+def parts_table(found: Checked) -> Table:
+    """A row for each part, 80 columns wide."""
+    table = Table(width=WIDTH, box=box.SIMPLE_HEAD)
+    table.add_column("part", max_width=WIDTH // 2, overflow="fold")
+    table.add_column("state", no_wrap=True)
+    table.add_column("what", ratio=1, overflow="fold")
+    for part in found.parts:
+        bold = "bold" if part in found.faults else ""
+        table.add_row(Text(printable(part.name)), Text(part.state, bold), Text(printable(part.about)))
+    return table
+
+
+class _Check:
+    """One look at a folder. What several parts need is read once; what cannot be read raises in each of them."""
+
+    def __init__(self, folder: Path, progress: Progress):
+        self.folder, self.progress = folder, progress
+        self.running = is_locked(folder)
+        self.resumable = list[int]()
+
+    def checked(self) -> CheckedRun:
+        """All parts, in the order in which a run writes them."""
+        parts = [
+            _part("config.yaml", self.check_config),
+            _part("partition.json", self.check_partition),
+            _part(LOG, self.check_log),
+            *self.checkpoint_parts(),
+        ]
+        if self.ended or self.has(MODEL):
+            parts.append(_part(MODEL, self.check_model))
+        if self.ended:
+            parts += self.end_parts()
+        if self.state == "finished":
+            parts.append(_part(SUMMARY, self.check_summary))
+        elif self.state == "interrupted" and self.over:
+            parts.append(Part(SUMMARY, "missing", "all rounds are done; a resume writes it"))
+        drafts = sorted(name for name in _entries(self.folder) if name.endswith(DRAFT))
+        if drafts and not self.running:
+            parts.append(Part(drafts[0], "left over", "of a process that was killed"))
+        planned = self.known_config.rounds if self.known_config else None
+        resumable = self.resumable if self.known_config else []
+        return CheckedRun(self.folder, self.state, parts, len(self.known_records), planned, resumable)
+
+    def has(self, name: str) -> bool:
+        """Whether something of that name is there."""
+        return os.path.lexists(self.folder / name)
+
+    @cached_property
+    def state(self) -> RunState:
+        """How the run ended; a model of another round than the last is of an earlier stop."""
+        if self.running:
+            return "running"
+        if self.has(SUMMARY):
+            return "finished"
+        last = self.newest
+        if not self.has(MODEL) or last is None or len(self.known_log) != last.log.bytes:
+            return "killed"
+        with suppress(ValueError, OSError, NotCheckedError):
+            return "interrupted" if self.model == self.fingerprints.get(last.round) else "killed"
+        return "interrupted"
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has written what a run writes at its end."""
+        return self.state in ("finished", "interrupted")
+
+    @property
+    def over(self) -> bool:
+        """Whether there are no rounds left."""
+        config, last = self.known_config, self.newest
+        stopped = last is not None and last.stopped is not None
+        return stopped or (config is not None and len(self.known_records) >= config.rounds)
+
+    # The config and the data
+
+    @cached_property
+    def values(self) -> Any:
+        """What stands in config.yaml."""
+        return parse(_content(self.folder / "config.yaml", MAX_YAML_BYTES).decode(), "config.yaml")
+
+    @cached_property
+    def config(self) -> Config:
+        """The config, with what it names as package.module:attribute left as it is."""
+        if not isinstance(self.values, dict):
+            raise ValueError("is not a mapping")
+        runtime = self.values.get("runtime")
+        elsewhere = isinstance(runtime, dict) and runtime.get("name") in ON_NODES
+        return load(self.values | ({"runtime": "serial"} if elsewhere else {}))
+
+    @cached_property
+    def known_config(self) -> Config | None:
+        """The config, if it can be read."""
+        with suppress(ValueError, OSError):
+            return self.config
+        return None
+
+    def check_config(self) -> str:
+        """Against the schema, and against what the last checkpoint says."""
+        config, last = self.config, self.newest
+        if last:
+            result, free = changes(last.config, self.values)
+            if wrong := result + (free if self.ended else []):
+                raise ValueError(f"is not the run's: {wrong[0]}")
+        own = [*dict.fromkeys(_own_names(config.model_dump(mode="json")))]
+        return f"names {', '.join(own)}, which was not imported" if own else ""
+
+    def check_partition(self) -> str:
+        """Its sums, and its hash in the last checkpoint."""
+        content = _content(self.folder / "partition.json", MAX_BYTES)
+        found = Partition.model_validate(parse_json(content))
+        labels, table = found.labels, found.labels_by_client
+        sums = [] if table is None else [sum(column) for column in zip(*table, strict=True)]
+        faults = {
+            f"has {found.clients} clients": self.clients not in (None, found.clients),
+            "hash is no SHA-256": not SHA256.fullmatch(found.hash),
+            "labels are not as many as classes": labels and len(labels) != found.classes,
+            "labels are not as many as examples": labels and sum(labels) + found.public != found.examples,
+            "labels_by_client has other sums": table is not None and sums != labels,
+            "has changed since it was written": self.newest
+            and self.newest.partition not in (None, hashlib.sha256(content).hexdigest()),
+        }
+        for fault, holds in faults.items():
+            if holds:
+                raise ValueError(fault)
+        examples = "" if found.examples is None else f", {found.examples:,} examples"
+        return f"{found.clients:,} clients{examples}"
+
+    @property
+    def clients(self) -> int | None:
+        """How many there are, by the config."""
+        return self.known_config.data["clients"] if self.known_config else None
+
+    # The rounds
+
+    @cached_property
+    def log(self) -> bytes:
+        """What rounds.jsonl holds."""
+        return _content(self.folder / LOG, MAX_BYTES)
+
+    @cached_property
+    def known_log(self) -> bytes:
+        """The same, and nothing where it cannot be read."""
+        with suppress(ValueError, OSError):
+            return self.log
+        return b""
+
+    @cached_property
+    def known_records(self) -> list[dict[str, Any]]:
+        """The lines of rounds.jsonl up to the first that is wrong."""
+        found = list[dict[str, Any]]()
+        with suppress(ValueError):
+            for record in self.records():
+                found.append(record)
+        return found
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """The whole lines of rounds.jsonl; raises ValueError at one that is wrong."""
+        clock = 0.0
+        for number, line in enumerate(self.known_log.split(b"\n")[:-1], 1):
+            try:
+                record = Line.model_validate(parse_record(line)).model_dump()
+                _check_record(record, number, self.clients, clock)
+            except ValueError as error:
+                raise ValueError(f"line {number}: {_words(error)}") from None
+            clock = record["clock"]
+            yield record
+
+    def check_log(self) -> str:
+        """Every line, and that the last checkpoint knows all of them where the run has ended."""
+        done, tail = sum(1 for _ in self.records()), self.log.rpartition(b"\n")[2]
+        if self.ended and tail:
+            raise ValueError(f"its last line is cut after {len(tail)} bytes")
+        if self.state == "finished" and self.newest and len(self.log) != self.newest.log.bytes:
+            raise ValueError(f"has {len(self.log)} bytes; the last checkpoint knows {self.newest.log.bytes}")
+        return f"{done} rounds{', and a part of a line' if tail else ''}"
+
+    # The checkpoints
+
+    @cached_property
+    def names(self) -> list[str]:
+        """What lies in checkpoints/."""
+        path = self.folder / CHECKPOINTS
+        if not stat.S_ISDIR(os.lstat(path).st_mode):
+            raise ValueError("is no folder")
+        names = _entries(path)
+        if len(names) > MAX_ENTRIES or sum(1 for name in names if NAME.fullmatch(name)) > MAX_CHECKPOINTS:
+            raise ValueError(f"has more than {MAX_CHECKPOINTS:,} checkpoints or {MAX_ENTRIES:,} files")
+        return names
+
+    @cached_property
+    def read(self) -> dict[str, Checkpoint | Exception]:
+        """By the names N.json, the newest first, the checkpoint or why there is none."""
+        found = dict[str, Checkpoint | Exception]()
+        with suppress(ValueError, OSError):
+            for name in sorted(filter(NAME.fullmatch, self.names), key=lambda name: -int(name.partition(".")[0])):
+                try:
+                    check_regular(self.folder / CHECKPOINTS / name)
+                    found[name] = read_checkpoint(self.folder / CHECKPOINTS / name)
+                except (ValueError, OSError) as error:
+                    found[name] = error
+        return found
+
+    @cached_property
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint that is one, whatever its files hold."""
+        return next((each for each in self.read.values() if isinstance(each, Checkpoint)), None)
+
+    @cached_property
+    def digests(self) -> dict[str, tuple[int, str] | Exception]:
+        """Length and SHA-256 of each file that checkpoints name, or why it cannot be read."""
+        whole = [each for each in self.read.values() if isinstance(each, Checkpoint)]
+        names = dict.fromkeys(file.name for each in whole for file in (each.server, *each.clients))
+        paths, found = [self.folder / CHECKPOINTS / name for name in names], dict[str, Any]()
+        total, done = sum(path.lstat().st_size for path in paths if path.exists()), 0
+        for name, path in zip(names, paths, strict=True):
+            try:
+                with _opened(path) as file:
+                    digest = hashlib.sha256()
+                    while block := file.read(BLOCK):
+                        digest.update(block)
+                        done += len(block)
+                        self.progress(done, total)
+                    found[name] = file.tell(), digest.hexdigest()
+            except (ValueError, OSError) as error:
+                found[name] = error
+        return found
+
+    @cached_property
+    def log_digests(self) -> dict[int, str]:
+        """SHA-256 of the beginnings of rounds.jsonl that checkpoints know, by their length."""
+        digest, done, found = hashlib.sha256(), 0, dict[int, str]()
+        for length in sorted({each.log.bytes for each in self.read.values() if isinstance(each, Checkpoint)}):
+            digest.update(memoryview(self.known_log)[done:length])
+            done, found[length] = length, digest.hexdigest()
+        return found
+
+    @cached_property
+    def saved(self) -> dict[str, Saved | Exception]:
+        """The fingerprints of the models in the servers' files, by the files' names."""
+        found = dict[str, Saved | Exception]()
+        for each in self.read.values():
+            if isinstance(each, Checkpoint):
+                try:
+                    found[each.server.name] = self.saved_models(each)
+                except (ValueError, OSError, NotCheckedError) as error:
+                    found[each.server.name] = error
+        return found
+
+    def saved_models(self, checkpoint: Checkpoint) -> Saved:
+        """The fingerprints in one server's file."""
+        content = _content(self.folder / CHECKPOINTS / checkpoint.server.name)
+        try:
+            server = load_tensors(content)
+            ema = {name: server[f"ema.{name}"] for name in ("model", "buffers")} if "ema.model" in server else None
+            return Saved(fingerprint_of(server), None if ema is None else fingerprint_of(ema))
+        except (KeyError, TypeError, SafetensorError) as error:
+            raise ValueError(f"{checkpoint.server.name}: is no server's state: {one_line(error)}") from None
+
+    @cached_property
+    def fingerprints(self) -> dict[int, str]:
+        """That of the model after each round, by rounds.jsonl, by checkpoints where it has none."""
+        found = dict[int, str]()
+        for each in self.read.values():
+            if isinstance(each, Checkpoint) and isinstance(saved := self.saved[each.server.name], Saved):
+                found[each.round] = saved.model
+        return found | {record["round"]: record["fingerprint"] for record in self.known_records}
+
+    def checkpoint_parts(self) -> Iterator[Part]:
+        """A part for each, then one for what belongs to none."""
+        try:
+            names = self.names
+        except (ValueError, OSError) as error:
+            if self.state == "finished" or not isinstance(error, FileNotFoundError):
+                yield _fault(CHECKPOINTS, error)
+            return
+        for name in self.read:
+            part = _part(f"{CHECKPOINTS}/{name}", lambda name=name: self.check_checkpoint(name))  # type: ignore[misc]
+            if self.running and not self.has(f"{CHECKPOINTS}/{name}"):
+                continue  # the run has deleted it meanwhile
+            yield part
+        if self.state == "finished" and not self.read:
+            yield Part(CHECKPOINTS, "missing", "the run cannot be made longer")
+        readable = [each for each in self.read.values() if isinstance(each, Checkpoint)]
+        needed = {file.name for each in readable for file in (each.server, *each.clients)}
+        if not self.running and (others := sorted({*names} - needed - self.read.keys())):
+            # A run that reaches its end leaves none; where a checkpoint cannot be read, they may be its files.
+            state: Any = "broken" if self.state == "finished" and len(readable) == len(self.read) else "left over"
+            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+            yield Part(f"{CHECKPOINTS}/{others[0]}{more}", state, "belongs to no checkpoint")
+
+    def check_checkpoint(self, name: str) -> str:
+        """Its files, and what they say beside each other; the run can be resumed where nothing is wrong."""
+        found = self.read[name]
+        if isinstance(found, Exception):
+            raise found
+        for file in (found.server, *found.clients):
+            digest = self.digests[file.name]
+            if isinstance(digest, Exception):
+                raise ValueError(f"{file.name}: {_words(digest)}")
+            if digest != (file.bytes, file.sha256):
+                raise ValueError(f"{file.name} has changed since it was written")
+        if len(self.known_log) < found.log.bytes or self.log_digests[found.log.bytes] != found.log.sha256:
+            raise ValueError(f"{LOG} is not what it was")
+        if self.known_log.count(b"\n", 0, found.log.bytes) + (found.last is not None) != found.round:
+            raise ValueError(f"{LOG} has another number of rounds")
+        saved = self.saved[found.server.name]
+        if isinstance(saved, Exception):
+            raise saved
+        last = found.last.model_dump()["fingerprint"] if found.last else self.fingerprints[found.round]
+        if saved.model != last:
+            raise ValueError(f"{found.server.name} holds another model than that of round {found.round}")
+        nodes = _check_nodes(found.runtime, self.clients)
+        self.resumable.append(found.round)
+        states = f"; {len(found.clients)} files of clients' states" if found.clients else ""
+        return f"after round {found.round}{states}{nodes}"
+
+    # What is written at the end
+
+    @cached_property
+    def model(self) -> str:
+        """The fingerprint of the tensors in model.safetensors."""
+        return self.fingerprint_in(MODEL)
+
+    def fingerprint_in(self, name: str) -> str:
+        """That of the tensors in a file of a model."""
+        vectors = model_file.vectors(_content(self.folder / name))
+        if vectors is None:
+            if self.newest and self.newest.partition:  # by a version that writes both
+                raise NotCheckedError("its network keeps some buffers out of files")
+            raise NotCheckedError("it does not say where its tensors lie; an older version wrote it")
+        return fingerprint_of(vectors)
+
+    def check_model(self) -> str:
+        """Its fingerprint against those of the rounds."""
+        last = self.newest.round if self.newest else len(self.known_records)
+        if self.model == self.fingerprints.get(last):
+            return f"after round {last}"
+        if self.ended:
+            raise ValueError(f"is not the model after round {last}")
+        earlier = [number for number, each in self.fingerprints.items() if each == self.model]
+        return f"after round {max(earlier)}, from an earlier stop" if earlier else "from an earlier stop"
+
+    def check_ema(self) -> str:
+        """Its fingerprint against that in the last checkpoint."""
+        found, last = self.fingerprint_in(EMA), self.newest
+        saved = self.saved[last.server.name] if last else None
+        if last is None or not isinstance(saved, Saved):
+            raise NotCheckedError("there is no checkpoint to compare it with")
+        if found != saved.ema:
+            raise ValueError(f"is not the mean after round {last.round}")
+        return f"after round {last.round}"
+
+    def end_parts(self) -> Iterator[Part]:
+        """What the config and its hooks ask for besides."""
+        config = self.known_config
+        if config is None:
+            return
+        if config.ema is not None:
+            yield _part(EMA, self.check_ema)
+        hooks = [hook["name"] for hook in config.hooks if isinstance(hook, dict)]
+        if "curves" in hooks:
+            yield _part("curves.png", self.check_picture)
+        if "tensorboard" in hooks:
+            yield _part("tensorboard/", self.check_events)
+
+    def check_picture(self) -> str:
+        """The check sums of its chunks."""
+        content, at, kind = _content(self.folder / "curves.png", MAX_BYTES), len(PNG), b""
+        while content.startswith(PNG) and kind != b"IEND":
+            end = at + 12 + int.from_bytes(content[at : at + 4])
+            kind, chunk, crc = content[at + 4 : at + 8], content[at + 4 : end - 4], content[end - 4 : end]
+            if not kind or crc32(chunk) != int.from_bytes(crc) or len(crc) < 4:
+                raise ValueError("is damaged")
+            at = end
+        if not kind or at != len(content):
+            raise ValueError("is no PNG")
+        return ""
+
+    def check_events(self) -> str:
+        """The check sums of its events, of which there is one a round after the first."""
+        from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+
+        folder = self.folder / "tensorboard"
+        if not stat.S_ISDIR(os.lstat(folder).st_mode):
+            raise ValueError("is no folder")
+        names = [name for name in _entries(folder) if name.startswith("events.")]
+        if len(names) != 1:
+            raise ValueError(f"has {len(names)} files of events")
+        content, at, count = _content(folder / names[0], MAX_BYTES), 0, 0
+        while at < len(content):
+            length = content[at : at + 8]
+            end = at + 16 + int.from_bytes(length, "little")
+            sums = struct.pack("<II", masked_crc32c(length), masked_crc32c(content[at + 12 : end - 4]))
+            if sums != content[at + 8 : at + 12] + content[end - 4 : end]:
+                raise ValueError("is damaged")
+            at, count = end, count + 1
+        if self.state == "finished" and count != len(self.known_records) + 1:
+            raise ValueError(f"has the events of {count - 1} rounds")
+        return ""
+
+    def check_summary(self) -> str:
+        """What follows from the rounds, and that the rest is numbers."""
+        found = parse_json(_content(self.folder / SUMMARY, MAX_BYTES))
+        records, last = self.known_records, self.newest
+        if not isinstance(found, Mapping):
+            raise ValueError("is not a mapping")
+        ema = self.known_config is not None and self.known_config.ema is not None
+        known = repeated(records, ema=ema) | {"fingerprint": self.fingerprints.get(len(records))}
+        if last:
+            known["stopped"] = last.stopped
+        for key, value in known.items():
+            if key not in found or found[key] != value:
+                raise ValueError(f"{key} is {one_line(found.get(key))}, by {LOG} it is {one_line(value)}")
+        measured = [found.get(key) for key in ("seconds", "peak_memory_bytes")]
+        if not all(isinstance(value, int | float) and value >= 0 for value in measured):
+            raise ValueError("seconds and peak_memory_bytes should be numbers")
+        if not self.over and self.known_config:
+            raise ValueError(f"has {len(records)} rounds, and the config {self.known_config.rounds}")
+        return one_line(f"stopped: {found['stopped']}") if found["stopped"] else ""
+
+
+def _part(name: str, look: Callable[[], str]) -> Part:
+    try:
+        return Part(name, "whole", look())
+    except NotCheckedError as why:
+        return Part(name, "not checked", str(why))
+    except (ValueError, OSError) as error:
+        return _fault(name, error)
+
+
+def _fault(name: str, error: Exception) -> Part:
+    return Part(name, "missing") if isinstance(error, FileNotFoundError) else Part(name, "broken", _words(error))
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return one_line(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+    return one_line(getattr(error, "strerror", None) or error)
+
+
+def _entries(folder: Path) -> list[str]:
+    """The names in a folder, up to one more than are allowed."""
+    with os.scandir(folder) as found:
+        return [entry.name for entry in islice(found, MAX_ENTRIES + 1)]
+
+
+def check_regular(path: Path) -> None:
+    """Raise ValueError for a link, or anything else that is no file."""
+    mode = os.lstat(path).st_mode
+    if not stat.S_ISREG(mode):
+        raise ValueError("is a link, which is not followed" if stat.S_ISLNK(mode) else "is no regular file")
+
+
+def _opened(path: Path) -> BufferedReader:
+    check_regular(path)
+    return open_regular(path)
+
+
+def _content(path: Path, most: int | None = None) -> bytes:
+    """The bytes of a regular file, of at most `most` of them, by default of half of this machine's memory."""
+    most = memory() // 2 if most is None else most
+    with _opened(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > most:
+            raise NotCheckedError(f"has {gigabytes(size)}, more than is read here")
+        return file.read(size)
+
+
+def _own_names(values: Any) -> Iterator[str]:
+    """What a config names as package.module:attribute."""
+    if isinstance(values, dict):
+        if isinstance(name := values.get("name"), str) and ":" in name:
+            yield name
+        values = list(values.values())
+    if isinstance(values, list):
+        for value in values:
+            yield from _own_names(value)
+
+
+def _check_record(record: dict[str, Any], number: int, clients: int | None, clock: float) -> None:
+    """Raise ValueError where a round does not follow the one before it, or is of clients that there are not."""
+    cohort = record["cohort"]
+    if record["round"] != number:
+        raise ValueError(f"is of round {record['round']}")
+    if len({*cohort}) < len(cohort) or not all(k >= 0 and (clients is None or k < clients) for k in cohort):
+        raise ValueError("cohort has a client twice, or one that there is not")
+    if not {*record["failed"], *record["absent"]} <= {*map(str, cohort)}:
+        raise ValueError("failed or absent has a client that is not in cohort")
+    if not SHA256.fullmatch(record["fingerprint"]):
+        raise ValueError("fingerprint is no SHA-256")
+    if record["clock"] < clock:
+        raise ValueError("clock goes back")
+
+
+def _check_nodes(runtime: Mapping[str, Any] | None, clients: int | None) -> str:
+    """Which nodes a checkpoint needs, in words; raises ValueError where what it says of them cannot be."""
+    if not runtime or runtime.get("name") != "flower":
+        return ""
+    names, sizes = runtime.get("nodes"), runtime.get("sizes")
+    if not (isinstance(names, list) and isinstance(sizes, list)):
+        raise ValueError("does not name its nodes")
+    if not len(names) == len(sizes) == len({*map(str, names)}) == (len(names) if clients is None else clients):
+        raise ValueError("does not name each node once, with its number of examples")
+    if not NODE_RUN.fullmatch(str(runtime.get("run"))):
+        raise ValueError("does not name the run as its nodes know it")
+    return f"; the states of {len(names)} nodes are theirs"

@@ -1,0 +1,40 @@
+"""What a sweep's folder holds: `fedsim check` of each of its runs."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from fedsim.base.files import is_locked
+from fedsim.errors import one_line
+from fedsim.experiment.check import Checked, Part, Progress, RunState, check_regular, check_run
+from fedsim.sweep.folder import FILE, Sweep
+
+RESULTS = ("sweep.json", "results.csv")  # written when all points have run
+
+
+def check_sweep(folder: Path, progress: Progress) -> Checked:
+    """Look at a sweep's folder: sweep.yaml, a part for each of its points, and its results."""
+    running = is_locked(folder)
+    finished = not running and os.path.lexists(folder / RESULTS[0])
+    state: RunState = "running" if running else "finished" if finished else "interrupted"
+    return Checked(folder, state, list(_parts(folder, finished, progress)))
+
+
+def _parts(folder: Path, finished: bool, progress: Progress) -> Iterator[Part]:
+    try:
+        check_regular(folder / FILE)
+        sweep = Sweep.read(folder)
+    except ValueError as error:  # a ConfigError, too
+        yield Part(FILE, "broken", one_line(error))
+        return
+    yield Part(FILE, "whole", f"{len(sweep.grid.names)} points")
+    for name in sweep.grid.names:
+        if os.path.islink(folder / name) or not os.path.lexists(folder / name / "config.yaml"):
+            yield Part(name, "missing") if finished else Part(name, "not checked", "not begun")
+            continue
+        found = check_run(folder / name, progress)
+        yield Part(name, "broken" if found.faults else "whole", found.verdict.partition(": ")[2])
+    for name in RESULTS if finished else ():
+        path = folder / name
+        whole = path.is_file() and not path.is_symlink()
+        yield Part(name, "whole") if whole else Part(name, "missing")
