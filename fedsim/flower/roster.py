@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 ASK_AGAIN_AFTER = 60.0  # seconds; a node that has not answered, or has refused, is then asked again
 MOST_ANSWER_BYTES = 2**20
 COMPARED = "fedsim", "torch"  # packages; with another version of one, results may differ in the last bits
+MAX_NOTES = 8  # of a node that are logged
 WAITING = "has not answered yet"
 
 
@@ -52,6 +53,7 @@ class Roster:
         self.joined: dict[str, int] = {}  # node ids, by name
         self.online: set[int] = set()
         self._seen: dict[int, Seen] = {}  # by node
+        self._told = set[str]()  # names of nodes whose notes were logged
         self._asked: dict[str, Asked] = {}  # by message
         self._link: Link | None = None
 
@@ -173,6 +175,7 @@ class Roster:
         if joined.error is not None:
             return name, one_line(joined.error)
         self._compare(name, joined.versions)
+        self._tell(name, joined.notes)
         return name, ""
 
     def _compare(self, name: str, theirs: dict[str, str]) -> None:
@@ -181,6 +184,12 @@ class Roster:
             if (there := theirs.get(package)) != (here := versions()[package]):
                 text = "nodes: %s has %s %s, the server has %s; results may differ by rounding errors"
                 log.warning(text, name, package, one_line(there), here)
+
+    def _tell(self, name: str, notes: tuple[str, ...]) -> None:
+        """Log what a node has to say, the first time that it joins."""
+        for note in notes[:MAX_NOTES] if name not in self._told else ():
+            log.warning("nodes: %s: %s", name, one_line(note))
+        self._told.add(name)
 
     def _join(self, name: str, node: int) -> None:
         if self.joined.get(name, node) != node:
