@@ -378,6 +378,7 @@ def test_emnist_is_upright_and_numbered_from_0(tmp_path, split, first, classes):
     np.testing.assert_array_equal(data.x_train[:, 0], images.transpose(0, 2, 1))
     np.testing.assert_array_equal(data.y_train, LABELS)
     assert data.classes == classes
+    assert data.class_names[10] == {"balanced": "A", "letters": "k"}[split]
 
 
 def test_broken_idx_files_name_their_folder(tmp_path):

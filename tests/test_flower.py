@@ -239,6 +239,7 @@ class Room:
 
     def __init__(self, **names):
         self.names, self.number = {int(node[1:]): name for node, name in names.items()}, count()
+        self.notes = ()
 
     def nodes(self):
         return set(self.names)
@@ -255,7 +256,9 @@ class Room:
 
     def _says(self, node):
         name = self.names[node]
-        return RecordDict() if name is None else wire.record(Joined(name, versions(), examples=5, tested=5))
+        if name is None:
+            return RecordDict()
+        return wire.record(Joined(name, versions(), examples=5, tested=5, notes=self.notes))
 
 
 def joined(roster, room):
@@ -281,6 +284,18 @@ def test_a_name_is_one_node_and_a_node_one_name(caplog):
     del room.names[6]
     room.names[2] = "a"  # who was b is a now
     assert joined(roster, room) == {"a": 2}
+
+
+def test_what_a_node_has_to_say_is_logged_once_and_not_without_end(caplog):
+    roster, room = Roster(), Room(n1="a")
+    room.notes = ("no\nnames\x1b", "x" * 9999, *map(str, range(1000)))
+    joined(roster, room)
+    room.names = {2: "a"}
+    assert joined(roster, room) == {"a": 2}
+    lines = [record.getMessage() for record in caplog.records if "a: " in record.getMessage()]
+    assert lines[0] == "nodes: a: no names\\x1b"
+    assert len(lines) < 20
+    assert all(len(line) < 300 and line.isprintable() for line in lines)
 
 
 def test_a_node_that_has_not_answered_is_not_said_to_be_absent(lab):

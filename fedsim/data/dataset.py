@@ -1,5 +1,6 @@
 """Dataset: examples, labels, and the constants that normalise them."""
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -12,11 +13,12 @@ import torch
 from annotated_types import Gt, Lt
 from torch import Tensor
 
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, one_line
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
+MAX_SHOWN_NAME = 40  # characters of a class's name in a message
 Fraction = Annotated[float, Gt(0), Lt(1)]  # of a whole, 0 and 1 excluded
 
 
@@ -31,6 +33,9 @@ class Dataset:
     shape (n, ...). `mean` and `std` have one number for each channel, or one for all: for uint8 on the scale from
     0 to 1, for float32 in the units of the data. Where both are empty, uint8 is divided by 255 and float32 is not
     changed.
+
+    `class_names` and `preparation`, how files became these numbers, say what labels and numbers mean. In a
+    federation of several machines both are compared, where they are known.
     """
 
     x_train: Tensor
@@ -43,6 +48,8 @@ class Dataset:
     owner: Tensor | None = None  # (n,) int64, the natural client of each training example, from 0
     mapped: bool = False  # x lies in a read-only file, so only batches are copied to a device
     owner_names: tuple[str, ...] = ()  # of the owners, by number; none where only numbers are known
+    class_names: tuple[str, ...] = ()  # of the classes, by label; none where only numbers are known
+    preparation: str = ""
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -65,6 +72,10 @@ class Dataset:
                 f"data.mean and data.std have {len(self.mean)} and {len(self.std)} numbers; "
                 f"allowed: none, one, or one for each of the {channels} channels"
             )
+        if len(self.class_names) not in {0, self.classes}:
+            raise ConfigError(
+                f"class_names has {len(self.class_names)} names; the data set has {self.classes} classes"
+            )
         if any(s <= 0 for s in self.std):
             raise ConfigError(f"data.std: {list(self.std)} should have positive numbers only")
 
@@ -79,6 +90,8 @@ class Dataset:
         for name, numbers in (("mean", self.mean), ("std", self.std)):
             if not isinstance(numbers, Sequence) or not all(isinstance(x, Real) and isfinite(x) for x in numbers):
                 raise ConfigError(f"{name} is {numbers!r}; it should be a tuple of finite numbers")
+        if not isinstance(self.class_names, tuple) or not all(isinstance(name, str) for name in self.class_names):
+            raise ConfigError(f"class_names is {one_line(repr(self.class_names))}; it should be a tuple of names")
 
     def check_parts(self, *names: str) -> None:
         """Raise ConfigError where one of the parts `names`, of train and test, has no examples."""
@@ -112,6 +125,25 @@ def owners_by_name(values: Sequence[object] | npt.NDArray[Any]) -> tuple[Tensor,
     """(n,) owners numbered from 0 in the order of the `values` (n,), and their names."""
     names, owners = np.unique(np.asarray(values), return_inverse=True)
     return torch.from_numpy(owners), tuple(map(str, names.tolist()))
+
+
+def composed(name: str) -> str:
+    """A name with accented letters as one character each: file systems differ in how they store them."""
+    return unicodedata.normalize("NFC", name)
+
+
+def difference_of_classes(names: Sequence[str], others: Sequence[str], here: str, there: str) -> str:
+    """In words, the first label that two lists of class names differ in; empty where they are the same."""
+    for label, (name, other) in enumerate(zip(names, others, strict=False)):
+        if name != other:
+            return f"label {label} is {_short(name)} {here}, and {_short(other)} {there}"
+    if len(names) != len(others):
+        return f"{len(names)} classes {here}, and {len(others)} {there}"
+    return ""
+
+
+def _short(name: str) -> str:
+    return repr(name if len(name) <= MAX_SHOWN_NAME else f"{name[: MAX_SHOWN_NAME - 3]}...")
 
 
 def holdout_mask(groups: Ints, share: float, rng: np.random.Generator) -> Flags:

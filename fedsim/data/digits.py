@@ -1,5 +1,7 @@
 """The 8 x 8 digits that come with scikit-learn: real images that need no download."""
 
+import string
+
 import numpy as np
 import torch
 
@@ -23,4 +25,13 @@ def digits(*, test_share: Fraction = 0.2, seed: Seed = 0) -> Dataset:
     x = torch.from_numpy(np.rint(images * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
     y = torch.from_numpy(labels.astype(np.int64))
     test = torch.from_numpy(holdout_mask(y.numpy(), test_share, random(seed, Stream.DATASET)))
-    return Dataset(x[~test], y[~test], x[test], y[test], classes=10, mean=(0.305,), std=(0.376,))
+    return Dataset(
+        x[~test],
+        y[~test],
+        x[test],
+        y[test],
+        classes=10,
+        mean=(0.305,),
+        std=(0.376,),
+        class_names=tuple(string.digits),
+    )

@@ -14,8 +14,8 @@ from torch import Tensor
 from fedsim.base.catalogue import Spec
 from fedsim.base.machine import check_memory
 from fedsim.data.augment import Augmentation, check_augmentations, checked_batch
-from fedsim.data.dataset import Dataset, Flags, Ints, holdout_mask
-from fedsim.errors import NO_STATE, ConfigError, WrongReturnError, border, name_of
+from fedsim.data.dataset import Dataset, Flags, Ints, composed, holdout_mask
+from fedsim.errors import NO_STATE, ConfigError, WrongReturnError, border, name_of, printable
 from fedsim.types import Batch, Stream, random
 
 TRIAL_EXAMPLES = 16  # on which a network is tried before a run
@@ -76,8 +76,11 @@ class FederatedData:
         self.num_clients = clients
         self.client_names = _client_names(dataset, self.owners)  # none, or one for each client
         self.num_classes = dataset.classes
+        self.class_names = tuple(printable(composed(name)) for name in dataset.class_names)
+        self.mean, self.std, self.preparation = dataset.mean, dataset.std, dataset.preparation
         self.num_test = len(dataset.y_test)
-        self.shape, self.crop = _cropped_shape(tuple(dataset.x_train.shape[1:]), crop), crop
+        self.whole_shape = tuple(dataset.x_train.shape[1:])
+        self.shape, self.crop = _cropped_shape(self.whole_shape, crop), crop
         self.labels = self.true_labels = dataset.y_train
         self._x_train = dataset.x_train
         self._x_test, self._y_test = dataset.x_test, dataset.y_test
@@ -175,11 +178,19 @@ class FederatedData:
 
         They are spread over the clients, whose examples may be alike.
         """
+        rows = self._spread_rows()
+        return (self.batch if len(self._order) else self.test_batch)(rows)[0]
+
+    def largest_value(self) -> float:
+        """The largest magnitude in the same examples, as they are in the dataset."""
+        x = self._x_train if len(self._order) else self._x_test
+        return float(x.index_select(0, self._spread_rows().to(x.device)).abs().max())
+
+    def _spread_rows(self) -> Tensor:
+        """(n,) some rows of training examples, or where there are none, of test examples."""
         n = len(self._order) or self.num_test
         places = np.linspace(0, n - 1, min(TRIAL_EXAMPLES, n)).astype(np.int64)
-        if len(self._order):
-            return self.batch(torch.from_numpy(self._order[places]))[0]
-        return self.test_batch(torch.from_numpy(places))[0]
+        return torch.from_numpy(self._order[places] if len(self._order) else places)
 
     def examples(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Training examples as they are in the dataset, neither cropped nor normalised, and their `labels`."""
@@ -195,6 +206,11 @@ class FederatedData:
         changed = copy.copy(self)
         changed.labels = labels
         return changed
+
+    @property
+    def white_value(self) -> float:
+        """The value of an example that is 1 on the scale of `mean` and `std`."""
+        return _white_value(self._x_train)
 
     @property
     def form(self) -> dict[str, Any]:

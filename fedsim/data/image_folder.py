@@ -31,6 +31,7 @@ from fedsim.types import Count, Seed
 
 IMAGES_PER_BLOCK = 512  # images handed to the threads at a time
 DECODING_THREADS = min(32, (os.cpu_count() or 1) + 4)
+PREPARATION = "RGB on white, upright, the shorter side to the size of the square at the centre, bilinear"
 PROGRESS_DELAY = 2.0  # seconds after which a progress bar appears
 NEARLY_BLACK = 16  # of 255; images that are all darker are perhaps of 12 bits in files of 16
 log = logging.getLogger(__name__)
@@ -70,19 +71,21 @@ def image_folder(
     """
     if grey_range and grey_range[0] == grey_range[1]:
         raise ConfigError(f"data.grey_range: {list(grey_range)} should be two different numbers")
-    train, test, num_classes = find_samples(root, test_share, classes, owner, owner_list, seed)
+    train, test, found = find_samples(root, test_share, classes, owner, owner_list, seed)
     if not test and (test_share or not classes):
         raise ConfigError(f"data.root: {printable(root)} has no test images; add some, or raise data.test_share")
     _check_memory(len(train) + len(test), size, cache)
     owned = bool(train) and train[0].owner is not None
     owners, names = owners_by_name([printable(sample.owner) for sample in train]) if owned else (None, ())
+    about: dict[str, Any] = {"owner": owners, "owner_names": names}
+    about |= {"class_names": tuple(found), "preparation": PREPARATION}
     if cache is None:
         x, x_test = (
             torch.from_numpy(_decode(part, np.empty((len(part), 3, size, size), np.uint8), grey_range))
             for part in (train, test)
         )
         y, y_test = (torch.from_numpy(_labels(part)) for part in (train, test))
-        return Dataset(x, y, x_test, y_test, num_classes, mean, std, owner=owners, owner_names=names)
+        return Dataset(x, y, x_test, y_test, len(found), mean, std, **about)
     folder = cache / _fingerprint(root, train, test, size, grey_range)
     try:
         if not folder.exists():
@@ -93,8 +96,8 @@ def image_folder(
         raise ConfigError(
             f"data.cache: {printable(cache)}: {getattr(error, 'strerror', None) or error}"
         ) from error
-    data = npz(path=folder, channels="first", classes=num_classes, mean=mean, std=std)
-    return replace(data, owner=owners, owner_names=names)
+    data = npz(path=folder, channels="first", classes=len(found), mean=mean, std=std)
+    return replace(data, **about)
 
 
 def _labels(samples: list[Sample]) -> Ints:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fedsim.base.reading import open_regular
-from fedsim.data.dataset import holdout_mask
+from fedsim.data.dataset import composed, holdout_mask
 from fedsim.data.image_file import EXTENSIONS
 from fedsim.errors import ConfigError, printable, reason
 from fedsim.types import Stream, random
@@ -49,11 +49,11 @@ class Folder(NamedTuple):
 
 
 class Tree(NamedTuple):
-    """The samples for training and for testing, sorted by label and path, and the number of classes."""
+    """The samples for training and for testing, sorted by label and path, and the classes by label."""
 
     train: list[Sample]
     test: list[Sample]
-    num_classes: int
+    classes: list[str]
 
 
 def find_samples(
@@ -95,11 +95,11 @@ def find_samples(
     elif owner_list is not None:
         train = _owned_by_list(root, train, owner_list)
     if WHOLE not in folders:
-        return Tree(train, samples.get("test", []), len(index))
+        return Tree(train, samples.get("test", []), [*index])
     groups = np.unique([f"{label} {owner}" for _, label, owner in train], return_inverse=True)[1]
     in_test = holdout_mask(groups, test_share or 0, random(seed, Stream.DATASET))
     kept, held_out = ([train[i] for i in np.flatnonzero(mask)] for mask in (~in_test, in_test))
-    return Tree(kept, held_out, len(index))
+    return Tree(kept, held_out, [*index])
 
 
 def _find_folders(root: Path, level: int | None) -> dict[str, list[Folder]]:
@@ -109,7 +109,8 @@ def _find_folders(root: Path, level: int | None) -> dict[str, list[Folder]]:
         raise ConfigError(f"data.owner: level 0 of {printable(root)} is {parts[0]}/; the next level is 1")
     found, left_out = dict[str, list[Folder]](), Counter[str]()
     for path, files in _walk([root / part for part in parts or [WHOLE]]):
-        names = tuple(name for name in os.path.relpath(path, root).split(os.sep) if name != os.curdir)
+        parents = os.path.relpath(path, root).split(os.sep)
+        names = tuple(composed(name) for name in parents if name != os.curdir)
         images = sorted(file for file in files if file.lower().endswith(EXTENSIONS))
         owner = names[level] if level is not None and level < len(names) else None
         if owner is None and level is not None and names and images:
@@ -197,6 +198,7 @@ def _class_index(root: Path, folders: dict[str, list[Folder]], classes: list[str
             listed = printable(", ".join(sorted(unknown)))
             raise ConfigError(f"data.root: {printable(root)}/test has class folders that train/ lacks: {listed}")
         return {name: label for label, name in enumerate(sorted(known))}
+    classes = list(map(composed, classes))
     if repeated := [name for i, name in enumerate(classes) if name in classes[:i]]:
         raise ConfigError(f"data.classes: {printable(repeated[0])} appears twice")
     for part in names:

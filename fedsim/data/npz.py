@@ -17,7 +17,7 @@ from torch.utils.dlpack import from_dlpack
 
 from fedsim.base.machine import check_memory
 from fedsim.base.reading import open_regular
-from fedsim.data.dataset import Dataset, owners_by_name
+from fedsim.data.dataset import Dataset, difference_of_classes, owners_by_name
 from fedsim.errors import ConfigError, printable, reason
 from fedsim.types import Count
 
@@ -28,6 +28,7 @@ EXAMPLES = ("x_train", "x_test")
 LABELS = ("y_train", "y_test")
 COMMON_CHANNELS = (1, 2, 3, 4)
 REQUIRED = ("x_train", "y_train", "x_test", "y_test")
+TEXTS = ("owner", "class_names")  # arrays that may be text
 MAX_HEADER_BYTES = 2**14  # numpy reads no longer header
 HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # numpy writes these; others unpack without bound
@@ -40,7 +41,7 @@ def npz(
     *,
     path: Path,
     channels: Channels | None = None,
-    classes: Count | None = None,
+    classes: Count | list[str] | None = None,
     mean: tuple[float, ...] = (),
     std: tuple[float, ...] = (),
 ) -> Dataset:
@@ -50,7 +51,8 @@ def npz(
     4 dimensions holds images, (n, height, width, C), or with `channels: first` (n, C, height, width); where it is
     null, it is last, but shapes that look like first are refused. A uint8 x of 3 dimensions holds grey images,
     (n, height, width). Any other x is used as it is, with float64 rounded to float32. y (n,) are whole numbers;
-    owner (n,) are whole numbers or text. `classes` defaults to the highest label plus one.
+    owner (n,) are whole numbers or text. `classes` is a number, by default the highest label plus one, or names in
+    the order of the labels; the arrays may also have the names, as `class_names` (classes,).
 
     A machine that only trains, or only tests, needs only the x and y for that. The x of a folder are never read as
     a whole, so they may be larger than memory; they should be uint8 or float32.
@@ -67,6 +69,8 @@ def npz(
     try:
         y = {name: _integers(name, arrays[name]) for name in LABELS if name in arrays}
         owner, names = _owners(arrays["owner"]) if "owner" in arrays else (None, ())
+        class_names = _class_names(arrays.get("class_names"), classes)
+        number = classes if isinstance(classes, int) else None
         x = {name: _examples(name, arrays[name], channels, mapped) for name in EXAMPLES if name in arrays}
         no_examples, no_labels = next(iter(x.values()))[:0], torch.empty(0, dtype=torch.int64)
         return Dataset(
@@ -74,12 +78,13 @@ def npz(
             y.get("y_train", no_labels),
             x.get("x_test", no_examples),
             y.get("y_test", no_labels),
-            classes=classes or _count_classes(*(y[name] for name in LABELS if name in y)),
+            classes=len(class_names) or number or _count_classes(*(y[name] for name in LABELS if name in y)),
             mean=mean,
             std=std,
             owner=owner,
             mapped=mapped,
             owner_names=names,
+            class_names=class_names,
         )
     except ValueError as error:
         raise ConfigError(f"data.path: {printable(path)}: {error}") from None
@@ -110,7 +115,7 @@ def _read_archive(path: Path, channels: Channels | None) -> dict[str, Array]:
 def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     """The members of an archive that are used, by the name of the array."""
     members = dict[str, zipfile.ZipInfo]()
-    wanted = {f"{name}.npy": name for name in (*REQUIRED, "owner")}
+    wanted = {f"{name}.npy": name for name in (*REQUIRED, *TEXTS)}
     for member in archive.infolist():
         if name := wanted.get(member.filename):
             if name in members:
@@ -129,7 +134,7 @@ def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Array:
 def _map_folder(path: Path) -> dict[str, Array]:
     """The arrays of a folder of .npy files, memory-mapped."""
     arrays, total = dict[str, Array](), 0
-    for file in (path / f"{name}.npy" for name in (*REQUIRED, "owner")):
+    for file in (path / f"{name}.npy" for name in (*REQUIRED, *TEXTS)):
         if not os.path.lexists(file):
             continue
         try:
@@ -152,8 +157,8 @@ def _memory_needed(name: str, stream: IO[bytes], length: int, channels: Channels
     Raises ValueError where the .npy file in `stream`, of `length` bytes, is shorter than its header says.
     """
     shape, fortran, dtype, begin = _header(io.BytesIO(stream.read(MAX_HEADER_BYTES)))
-    if dtype.kind not in "biuf" and not (name == "owner" and dtype.kind == "U" and dtype.itemsize):
-        raise ValueError(f"{name} is {dtype}; allowed: numbers{' or text' if name == 'owner' else ''}")
+    if dtype.kind not in "biuf" and not (name in TEXTS and dtype.kind == "U" and dtype.itemsize):
+        raise ValueError(f"{name} is {dtype}; allowed: numbers{' or text' if name in TEXTS else ''}")
     count = math.prod(shape)
     if min(shape, default=0) < 0 or begin + count * dtype.itemsize > length:
         raise ValueError(f"{name} is shorter than its header says, {dtype} {shape}")
@@ -237,6 +242,21 @@ def _owners(array: Array) -> tuple[Tensor, tuple[str, ...]]:
     owners, names = owners_by_name(array)
     dense = list(names) == [str(i) for i in range(len(names))]
     return owners, () if dense else tuple(map(printable, names))
+
+
+def _class_names(array: Array | None, classes: int | list[str] | None) -> tuple[str, ...]:
+    """The names of the classes by `array` or the option `classes`, if any; raises ConfigError if both differ."""
+    given = tuple(classes) if isinstance(classes, list) else ()
+    if array is None:
+        return given
+    if array.ndim != 1 or array.dtype.kind != "U":
+        raise ConfigError(f"class_names is {array.dtype} {array.shape}; allowed: text (classes,)")
+    names = tuple(map(str, array.tolist()))
+    if isinstance(classes, int) and classes != len(names):
+        raise ConfigError(f"class_names has {len(names)} names, and data.classes is {classes}")
+    if given and (difference := difference_of_classes(given, names, "in data.classes", "in the file")):
+        raise ConfigError(difference)
+    return names
 
 
 def _integers(name: str, array: Array) -> Tensor:

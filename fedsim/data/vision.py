@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import os
+import string
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,18 @@ from fedsim.base.reading import open_regular
 from fedsim.data.dataset import Dataset
 from fedsim.errors import ConfigError, missing_extra, printable, reason
 
-EMNIST_CLASSES = {"byclass": 62, "bymerge": 47, "balanced": 47, "letters": 26, "digits": 10, "mnist": 10}
+FASHION = "T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag"
+FASHION_CLASSES = (*FASHION.split(), "Ankle boot")
+ALL_CHARACTERS = string.digits + string.ascii_uppercase + string.ascii_lowercase
+MERGED_CHARACTERS = string.digits + string.ascii_uppercase + "abdefghnqrt"  # whose two forms look alike count once
+EMNIST_CLASSES = {
+    "byclass": ALL_CHARACTERS,
+    "bymerge": MERGED_CHARACTERS,
+    "balanced": MERGED_CHARACTERS,
+    "letters": string.ascii_lowercase,
+    "digits": string.digits,
+    "mnist": string.digits,
+}
 MAX_IDX_PIXELS = 28 * 28  # of an image in an idx file
 MAX_IDX_ROWS = 1_000_000  # of an idx file; EMNIST has 814,255 examples
 MAX_FILE_BYTES = 2**30  # the largest file, one of EMNIST's, is half as long
@@ -25,13 +37,13 @@ TRAIN_TEST = ({"train": True}, {"train": False})
 
 def mnist(*, root: Path = Path("data"), download: bool = False) -> Dataset:
     """MNIST: 60,000 + 10,000 grey digits of 28 x 28, 10 classes (LeCun et al. 1998)."""
-    constants = {"classes": 10, "mean": (0.1307,), "std": (0.3081,)}
+    constants = {"class_names": string.digits, "mean": (0.1307,), "std": (0.3081,)}
     return _read(_idx("MNIST"), root, "MNIST/raw/*-ubyte", download, _grey, constants)
 
 
 def fashion_mnist(*, root: Path = Path("data"), download: bool = False) -> Dataset:
     """Fashion-MNIST: 60,000 + 10,000 grey clothes of 28 x 28, 10 classes (arXiv 1708.07747)."""
-    constants = {"classes": 10, "mean": (0.2860,), "std": (0.3530,)}
+    constants = {"class_names": FASHION_CLASSES, "mean": (0.2860,), "std": (0.3530,)}
     return _read(_idx("FashionMNIST"), root, "FashionMNIST/raw/*-ubyte", download, _grey, constants)
 
 
@@ -53,7 +65,7 @@ def emnist(
 
     from torchvision import datasets
 
-    constants = {"classes": EMNIST_CLASSES[split], "mean": (0.1751,), "std": (0.3332,)}
+    constants = {"class_names": EMNIST_CLASSES[split], "mean": (0.1751,), "std": (0.3332,)}
     parts = [{"split": split, **part} for part in TRAIN_TEST]
     return _read(
         _raw(datasets.EMNIST), root, f"EMNIST/raw/emnist-{split}-*-ubyte", download, upright, constants, parts
@@ -62,7 +74,7 @@ def emnist(
 
 def cifar10(*, root: Path = Path("data"), download: bool = False) -> Dataset:
     """CIFAR-10: 50,000 + 10,000 colour images of 32 x 32, 10 classes (Krizhevsky 2009)."""
-    constants = {"classes": 10, "mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
+    constants = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
     from torchvision import datasets
 
     return _read(datasets.CIFAR10, root, "cifar-10-batches-py/*", download, _colour, constants)
@@ -70,7 +82,7 @@ def cifar10(*, root: Path = Path("data"), download: bool = False) -> Dataset:
 
 def cifar100(*, root: Path = Path("data"), download: bool = False) -> Dataset:
     """CIFAR-100: 50,000 + 10,000 colour images of 32 x 32, 100 classes (Krizhevsky 2009)."""
-    constants = {"classes": 100, "mean": (0.5071, 0.4865, 0.4409), "std": (0.2673, 0.2564, 0.2762)}
+    constants = {"mean": (0.5071, 0.4865, 0.4409), "std": (0.2673, 0.2564, 0.2762)}
     from torchvision import datasets
 
     return _read(datasets.CIFAR100, root, "cifar-100-python/*", download, _colour, constants)
@@ -86,7 +98,7 @@ def svhn(*, root: Path = Path("data"), download: bool = False) -> Dataset:
     def tensors(part: Any) -> tuple[Tensor, Tensor]:
         return torch.from_numpy(part.data).contiguous(), torch.from_numpy(part.labels)
 
-    constants = {"classes": 10, "mean": (0.4377, 0.4438, 0.4728), "std": (0.1980, 0.2010, 0.1970)}
+    constants = {"class_names": string.digits, "mean": (0.4377, 0.4438, 0.4728), "std": (0.1980, 0.2010, 0.1970)}
     return _read(
         datasets.SVHN, root, "t*_32x32.mat", download, tensors, constants, [{"split": "train"}, {"split": "test"}]
     )
@@ -98,15 +110,20 @@ def _read(
     files: str,  # the pattern of the files in root that torchvision reads
     download: bool,
     tensors: Callable[[Any], tuple[Tensor, Tensor]],
-    constants: dict[str, Any],  # the other fields of Dataset
+    constants: dict[str, Any],  # other fields of Dataset; without class_names, torchvision reads them from a file
     parts: Sequence[dict[str, Any]] = TRAIN_TEST,
 ) -> Dataset:
     folder = Path(os.path.expanduser(root))  # as torchvision does
     try:
         for file in sorted(file for file in folder.glob(files) if not file.is_dir()):
             _check_file(file)
-        (x, y), (x_test, y_test) = (tensors(source(str(folder), download=download, **part)) for part in parts)
-        return Dataset(x, y, x_test, y_test, **constants)
+        found = []
+        for part in parts:
+            made = source(str(folder), download=download, **part)
+            found.append(tensors(made))
+        (x, y), (x_test, y_test) = found
+        names = tuple(constants.get("class_names") or made.classes)
+        return Dataset(x, y, x_test, y_test, **constants | {"classes": len(names), "class_names": names})
     except Exception as error:  # a broken file raises anything, from AssertionError to UnpicklingError
         why = reason(error).removesuffix(" You can use download=True to download it")
         place = printable(root / os.path.dirname(files))

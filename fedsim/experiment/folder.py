@@ -27,6 +27,7 @@ from fedsim.training.layout import Order
 
 Line: Any = create_model("Line", __config__=ConfigDict(extra="allow", strict=True), **FIELDS)  # of rounds.jsonl
 CHECKPOINTS = "checkpoints"  # in a run's folder
+MAX_LISTED_CLASSES = 1000  # up to this number partition.json names them
 MAX_LISTED_CLIENTS = 1000  # up to this number partition.json counts the labels of each client
 
 
@@ -153,8 +154,8 @@ def describe(data: FederatedData) -> dict[str, Any]:
     """How the data is divided: a hash of it, quantiles of sizes, counts of labels, for few clients those of each.
 
     `examples` counts all training examples, of which `public` are the server's; `example` is the form of each one.
-    Where each client is an owner that the dataset names, there are their names. Where clients have data of their
-    own, only their number is known.
+    Where each client is an owner that the dataset names, there are their names, and so are those of the classes.
+    Where clients have data of their own, only their number is known.
     """
     shared = {
         "clients": data.num_clients,
@@ -162,6 +163,8 @@ def describe(data: FederatedData) -> dict[str, Any]:
         "classes": data.num_classes,
         "example": data.form,
     }
+    if 0 < len(data.class_names) <= MAX_LISTED_CLASSES:
+        shared["class_names"] = list(data.class_names)
     if data.clients_are_remote:
         return shared | {"examples": None}
     sizes, labels = data.sizes, data.labels.cpu().numpy()

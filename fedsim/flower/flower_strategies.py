@@ -2,8 +2,8 @@
 
 They send a network's state_dict as "arrays" and numbers as "config", and expect a state_dict and metrics back.
 The app's config says what a node does: `experiment` has `model`, `local`, `seed` and `strategy` as any config, and
-may have `examples` with `classes`, `scale`, `shift` and `crop`, which replace those of the node's own data. All of
-it is checked against what the node allows.
+may have `examples` with `classes`, `scale`, `shift` and `crop`, which replace those of the node's own data, and
+`class_names`, which should be those of the node's own data. All of it is checked against what the node allows.
 """
 
 import hashlib
@@ -41,6 +41,7 @@ class ExampleOptions(Options):
     scale: tuple[float, ...] | None = None
     shift: tuple[float, ...] | None = None
     crop: Count | None = None
+    class_names: tuple[str, ...] | None = None
 
 
 def is_from_flower(content: RecordDict) -> bool:
@@ -72,8 +73,8 @@ def evaluate(node: Node, message: Message, context: Context) -> RecordDict:
 
 def _work(node: Node, message: Message, context: Context, what: Any) -> tuple[dict[str, Tensor], Task, Answer]:
     """The state_dict that was sent, a task with these weights, and the node's answer to an equivalent order."""
-    plan = _plan(node, values_of(context.run_config))
     sent = _tensors(message.content, node.settings.allow.max_bytes)
+    plan = _plan(node, values_of(context.run_config), sent)
     task = _task(plan, sent, node.shard(plan.examples).trial_examples())
     if task.initial_of("weights"):
         raise ConfigError("model: has spectral norms, whose vectors Flower's strategies would average")
@@ -106,7 +107,7 @@ def _work(node: Node, message: Message, context: Context, what: Any) -> tuple[di
     return sent, task, answer
 
 
-def _plan(node: Node, values: Mapping[str, Any]) -> Plan:
+def _plan(node: Node, values: Mapping[str, Any], sent: dict[str, Tensor]) -> Plan:
     """The plan of an experiment on this node; looks up only names that the node allows. Raises ConfigError."""
     local = values.get("local", {})
     if not isinstance(local, dict) or "model" not in values:
@@ -129,7 +130,7 @@ def _plan(node: Node, values: Mapping[str, Any]) -> Plan:
         "experiment",
     )
     node.settings.allow.check_names(plan)
-    node.settings.allow.check_numbers(plan)
+    node.settings.allow.check_numbers(plan, sent)
     return plan
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any, Self, get_args
 
+import numpy as np
 import torch
 from pydantic import AfterValidator
 
@@ -17,7 +18,7 @@ from fedsim.base.catalogue import Options, Spec, options_of, validated
 from fedsim.base.devices import devices, one_thread
 from fedsim.base.files import expanded
 from fedsim.base.reading import read_yaml
-from fedsim.data import DATASETS, Dataset
+from fedsim.data import DATASETS, Dataset, FederatedData
 from fedsim.data.federated import Shard
 from fedsim.errors import ConfigError, RoundError, located, one_line
 from fedsim.experiment.checkpoint import versions
@@ -30,6 +31,7 @@ from fedsim.federated.client import (
     initial_server_state,
 )
 from fedsim.federated.fold import cause, compact
+from fedsim.flower.meaning import check_meaning, notes_on
 from fedsim.flower.messages import NAME, Answer, Finished, Invitation, Joined, Order, failure
 from fedsim.flower.plan import Allow, Examples, Parts, Plan, digest, parts_of
 from fedsim.flower.state_files import RUN, Keep, StateFiles, StoredState, needed
@@ -97,7 +99,8 @@ class NodeSettings(Options):
         data = DATASETS.resolve(settings.data)
         fields = options_of(DATASETS.load(data["name"])).model_fields
         paths = {n for n, field in fields.items() if Path in (field.annotation, *get_args(field.annotation))}
-        data |= {name: str(at(f"data.{name}", Path(data[name]))) for name in paths if data[name] is not None}
+        own = settings.data if isinstance(settings.data, dict) else {"name": settings.data}  # without defaults
+        data = own | {name: str(at(f"data.{name}", Path(data[name]))) for name in paths if data[name] is not None}
         places = {name: at(name, path) for name in ("state", "ca", "key") if (path := getattr(settings, name))}
         return settings.model_copy(update={"data": data, **places})
 
@@ -121,6 +124,7 @@ class Role:
     worker: Worker
     initial_client: State
     sent: Form
+    notes: tuple[str, ...] = ()  # on its data, for both sides
     client: int | None = None  # its id, from the first order on
     last: tuple[int, StoredState] | None = None  # version, and what is on disk
     done: tuple[Order, Answer] | None = None  # the last training
@@ -172,7 +176,7 @@ class Node:
             return Joined(self.settings.name, versions(), _error_line(error))
         self.role = role
         n = len(self.dataset.y_train)
-        return Joined(self.settings.name, versions(), None, n, len(self.dataset.y_test) or n)
+        return Joined(self.settings.name, versions(), None, n, len(self.dataset.y_test) or n, role.notes)
 
     def work(self, order: Order) -> Answer:
         """Train or evaluate; the answer says why where that fails. Raises only what ends the process."""
@@ -247,7 +251,7 @@ class Node:
         allow.check_names(plan)
         allow.check_bytes(initial)
         data = self.shard(plan.examples)
-        allow.check_numbers(plan)
+        allow.check_numbers(plan, initial)
         parts = parts_of(plan, initial, data.trial_examples())
         data.check_augment(plan.local["augment"])
         check_precision(parts.recipe.precision, self.device)
@@ -256,18 +260,16 @@ class Node:
         sent = form_of(download(strategy, initial_server_state(strategy, task)))
         train = Train(strategy, recipe, plan.seed, plan.time_limit)
         worker = Worker(task, data.to(self.device), self.device, graphs=True)
-        return Role(run, digest(text), parts, train, worker, initial_client_state(strategy, task, plan.seed), sent)
+        state, notes = initial_client_state(strategy, task, plan.seed), tuple(notes_on(data, plan.examples))
+        return Role(run, digest(text), parts, train, worker, state, sent, notes)
 
     def shard(self, form: Examples) -> Shard:
         """The node's examples in the federation's form; raises ConfigError where they do not fit."""
-        data = Shard(self.dataset, classes=form.classes, scale=form.scale, shift=form.shift, crop=form.crop)
-        for what, here, there in (
-            ("shape", list(data.shape), list(form.shape)),
-            ("dtype", data.form["dtype"], form.dtype),
-        ):
-            if here != there:
-                raise ConfigError(f"data: examples have {what} {here}, and the federation's have {there}")
-        return data
+        shard = Shard(self.dataset, classes=form.classes, scale=form.scale, shift=form.shift, crop=form.crop)
+        everyone = np.zeros(len(self.dataset.y_train), dtype=np.int64)
+        own = FederatedData(self.dataset, everyone, clients=1, crop=form.crop)
+        check_meaning(own, form, self.settings.data if isinstance(self.settings.data, dict) else {})
+        return shard
 
     def _check(self, order: Order, role: Role) -> None:
         """Raise ValueError if an order cannot belong to this run."""

@@ -34,6 +34,8 @@ def respond(node: Node, content: RecordDict) -> RecordDict:
     if kind == Invitation.__name__:
         joined = node.join(wire.read(Invitation, content))
         log.info("%s", f"refused: {joined.error}" if joined.error else "joined a run")
+        for note in joined.notes:
+            log.warning("%s", note)
         return wire.record(joined)
     if kind == Finished.__name__:
         finished = wire.read(Finished, content)

@@ -32,18 +32,30 @@ from fedsim.training.losses import LOSSES
 from fedsim.training.recipe import Recipe
 from fedsim.training.schedules import SCHEDULES
 from fedsim.training.task import Task
-from fedsim.types import Count, Positive, Seed, State, described, form_of
+from fedsim.types import Count, NonNegative, Positive, Seed, State, described, form_of
 
 FILES = (
     "weights",
     "pretrained",
     "new_head",
 )  # options of a model that are left out of a plan: the initial weights are sent
+MAX_NAME_LENGTH = 200  # characters of a class's name in a plan, and
+MAX_NAMES_LENGTH = 2**16  # of all names together
 SENT = "sent"  # replaces the file of a teacher, whose weights are sent
 
 
+def _class_names(names: tuple[str, ...] | str) -> tuple[str, ...] | str:
+    for name in names if isinstance(names, tuple) else ():
+        if len(name) > MAX_NAME_LENGTH or not name.isprintable():
+            raise ValueError(f"{one_line(repr(name[:40]))} should be up to {MAX_NAME_LENGTH} printable characters")
+    return names
+
+
 class Examples(Options):
-    """The form of examples. Batches are x * scale - shift, with no, one, or one value per channel of each."""
+    """The form of examples. Batches are x * scale - shift, with no, one, or one value per channel of each.
+
+    What comes after `crop` says what labels and numbers mean, as far as the server knows it.
+    """
 
     shape: tuple[Count, ...]  # of the network's input
     dtype: Literal["uint8", "float32"]
@@ -51,6 +63,10 @@ class Examples(Options):
     scale: tuple[float, ...] = ()
     shift: tuple[float, ...] = ()
     crop: Count | None = None
+    class_names: Annotated[tuple[str, ...] | str, AfterValidator(_class_names)] = ()  # or `names_digest` of them
+    whole_shape: tuple[Count, ...] = ()  # before the crop
+    preparation: str = ""  # how files became numbers
+    largest: NonNegative | None = None  # magnitude in some examples, before they are normalised
 
 
 class Plan(Options):
@@ -97,10 +113,29 @@ def plan_of(config: Mapping[str, Any], data: FederatedData) -> Plan:
         "strategy": config["strategy"],
         "local": config["local"] | {"distillation": distillation},
         "time_limit": config["failures"]["time_limit"],
-        "examples": data.form | {"classes": data.num_classes, "crop": data.crop},
+        "examples": data.form
+        | {
+            "classes": data.num_classes,
+            "crop": data.crop,
+            "class_names": _sent_names(data.class_names),
+            "whole_shape": data.whole_shape,
+            "preparation": one_line(data.preparation),
+            "largest": data.largest_value(),
+        },
     }
     made = validated(Plan, plan, "plan")
     return made.model_copy(update={"own": {module: source(module) for _, module in _modules(made)}})
+
+
+def _sent_names(names: tuple[str, ...]) -> tuple[str, ...] | str:
+    """The class names, or where they are long, their digest."""
+    short = max(map(len, names), default=0) <= MAX_NAME_LENGTH and sum(map(len, names)) <= MAX_NAMES_LENGTH
+    return names if short else names_digest(names)
+
+
+def names_digest(names: tuple[str, ...]) -> str:
+    """SHA-256 of the names of classes."""
+    return digest(json.dumps(names))
 
 
 def source(module: str) -> str:
@@ -238,8 +273,11 @@ class Allow(Options):
             ("augmentations", AUGMENTATIONS),
         ]
 
-    def check_numbers(self, plan: Plan) -> None:
-        """Raise ConfigError if a plan, whose names are allowed, has numbers that are not."""
+    def check_numbers(self, plan: Plan, sent: State) -> None:
+        """Raise ConfigError if a plan, whose names are allowed, has numbers that are not.
+
+        `sent` has the weights that come with it; a larger network is not built.
+        """
         options: Any = recipe_options(plan.local)
         for name in ("epochs", "steps", "batch_size"):
             value, most = getattr(options, name), getattr(self, f"max_{name}")
@@ -250,15 +288,16 @@ class Allow(Options):
                 if isinstance(value, int) and value > self.max_augmentation:
                     most = f"allowed on this node: up to {self.max_augmentation:,}"
                     raise ConfigError(f"local.augment[{i}].{name}: is {value:,}; {most}")
+        most = sum(value.numel() for value in sent.values())
         for at, spec in _networks(plan):
-            self._check_size(at, spec, plan.examples)
+            self._check_size(at, spec, plan.examples, most)
 
     def check_bytes(self, state: State) -> None:
         """Raise ConfigError if a message is too large."""
         if (size := sum(value.nbytes for value in state.values())) > self.max_bytes:
             raise ConfigError(f"message: has {size:,} bytes; allowed on this node: up to {self.max_bytes:,}")
 
-    def _check_size(self, at: str, spec: Spec, examples: Examples) -> None:
+    def _check_size(self, at: str, spec: Spec, examples: Examples, sent: int) -> None:
         """Raise ConfigError if a network is too large, before memory is allocated for it."""
         try:
             with torch.device("meta"):
@@ -271,6 +310,8 @@ class Allow(Options):
             ):  # a listed model of the owner's, which may compute with its weights when it is built
                 return
             raise ConfigError(f"{at}: cannot be built here: {located(error)}") from error
+        if (size := sum(value.numel() for value in network.parameters())) > sent:
+            raise ConfigError(f"{at}: has {size:,} parameters, and only {sent:,} numbers were sent with the plan")
         tensors: Iterator[Tensor] = chain(network.parameters(), network.buffers())
         if (size := sum(tensor.numel() for tensor in tensors)) > self.max_parameters:
             most = f"allowed on this node: up to {self.max_parameters:,}"

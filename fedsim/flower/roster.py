@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 ASK_AGAIN_AFTER = 60.0  # seconds; a node that has not answered, or has refused, is then asked again
 MOST_ANSWER_BYTES = 2**20
 COMPARED = "fedsim", "torch"  # packages; with another version of one, results may differ in the last bits
+MAX_NOTES = 8  # of a node that are logged
 WAITING = "has not answered yet"
 MOST_SHOWN = 20  # names, or reasons, in one line
 
@@ -65,6 +66,7 @@ class Roster:
         self.max_examples = MAX_EXAMPLES  # n_k of a node that may join
         self.online: set[int] = set()
         self._seen: dict[int, Seen] = {}  # by node
+        self._told = set[str]()  # names of nodes whose notes were logged
         self._asked: dict[str, Asked] = {}  # by message
         self._link: Link | None = None
 
@@ -203,6 +205,7 @@ class Roster:
         if asked.invited and (why := self._unusable(sizes)):
             return name, sizes, why
         self._compare(name, joined.versions)
+        self._tell(name, joined.notes)
         return name, sizes, ""
 
     def _unusable(self, sizes: Sizes) -> str | None:
@@ -221,6 +224,12 @@ class Roster:
             if (there := theirs.get(package)) != (here := versions()[package]):
                 text = "nodes: %s has %s %s, the server has %s; results may differ by rounding errors"
                 log.warning(text, name, package, one_line(there), here)
+
+    def _tell(self, name: str, notes: tuple[str, ...]) -> None:
+        """Log what a node has to say, the first time that it joins."""
+        for note in notes[:MAX_NOTES] if name not in self._told else ():
+            log.warning("nodes: %s: %s", name, one_line(note))
+        self._told.add(name)
 
     def _join(self, name: str, node: int, sizes: Sizes) -> None:
         before = self.sizes.get(name, sizes).examples

@@ -20,15 +20,16 @@ def write_shards(data: FederatedData, folder: Path) -> list[Path]:
     """Write k.npz and k.yaml for each client k, and server.npz; returns their paths. Raises ConfigError.
 
     A client's file has its training examples, with the labels in use, and those it holds out as x_test; the
-    server's has the test set, and public examples, if there are any, as x_train. A k.yaml is a NODE.yaml. The
-    folder must be new or empty, and is complete or absent afterwards.
+    server's has the test set, and public examples, if there are any, as x_train; each has the names of classes, if
+    they are known. A k.yaml is a NODE.yaml. The folder must be new or empty, and is complete or absent afterwards.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"--shards: {printable(folder)} exists, and nothing is overwritten; name another folder")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as draft:
-            names = [_write(Path(draft), name, arrays) for name, arrays in _shards(data)]
+            about = {"class_names": np.array(data.class_names)} if data.class_names else {}
+            names = [_write(Path(draft), name, arrays | about) for name, arrays in _shards(data)]
             names += [_settings(Path(draft), k, data) for k in range(data.num_clients)]
             made = Path(draft) / "shards"
             made.mkdir()
@@ -45,7 +46,7 @@ def server_data(data: FederatedData, dataset: Dataset, folder: Path) -> str:
     """The `data` of a config for the server of the clients in `folder`, as YAML in one line."""
     spec: dict[str, Any] = {"name": "npz", "path": str(folder / "server.npz"), "channels": "first"}
     spec |= {"classes": data.num_classes, "clients": data.num_clients}
-    spec |= {"mean": list(dataset.mean), "std": list(dataset.std)} if dataset.mean else {}
+    spec |= _normalisation(dataset)
     spec |= {"crop": data.crop} if data.crop else {}
     spec |= {"public": "all"} if len(data.public) else {}
     return yaml.safe_dump(spec, sort_keys=False, default_flow_style=True, width=10**6).strip()
@@ -64,22 +65,28 @@ def _shards(data: FederatedData) -> Iterator[tuple[str, Arrays]]:
         yield f"{client}.npz", arrays | (_pair(data, "test", held) if len(held) else {})
     public = data.public
     x, y = data.test_set
-    yield "server.npz", (_pair(data, "train", public) if len(public) else {}) | {"x_test": x, "y_test": y}
+    test = {"x_test": x.cpu().numpy(), "y_test": y.cpu().numpy()}
+    yield "server.npz", (_pair(data, "train", public) if len(public) else {}) | test
 
 
 def _pair(data: FederatedData, part: str, rows: np.ndarray[Any, Any]) -> Arrays:
     x, y = data.examples(torch.from_numpy(rows))
-    return {f"x_{part}": x, f"y_{part}": y}
+    return {f"x_{part}": x.cpu().numpy(), f"y_{part}": y.cpu().numpy()}
 
 
 def _write(folder: Path, name: str, arrays: Arrays) -> str:
     with (folder / name).open("wb") as file:
-        np.savez(file, **{key: value.cpu().numpy() for key, value in arrays.items()})
+        np.savez(file, **arrays)
     return name
 
 
+def _normalisation(data: Dataset | FederatedData) -> dict[str, list[float]]:
+    return {"mean": list(data.mean), "std": list(data.std)} if data.mean else {}
+
+
 def _settings(folder: Path, client: int, data: FederatedData) -> str:
-    source = {"name": "npz", "path": f"{client}.npz", "channels": "first", "classes": data.num_classes}
+    source: dict[str, Any] = {"name": "npz", "path": f"{client}.npz", "channels": "first"}
+    source |= {"classes": data.num_classes} | _normalisation(data)
     values = {"name": client_name(client, data.num_clients), "data": source}
     (folder / f"{client}.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     return f"{client}.yaml"
