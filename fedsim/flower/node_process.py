@@ -61,7 +61,7 @@ def serve(node: Node, superlink: Superlink, key: Path | None) -> NoReturn:
                 sleep(LEAVE_PAUSE)
             with closing(NodeLink.open(superlink, key)) as link:
                 log.info("connected to %s", superlink.address)
-                known = True
+                known, lost = True, Lost(superlink)
                 _answer(node, link, lost)
         except LinkError as error:
             if not error.again and not known:
