@@ -11,6 +11,9 @@ set -euo pipefail
 
 number=${N:-3} port=${PORT:-8000} seconds=${WAIT:-60} fedsim=${FEDSIM:-fedsim}
 export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1
+no_proxy=${no_proxy:-${NO_PROXY:-}} # all that is here is on loopback
+export no_proxy=${no_proxy:+$no_proxy,}127.0.0.1,localhost
+export NO_PROXY=$no_proxy
 
 fail() {
     echo "flower_local: $1" >&2
@@ -84,7 +87,7 @@ stop() {
     [[ -n $run ]] || exit 130
     kill -TERM "$run" 2>/dev/null || true
 }
-trap stop INT TERM
+trap stop INT TERM HUP
 
 # launch NAME COMMAND ...: in the background, with a log.
 launch() {
@@ -135,7 +138,7 @@ mkdir -p "$FLWR_HOME"
 printf '[superlink.local]\naddress = "127.0.0.1:%s"\nroot-certificates = "%s"\n' "$port" "$keys/ca.crt" \
     >"$FLWR_HOME/config.toml"
 for name in "${names[@]}"; do
-    flwr supernode register "$keys/nodes/$name.pub" local --name "$name" >"$state/register.log" 2>&1 ||
+    no_proxy='*' NO_PROXY='*' flwr supernode register "$keys/nodes/$name.pub" local --name "$name" >"$state/register.log" 2>&1 ||
         fail "$name could not be registered; see $state/register.log"
 done
 
@@ -180,12 +183,12 @@ said=' '
 while kill -0 "$run" 2>/dev/null; do
     for ((k = 0; k < number; k++)); do
         pid=${started[$((k + 2))]}
-        kill -0 "$pid" 2>/dev/null || [[ $said == *" $k "* ]] || {
+        kill -0 "$pid" 2>/dev/null || [[ -n $stopped || $said == *" $k "* ]] || {
             echo "flower_local: ${names[k]} has ended: $(tail -n 1 "$state/${names[k]}.log")" >&2
             said+="$k "
         }
     done
-    sleep 0.2
+    { sleep 0.2 || true; } 2>/dev/null # a signal to all of the process group, as timeout(1) sends it, ends it, too
 done
 status=0
 wait "$run" || status=$?

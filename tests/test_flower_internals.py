@@ -4,6 +4,8 @@ import ast
 import hashlib
 import inspect
 import json
+import re
+import socket
 import subprocess
 import sys
 import threading
@@ -12,6 +14,7 @@ import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -39,6 +42,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid.http_grid import HttpGrid
+from flwr.supernode import node_auth_http_interceptor as signing
 from hostile import post
 from lab import CONFIG
 
@@ -52,6 +56,7 @@ from fedsim.flower.internals import (
     Superlink,
     connection,
     listed,
+    network,
     public_key_bytes,
     register,
     unregister,
@@ -194,6 +199,8 @@ VALUES = [  # (module, name, value)
     ("flwr.common.constant", "SUPERLINK_NODE_ID", 1),
     ("flwr.common.constant", "HEARTBEAT_MIN_INTERVAL", 10),
     ("flwr.common.constant", "HEARTBEAT_PATIENCE", 2),
+    ("flwr.common.constant", "SYSTEM_TIME_TOLERANCE", 5),
+    ("flwr.common.constant", "TIMESTAMP_TOLERANCE", 300),
     ("flwr.supercore.error", "ApiErrorCode.RUNTIME_VERSION_INCOMPATIBLE", 1001),
     ("flwr.supercore.constant", "TASK_TOKEN_HEADER", "flwr-task-token"),
     ("flwr.supercore.constant", "HEAD_BODY_DIVIDER", b"\0"),
@@ -275,6 +282,15 @@ def test_what_goes_over_the_wire_has_the_fields_it_had(module, name, fields):
 @pytest.mark.parametrize(("module", "name", "value"), VALUES)
 def test_constants_are_what_they_were(module, name, value):
     assert found(module, name) == value
+
+
+def test_a_client_is_made_of_what_it_was_made_of():
+    """`connect` makes one without its constructor."""
+    superlink = Superlink("127.0.0.1:1", None)
+    theirs = ControlHttpClient.from_server_address(superlink.address, True, None, ())
+    with closing(connect(ControlHttpClient, superlink, "flwr CLI")) as ours, closing(theirs):
+        assert vars(ours) | {"_client": None} == vars(theirs) | {"_client": None}
+        assert type(ours._client) is type(theirs._client)
 
 
 def test_each_of_flowers_errors_is_put_in_words():
@@ -462,7 +478,7 @@ def test_objects_that_name_each_other_many_times_are_made_once():
 def test_what_breaks_off_takes_no_room():
     def cut(_):
         connection._check_size(httpx.Response(200, headers={"content-length": "80"}))
-        raise httpx.ReadError("cut")
+        raise httpx.ReadError("cut", request=httpx.Request("POST", "http://127.0.0.1:1"))
 
     room = connection.ByteLimit(100)
     with connection.limited(room):
@@ -734,14 +750,14 @@ def test_no_connection_is_one_line_that_says_whether_to_try_again(federation, ap
     for superlink, words, again in [
         (Superlink(address, (other / "ca.crt").read_bytes()), "certificate verify failed", False),
         (Superlink(address, b"no PEM"), "certificate authority", False),
-        (Superlink(address, None), "SuperLink", None),  # plain HTTP, where TLS is spoken
+        (Superlink(address, None), "speaks TLS: give `ca`", False),
         (Superlink("127.0.0.1:9", at(federation).ca), "refused", True),
     ]:
         for attempt in (lambda at: Link.open(at, app), lambda at: NodeLink.open(at, key(federation, "a")), listed):
             with pytest.raises(LinkError, match=words) as caught:
                 attempt(superlink)
             assert "\n" not in str(caught.value)
-            assert again is None or caught.value.again is again
+            assert caught.value.again is again
 
 
 def test_only_who_drives_a_run_needs_the_superlinks_version(federation, app, monkeypatch):
@@ -802,6 +818,189 @@ def test_the_grid_of_a_server_app_is_a_link_too(federation, link, monkeypatch):
     inside.close("nothing that it could fail")
     grid.close()
     assert isinstance(link.nodes(), set)  # its run goes on
+
+
+class Proxy(ThreadingHTTPServer):
+    """A proxy that knows CONNECT: one way into networks with a firewall around them."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        self.asked = list[str]()
+        super().__init__(("127.0.0.1", 0), ProxyHandler)
+
+    def handle_error(self, request, client_address):
+        pass  # the tunnel was closed
+
+
+class ProxyHandler(BaseHTTPRequestHandler):
+    def do_CONNECT(self):
+        self.server.asked.append(self.path)
+        host, _, port = self.path.rpartition(":")
+        if host == "forbidden.example.org":
+            self.send_error(403)
+            return
+        with socket.create_connection((host, int(port))) as there:
+            self.send_response(200)
+            self.end_headers()
+            thread = threading.Thread(target=self.copy, args=(self.connection, there), daemon=True)
+            thread.start()
+            self.copy(there, self.connection)
+            thread.join()
+
+    def copy(self, one, other):
+        with suppress(OSError):
+            while content := one.recv(2**16):
+                other.sendall(content)
+            other.shutdown(socket.SHUT_WR)
+
+    def do_POST(self):
+        self.send_error(502)
+
+    def log_message(self, *_):
+        pass
+
+
+@contextmanager
+def listening(server):
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture
+def no_proxies(monkeypatch):
+    for scheme in ("http", "https", "all", "no"):
+        monkeypatch.delenv(f"{scheme}_proxy", raising=False)
+        monkeypatch.delenv(f"{scheme.upper()}_PROXY", raising=False)
+
+
+@pytest.mark.usefixtures("no_proxies")
+@pytest.mark.parametrize("proxy", ["http://127.0.0.1:9", "socks5h://127.0.0.1:9", "what:ever"])
+def test_loopback_is_reached_whatever_proxies_are_set(federation, monkeypatch, proxy):
+    for variable in ("http_proxy", "HTTPS_PROXY", "all_proxy"):
+        monkeypatch.setenv(variable, proxy)
+    assert isinstance(listed(at(federation)), list)
+
+
+@pytest.mark.usefixtures("no_proxies")
+def test_a_proxy_that_is_the_cause_is_named_without_its_password(federation, monkeypatch):
+    secret, lab = "me:secret@127.0.0.1", "lab.example.org:8443"
+    with listening(Proxy()) as proxy:
+        port = proxy.server_port
+        for variable, address, superlink, words in [
+            (
+                "https_proxy",
+                f"http://{secret}:9",
+                lab,
+                "refused; .*proxy http://127.0.0.1:9 of https_proxy, and",
+            ),
+            (
+                "ALL_PROXY",
+                f"http://{secret}:9",
+                lab,
+                "refused; .*proxy http://127.0.0.1:9 of ALL_PROXY, and",
+            ),
+            ("https_proxy", f"127.0.0.1:{port}", "forbidden.example.org:8443", "403 .*of https_proxy"),
+            ("https_proxy", f"socks5://{secret}:9", lab, "of https_proxy.* SOCKS "),
+            ("https_proxy", f"gopher://{secret}:9", lab, "https_proxy: is not the address of a proxy"),
+            ("http_proxy", f"http://{secret}:{port}", "lab.example.org:8000", "status 502.*of http_proxy"),
+        ]:
+            with monkeypatch.context() as patch:
+                patch.setenv(variable, address)
+                with pytest.raises(LinkError, match=words) as caught:
+                    listed(Superlink(superlink, None if variable == "http_proxy" else at(federation).ca))
+                assert "secret" not in str(caught.value)
+    monkeypatch.setenv("https_proxy", f"http://{secret}:9")
+    monkeypatch.setenv("no_proxy", "10.0.0.1,.example.org")
+    assert network.proxy_for(httpx.URL("https://lab.example.org:8443")) is None
+
+
+@pytest.mark.usefixtures("no_proxies")
+def test_a_proxy_lets_tls_through(federation, app, monkeypatch):
+    """By CONNECT, as companies have them; for once it is asked for loopback, too."""
+    monkeypatch.setattr(network, "_is_loopback", lambda host: False)
+    with listening(Proxy()) as proxy:
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.server_port}")
+        with (
+            closing(Link.open(at(federation), app)) as link,
+            serving(at(federation), key(federation, "a"), echo) as member,
+        ):
+            sent = link.send({member.node_id: content(50_000)}, "train", group="", ttl=60)
+            assert collect(link, sent)[member.node_id].error is None
+        assert {*proxy.asked} == {federation.address}
+
+
+@pytest.mark.parametrize("ahead", [3600, 7, -3600])
+def test_a_node_whose_clock_is_wrong_is_told_by_how_much_and_joins_when_it_is_right(
+    federation, monkeypatch, ahead
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(signing, "now", lambda: datetime.now(UTC) + timedelta(seconds=ahead))
+        patch.setattr(network.time, "time", lambda real=time.time: real() + ahead)
+        with pytest.raises(LinkError) as caught:
+            NodeLink.open(at(federation), key(federation, "a"))
+    words = re.fullmatch(
+        r"this machine's clock is ([\d,]+) s (ahead of|behind) the SuperLink's; nodes sign the time: set it right",
+        str(caught.value),
+    )
+    assert abs(int(words[1].replace(",", "")) - abs(ahead)) <= 2
+    assert (words[2] == "behind") == (ahead < 0)
+    assert caught.value.again
+    NodeLink.open(at(federation), key(federation, "a")).close()
+
+
+@pytest.mark.parametrize("ahead", [3600, -3600])
+def test_messages_live_by_the_superlinks_time(federation, link, monkeypatch, caplog, ahead):
+    """Not by the driver's or the node's, which may be wrong."""
+    with serving(at(federation), key(federation, "a"), echo) as member:
+        monkeypatch.setattr(network.time, "time", lambda real=time.time: real() + ahead)
+        assert link.nodes() == {member.node_id}
+        (reply,) = collect(link, link.send({member.node_id: content()}, "query", group="", ttl=5)).values()
+        assert reply.error is None
+    assert f"s {'ahead of' if ahead > 0 else 'behind'} the SuperLink's; messages carry" in caplog.text
+
+
+class Stub(BaseHTTPRequestHandler):
+    """Answers each call as `server.answer` says."""
+
+    def do_POST(self):
+        self.server.asked.append(self.path)
+        status, headers, body = self.server.answer
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_servers_that_are_no_superlink_are_one_line_and_lead_nowhere_else(federation):
+    stub = ThreadingHTTPServer(("127.0.0.1", 0), Stub)
+    stub.asked = []
+    address = f"127.0.0.1:{stub.server_port}"
+    with listening(stub):
+        elsewhere = {"location": f"http://{address}/elsewhere", "content-length": "0"}
+        for answer, words, again in [
+            ((307, elsewhere, b""), r"refuses: .*\(status 307\)", False),  # with the body, to wherever it says
+            ((200, {"content-length": "5"}, b"hello"), "not a SuperLink", False),
+            ((503, {}, b"<p>" * 100), r"\(status 503\)", True),  # of unknown size
+        ]:
+            stub.answer = answer
+            with pytest.raises(LinkError, match=words) as caught:
+                listed(Superlink(address, None))
+            assert caught.value.again is again
+        with pytest.raises(LinkError, match="speaks plain HTTP, and no TLS") as caught:
+            listed(Superlink(address, at(federation).ca))
+        assert not caught.value.again
+    assert len(stub.asked) == 3
 
 
 # --- slow -------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ BIN = Path(sys.executable).parent
 FAKES = {  # they write down how they were called, and by which process
     "fedsim": r"""#!/bin/bash
 echo "$$ fedsim $*" >>"$CALLS"
-hang() { trap 'kill "$!"; exit 130' TERM; sleep 100 & echo "$@"; wait; }
+hang() { trap 'kill "$!" 2>/dev/null; exit 130' TERM HUP; sleep 100 & echo "$@"; wait; }
 case $1 in
 certificates)
     mkdir -p "$2/nodes"
@@ -217,13 +217,15 @@ def test_each_node_has_a_shard_of_its_own(faked, monkeypatch):
     assert len(calls("fedsim certificates")) == len(calls("fedsim partition")) == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_all_of_it(faked, monkeypatch, number):
-    """The script alone gets it, and hands it on; serve says how it ended."""
+@pytest.mark.parametrize("group", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_all_of_it(faked, monkeypatch, number, group):
+    """The script alone gets it, and hands it on; or, as from timeout(1), each of its processes."""
     monkeypatch.setenv("HANG", "yes")
-    with subprocess.Popen([LAUNCH / "flower_local.sh", "c.yaml"], stdout=subprocess.PIPE, text=True) as script:
+    command = [LAUNCH / "flower_local.sh", "c.yaml"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as script:
         assert script.stdout.readline() == "serving\n"
-        script.send_signal(number)
+        (os.killpg if group else os.kill)(script.pid, number)
         assert script.wait(30) == 130
 
 

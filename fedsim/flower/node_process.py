@@ -79,7 +79,7 @@ def serve(node: Node, superlink: Superlink, key: Path | None) -> NoReturn:
 
     Raises ConfigError if the SuperLink refuses the node at the start, and trying again cannot help.
     """
-    logged, known = "", False
+    known, lost = False, Lost(superlink)
     while True:
         try:
             if key and not known:  # shows the server that an earlier process, and what it worked at, is gone
@@ -87,23 +87,41 @@ def serve(node: Node, superlink: Superlink, key: Path | None) -> NoReturn:
                 sleep(LEAVE_PAUSE)
             with closing(NodeLink.open(superlink, key)) as link:
                 log.info("connected to %s", superlink.address)
-                logged, known = "", True
-                _answer(node, link)
+                known, lost = True, Lost(superlink)
+                _answer(node, link, lost)
         except LinkError as error:
             if not error.again and not known:
                 raise ConfigError(f"superlink {superlink.address}: {error}") from error
-            if (now := re.sub(r"\d+", "", str(error))) != logged:  # without digits: the seconds in it count down
-                log.warning("%s: %s; trying again", superlink.address, error)
-                logged = now
+            lost.tell(error)
             sleep(RETRY_PAUSE)
 
 
-def _answer(node: Node, link: NodeLink) -> NoReturn:
+class Lost:
+    """Logs why there is no connection: each reason once, until there is one again."""
+
+    def __init__(self, superlink: Superlink):
+        self._address, self._told = superlink.address, ""
+
+    def tell(self, error: LinkError) -> None:
+        """Log this reason, unless it was the last one."""
+        if (reason := re.sub(r"[\d,.]+", "", str(error))) != self._told:  # without numbers: seconds count down
+            log.warning("%s: %s; trying again", self._address, error)
+            self._told = reason
+
+    def over(self) -> None:
+        """An answer has come; log so if the opposite was logged."""
+        if self._told:
+            log.info("%s answers", self._address)
+            self._told = ""
+
+
+def _answer(node: Node, link: NodeLink, lost: Lost) -> NoReturn:
     """Answer messages until the SuperLink no longer knows the node; then raises LinkError."""
     last = monotonic()
     while True:
         try:
             message = link.receive(most_bytes=node.settings.allow.max_bytes + MOST_TEXT_BYTES)
+            lost.over()
             if message is None:
                 sleep(min(max(SHARE * (monotonic() - last), POLL[0]), POLL[1]))
                 continue
@@ -111,15 +129,16 @@ def _answer(node: Node, link: NodeLink) -> NoReturn:
                 content: RecordDict | str = respond(node, message.content)
             except ValueError as error:
                 content = str(error)
-            _deliver(link, message, content)
+            _deliver(link, message, content, lost)
             last = monotonic()
         except LinkError as error:
             if not error.again:
                 raise
+            lost.tell(error)
             sleep(RETRY_PAUSE)
 
 
-def _deliver(link: NodeLink, message: Message, content: RecordDict | str) -> None:
+def _deliver(link: NodeLink, message: Message, content: RecordDict | str, lost: Lost) -> None:
     """Send an answer, trying again while the SuperLink cannot be reached; raises LinkError if it is refused."""
     while True:
         try:
@@ -128,4 +147,5 @@ def _deliver(link: NodeLink, message: Message, content: RecordDict | str) -> Non
         except LinkError as error:
             if not error.again:
                 raise
+            lost.tell(error)
             sleep(RETRY_PAUSE)

@@ -18,10 +18,22 @@ from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
 from flwr.supercore.version import package_version
 
 from fedsim.errors import one_line
+from fedsim.flower.internals.network import (
+    PLAIN_ANSWERS,
+    certificate_hint,
+    clock_words,
+    proxy_for,
+    refused_for_its_clock,
+    route,
+    speaks_tls,
+)
 
 TIMEOUT = httpx.Timeout(20, connect=5)  # seconds without a byte
+KEEP_ALIVE = 3.0  # seconds that an idle connection is kept, less than the 5 after which a SuperLink ends it
+LEAVE_TIMEOUT = 3.0  # seconds that leaving may take
 RETRY_BRIEFLY, RETRY_LONG = 1.0, 60.0  # seconds for which a call that is safe to repeat is tried again
 RETRY_PAUSE = 0.25  # seconds between two attempts
+NEEDS_TLS = "the server at this address speaks TLS: give `ca`, the certificate of its authority, not `insecure`"
 MOST_PLAIN_BYTES = 2**26  # of an answer that is not an object
 
 Client = TypeVar("Client", bound=ProtobufClient)
@@ -95,15 +107,19 @@ def _check_size(response: httpx.Response) -> None:
     """Called by httpx when it has the headers, before it reads the body."""
     length = response.headers.get("content-length", "")
     if not length.isdecimal() or response.headers.get("content-encoding", "identity") != "identity":
+        if response.is_error:  # as proxies send them: its text is not read
+            bare = httpx.Response(response.status_code, headers=response.headers, request=response.request)
+            raise httpx.HTTPStatusError("", request=response.request, response=bare)
         raise TooLargeError("an answer of unknown size")
     getattr(_limit, "limit", ByteLimit(MOST_PLAIN_BYTES)).take(int(length))
     _limit.taken = int(length)
 
 
 def guard(client: Client) -> Client:
-    """Have the client refuse answers that are too large before it reads them."""
+    """Have the client refuse answers that are too large before it reads them, and follow no redirects."""
     client._client.headers["accept-encoding"] = "identity"
     client._client.event_hooks = {"response": [_check_size]}
+    client._client.follow_redirects = False
     return client
 
 
@@ -116,14 +132,40 @@ def connect(
     """A client for one of the SuperLink's services; `component` is Flower's name of the caller."""
     for name in ("flwr", "httpx"):  # they log much; errors come as exceptions
         logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        client = kind.from_server_address(superlink.address, superlink.ca is None, superlink.ca, interceptors)
-    except (ssl.SSLError, ValueError) as error:
-        raise LinkError(f"certificate authority of {superlink.address}: {error}") from None
-    client._client.timeout = TIMEOUT
+    # Not by its constructor, which takes the environment's proxies for loopback, too.
+    client = kind.__new__(kind)
+    vars(client).update(
+        _base_url=f"{'http' if superlink.ca is None else 'https'}://{superlink.address}",
+        _interceptors=tuple(interceptors),
+        _retry_invoker=None,
+        _client=_http_client(superlink),
+    )
     # not by RuntimeVersionHttpInterceptor, which ends the process if versions differ
     client._client.headers.update(dict(RuntimeVersionMetadata.from_local_component(component).as_metadata()))
     return guard(client)
+
+
+def _http_client(superlink: Superlink) -> httpx.Client:
+    trust: ssl.SSLContext | bool = False
+    if superlink.ca is not None:
+        trust = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        try:
+            trust.load_verify_locations(cadata=superlink.ca.decode("ascii"))
+        except (ssl.SSLError, ValueError) as error:
+            raise LinkError(f"certificate authority of {superlink.address}: {error}") from None
+    try:
+        proxy = proxy_for(httpx.URL(f"{'http' if superlink.ca is None else 'https'}://{superlink.address}"))
+    except httpx.InvalidURL as error:
+        raise LinkError(f"the SuperLink's address: {error}") from None
+    except ValueError as error:
+        raise LinkError(str(error)) from None
+    limits = httpx.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=KEEP_ALIVE)
+    try:
+        return httpx.Client(
+            verify=trust, proxy=proxy and httpx.Proxy(proxy.url), trust_env=False, timeout=TIMEOUT, limits=limits
+        )
+    except ImportError:
+        raise LinkError(f"{proxy}: for a SOCKS proxy, pip install 'httpx[socks]'") from None
 
 
 def call(method: Callable[[Request], Response], request: Request, *, retry_for: float = 0) -> Response:
@@ -152,11 +194,7 @@ def _call(method: Callable[[Request], Response], request: Request) -> Response:
     except httpx.TransportError as error:
         if hasattr(_limit, "limit"):  # an answer that broke off does not count
             _limit.limit.take(-_limit.taken)
-        words = str(error) or type(error).__name__
-        cut = isinstance(error, httpx.TimeoutException) or "EOF" in words  # during a TLS handshake
-        trust = not cut and any(word in words.lower() for word in ("certificate", "ssl", "tls"))
-        hint = "; is `ca` the certificate of this SuperLink's authority?" if trust else ""
-        raise LinkError(f"no connection to the SuperLink: {words}{hint}", again=not trust) from None
+        raise _broken(error) from None
     except TooLargeError as error:
         if hasattr(_limit, "limit"):  # the caller's limit
             raise
@@ -167,7 +205,28 @@ def _call(method: Callable[[Request], Response], request: Request) -> Response:
         raise LinkError(f"the server at this address is not a SuperLink: {error}") from None
 
 
+def _broken(error: httpx.TransportError) -> LinkError:
+    """What a connection that failed means."""
+    words, url = str(error) or type(error).__name__, error.request.url
+    if isinstance(error, httpx.TimeoutException | httpx.ProxyError) or "EOF" in words:  # during a TLS handshake
+        return LinkError(f"no connection to the SuperLink: {words}{route(url)}", again=True)
+    if any(sign in words for sign in PLAIN_ANSWERS):
+        return LinkError(
+            "the server at this address speaks plain HTTP, and no TLS: if that is meant, set `insecure`, "
+            f"not `ca`{route(url)}"
+        )
+    if any(word in words.lower() for word in ("certificate", "ssl", "tls")):
+        clock = "expired" in words or "not yet valid" in words  # it may be set right, or the certificate renewed
+        hint = certificate_hint(words) + route(url)  # which may put its own certificate in place
+        return LinkError(f"no connection to the SuperLink: {words}{hint}", again=clock)
+    if url.scheme == "http" and isinstance(error, httpx.RemoteProtocolError | httpx.ReadError) and speaks_tls(url):
+        return LinkError(NEEDS_TLS)
+    return LinkError(f"no connection to the SuperLink: {words}{route(url)}", again=True)
+
+
 def _refused(response: httpx.Response) -> LinkError:
+    url = response.request.url
+    via = route(url) if url.scheme == "http" else ""  # within TLS a proxy cannot answer
     known = FlowerError.from_json(response.text)
     if known and known.code == ApiErrorCode.RUNTIME_VERSION_INCOMPATIBLE:
         theirs = re.search(r"SuperLink version (\S+)", known.public_details or "")
@@ -176,10 +235,14 @@ def _refused(response: httpx.Response) -> LinkError:
             "to start and drive runs, install the minor version that it has"
         )
     words = f"{known.message} {known.public_details or ''}" if known else response.reason_phrase
-    text = f"the SuperLink refuses: {words.strip()} (status {response.status_code})"
+    text = f"the SuperLink refuses: {words.strip()} (status {response.status_code}){via}"
+    if response.status_code == httpx.codes.BAD_REQUEST and url.scheme == "http" and not known and speaks_tls(url):
+        return LinkError(NEEDS_TLS)  # as nginx answers
     if response.status_code == httpx.codes.FORBIDDEN:
-        return RunEndedError(f"the SuperLink has ended this run: {words.strip()}")
+        return RunEndedError(f"the SuperLink has ended this run: {words.strip()}{via}")
     if response.status_code == httpx.codes.UNAUTHORIZED:
+        if ahead := refused_for_its_clock(response):
+            return LinkError(f"{clock_words(ahead)}; nodes sign the time: set it right", again=True)
         return UnknownError(f"{text}: it does not know this caller, or no longer")
     return RefusedError(text, again=response.status_code >= 500)
 

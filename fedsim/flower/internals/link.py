@@ -2,7 +2,6 @@
 
 import hashlib
 import secrets
-import time
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +39,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedsim.errors import one_line
 from fedsim.flower.internals.connection import (
+    LEAVE_TIMEOUT,
     RETRY_BRIEFLY,
     RETRY_LONG,
     Heartbeat,
@@ -54,6 +54,7 @@ from fedsim.flower.internals.connection import (
     connect,
     guard,
 )
+from fedsim.flower.internals.network import ServerClock
 from fedsim.flower.internals.objects import PARALLEL_OBJECTS, GoneError, IncomingMessage, packed, push
 
 Kind = Literal["train", "query", "evaluate"]
@@ -95,6 +96,7 @@ class Link:
     def __init__(self, runtime: RuntimeHttpClient, run_id: int, task_id: int, *, ours: bool):
         self.run_id = run_id
         self._runtime, self._task, self._ours = runtime, task_id, ours
+        self._clock = ServerClock(runtime._client)
         self._pool = ThreadPoolExecutor(PARALLEL_OBJECTS, "link")
         self._nodes = dict[str, int]()  # the node that each message went to
         self._arriving = dict[str, IncomingMessage]()  # by the id of the message that it answers
@@ -155,7 +157,7 @@ class Link:
                     dst_node_id=node,
                     reply_to_message_id="",
                     group_id=f"{group}/{secrets.token_hex(16)}",  # so that no other node can guess the id
-                    created_at=time.time(),
+                    created_at=self._clock.now(),
                     ttl=ttl,
                     message_type=kind,
                     src_task_id=self._task,
@@ -285,12 +287,15 @@ class Link:
         self._pool.shutdown(wait=False, cancel_futures=True)
         if self._ours:
             status = "completed" if error is None else "failed"
-            with suppress(LinkError):  # it knows already, or cannot be reached
-                call(
-                    self._runtime.PushTaskOutput,
-                    PushTaskOutputRequest(sub_status=status, details=one_line(error or "")),
-                )
-            self._runtime.close()
+            self._runtime._client.timeout = LEAVE_TIMEOUT
+            try:
+                with suppress(LinkError):  # it knows already, or cannot be reached
+                    call(
+                        self._runtime.PushTaskOutput,
+                        PushTaskOutputRequest(sub_status=status, details=one_line(error or "")),
+                    )
+            finally:  # also after an interrupt: threads that still repeat a call then end
+                self._runtime.close()
 
     def _beat(self) -> None:
         try:

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key, l
 from flwr.app import Message, RecordDict
 from flwr.app.error import Error
 from flwr.app.message.message import remove_content_from_message
-from flwr.common.constant import HEARTBEAT_MIN_INTERVAL, ErrorCode
+from flwr.common.constant import HEARTBEAT_MIN_INTERVAL, HEARTBEAT_PATIENCE, ErrorCode
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
@@ -33,6 +33,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedsim.errors import ConfigError, one_line
 from fedsim.flower.internals.connection import (
+    LEAVE_TIMEOUT,
     RETRY_BRIEFLY,
     RETRY_LONG,
     Heartbeat,
@@ -47,10 +48,10 @@ from fedsim.flower.internals.connection import (
     connect,
 )
 from fedsim.flower.internals.control import listed
+from fedsim.flower.internals.network import ServerClock
 from fedsim.flower.internals.objects import PARALLEL_OBJECTS, GoneError, IncomingMessage, packed, push
 
 HEARTBEAT_INTERVAL = HEARTBEAT_MIN_INTERVAL  # seconds; the shortest that a SuperLink accepts
-LEAVE_TIMEOUT = 3.0  # seconds that leaving may take
 
 
 class NodeLink:
@@ -63,6 +64,7 @@ class NodeLink:
     def __init__(self, client: FleetHttpClient, node_id: int, *, registered: bool):
         self.node_id = node_id
         self._client, self._node, self._registered = client, Node(node_id=node_id), registered
+        self._clock = ServerClock(client._client)
         self._pool = ThreadPoolExecutor(PARALLEL_OBJECTS, "node")
         self._arriving: tuple[Message, IncomingMessage] | None = None
         self._began = time.perf_counter()
@@ -163,6 +165,9 @@ class NodeLink:
             reply = Message(error, reply_to=message)
         else:
             reply = Message(content, reply_to=message)
+        asked = message.metadata
+        reply.metadata.created_at = self._clock.now()
+        reply.metadata.ttl = asked.created_at + asked.ttl - reply.metadata.created_at  # both expire at once
         run = message.metadata.run_id
         trees, objects = packed([reply], self._pool)
         request = PushMessagesRequest(
@@ -206,11 +211,13 @@ class NodeLink:
         self._heartbeat.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._client._client.timeout = LEAVE_TIMEOUT
-        with suppress(LinkError):  # the SuperLink will miss the heartbeats
-            call(self._client.DeactivateNode, DeactivateNodeRequest(node_id=self.node_id))
-            if self._registered:
-                call(self._client.UnregisterNode, UnregisterNodeFleetRequest(node_id=self.node_id))
-        self._client.close()
+        try:
+            with suppress(LinkError):  # the SuperLink will miss the heartbeats
+                call(self._client.DeactivateNode, DeactivateNodeRequest(node_id=self.node_id))
+                if self._registered:
+                    call(self._client.UnregisterNode, UnregisterNodeFleetRequest(node_id=self.node_id))
+        finally:
+            self._client.close()
 
 
 def _key_pair(key: Path | None) -> tuple[ec.EllipticCurvePrivateKey, ec.EllipticCurvePublicKey]:
@@ -241,7 +248,8 @@ def _inactive(superlink: Superlink, pem: bytes, error: LinkError) -> LinkError:
     if known is None:
         return LinkError("this node's key is not registered; `flwr supernode register` does that")
     until = datetime.fromisoformat(known.online_until) if known.online_until else datetime.now(UTC)
-    rest = max((until - datetime.now(UTC)).total_seconds(), 0)  # negative if it has expired since the refusal
+    rest = (until - datetime.now(UTC)).total_seconds()
+    rest = min(max(rest, 0), HEARTBEAT_PATIENCE * HEARTBEAT_INTERVAL)  # it may have expired, and clocks differ
     return LinkError(
         f"a node with this key still counts as connected: its last heartbeat expires in up to {rest:.0f} s",
         again=True,
