@@ -14,7 +14,7 @@ from pydantic import ConfigDict, create_model
 from safetensors.torch import save
 from torch import Tensor
 
-from fedsim.base.files import File, check_name, create, locked, read, untied_copies, write
+from fedsim.base.files import File, check_name, create, locked, naming, read, untied_copies, write
 from fedsim.data import FederatedData
 from fedsim.data.partition import content_hash, label_counts
 from fedsim.errors import ConfigError, RoundError, one_line
@@ -92,17 +92,16 @@ class RunFolder:
             line = rest = json.dumps(record, allow_nan=False).encode() + b"\n"
         except (TypeError, ValueError) as error:  # because of what a hook added
             raise RoundError(f"round {record['round']}: rounds.jsonl cannot hold it: {error}") from None
-        try:
+        with naming(self.path / "rounds.jsonl"):
             while rest:  # a full disk takes a part of it, and fails at the next write only
                 rest = rest[self._rounds.write(rest) :]
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path / "rounds.jsonl")) from None
         self._bytes += len(line)
         self._digest.update(line)
 
     def log(self) -> File:
         """The length and hash of rounds.jsonl so far, which is on disk then."""
-        os.fsync(self._rounds.fileno())
+        with naming(self.path / "rounds.jsonl"):
+            os.fsync(self._rounds.fileno())
         return File("rounds.jsonl", self._bytes, self._digest.hexdigest())
 
     def finish(
