@@ -244,7 +244,7 @@ def snapshots(folder, to):
 
     number = iter(range(10**6))
 
-    def copy():
+    def copy(*_):
         if os.path.exists(folder):
             shutil.copytree(folder, f"{to}/{next(number):06}")
 
@@ -255,7 +255,7 @@ def die_at(change):
     """SIGKILL at the so-many-th such moment, from 0; before the folder is there, none counts."""
     number = iter(range(10**6))
 
-    def die():
+    def die(*_):
         if next(number) == change:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -266,11 +266,25 @@ def die_in(folder, change):
     """The same, where moments count from when a folder is there."""
     number = iter(range(10**6))
 
-    def die():
+    def die(*_):
         if os.path.exists(folder) and next(number) == change:
             os.kill(os.getpid(), signal.SIGKILL)
 
     _before_changes(die)
+
+
+def fail_in(folder, change, error, lasting):
+    """OSError at the so-many-th such moment; if it is lasting, whatever takes room on a disk fails from then on."""
+    number, failed = iter(range(10**6)), False
+
+    def fail(how, path):
+        nonlocal failed
+        first = os.path.exists(folder) and next(number) == change
+        if first or (failed and how in TAKES_ROOM):
+            failed = lasting
+            raise OSError(error, os.strerror(error), *([] if path is None else [str(path)]))
+
+    _before_changes(fail)
 
 
 def power_losses(folder, to):
@@ -309,7 +323,7 @@ def power_losses(folder, to):
             else:
                 (to / name).write_bytes(content.get(below, b""))
 
-    def lose():
+    def lose(*_):
         if os.path.exists(folder):
             for by_name in (True, False):
                 image(Path(folder), os.stat(folder).st_ino, Path(f"{to}/{next(number):06}"), by_name)
@@ -321,33 +335,41 @@ def power_losses(folder, to):
     _before_changes(lose)
 
 
+TAKES_ROOM = ("mkdir", "open", "write")
+
+
 def _before_changes(tell):
-    """Have `tell` called before each change to files that fedsim makes, and halfway through each write."""
+    """Have `tell` called before each change to files that fedsim makes, and halfway through each write.
+
+    With the name of what is about to happen, and the path that its errors would have.
+    """
     busy = False
 
-    def once():
+    def once(how, path=None):
         nonlocal busy
         if not busy:  # what `tell` does itself is not told
             busy = True
             try:
-                tell()
+                tell(how, path)
             finally:
                 busy = False
 
-    def told(function):
+    def told(name):
+        function = getattr(os, name)
+
         def call(*args, **options):
-            once()
+            once(name, None if name == "fsync" else args[0])
             return function(*args, **options)
 
-        return call
+        setattr(os, name, call)
 
     for name in ("fsync", "replace", "rename", "unlink", "mkdir"):
-        setattr(os, name, told(getattr(os, name)))
+        told(name)
     open_ = Path.open
 
     def opened(self, mode="r", *args, **options):
         if mode in ("xb", "ab"):
-            once()
+            once("open", self)
             return _Torn(open_(self, mode, *args, **options), once)
         return open_(self, mode, *args, **options)
 
@@ -362,16 +384,16 @@ class _Torn:
 
     def write(self, content):
         half = len(content) // 2
-        self.tell()
+        self.tell("write")
         self.file.write(content[:half])
         self.file.flush()
-        self.tell()
+        self.tell("write")
         self.file.write(content[half:])
         self.file.flush()
         return len(content)
 
     def truncate(self, size):
-        self.tell()
+        self.tell("truncate")
         return self.file.truncate(size)
 
     def __enter__(self):

@@ -101,7 +101,7 @@ class Gate:
     """A way to a port of this machine that delays what passes, and cuts connections now and then.
 
     For where Linux has no netem: `delay` is in seconds, each way; `cut` the chance of a cut each time that
-    something passes.
+    something passes, of which a part still does. Both may be set anew.
     """
 
     def __init__(self, port, delay=0.0, cut=0.0, seed=0):
@@ -129,6 +129,7 @@ class Gate:
                 time.sleep(self.delay)
                 if self.random.random() < self.cut:
                     self.cuts += 1
+                    other.sendall(content[: self.random.randrange(len(content))])
                     break
                 other.sendall(content)
                 self.passed += 1

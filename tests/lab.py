@@ -239,6 +239,8 @@ class Wire:
             elif letter.reply:
                 replies.append(letter.reply)
         self.mine -= {reply.to for reply in replies}
+        for reply in replies:  # nobody asks again
+            del self.lab.letters[reply.to]
         return self.lab.random.sample(replies, len(replies))
 
     def abandon(self, messages):

@@ -5,6 +5,8 @@ Apart from measured times nothing may differ: rounds.jsonl, summary.json, the mo
 the server and the clients keep.
 """
 
+import errno
+import os
 import random
 import shutil
 import signal
@@ -148,6 +150,30 @@ def test_a_resume_killed_before_or_within_many_changes_to_its_files_has_the_same
     assert done.err.count("broken checkpoint") == 1
     assert left(folder / "run") == expected
     same(forks, folder, snapshots(folder)[::3], expected, "rounds=4", warned=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", ["serial", "vectorized"])
+def test_a_sweep_killed_before_or_within_any_change_to_its_files_has_the_same_end(forks, folder, runtime):
+    write(folder, rounds=2)
+    command = ["sweep", "c.yaml", "local.lr=0.05,0.1", f"runtime={runtime}", "--jobs=1"]
+
+    def end(name):
+        done = forks.run(*command, f"--out={name}", cwd=folder)
+        assert (done.status, done.err) == (0, ""), str(done)
+        return sorted(path.name for path in (folder / name).iterdir()), [
+            left(path) for path in sorted((folder / name).glob("lr=*"))
+        ]
+
+    expected = end("whole")
+    (folder / "at").mkdir()
+    done = forks.run(*command, "--out=sweep", cwd=folder, prepare=["snapshots", "sweep", "at"])
+    assert done.status == 0, str(done)
+    moments = snapshots(folder)
+    assert len(moments) > 100
+    with ThreadPoolExecutor(3) as pool:
+        for moment, found in zip(moments, pool.map(end, moments), strict=True):
+            assert found == expected, moment
 
 
 def test_a_run_that_lost_power_has_the_same_end_and_the_rounds_of_its_last_checkpoint(forks, folder):
@@ -616,6 +642,45 @@ def test_files_that_may_not_grow_end_a_run_in_a_line_and_then_it_goes_on(forks, 
         ends.add(rounds_done(folder / name))
         assert resumed(forks, folder, name) == expected, limit
     assert len(ends) > 2
+
+
+def test_a_disk_that_fails_at_many_changes_ends_a_run_in_a_line_and_then_it_goes_on(forks, folder):
+    failed_at_changes(forks, folder, errno.EIO, False, 19)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("error", "lasting"), [(errno.EIO, False), (errno.ENOSPC, True)])
+def test_a_disk_that_fails_at_any_change_ends_a_run_in_a_line_and_then_it_goes_on(forks, folder, error, lasting):
+    failed_at_changes(forks, folder, error, lasting, 1)
+
+
+def failed_at_changes(forks, folder, error, lasting, step):
+    """Have each `step`th change to a run's files fail; with `lasting` all that takes room fails from then on."""
+    write(folder, rounds=3, evaluate={"every": 1}, hooks=["curves", "tensorboard"])
+    expected = whole(forks, folder)
+    (folder / "at").mkdir()
+    forks.run("run", "c.yaml", "--out=run", cwd=folder, prepare=["snapshots", "run", "at"])
+
+    def end(change):
+        name = f"run{change}"
+        fault = ["fail_in", name, change, error, lasting]
+        done = forks.run("run", "c.yaml", f"--out={name}", cwd=folder, prepare=fault)
+        assert os.strerror(error) in done.err or done.status == 0, str(done)  # nothing depends on a folder's draft
+        if done.status == 2:
+            refused(done, f"{name}: cannot be made")
+            assert not (folder / name).exists()
+            return forks.run("run", "c.yaml", f"--out={name}", cwd=folder).status
+        if done.status == 0:  # but for pictures and the like, which are only told
+            assert all(line.startswith(f"fedsim: {name}/") for line in done.err.splitlines()), str(done)
+        else:
+            starved(done, name)
+        found = resumed(forks, folder, name)
+        shutil.rmtree(folder / name)
+        assert found == expected, change
+        return 0
+
+    with ThreadPoolExecutor(3) as pool:
+        assert not any(pool.map(end, range(0, len(snapshots(folder)), step)))
 
 
 def test_a_folder_that_is_read_only_is_refused_in_a_line_and_left_as_it_is(forks, folder, finished):

@@ -48,33 +48,42 @@ def write(path: Path, content: bytes, *, sync_name: bool = True) -> File:
     draft = path.with_name(path.name + DRAFT)
     remove(draft)  # left by a kill, or a link
     try:
-        with draft.open("xb") as file:
+        with naming(path), draft.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
-    except BaseException as error:
+    except BaseException:
         draft.unlink(missing_ok=True)
-        if isinstance(error, OSError) and not error.filename:  # the error of a write does not name the file
-            error.filename = str(path)
         raise
     if sync_name:
         sync_folder(path.parent)
     return File(path.name, len(content), hashlib.sha256(content).hexdigest())
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have an OSError of the block name the file: those of a write or of a synchronisation do not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def create(folder: Path, contents: Mapping[str, bytes]) -> None:
     """Create `folder` with these files, all or nothing; raises OSError, as where it exists and is not empty."""
     draft = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}{DRAFT}")
     draft.mkdir(parents=True)
+    made = draft
     try:
         for name, content in contents.items():
             write(draft / name, content)
-        draft.rename(folder)
+        made = draft.rename(folder)
+        sync_folder(folder.parent)
     except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(made, ignore_errors=True)
         raise
-    sync_folder(folder.parent)
 
 
 def remove(path: Path) -> None:
@@ -174,7 +183,8 @@ def sync_folder(path: Path) -> None:
     """Write the names in a folder to the disk, so that they survive a loss of power."""
     folder = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        with naming(path):
+            os.fsync(folder)
     finally:
         os.close(folder)
 

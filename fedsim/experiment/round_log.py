@@ -4,7 +4,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from fedsim.base.files import File, write
+from fedsim.base.files import File, naming, write
 from fedsim.errors import RoundError
 
 NAME = "rounds.jsonl"
@@ -28,20 +28,19 @@ class RoundLog:
         """Add a line; raises OSError, and RoundError where the file is not as this process left it."""
         self._check()
         rest = line
-        try:
+        with naming(self.path):
             while rest:  # a full disk takes a part of it, and fails at the next write only
                 taken = self._file.write(rest)
                 self._length += taken
                 rest = rest[taken:]
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path)) from None
         self._bytes += len(line)
         self._digest.update(line)
 
     def saved(self) -> File:
         """Its length and hash so far, which is on disk then; raises RoundError as `add` does."""
         self._check()
-        os.fsync(self._file.fileno())
+        with naming(self.path):
+            os.fsync(self._file.fileno())
         return File(NAME, self._bytes, self._digest.hexdigest())
 
     def close(self) -> None:

@@ -1,11 +1,12 @@
 """Rounds as TensorBoard events."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from socket import gethostname
 from time import time
 from typing import Any
 
-from fedsim.base.files import make_folder, remove
+from fedsim.base.files import make_folder, naming, remove
 from fedsim.experiment.hook import Hook
 from fedsim.experiment.run import Run
 
@@ -71,8 +72,6 @@ class TensorBoard(Hook):
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         if self._file:
-            try:
+            with naming(Path(self._file.name)):
                 RecordWriter(self._file).write(Event(**event).SerializeToString())
                 self._file.flush()
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, self._file.name) from None
