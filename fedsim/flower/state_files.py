@@ -76,6 +76,7 @@ class StateFiles:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = FileLock(folder / ".lock")
             self._lock.acquire(timeout=lock_timeout)
+            _delete_drafts(folder)
         except Timeout:
             raise ConfigError(
                 f"state: {folder}: another process uses it; only one node of a name may run"
@@ -84,10 +85,6 @@ class StateFiles:
             raise ConfigError(f"state: {folder}: {error.strerror}") from None
         self.forget_after, self.max_disk, self.max_new_runs = forget_after, max_disk, max_new_runs
         self._sizes = dict[str, int]()  # bytes on disk at most, by run
-        for draft in folder.glob(f".*{DRAFT}"):  # this one and the next are of a process that was killed
-            shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
-        for draft in [each for run in runs(folder) for each in (folder / run).glob(f"*{DRAFT}")]:
-            draft.unlink()
         self._forget()
 
     def close(self) -> None:
@@ -282,6 +279,13 @@ def forget(folder: Path, run: str) -> None:
     shutil.rmtree(away, ignore_errors=True)
     (folder / run).rename(away)
     shutil.rmtree(away)
+
+
+def _delete_drafts(folder: Path) -> None:
+    """Delete what a process that was killed has left half written or half deleted; raises OSError."""
+    of_runs = [draft for run in runs(folder) for draft in (folder / run).glob(f"*{DRAFT}")]
+    for draft in (*folder.glob(f".*{DRAFT}"), *of_runs):
+        shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
 
 
 def _delete(paths: Iterable[Path]) -> None:
