@@ -120,6 +120,7 @@ class StateFiles:
             except BaseException:
                 if new:
                     shutil.rmtree(home, ignore_errors=True)
+                self._measure()
                 raise
         self.touch(run)
         self._forget()
