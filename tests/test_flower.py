@@ -411,6 +411,9 @@ def test_the_command_serves_and_shows_nodes(federation, fedsim_, tmp_path):
             "runtime.nodes: has 2 different names, but data.clients is 3",
         ),
         (["--insecure", "--keys", "."], "runtime.keys: .: has no file NAME.pub"),
+        (["--ca", "~nobody-here/x"], "runtime.ca: ~nobody-here/x: there is no such home folder"),
+        (["--insecure", "--keys", "~nobody-here/x"], "runtime.keys: ~nobody-here/x: there is no such home"),
+        (["--insecure", "model.weights=~nobody-here/x"], "model.weights: ~nobody-here/x: there is no such"),
         (
             ["--insecure", "runtime.transport=int8"],
             "runtime.transport: int8 rounds updates; .*runtime.exact=false",

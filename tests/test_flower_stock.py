@@ -25,7 +25,7 @@ from fedsim.experiment.execute import run
 from fedsim.flower import wire
 from fedsim.flower.app import checked, values_of, write_app
 from fedsim.flower.client_app import app
-from fedsim.flower.messages import Answer, Invitation, Joined, Order
+from fedsim.flower.messages import Answer, Finished, Invitation, Joined, Order
 from fedsim.flower.plan import digest, initial_of, plan_of
 from fedsim.flower.server_app import begin
 from fedsim.flower.shards import write_shards
@@ -109,6 +109,9 @@ def test_a_client_app_joins_and_works_with_no_memory_but_the_disk(node, simulati
     assert first.error is None
     assert first.message == second.message
     assert first.examples == len(simulation.data.rows(1))
+    ended = Finished(RUN, 0)
+    assert wire.read(Finished, ask(wire.record(ended), "query", context(path)).content) == ended
+    assert sorted(each.name for each in path.parent.glob(f"node-1/{RUN}/*")) == ["finished", "plan.json"]
 
 
 def test_what_a_client_app_cannot_do_is_its_answer(node, simulation, tmp_path):

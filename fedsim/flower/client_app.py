@@ -10,6 +10,7 @@ from typing import Any
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedsim.base.files import expanded
 from fedsim.errors import ConfigError, one_line
 from fedsim.experiment.checkpoint import versions
 from fedsim.experiment.config import overridden
@@ -61,7 +62,7 @@ def settings_of(config: Mapping[str, Any]) -> NodeSettings:
     """
     own = {key: value for key, value in config.items() if key not in ("config", *FLOWER_KEYS)}
     if "config" in config:
-        return NodeSettings.read(Path(str(config["config"])).expanduser(), own)
+        return NodeSettings.read(expanded(Path(str(config["config"])), "config"), own)
     if not own:
         raise ConfigError('--node-config: should be config="NODE.yaml", the path of the node\'s settings')
     return NodeSettings.of(overridden({}, own))

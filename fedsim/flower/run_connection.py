@@ -51,8 +51,9 @@ def address_of(superlink: str, ca: Path | None, insecure: bool, at: str = "runti
         )
     if ca is None:
         return Superlink(superlink, None)
+    path = expanded(ca, f"{at}ca")
     try:
-        content = expanded(ca, f"{at}ca").read_bytes()
+        content = path.read_bytes()
         ssl.create_default_context(cadata=content.decode("ascii"))
     except (ssl.SSLError, ValueError):  # the first is an OSError, too
         raise ConfigError(f"{at}ca: {ca}: is not a certificate in PEM format") from None

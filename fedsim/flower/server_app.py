@@ -8,6 +8,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
 
+from fedsim.base.files import expanded
 from fedsim.errors import ConfigError, printable
 from fedsim.experiment.build import build
 from fedsim.experiment.config import Config
@@ -54,6 +55,6 @@ def begin(settings: Mapping[str, Any], make: Make) -> Started:
     if out and resume:
         raise ConfigError("out, resume: set only one of them; a resumed run stays in its folder")
     if resume:
-        return resumed_run(Path(resume).expanduser(), overrides_of(settings), make=make)
+        return resumed_run(expanded(Path(resume), "resume"), overrides_of(settings), make=make)
     config = checked(values_of(settings))
-    return new_run(config, Path(out).expanduser() if out else None, name or "run", make=make)
+    return new_run(config, expanded(Path(out), "out") if out else None, name or "run", make=make)

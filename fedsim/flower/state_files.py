@@ -76,6 +76,7 @@ class StateFiles:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = lock_in(folder)
             self._lock.acquire(timeout=lock_timeout)
+            _delete_drafts(folder)
         except Timeout:
             raise ConfigError(
                 f"state: {folder}: another process uses it; only one node of a name may run"
@@ -84,10 +85,6 @@ class StateFiles:
             raise ConfigError(f"state: {folder}: {error.strerror}") from None
         self.forget_after, self.max_disk, self.max_new_runs = forget_after, max_disk, max_new_runs
         self._sizes = dict[str, int]()  # bytes on disk at most, by run
-        for draft in folder.glob(f".*{DRAFT}"):  # this one and the next are of a process that was killed
-            remove(draft)
-        for draft in [each for run in runs(folder) for each in (folder / run).glob(f"*{DRAFT}")]:
-            remove(draft)
         self._forget()
 
     def close(self) -> None:
@@ -123,6 +120,7 @@ class StateFiles:
             except BaseException:
                 if new:
                     shutil.rmtree(home, ignore_errors=True)
+                self._measure()
                 raise
         self.touch(run)
         self._forget()
@@ -282,6 +280,13 @@ def forget(folder: Path, run: str) -> None:
     shutil.rmtree(away, ignore_errors=True)
     (folder / run).rename(away)
     shutil.rmtree(away)
+
+
+def _delete_drafts(folder: Path) -> None:
+    """Delete what a process that was killed has left half written or half deleted; raises OSError."""
+    of_runs = [draft for run in runs(folder) for draft in (folder / run).glob(f"*{DRAFT}")]
+    for draft in (*folder.glob(f".*{DRAFT}"), *of_runs):
+        remove(draft)
 
 
 def _delete(paths: Iterable[Path]) -> None:

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
+from fedsim.base.files import expanded
 from fedsim.base.machine import gigabytes, memory
 from fedsim.base.reading import open_regular
 from fedsim.errors import ConfigError, one_line, printable, reason
@@ -28,7 +29,9 @@ def load_weights(
     the same shapes and finite. Floating-point tensors may have another precision.
     """
     where = f"{at}: {printable(source)}"
-    given = _from_file(source, where) if isinstance(source, Path) else _from_torchvision(source, where)
+    given = (
+        _from_file(expanded(source, at), where) if isinstance(source, Path) else _from_torchvision(source, where)
+    )
     own, last = network.state_dict(), last_linear(network)
     left_out = {f"{last}.weight", f"{last}.bias"} if new_head else set()
     left_out |= {name for name in {*own, *given} if name.endswith(".num_batches_tracked")}
@@ -66,7 +69,7 @@ def _check_tensor(name: str, own: Tensor, given: Mapping[str, Tensor], where: st
 
 def _from_file(path: Path, where: str) -> dict[str, Tensor]:
     try:
-        with open_regular(path.expanduser(), links=True) as file:
+        with open_regular(path, links=True) as file:
             size = file.seek(0, 2)
             if size > memory() // 2:
                 raise ConfigError(f"{where}: has {gigabytes(size)}; allowed: half of this machine's memory")

@@ -71,7 +71,7 @@ def unregister(superlink: Superlink, node: int) -> None:
 def public_key_bytes(path: Path) -> bytes:
     """An OpenSSH public key in PEM format, as a SuperLink stores it; raises ConfigError."""
     try:
-        key = load_ssh_public_key(path.expanduser().read_bytes())
+        key = load_ssh_public_key(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except (ValueError, UnsupportedAlgorithm) as error:

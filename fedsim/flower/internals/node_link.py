@@ -224,7 +224,7 @@ def _key_pair(key: Path | None) -> tuple[ec.EllipticCurvePrivateKey, ec.Elliptic
     if key is None:
         return generate_key_pairs()
     try:
-        content = key.expanduser().read_bytes()
+        content = key.read_bytes()
         load = load_ssh_private_key if b"OPENSSH" in content else load_pem_private_key
         private = load(content, None)
     except OSError as error:
