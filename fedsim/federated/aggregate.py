@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.errors import RoundError
+from fedsim.errors import RoundError, one_line
 from fedsim.types import Form, State, described, form_of
 
 Partial = Any  # the partial sum of some messages; only its aggregator reads it
@@ -126,7 +126,7 @@ class WeightedMean:
     def mismatched(self, total: Sums) -> dict[int, str]:
         common = _most_common_form(total)
         return {
-            client: f"sent {described(form)}, and most clients sent {described(common)}"
+            client: f"sent {one_line(described(form))}, and most clients sent {one_line(described(common))}"
             for form, sums in total.items()
             if form != common
             for client in sums.clients
