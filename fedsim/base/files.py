@@ -44,7 +44,8 @@ def write(path: Path, content: bytes, *, sync_name: bool = True) -> File:
     Without `sync_name` the file's name reaches the disk only when its folder is next synchronised.
     """
     draft = path.with_name(path.name + DRAFT)
-    remove(draft)  # left by a kill, or a link
+    if os.path.lexists(draft):  # left by a kill, or a link
+        remove(draft)
     try:
         with draft.open("xb") as file:
             file.write(content)
@@ -53,7 +54,7 @@ def write(path: Path, content: bytes, *, sync_name: bool = True) -> File:
         draft.replace(path)
     except BaseException as error:
         draft.unlink(missing_ok=True)
-        if isinstance(error, OSError) and not error.filename:  # the error of a write does not name the file
+        if isinstance(error, OSError):  # which names no file, or the draft
             error.filename = str(path)
         raise
     if sync_name:

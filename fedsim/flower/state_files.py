@@ -19,7 +19,7 @@ from filelock import Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save
 
-from fedsim.base.files import DRAFT, lock_in, make_folder, open_tensors, remove, untied_copies, write
+from fedsim.base.files import DRAFT, check_folder, lock_in, open_tensors, remove, untied_copies, write
 from fedsim.base.reading import MAX_YAML_BYTES, open_regular
 from fedsim.errors import ConfigError, one_line
 from fedsim.types import State, described, form_of
@@ -72,7 +72,7 @@ class StateFiles:
     def join(self, run: str, plan: str, initial: State) -> None:
         """Store a run's plan and initial tensors; raises OSError."""
         home = self._home(run)
-        make_folder(home)
+        home.mkdir(exist_ok=True)
         for draft in home.glob(f"*{DRAFT}"):  # left by a process that was killed
             remove(draft)
         for name in (PLAN, INITIAL):  # so that a plan and the tensors of another one are never together
@@ -133,7 +133,9 @@ class StateFiles:
     def _home(self, run: str) -> Path:
         if not RUN.fullmatch(run):
             raise ValueError(f"run: {run[:40]!r} is not the id of a run")
-        return self.folder / run
+        home = self.folder / run
+        check_folder(home)
+        return home
 
 
 def needed(version: int, earlier: Sequence[int], checkpoints: Sequence[int]) -> tuple[int, ...]:
