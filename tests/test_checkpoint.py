@@ -477,33 +477,33 @@ def test_a_copy_by_hard_links_stays_as_it_is(run, longer, tmp_path):
 
 
 def test_files_are_counted_before_they_are_read(run, monkeypatch):
-    """A checkpoint names no file twice, nor more bytes than a disk has; many that name one read it once."""
+    """A checkpoint names no file twice, nor more bytes than a disk has; what many name is read once."""
     monkeypatch.setattr("fedsim.experiment.checkpoint.verify", lambda *_: pytest.fail("it is read"))
     each = values(newest(run))["clients"][0]
     put("clients", to=[each, each])(run)
     refused(run, "names a file of clients' states twice")
+    monkeypatch.undo()
     large = [{"name": f"clients-{i:06}.safetensors", "bytes": 2**50, "sha256": ""} for i in range(100)]
     put("clients", to=large)(run)
     refused(run, "the files that it names are larger than the disk")
-    monkeypatch.undo()
-    segment = (run / "checkpoints" / each["name"]).read_bytes()
     put("clients", to=[each | {"sha256": "0" * 64}])(run)
-    read, opened = [], files.hashlib.sha256
+    hashed = []
+    counted = SimpleNamespace(sha256=lambda *content: hashed.append(1) or hashlib.sha256(*content))
+    monkeypatch.setattr(files, "hashlib", counted)
+    refused(run, f"{each['name']} has changed since it was written")
+    assert len(hashed) == 1
+    rewritten("clients", lambda s: save({f"{i}.c": torch.zeros(1) for i in range(300)}))(run)
+    refused(run, "has the states of 300 clients, too many for one file")
 
-    class Counted:
-        def __init__(self, *content):
-            self.digest = opened(*content)
 
-        def update(self, content):
-            read.append(len(content))
-            self.digest.update(content)
-
-        def hexdigest(self):
-            return self.digest.hexdigest()
-
-    monkeypatch.setattr(files, "hashlib", SimpleNamespace(sha256=Counted))
-    refused(run, "has changed since it was written")
-    assert sum(read) == len(segment)
+def test_rounds_of_other_numbers_are_refused(run):
+    """Though the checkpoint says that they are."""
+    lines = (run / "rounds.jsonl").read_bytes().splitlines(keepends=True)
+    two = lines[0].replace(b"\n", b"\r") + lines[1]
+    for text in (lines[0] * 4, two + b"".join(lines[1:])):
+        (run / "rounds.jsonl").write_bytes(text)
+        crafted(lambda v: v.update(log=file(run / "rounds.jsonl")))(run)
+        refused(run, "rounds.jsonl: broken")
 
 
 # While the run goes on

@@ -288,6 +288,14 @@ def broken(name, content):
     return change
 
 
+def as_a_link(name):
+    def change(folder):
+        (folder / name).rename(folder.parent / name)
+        (folder / name).symlink_to(folder.parent / name)
+
+    return change
+
+
 def of_another_network(folder):
     save_file({"fc.weight": torch.ones(2)}, folder / "model.safetensors")
 
@@ -322,6 +330,8 @@ of_an_older_version = with_partition_record(lambda content: content.pop("example
         (broken("partition.json", b"{"), "partition.json: does not describe an example; fedsim resume"),
         (of_an_older_version, "partition.json: does not describe an example; fedsim resume"),
         (broken("model.safetensors", None), "model.safetensors: cannot be read: No such file or directory"),
+        (as_a_link("model.safetensors"), "model.safetensors: cannot be read: Is a symbolic link"),
+        (as_a_link("config.yaml"), "config.yaml: cannot be read: Is a symbolic link"),
         (broken("model.safetensors", b"abc"), "model.safetensors: does not hold the weights of the run's network"),
         (of_examples(1, 200_000, 200_000), "model: cannot be made for 10 classes and examples of shape (1, 2000"),
         (of_examples(1, 10**30, 1), "neither may have more than 268,435,456"),

@@ -417,6 +417,32 @@ def test_runs_that_nobody_asks_for_go(tmp_path):
         keeping.joined("../" + new)
 
 
+def test_nothing_in_a_nodes_folder_leads_elsewhere(tmp_path):
+    folder, other, run = tmp_path / "node", tmp_path / "other", uuid4().hex
+    with closing(StateFiles(other, 1.0)) as keeping:
+        keeping.join(run, "{}", {"model": torch.ones(3)})
+    (other / ".lock").write_text("precious")
+    with closing(StateFiles(folder, 1.0)) as keeping:
+        (folder / run).symlink_to(other / run)
+        for use in (keeping.joined, lambda run: keeping.join(run, "{}", {"model": torch.zeros(3)})):
+            with pytest.raises(ConfigError, match="is a symbolic link"):
+                use(run)
+        (folder / run).unlink()
+        (folder / run).mkdir()
+        for name in ("plan.json", "initial.safetensors"):
+            (folder / run / name).symlink_to(other / run / name)
+        assert keeping.joined(run) is None
+        keeping.join(run, "{}", {"model": torch.zeros(3)})
+    (folder / ".lock").unlink()
+    (folder / ".lock").symlink_to(other / ".lock")
+    with pytest.raises(ConfigError, match=r"node/\.lock: is no lock, but another file or a link"):
+        StateFiles(folder, 1.0)
+    assert (other / ".lock").read_text() == "precious"
+    (other / ".lock").unlink()
+    with closing(StateFiles(other, 1.0)) as keeping:
+        assert keeping.joined(run)[1]["model"].tolist() == [1, 1, 1]
+
+
 def test_a_process_that_never_ends_forgets_runs_too(tmp_path):
     old, new = uuid4().hex, uuid4().hex
     keeping = StateFiles(tmp_path, 1.0)

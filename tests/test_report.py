@@ -165,6 +165,7 @@ GOOD = json.dumps(row(1))
             "rounds.jsonl, line 1",
         ),
         ({"rounds": "[" * 10**5 + "\n"}, "rounds.jsonl, line 1"),
+        ({"rounds": f"{GOOD}\n" * 3, "config": "{rounds: 2}"}, "rounds.jsonl"),
         ({"rounds": "", "summary": "[" * 10**5}, "summary.json"),
         ({"rounds": "", "summary": '{"rounds": Infinity}'}, "summary.json"),
         ({"rounds": "", "config": "a: " + "[" * 1000}, "config.yaml"),
@@ -180,6 +181,15 @@ def test_a_broken_file_is_named_in_one_line(tmp_path: Path, broken: dict[str, st
     with pytest.raises(ConfigError, match=rf"^{tmp_path}/{file}: broken: .+$") as caught:
         read_run(write(tmp_path, **broken))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "rounds.jsonl", "summary.json"])
+def test_a_link_in_a_run_is_not_followed(tmp_path: Path, name: str) -> None:
+    folder = write(tmp_path / "run", GOOD, summary="{}")
+    (folder / name).rename(tmp_path / name)
+    (folder / name).symlink_to(tmp_path / name)
+    with pytest.raises(ConfigError, match=f"run/{name}: Is a symbolic link"):
+        read_run(folder)
 
 
 # Tables

@@ -283,7 +283,7 @@ def test_processes_of_their_own_killed_as_they_go_have_the_same_end(forks, folde
 def test_killed_before_its_first_checkpoint_a_run_starts_anew(forks, folder):
     write(folder, checkpoint={"every": None})
     expected = whole(forks, folder)
-    done = forks.run("run", "c.yaml", "--out=run", cwd=folder, prepare=["die_in", "run", 14])
+    done = forks.run("run", "c.yaml", "--out=run", cwd=folder, prepare=["die_in", "run", 20])
     assert done.status == -signal.SIGKILL
     assert rounds_done(folder / "run") == 0 < rounds_logged(folder / "run") < 4
     assert resumed(forks, folder, "run") == expected

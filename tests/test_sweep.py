@@ -300,6 +300,17 @@ def test_a_broken_sweep_is_one_line(place, fedsim_, broken):
     assert (done.status, done.err) == (2, "fedsim: s/sweep.yaml: broken: should hold config, settings and grid\n")
 
 
+def test_a_point_that_is_a_link_to_another_run_is_refused(place, fedsim_):
+    assert fedsim_("sweep", "c.yaml", "seed=0,1", "rounds=1", "--jobs=1", "--out=s").status == 0
+    Path("s/seed=1").rename("other")
+    Path("s/seed=1").symlink_to(place / "other")
+    before = contents(place)
+    done = fedsim_("resume", "s")
+    assert done.status == 2
+    assert done.err == "fedsim: s/seed=1: is a symbolic link, and should be a folder of its own\n"
+    assert contents(place) == before
+
+
 # The runtime that is chosen
 
 

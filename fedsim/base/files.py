@@ -46,15 +46,18 @@ def write(path: Path, content: bytes, *, sync_name: bool = True) -> File:
     Without `sync_name` the file's name reaches the disk only when its folder is next synchronised.
     """
     draft = path.with_name(path.name + DRAFT)
-    remove(draft)  # left by a kill, or a link
+    if os.path.lexists(draft):  # left by a kill, or a link
+        remove(draft)
     try:
-        with naming(path), draft.open("xb") as file:
+        with draft.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
-    except BaseException:
+    except BaseException as error:
         draft.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # which names no file, or the draft
+            error.filename = str(path)
         raise
     if sync_name:
         sync_folder(path.parent)

@@ -83,7 +83,9 @@ class RunFolder:
         """Write a resumed run's config, cut rounds.jsonl to `log`, and return its records; raises ConfigError."""
         content = read(self.path, log) if log else b""
         try:
-            records = [Line.model_validate(parse_record(line)).model_dump() for line in content.splitlines()]
+            records = [Line.model_validate(parse_record(line)).model_dump() for line in content.split(b"\n")[:-1]]
+            if [record["round"] for record in records] != list(range(1, len(records) + 1)):
+                raise ValueError("its rounds are not 1, 2, 3 and so on")
         except ValueError as error:
             raise ConfigError(f"{self.path / LOG}: broken: {one_line(error)}") from None
         self._log = RoundLog(self.path, content)

@@ -24,7 +24,7 @@ from filelock import Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save
 
-from fedsim.base.files import DRAFT, lock_in, make_folder, open_tensors, remove, untied_copies, write
+from fedsim.base.files import DRAFT, check_folder, lock_in, open_tensors, remove, untied_copies, write
 from fedsim.base.reading import MAX_YAML_BYTES, open_regular, parse_json
 from fedsim.errors import ConfigError, one_line
 from fedsim.types import State, described, form_of
@@ -114,7 +114,7 @@ class StateFiles:
             try:
                 if new:
                     self._count_new_run()
-                make_folder(home)
+                home.mkdir(exist_ok=True)
                 for name, content in contents.items():
                     write(home / name, content)
             except BaseException:
@@ -236,7 +236,9 @@ class StateFiles:
     def _home(self, run: str) -> Path:
         if not RUN.fullmatch(run):
             raise ValueError(f"run: {run[:40]!r} is not the id of a run")
-        return self.folder / run
+        home = self.folder / run
+        check_folder(home)
+        return home
 
 
 def needed(version: int, earlier: Sequence[int], checkpoints: Sequence[int]) -> tuple[int, ...]:
