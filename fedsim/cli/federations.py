@@ -7,7 +7,7 @@ import typer
 
 from fedsim.cli.interrupts import raise_on_interrupt
 from fedsim.cli.runs import execute_and_show
-from fedsim.cli.shared import ConfigPath, NewFolder, Settings, console
+from fedsim.cli.shared import AsJson, ConfigPath, NewFolder, Settings, console, print_json
 
 
 def serve(
@@ -56,12 +56,19 @@ def nodes(
     superlink: Annotated[str, typer.Option(metavar="HOST:PORT", help="Flower's SuperLink")] = "127.0.0.1:8000",
     ca: Annotated[Path | None, typer.Option(help="the certificate of the SuperLink's authority")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="plain HTTP, without a certificate")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show the nodes of a federation: their names, when they were last seen, and how much data they reported."""
-    from fedsim.flower.options import table
+    from fedsim.flower.options import shown_nodes
 
     raise_on_interrupt()
-    console.print(table(folder, superlink, ca, insecure))
+    found = shown_nodes(folder, superlink, ca, insecure)
+    if as_json:
+        print_json({"superlink": superlink, "nodes": [node._asdict() for node in found]})
+    else:
+        from fedsim.flower.node_list import nodes_table
+
+        console.print(nodes_table(found))
 
 
 def flower_app(

@@ -3,14 +3,14 @@
 import logging
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
-
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fedsim.base.reading import read_yaml
 from fedsim.errors import ConfigError
 from fedsim.flower import needs_flwr
+
+if TYPE_CHECKING:
+    from fedsim.flower.node_list import Known
 
 
 def on_nodes(
@@ -65,18 +65,14 @@ def work(path: Path, **given: Any) -> NoReturn:
         raise SystemExit(0) from None
 
 
-def table(folder: Path | None, address: str, ca: Path | None, insecure: bool) -> Table:
+def shown_nodes(folder: Path | None, address: str, ca: Path | None, insecure: bool) -> list["Known"]:
     """The nodes that a SuperLink knows; with a run's folder, their numbers of examples. Raises ConfigError."""
     needs_flwr("fedsim nodes")
-    from fedsim.flower.node_list import node_rows
+    from fedsim.flower.node_list import known_nodes
     from fedsim.flower.run_connection import address_of
 
     sizes = {} if folder is None else known_sizes(folder)
-    shown = Table("node", "last seen", "examples", "versions")
-    shown.add_column("Flower's number", no_wrap=True)
-    for row in node_rows(address_of(address, ca, insecure, "--"), sizes):
-        shown.add_row(*map(Text, row))  # not as markup: nodes choose their names
-    return shown
+    return [*known_nodes(address_of(address, ca, insecure, "--"), sizes)]
 
 
 def known_sizes(folder: Path) -> dict[str, int]:
