@@ -1,11 +1,13 @@
 """Laws of nodes: they compute what a simulation does, whatever becomes of them, and obey their owner."""
 
 import copy
+import io
 import json
 import os
 import re
 import sys
 from dataclasses import replace
+from datetime import datetime
 from functools import cache
 from uuid import uuid4
 
@@ -16,6 +18,8 @@ import yaml
 from conftest import trace
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.cells import cell_len
+from rich.console import Console
 from safetensors.torch import save_file
 
 from fedsim.base.catalogue import options_of
@@ -780,3 +784,32 @@ def test_the_command_writes_shards_and_says_how_to_serve_them(tmp_path, fedsim_)
     again = fedsim_(*arguments)
     assert (again.status, again.err.count("\n")) == (2, 1)
     assert "nothing is overwritten" in again.err
+
+
+# The list of nodes
+
+
+def test_a_list_of_nodes_is_80_columns_wide_and_keeps_its_times():
+    pytest.importorskip("flwr")
+    from fedsim.flower.node_list import Known, nodes_table
+
+    today = datetime.now().astimezone().replace(hour=14, minute=2, second=11, microsecond=0)
+    long, versions = "a-hospital-with-a-long-name-" * 4, {"fedsim": "0.2.0", "torch": "2.9.1+cu128"}
+    nodes = [
+        Known(long, "here", today.isoformat(), 123_456_789, versions, 2**63),
+        Known("b[red]", "offline", today.isoformat(), None, {}, 1),
+        Known("c", "offline", "2026-01-02T03:04:05", 7, {}, 2),
+        Known(None, "registered", None, None, {}, 2**63 + 1),
+        Known("d", "silent", today.isoformat(), None, {}, 4),
+        Known("e", "offline", "no time", None, {}, 5),
+    ]
+    times = ["now", "14:02:11", "2026-01-02 03:04", "never", "now, no answer", "unknown"]
+    for other in ([], [Known("f", "here", today.isoformat(), 8, versions | {"torch": "2.10.0+cu130"}, 6)]):
+        console = Console(file=io.StringIO(), width=80)
+        console.print(nodes_table([*nodes, *other]))
+        shown = console.file.getvalue()
+        assert max(map(cell_len, shown.splitlines())) <= 80
+        assert all(re.search(rf"  {re.escape(time)}  ", shown) for time in times)
+        assert "b[red]" in shown
+        assert "123,456,789" in shown
+        assert ("all that answered: fedsim 0.2.0, torch 2.9.1+cu128" in shown) == (not other)
