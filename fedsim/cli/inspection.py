@@ -82,7 +82,8 @@ def check(
 
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-    from fedsim.experiment.check import check_run, parts_table
+    from fedsim.experiment.check import check_run
+    from fedsim.experiment.checked import parts_table
     from fedsim.sweep.check import check_sweep
     from fedsim.sweep.folder import is_sweep
 

@@ -6,23 +6,16 @@ It only reads. The folder may come from elsewhere: nothing is opened through a l
 
 import hashlib
 import os
-import re
 import stat
-import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cached_property
 from io import BufferedReader
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-from zlib import crc32
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from rich import box
-from rich.table import Table
-from rich.text import Text
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 
@@ -30,90 +23,26 @@ from fedsim.base.files import DRAFT, is_locked
 from fedsim.base.machine import gigabytes, memory
 from fedsim.base.own_code import Rule, own_code
 from fedsim.base.reading import MAX_YAML_BYTES, open_regular, parse, parse_json
-from fedsim.errors import ConfigError, one_line, printable
+from fedsim.errors import ConfigError, one_line
 from fedsim.experiment import model_file
+from fedsim.experiment.check_formats import SHA256, check_nodes, check_png, check_record, count_events
+from fedsim.experiment.checked import CheckedRun, Part, RunState
 from fedsim.experiment.checkpoint import NAME, Checkpoint, changes
 from fedsim.experiment.checkpoint import _read as read_checkpoint
 from fedsim.experiment.config import Config, load
 from fedsim.experiment.figures import repeated
 from fedsim.experiment.folder import CHECKPOINTS, Line
 from fedsim.federated.simulation import fingerprint_of
-from fedsim.report.runs import MAX_BYTES, WIDTH, parse_record
+from fedsim.report.runs import MAX_BYTES, parse_record
 from fedsim.types import Count
 
 MAX_ENTRIES = 100_000  # of checkpoints/
 MAX_CHECKPOINTS = 1000
 BLOCK = 2**20  # bytes that are hashed between two words about how far it is
-SHA256, NODE_RUN = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{32}")
-PNG = b"\x89PNG\r\n\x1a\n"
 MODEL, EMA, LOG, SUMMARY = "model.safetensors", "ema.safetensors", "rounds.jsonl", "summary.json"
 ON_NODES = ("flower", "ray")  # runtimes that need a package which may not be installed here
 
-RunState = Literal["finished", "interrupted", "killed", "running"]  # interrupted: ended early, with all saved
 Progress = Callable[[int, int], None]  # bytes that are hashed, and how many will be
-
-
-@dataclass(frozen=True)
-class Part:
-    """A file or folder of a run: what it holds, or what is wrong with it."""
-
-    name: str
-    state: Literal["whole", "missing", "broken", "left over", "not checked"]
-    about: str = ""
-
-
-@dataclass(frozen=True)
-class Checked:
-    """A folder as it was found."""
-
-    folder: Path
-    state: RunState
-    parts: list[Part]
-
-    @property
-    def faults(self) -> list[Part]:
-        """What is broken, or missing where it should be."""
-        return [part for part in self.parts if part.state in ("missing", "broken")]
-
-    @property
-    def verdict(self) -> str:
-        """All of it in a line."""
-        if not (faults := [f"{part.name} is {part.state}" for part in self.faults]):
-            return f"whole: {self.extent}, {self.state}{self.way_on}"
-        more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
-        return f"broken: {'; '.join(faults[:3])}{more}{self.way_on}"
-
-    @property
-    def extent(self) -> str:
-        """How much there is, in words."""
-        return f"{len(self.parts)} parts"
-
-    @property
-    def way_on(self) -> str:
-        """How it can go on, in words."""
-        return ""
-
-
-@dataclass(frozen=True)
-class CheckedRun(Checked):
-    """A run's folder as it was found."""
-
-    rounds: int
-    planned: int | None  # rounds, by the config
-    resumable: list[int]  # the rounds after which it can go on, the last one first
-
-    @property
-    def extent(self) -> str:
-        of = "" if self.state == "finished" or self.planned is None else f" of {self.planned}"
-        return f"{self.rounds}{of} rounds"
-
-    @property
-    def way_on(self) -> str:
-        if self.state == "running":
-            return ""
-        if not self.resumable:
-            return "; has no whole checkpoint"
-        return f"; can be resumed after round {self.resumable[0]}"
 
 
 class Partition(BaseModel):
@@ -148,18 +77,6 @@ def check_run(folder: Path, progress: Progress = lambda done, total: None) -> Ch
         raise ConfigError(f"{folder}: is no folder of a run; it has no config.yaml")
     with own_code(Rule.UNREAD):
         return _Check(folder, progress).checked()
-
-
-def parts_table(found: Checked) -> Table:
-    """A row for each part, 80 columns wide."""
-    table = Table(width=WIDTH, box=box.SIMPLE_HEAD)
-    table.add_column("part", max_width=WIDTH // 2, overflow="fold")
-    table.add_column("state", no_wrap=True)
-    table.add_column("what", ratio=1, overflow="fold")
-    for part in found.parts:
-        bold = "bold" if part in found.faults else ""
-        table.add_row(Text(printable(part.name)), Text(part.state, bold), Text(printable(part.about)))
-    return table
 
 
 class _Check:
@@ -311,7 +228,7 @@ class _Check:
         for number, line in enumerate(self.known_log.split(b"\n")[:-1], 1):
             try:
                 record = Line.model_validate(parse_record(line)).model_dump()
-                _check_record(record, number, self.clients, clock)
+                check_record(record, number, self.clients, clock)
             except ValueError as error:
                 raise ValueError(f"line {number}: {_words(error)}") from None
             clock = record["clock"]
@@ -461,7 +378,7 @@ class _Check:
         last = found.last.model_dump()["fingerprint"] if found.last else self.fingerprints[found.round]
         if saved.model != last:
             raise ValueError(f"{found.server.name} holds another model than that of round {found.round}")
-        nodes = _check_nodes(found.runtime, self.clients)
+        nodes = check_nodes(found.runtime, self.clients)
         self.resumable.append(found.round)
         states = f"; {len(found.clients)} files of clients' states" if found.clients else ""
         return f"after round {found.round}{states}{nodes}"
@@ -517,35 +434,18 @@ class _Check:
 
     def check_picture(self) -> str:
         """The check sums of its chunks."""
-        content, at, kind = _content(self.folder / "curves.png", MAX_BYTES), len(PNG), b""
-        while content.startswith(PNG) and kind != b"IEND":
-            end = at + 12 + int.from_bytes(content[at : at + 4])
-            kind, chunk, crc = content[at + 4 : at + 8], content[at + 4 : end - 4], content[end - 4 : end]
-            if not kind or crc32(chunk) != int.from_bytes(crc) or len(crc) < 4:
-                raise ValueError("is damaged")
-            at = end
-        if not kind or at != len(content):
-            raise ValueError("is no PNG")
+        check_png(_content(self.folder / "curves.png", MAX_BYTES))
         return ""
 
     def check_events(self) -> str:
         """The check sums of its events, of which there is one a round after the first."""
-        from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
-
         folder = self.folder / "tensorboard"
         if not stat.S_ISDIR(os.lstat(folder).st_mode):
             raise ValueError("is no folder")
         names = [name for name in _entries(folder) if name.startswith("events.")]
         if len(names) != 1:
             raise ValueError(f"has {len(names)} files of events")
-        content, at, count = _content(folder / names[0], MAX_BYTES), 0, 0
-        while at < len(content):
-            length = content[at : at + 8]
-            end = at + 16 + int.from_bytes(length, "little")
-            sums = struct.pack("<II", masked_crc32c(length), masked_crc32c(content[at + 12 : end - 4]))
-            if sums != content[at + 8 : at + 12] + content[end - 4 : end]:
-                raise ValueError("is damaged")
-            at, count = end, count + 1
+        count = count_events(_content(folder / names[0], MAX_BYTES))
         if self.state == "finished" and count != len(self.known_records) + 1:
             raise ValueError(f"has the events of {count - 1} rounds")
         return ""
@@ -627,32 +527,3 @@ def _own_names(values: Any) -> Iterator[str]:
     if isinstance(values, list):
         for value in values:
             yield from _own_names(value)
-
-
-def _check_record(record: dict[str, Any], number: int, clients: int | None, clock: float) -> None:
-    """Raise ValueError where a round does not follow the one before it, or is of clients that there are not."""
-    cohort = record["cohort"]
-    if record["round"] != number:
-        raise ValueError(f"is of round {record['round']}")
-    if len({*cohort}) < len(cohort) or not all(k >= 0 and (clients is None or k < clients) for k in cohort):
-        raise ValueError("cohort has a client twice, or one that there is not")
-    if not {*record["failed"], *record["absent"]} <= {*map(str, cohort)}:
-        raise ValueError("failed or absent has a client that is not in cohort")
-    if not SHA256.fullmatch(record["fingerprint"]):
-        raise ValueError("fingerprint is no SHA-256")
-    if record["clock"] < clock:
-        raise ValueError("clock goes back")
-
-
-def _check_nodes(runtime: Mapping[str, Any] | None, clients: int | None) -> str:
-    """Which nodes a checkpoint needs, in words; raises ValueError where what it says of them cannot be."""
-    if not runtime or runtime.get("name") != "flower":
-        return ""
-    names, sizes = runtime.get("nodes"), runtime.get("sizes")
-    if not (isinstance(names, list) and isinstance(sizes, list)):
-        raise ValueError("does not name its nodes")
-    if not len(names) == len(sizes) == len({*map(str, names)}) == (len(names) if clients is None else clients):
-        raise ValueError("does not name each node once, with its number of examples")
-    if not NODE_RUN.fullmatch(str(runtime.get("run"))):
-        raise ValueError("does not name the run as its nodes know it")
-    return f"; the states of {len(names)} nodes are theirs"
