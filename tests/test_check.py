@@ -166,18 +166,41 @@ def test_what_is_no_file_is_neither_followed_nor_waited_for(run, name, kind):
 
 def test_a_round_that_cannot_be_is_named_by_its_line(run):
     lines = (run / "rounds.jsonl").read_text().splitlines()
-    for key, value in (("round", 7), ("cohort", [1, 1]), ("cohort", [9]), ("clock", -1.0), ("fingerprint", "x")):
+    wrong = [("round", 7), ("cohort", [1, 1]), ("cohort", [9]), ("clock", -1.0), ("fingerprint", "x")]
+    for key, value in [*wrong, ("test_accuracy", None)]:
         third = json.dumps(json.loads(lines[2]) | {key: value})
         (run / "rounds.jsonl").write_text("\n".join([*lines[:2], third, lines[3], ""]))
         assert faults(run)["rounds.jsonl"].startswith("line 3: ")
 
 
-def test_a_file_that_many_checkpoints_name_is_hashed_once(run, monkeypatch):
+def craft(run, change):
+    """Have the last checkpoint say something else, and be believed."""
     path = run / "checkpoints" / "000004.json"
-    values = json.loads(path.read_text())["checkpoint"]
-    values["clients"] *= 10_000
+    change(values := json.loads(path.read_text())["checkpoint"])
     digest = hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
     path.write_text(json.dumps({"sha256": digest, "checkpoint": values}))
+
+
+def test_a_checkpoint_of_other_settings_is_none_to_resume(run):
+    craft(run, lambda values: values["config"]["local"].update(lr=0.5))
+    assert "local.lr" in faults(run)["config.yaml"]
+    assert check_run(run).resumable == [3]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "said"), [("abcde", ""), ("aacde", "each node once"), ("abc", "each node once"), (None, "its nodes")]
+)
+def test_a_run_on_nodes_names_each_of_them(run, nodes, said):
+    names = nodes and [*nodes]
+    about = {"name": "flower", "run": "0" * 32, "nodes": names, "sizes": [1] * len(nodes or "")}
+    craft(run, lambda values: values.update(runtime=about))
+    (part,) = (part for part in check_run(run).parts if part.name == "checkpoints/000004.json")
+    assert (part.state, said in part.about) == ("broken" if said else "whole", True)
+    assert said or part.about.endswith("; the states of 5 nodes are theirs")
+
+
+def test_a_file_that_many_checkpoints_name_is_hashed_once(run):
+    craft(run, lambda values: values.update(clients=values["clients"] * 10_000))
     seen = []
     check_run(run, lambda done, total: seen.append((done, total)))
     assert len(seen) <= len([*run.glob("checkpoints/*.safetensors")])

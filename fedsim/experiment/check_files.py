@@ -1,13 +1,66 @@
-"""The parts of a run's files, looked at each for itself; what is wrong with one is a ValueError."""
+"""The files of a run, each looked at for itself; what is wrong with one is a ValueError, or an OSError."""
 
+import os
 import re
+import stat
 import struct
 from collections.abc import Mapping
+from io import BufferedReader
+from itertools import islice
+from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+from pydantic import ValidationError
+
+from fedsim.base.machine import gigabytes, memory
+from fedsim.base.reading import open_regular
+from fedsim.errors import one_line
+
+MAX_ENTRIES = 100_000  # of a folder
+
 SHA256, NODE_RUN = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{32}")
 PNG = b"\x89PNG\r\n\x1a\n"
+
+
+class NotCheckedError(Exception):
+    """Why something could not be checked."""
+
+
+def in_words(error: Exception) -> str:
+    """What is wrong, in a line."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return one_line(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+    return one_line(getattr(error, "strerror", None) or error)
+
+
+def entries(folder: Path) -> list[str]:
+    """The names in a folder, up to one more than are allowed."""
+    with os.scandir(folder) as found:
+        return [entry.name for entry in islice(found, MAX_ENTRIES + 1)]
+
+
+def check_regular(path: Path) -> None:
+    """Raise ValueError for a link, or anything else that is no file."""
+    mode = os.lstat(path).st_mode
+    if not stat.S_ISREG(mode):
+        raise ValueError("is a link, which is not followed" if stat.S_ISLNK(mode) else "is no regular file")
+
+
+def opened(path: Path) -> BufferedReader:
+    """A regular file, to read its bytes."""
+    check_regular(path)
+    return open_regular(path)
+
+
+def content_of(path: Path, most: int | None = None) -> bytes:
+    """The bytes of a regular file, of at most `most` of them, by default of half of this machine's memory."""
+    most = memory() // 2 if most is None else most
+    with opened(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > most:
+            raise NotCheckedError(f"has {gigabytes(size)}, more than is read here")
+        return file.read(size)
 
 
 def check_record(record: dict[str, Any], number: int, clients: int | None, clock: float) -> None:
@@ -21,6 +74,9 @@ def check_record(record: dict[str, Any], number: int, clients: int | None, clock
         raise ValueError("failed or absent has a client that is not in cohort")
     if not SHA256.fullmatch(record["fingerprint"]):
         raise ValueError("fingerprint is no SHA-256")
+    accuracy = record.get("test_accuracy", 0.0)
+    if not (isinstance(accuracy, int | float) and 0 <= accuracy <= 1):
+        raise ValueError("test_accuracy should be from 0 to 1")
     if record["clock"] < clock:
         raise ValueError("clock goes back")
 
