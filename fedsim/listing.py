@@ -10,6 +10,7 @@ from fnmatch import fnmatch
 from inspect import getdoc
 from pathlib import Path
 from textwrap import fill, indent
+from typing import Any
 
 import torch
 from rich import box
@@ -71,6 +72,44 @@ Written by `make docs` from the program's own definitions; a test says when the 
 
 def listing(kind: str | None, pattern: str) -> Iterator[Table | str]:
     """A table a kind, a line an entry; for a single entry what it is, and its options. Raises ConfigError."""
+    for name, catalogue, matches in _matching(kind, pattern):
+        table = Table(name, _use(catalogue), width=80, box=box.SIMPLE_HEAD)
+        for entry in matches:
+            table.add_row(entry, catalogue.summary(entry))
+        yield table
+        if catalogue is MODELS and pattern != "*" and ":" not in pattern:  # of all it would take long
+            yield _costs(matches)
+        if len(matches) == 1:
+            if more := _paragraphs(catalogue, matches[0]):
+                yield "\n\n".join(map(_wrapped, more)) + "\n"
+            yield _options(catalogue, matches[0])
+
+
+def document(kind: str | None, pattern: str) -> dict[str, Any]:
+    """The same of all entries with their options, as JSON has it; raises ConfigError."""
+    return {
+        name: [
+            {
+                "name": entry,
+                "about": catalogue.summary(entry),
+                "options": [
+                    {
+                        "name": option,
+                        "required": field.is_required(),
+                        "default": None if field.is_required() else _plain(field.default),
+                        "allowed": allowed(field),
+                    }
+                    for option, field in options_of(catalogue.load(entry)).model_fields.items()
+                ],
+            }
+            for entry in matches
+        ]
+        for name, catalogue, matches in _matching(kind, pattern)
+    }
+
+
+def _matching(kind: str | None, pattern: str) -> Iterator[tuple[str, Catalogue, list[str]]]:
+    """The entries of each kind that match; raises ConfigError."""
     if kind is not None and kind not in KINDS:
         raise ConfigError(f"list: {unknown(kind, KINDS)}")
     for name in [kind] if kind else KINDS:
@@ -79,16 +118,7 @@ def listing(kind: str | None, pattern: str) -> Iterator[Table | str]:
         matches = own or [entry for entry in catalogue if fnmatch(entry, pattern)]
         if not matches:
             raise ConfigError(f"list: none of the {name} matches {pattern!r}; there are {', '.join(catalogue)}")
-        table = Table(name, _use(catalogue), width=80, box=box.SIMPLE_HEAD)
-        for entry in matches:
-            table.add_row(entry, catalogue.summary(entry))
-        yield table
-        if catalogue is MODELS and pattern != "*" and not own:  # of all it would take long
-            yield _costs(matches)
-        if len(matches) == 1:
-            if more := _paragraphs(catalogue, matches[0]):
-                yield "\n\n".join(map(_wrapped, more)) + "\n"
-            yield _options(catalogue, matches[0])
+        yield name, catalogue, matches
 
 
 def page() -> str:
@@ -177,8 +207,15 @@ def _rows(catalogue: Catalogue, entry: str) -> Iterator[tuple[str, str, str]]:
 
 def _shown(default: object) -> str:
     """As a config would have it."""
-    plain = {} if isinstance(default, Options) else default  # whose options have defaults of their own
-    return str(plain) if isinstance(plain, str | Path) else json.dumps(plain, default=str)
+    plain = _plain(default)
+    return plain if isinstance(plain, str) else json.dumps(plain, default=str)
+
+
+def _plain(default: object) -> object:
+    """A default in values that JSON has."""
+    if isinstance(default, Options):  # whose options have defaults of their own
+        return {}
+    return str(default) if isinstance(default, Path) else default
 
 
 if __name__ == "__main__":

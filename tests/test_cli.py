@@ -409,3 +409,34 @@ def test_an_entry_of_your_own_is_listed_with_its_options(fedsim_, place, monkeyp
     assert re.search(r"width +7 +a whole number", done.out)
     done = fedsim_("list", "models", "my_own:no")
     assert (done.status, done.err) == (2, "fedsim: model.name: my_own has no callable 'no'\n")
+
+
+# JSON
+
+
+def test_json_is_all_of_standard_output(fedsim_):
+    fedsim_("run", "c.yaml")
+    fedsim_("run", "c.yaml", "rounds=2", "strategy=fedprox")
+    runs = ["runs/c-1", "runs/c-2"]
+    commands = {
+        "compare": [*runs, "--target", "0.01"],
+        "list": ["strategies", "fedprox"],
+        "partition": ["c.yaml"],
+        "bench": ["c.yaml", "--repeats", "1", "--sides", "*serial*"],
+        "check": [runs[0]],
+    }
+    found = {}
+    for command, arguments in commands.items():
+        done = fedsim_(command, *arguments, "--json")
+        assert done.status == 0
+        found[command] = json.loads(done.out)
+    first, second = found["compare"]["runs"]
+    assert (first["run"], first["rounds"], second["rounds"], first["finished"]) == ("c-1", 3, 2, True)
+    summary = json.loads(Path("runs/c-1/summary.json").read_text())
+    assert first["bytes"] == summary["bytes_up"] + summary["bytes_down"]
+    assert first["best_test_accuracy"] == summary["best_test_accuracy"]
+    assert found["compare"]["differences"]["rounds"] == [3, 2]
+    mu = next(option for option in found["list"]["strategies"][0]["options"] if option["name"] == "mu")
+    assert mu == {"name": "mu", "required": False, "default": 0.01, "allowed": "a number >= 0"}
+    assert json.loads(Path("runs/c-1/partition.json").read_text()).items() <= found["partition"].items()
+    assert any("serial" in row["side"] for table in found["bench"]["found"].values() for row in table["rows"])

@@ -422,7 +422,8 @@ def test_strategy_model_and_data_of_your_own_in_both_doors(tmp_path, monkeypatch
     command = [*COMMAND, "run", "own.yaml", "strategy.share=0.25"]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     by_command = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert (by_command.returncode, by_command.stderr) == (0, "")
+    told = f"fedsim: data.name: imports mine_all, which is not fedsim's: {tmp_path / 'mine_all.py'}\n"
+    assert (by_command.returncode, by_command.stderr) == (0, told)
     assert "\x1b" not in by_command.stdout
     assert "runs/own-1" in by_command.stdout
 

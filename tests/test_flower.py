@@ -385,12 +385,11 @@ def test_the_command_serves_and_shows_nodes(federation, fedsim_, tmp_path):
     assert (served.status, served.err) == (0, "")
     expected = fedsim.run(SHORT).rounds
     assert lines(tmp_path / "run") == [*map(shown, expected)]
-    sizes = map(str, build_data(load(SHORT)).sizes)
-    table = fedsim_("nodes", tmp_path / "run", *to)
-    rows = [line.split("│") for line in table.out.splitlines() if "client-" in line]
-    cells = [tuple(cell.strip() for cell in row[1:4]) for row in rows]
-    assert table.status == 0
-    assert cells == [(name, "now", size) for name, size in zip(NAMES, sizes, strict=True)]
+    sizes = build_data(load(SHORT)).sizes.tolist()
+    found = fedsim_("nodes", tmp_path / "run", *to, "--json")
+    assert (found.status, found.err) == (0, "")
+    known = [(node["name"], node["state"], node["examples"]) for node in json.loads(found.out)["nodes"]]
+    assert known == [(name, "here", size) for name, size in zip(NAMES, sizes, strict=True)]
 
 
 @pytest.mark.parametrize(

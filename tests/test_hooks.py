@@ -433,7 +433,8 @@ def test_a_hook_of_your_own_in_a_config_by_the_command_and_from_python(place):
     environment = os.environ | {"PYTHONPATH": str(place)}
     command = [*COMMAND, "run", "c.yaml", f"hooks={NOTES}", "--out", "run"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    told = f"fedsim: hooks[0].name: imports my_hooks, which is not fedsim's: {place / 'my_hooks.py'}\n"
+    assert (done.returncode, done.stderr) == (0, told)
     assert Path("notes").read_text() == expected
     assert yaml.safe_load(Path("run/config.yaml").read_text())["hooks"] == [
         {"name": "my_hooks:Notes", "priority": 50, "path": "notes", "every": 2}

@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import io
 import json
 import logging
 import os
@@ -9,6 +10,7 @@ import re
 import sys
 from contextlib import closing
 from dataclasses import replace
+from datetime import datetime
 from functools import cache
 from pathlib import Path
 from uuid import uuid4
@@ -20,6 +22,8 @@ import yaml
 from conftest import trace
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.cells import cell_len
+from rich.console import Console
 from safetensors.torch import save_file
 
 from fedsim.base.catalogue import options_of
@@ -608,7 +612,7 @@ def test_the_owner_lists_and_deletes_runs_while_the_node_works(shards, fedsim_, 
     rows = [line.split() for line in listed.out.splitlines() if line.split()[:1] and "ab" in line[:5]]
     assert [(row[0], row[-1]) for row in rows] == [("ab111111", "no"), ("ab222222", "yes")]
     assert max(map(len, listed.out.splitlines())) <= 80
-    found = {run["run"]: run for run in json.loads(fedsim_("node", path, "--runs", "--json").out)}
+    found = {run["run"]: run for run in json.loads(fedsim_("node", path, "--runs", "--json").out)["runs"]}
     about = found[nodes.run_id]
     assert (about["strategy"], about["model"], about["round"]) == ("scaffold", "cnn_bn", 1)
     assert about["bytes"] == size(nodes.node(0).state_files.folder / nodes.run_id)
@@ -625,7 +629,7 @@ def test_the_owner_lists_and_deletes_runs_while_the_node_works(shards, fedsim_, 
     for prefix in ("ab1", "ab2"):
         gone = fedsim_("node", path, "--forget", prefix)
         assert (gone.status, gone.out[:10]) == (0, f"forgot {prefix}")
-    assert fedsim_("node", path, "--runs", "--json").out.strip() == "[]"
+    assert json.loads(fedsim_("node", path, "--runs", "--json").out)["runs"] == []
     with pytest.raises(ClientError, match="state 1 of client 0 is not here"):
         simulation.round()
 
@@ -1030,3 +1034,32 @@ def test_the_command_writes_shards_and_says_how_to_serve_them(tmp_path, fedsim_)
     again = fedsim_(*arguments)
     assert (again.status, again.err.count("\n")) == (2, 1)
     assert "nothing is overwritten" in again.err
+
+
+# The list of nodes
+
+
+def test_a_list_of_nodes_is_80_columns_wide_and_keeps_its_times():
+    pytest.importorskip("flwr")
+    from fedsim.flower.node_list import Known, nodes_table
+
+    today = datetime.now().astimezone().replace(hour=14, minute=2, second=11, microsecond=0)
+    long, versions = "a-hospital-with-a-long-name-" * 4, {"fedsim": "0.2.0", "torch": "2.9.1+cu128"}
+    nodes = [
+        Known(long, "here", today.isoformat(), 123_456_789, versions, 2**63),
+        Known("b[red]", "offline", today.isoformat(), None, {}, 1),
+        Known("c", "offline", "2026-01-02T03:04:05", 7, {}, 2),
+        Known(None, "registered", None, None, {}, 2**63 + 1),
+        Known("d", "silent", today.isoformat(), None, {}, 4),
+        Known("e", "offline", "no time", None, {}, 5),
+    ]
+    times = ["now", "14:02:11", "2026-01-02 03:04", "never", "now, no answer", "unknown"]
+    for other in ([], [Known("f", "here", today.isoformat(), 8, versions | {"torch": "2.10.0+cu130"}, 6)]):
+        console = Console(file=io.StringIO(), width=80)
+        console.print(nodes_table([*nodes, *other]))
+        shown = console.file.getvalue()
+        assert max(map(cell_len, shown.splitlines())) <= 80
+        assert all(re.search(rf"  {re.escape(time)}  ", shown) for time in times)
+        assert "b[red]" in shown
+        assert "123,456,789" in shown
+        assert ("all that answered: fedsim 0.2.0, torch 2.9.1+cu128" in shown) == (not other)

@@ -78,11 +78,15 @@ def show(result: Result, config: Config, console: Console) -> None:
         console.out(fill(note, WIDTH, break_on_hyphens=False), highlight=False)
 
 
-def save(path: Path, results: Sequence[Result], config: Config) -> None:
-    """A JSON file with all figures, the machine, the date, the versions and the config."""
+def document(results: Sequence[Result], config: Config) -> dict[str, Any]:
+    """All figures, the machine, the date, the versions and the config, as JSON has them."""
     tables = {f.name: f.extra | {"title": f.title, "rows": f.rows, "notes": f.notes} for f in results}
-    whole = about(config) | {"config": config.model_dump(mode="json"), "found": tables}
-    path.write_text(json.dumps(whole, indent=1) + "\n")
+    return about(config) | {"config": config.model_dump(mode="json"), "found": tables}
+
+
+def save(path: Path, results: Sequence[Result], config: Config) -> None:
+    """A JSON file with all figures."""
+    path.write_text(json.dumps(document(results, config), indent=1) + "\n")
 
 
 def about(config: Config) -> dict[str, Any]:

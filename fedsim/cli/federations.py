@@ -7,7 +7,7 @@ import typer
 
 from fedsim.cli.interrupts import raise_on_interrupt
 from fedsim.cli.runs import execute_and_show
-from fedsim.cli.shared import ConfigPath, NewFolder, Settings, console
+from fedsim.cli.shared import AsJson, ConfigPath, NewFolder, Settings, console, print_json
 from fedsim.errors import ConfigError
 
 
@@ -43,23 +43,28 @@ def node(
     insecure: Annotated[bool, typer.Option("--insecure", help="plain HTTP, without a certificate")] = False,
     key: Annotated[Path | None, typer.Option(help="the node's private key, if the SuperLink asks for one")] = None,
     runs: Annotated[bool, typer.Option("--runs", help="only list the runs that the node keeps")] = False,
-    json: Annotated[bool, typer.Option("--json", help="the list of --runs as JSON")] = False,
     forget: Annotated[
         str | None,
         typer.Option(metavar="RUN", help="only delete a run that the node keeps: its id or the beginning"),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Take part in a federation as a client, with the data of this machine, until interrupted."""
     from fedsim.flower.options import forgotten, kept, work
 
-    if json and not runs:
+    if as_json and not runs:
         raise ConfigError("--json: goes with --runs")
     raise_on_interrupt()
     if forget is not None:
         console.out(forgotten(settings, forget), highlight=False)
     if runs:
-        shown = kept(settings, json)
-        print(shown) if isinstance(shown, str) else console.print(shown)
+        found, max_disk = kept(settings)
+        if as_json:
+            print_json({"max_disk": max_disk, "runs": [run.shown() for run in found]})
+        else:
+            from fedsim.flower.kept_runs import kept_table
+
+            console.print(kept_table(found, max_disk))
     if runs or forget is not None:
         return
     work(settings, superlink=superlink, ca=ca, insecure=insecure or None, key=key)
@@ -72,12 +77,19 @@ def nodes(
     superlink: Annotated[str, typer.Option(metavar="HOST:PORT", help="Flower's SuperLink")] = "127.0.0.1:8000",
     ca: Annotated[Path | None, typer.Option(help="the certificate of the SuperLink's authority")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="plain HTTP, without a certificate")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show the nodes of a federation: their names, when they were last seen, and how much data they reported."""
-    from fedsim.flower.options import table
+    from fedsim.flower.options import shown_nodes
 
     raise_on_interrupt()
-    console.print(table(folder, superlink, ca, insecure))
+    found = shown_nodes(folder, superlink, ca, insecure)
+    if as_json:
+        print_json({"superlink": superlink, "nodes": [node._asdict() for node in found]})
+    else:
+        from fedsim.flower.node_list import nodes_table
+
+        console.print(nodes_table(found))
 
 
 def flower_app(

@@ -17,12 +17,14 @@ def partition(
     shards: Annotated[
         Path | None, typer.Option(metavar="DIR", help="a new folder for files of each client's own examples")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show which client holds which data: a table, and a picture of labels and sizes."""
     from fedsim.data.partition import content_hash
     from fedsim.data.picture import draw, label_table
     from fedsim.experiment.build import build_data, build_dataset
     from fedsim.experiment.config import load, parse_overrides
+    from fedsim.experiment.folder import describe
     from fedsim.report.plot import check_drawable
 
     loaded = load(config, parse_overrides(settings or []))
@@ -35,12 +37,16 @@ def partition(
         from fedsim.flower.shards import server_data, write_shards
 
         write_shards(data, shards)
+    wrong = int((data.labels != data.true_labels).sum())
+    draw(data.labels.numpy(), data.owners, data.num_classes, out)
+    if as_json:
+        print_json(describe(data) | {"wrong_labels": wrong, "picture": str(out), "shards": shards and str(shards)})
+        return
     console.print(label_table(data))
     if public := len(data.public):
         console.out(f"public: {public:,} more examples are the server's own")
-    if wrong := int((data.labels != data.true_labels).sum()):
+    if wrong:
         console.out(f"label noise: {wrong:,} of {len(data.labels):,} labels are wrong")
-    draw(data.labels.numpy(), data.owners, data.num_classes, out)
     console.out(f"hash:    {content_hash(data.owners)}\npicture: {out}")
     if shards is not None:
         console.out(f"shards:  {shards}, a k.npz and a k.yaml for each client k: fedsim node k.yaml")
@@ -54,11 +60,15 @@ def list_(
     pattern: Annotated[
         str, typer.Argument(metavar="PATTERN", help="such as 'fed*'; one name shows its options")
     ] = "*",
+    as_json: AsJson = False,
 ) -> None:
     """List what a config can name: strategies, models, datasets, partitions and so on."""
-    from fedsim.listing import listing
+    from fedsim.listing import document, listing
 
     raise_on_interrupt()
+    if as_json:
+        print_json(document(kind, pattern))
+        return
     for part in listing(kind, pattern):
         console.print(part, markup=False, highlight=False)
 
@@ -72,7 +82,8 @@ def check(
 
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-    from fedsim.experiment.check import check_run, parts_table
+    from fedsim.experiment.check import check_run
+    from fedsim.experiment.checked import parts_table
     from fedsim.sweep.check import check_sweep
     from fedsim.sweep.folder import is_sweep
 

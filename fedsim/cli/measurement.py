@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from fedsim.cli.interrupts import raise_on_interrupt
-from fedsim.cli.shared import ConfigPath, Settings, console
+from fedsim.cli.shared import AsJson, ConfigPath, Settings, console, errors, print_json
 from fedsim.errors import ConfigError
 
 
@@ -28,23 +28,27 @@ def bench(
         ),
     ] = None,
     picture: Annotated[Path | None, typer.Option(help="of a study; next to the JSON if not given")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Time a config's client steps against plain PyTorch loops and other simulators, in turn, and print ratios."""
     from fedsim.bench import bench as measure
+    from fedsim.bench.figures import document
     from fedsim.experiment.config import load, parse_overrides
 
     loaded = load(config, parse_overrides(settings or []))
     raise_on_interrupt()
-    measure(
+    found = measure(
         loaded,
         repeats,
-        console,
+        errors if as_json else console,
         out,
         peers=[name.strip() for name in peers.split(",") if name.strip()],
         sides=sides or [],
         studies=study or [],
         drawing=picture,
     )
+    if as_json:
+        print_json(document(found, loaded))
 
 
 def profile(
@@ -66,38 +70,36 @@ def profile(
     fused: Annotated[bool, typer.Option("--fused", help="with batch norm folded into convolutions")] = False,
     repeats: Annotated[int, typer.Option(min=1, help="counted passes; p99 needs about 100")] = 20,
     out: Annotated[Path, typer.Option(help="the picture")] = Path("profile.png"),
-    json: Annotated[Path | None, typer.Option(help="a JSON file for the figures, every pass's too")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show what networks cost: parameters, FLOPs, memory of training, latency and throughput."""
     from fedsim.base.files import check_writable
     from fedsim.export.drawing import picture
-    from fedsim.export.tables import save, tables
+    from fedsim.export.tables import document, tables
     from fedsim.export.timing import measure, numbers, place, profiles
 
     raise_on_interrupt()
-    if json is not None and json.exists():
-        raise ConfigError(f"--json: {json} exists; name another file")
-    for path, at in ((out, "--out"), (json, "--json")):
-        if path is not None:
-            check_writable(path, at)
+    check_writable(out, "--out")
+    shown = errors if as_json else console
     chosen, batches = place(device), numbers(batch, "--batch")
     found = profiles(models or [], runs or [], None if shape is None else numbers(shape, "--shape"), classes)
     measure(
         found,
         batches,
-        console,
+        shown,
         device=chosen,
         precision=precision,
         channels_last=channels_last,
         fuse=fused,
         repeats=repeats,
     )
+    picture(found, out)
+    if as_json:
+        print_json(document(found, chosen, precision) | {"picture": str(out)})
+        return
     for table in tables(found, chosen, precision):
         console.print(table)
-    picture(found, out)
     console.out(f"picture: {out}")
-    if json is not None:
-        save(json, found, chosen, precision)
 
 
 def export(

@@ -2,16 +2,21 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from fedsim.cli.interrupts import STATUS, raise_on_interrupt
-from fedsim.cli.shared import ConfigPath, NewFolder, Settings, console
+from fedsim.cli.shared import AsJson, ConfigPath, NewFolder, Settings, console, errors, print_json
 from fedsim.errors import ClientError, ConfigError, RoundError, one_line, printable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rich.console import Console
+
     from fedsim.experiment.start import Started
+    from fedsim.sweep.results import Results
 
 
 def run(
@@ -32,6 +37,7 @@ def resume(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a run, or of a sweep")],
     settings: Settings = None,
     force: Annotated[bool, typer.Option(help="accept changed settings that change the result")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Resume a run that was stopped or killed; it ends as if it had never stopped. rounds=200 makes it longer."""
     from fedsim.experiment.config import parse_overrides
@@ -46,7 +52,9 @@ def resume(
                 f"{folder}: is a sweep, whose settings are in its sweep.yaml; resume it without others"
             )
         raise_on_interrupt()
-        raise typer.Exit(resume_sweep(folder, console))
+        show_sweep(lambda shown: resume_sweep(folder, shown), as_json)
+    if as_json:
+        raise ConfigError(f"--json: {folder} is no sweep; the results of a run are in its summary.json")
     overrides = parse_overrides(settings or [])
     raise_on_interrupt()
     execute_and_show(resumed_run(folder, overrides, force))
@@ -66,12 +74,13 @@ def sweep(
     jobs: Annotated[
         int | None, typer.Option(min=1, help="combinations side by side; by cores or GPUs if not given")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Run all combinations of settings: as one batch where that is possible, or side by side."""
     from fedsim.sweep import sweep as run_all
 
     raise_on_interrupt()
-    raise typer.Exit(run_all(config, settings, out, target, jobs, console))
+    show_sweep(lambda shown: run_all(config, settings, out, target, jobs, shown), as_json)
 
 
 def compare(
@@ -80,20 +89,33 @@ def compare(
         float | None, typer.Option(help="an accuracy from 0 to 1: how long did each take to it?")
     ] = None,
     out: Annotated[Path, typer.Option(help="the picture")] = Path("compare.png"),
+    as_json: AsJson = False,
 ) -> None:
     """Compare runs: their curves in one picture, and rounds and bytes to a target accuracy."""
     from fedsim.report.plot import check_drawable, curves
     from fedsim.report.runs import compare as table
-    from fedsim.report.runs import read_run
+    from fedsim.report.runs import document, read_run
 
     if target is not None and not 0 < target < 1:
         raise ConfigError(f"--target: {target} should be between 0 and 1, such as 0.99")
     raise_on_interrupt()
     check_drawable(out, "--out")
     read = [read_run(folder) for folder in runs]
+    if as_json:
+        curves(read, out, target)
+        print_json(document(read, target) | {"picture": str(out)})
+        return
     console.print(table(read, target))
     curves(read, out, target)
     console.out(f"picture: {out}")
+
+
+def show_sweep(run_all: "Callable[[Console], tuple[int, Results | None]]", as_json: bool) -> NoReturn:
+    """Run a sweep, and end with its status; with `as_json` what it found is the only thing on standard output."""
+    status, results = run_all(errors if as_json else console)
+    if as_json and results:
+        print_json(results.document())
+    raise typer.Exit(status)
 
 
 def execute_and_show(started: "Started") -> None:

@@ -5,115 +5,55 @@ It only reads. The folder may come from elsewhere: nothing is opened through a l
 """
 
 import hashlib
+import json
 import os
-import re
 import stat
-import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cached_property
-from io import BufferedReader
-from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-from zlib import crc32
+from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-from rich import box
-from rich.table import Table
-from rich.text import Text
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 
 from fedsim.base.files import DRAFT, is_locked
-from fedsim.base.machine import gigabytes, memory
 from fedsim.base.own_code import Rule, own_code
-from fedsim.base.reading import MAX_YAML_BYTES, open_regular, parse, parse_json
-from fedsim.errors import ConfigError, one_line, printable
+from fedsim.base.reading import MAX_YAML_BYTES, parse, parse_json
+from fedsim.errors import ConfigError, one_line
 from fedsim.experiment import model_file
+from fedsim.experiment.check_files import (
+    MAX_ENTRIES,
+    SHA256,
+    NotCheckedError,
+    check_nodes,
+    check_png,
+    check_record,
+    check_regular,
+    content_of,
+    count_events,
+    entries,
+    in_words,
+    opened,
+)
+from fedsim.experiment.checked import CheckedRun, Part, RunState
 from fedsim.experiment.checkpoint import NAME, Checkpoint, changes
 from fedsim.experiment.checkpoint import _read as read_checkpoint
 from fedsim.experiment.config import Config, load
 from fedsim.experiment.figures import repeated
 from fedsim.experiment.folder import CHECKPOINTS, Line
 from fedsim.federated.simulation import fingerprint_of
-from fedsim.report.runs import MAX_BYTES, WIDTH, parse_record
+from fedsim.report.runs import MAX_BYTES, parse_record
 from fedsim.types import Count
 
-MAX_ENTRIES = 100_000  # of checkpoints/
 MAX_CHECKPOINTS = 1000
+MAX_JSON_BYTES = 2**28  # of all files N.json
 BLOCK = 2**20  # bytes that are hashed between two words about how far it is
-SHA256, NODE_RUN = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{32}")
-PNG = b"\x89PNG\r\n\x1a\n"
 MODEL, EMA, LOG, SUMMARY = "model.safetensors", "ema.safetensors", "rounds.jsonl", "summary.json"
 ON_NODES = ("flower", "ray")  # runtimes that need a package which may not be installed here
 
-RunState = Literal["finished", "interrupted", "killed", "running"]  # interrupted: ended early, with all saved
 Progress = Callable[[int, int], None]  # bytes that are hashed, and how many will be
-
-
-@dataclass(frozen=True)
-class Part:
-    """A file or folder of a run: what it holds, or what is wrong with it."""
-
-    name: str
-    state: Literal["whole", "missing", "broken", "left over", "not checked"]
-    about: str = ""
-
-
-@dataclass(frozen=True)
-class Checked:
-    """A folder as it was found."""
-
-    folder: Path
-    state: RunState
-    parts: list[Part]
-
-    @property
-    def faults(self) -> list[Part]:
-        """What is broken, or missing where it should be."""
-        return [part for part in self.parts if part.state in ("missing", "broken")]
-
-    @property
-    def verdict(self) -> str:
-        """All of it in a line."""
-        if not (faults := [f"{part.name} is {part.state}" for part in self.faults]):
-            return f"whole: {self.extent}, {self.state}{self.way_on}"
-        more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
-        return f"broken: {'; '.join(faults[:3])}{more}{self.way_on}"
-
-    @property
-    def extent(self) -> str:
-        """How much there is, in words."""
-        return f"{len(self.parts)} parts"
-
-    @property
-    def way_on(self) -> str:
-        """How it can go on, in words."""
-        return ""
-
-
-@dataclass(frozen=True)
-class CheckedRun(Checked):
-    """A run's folder as it was found."""
-
-    rounds: int
-    planned: int | None  # rounds, by the config
-    resumable: list[int]  # the rounds after which it can go on, the last one first
-
-    @property
-    def extent(self) -> str:
-        of = "" if self.state == "finished" or self.planned is None else f" of {self.planned}"
-        return f"{self.rounds}{of} rounds"
-
-    @property
-    def way_on(self) -> str:
-        if self.state == "running":
-            return ""
-        if not self.resumable:
-            return "; has no whole checkpoint"
-        return f"; can be resumed after round {self.resumable[0]}"
 
 
 class Partition(BaseModel):
@@ -131,10 +71,6 @@ class Partition(BaseModel):
     labels_by_client: list[list[int]] | None = None
 
 
-class NotCheckedError(Exception):
-    """Why something could not be checked."""
-
-
 class Saved(NamedTuple):
     """The fingerprints of the models in a checkpoint."""
 
@@ -148,18 +84,6 @@ def check_run(folder: Path, progress: Progress = lambda done, total: None) -> Ch
         raise ConfigError(f"{folder}: is no folder of a run; it has no config.yaml")
     with own_code(Rule.UNREAD):
         return _Check(folder, progress).checked()
-
-
-def parts_table(found: Checked) -> Table:
-    """A row for each part, 80 columns wide."""
-    table = Table(width=WIDTH, box=box.SIMPLE_HEAD)
-    table.add_column("part", max_width=WIDTH // 2, overflow="fold")
-    table.add_column("state", no_wrap=True)
-    table.add_column("what", ratio=1, overflow="fold")
-    for part in found.parts:
-        bold = "bold" if part in found.faults else ""
-        table.add_row(Text(printable(part.name)), Text(part.state, bold), Text(printable(part.about)))
-    return table
 
 
 class _Check:
@@ -186,7 +110,7 @@ class _Check:
             parts.append(_part(SUMMARY, self.check_summary))
         elif self.state == "interrupted" and self.over:
             parts.append(Part(SUMMARY, "missing", "all rounds are done; a resume writes it"))
-        drafts = sorted(name for name in _entries(self.folder) if name.endswith(DRAFT))
+        drafts = sorted(name for name in entries(self.folder) if name.endswith(DRAFT))
         if drafts and not self.running:
             parts.append(Part(drafts[0], "left over", "of a process that was killed"))
         planned = self.known_config.rounds if self.known_config else None
@@ -228,7 +152,8 @@ class _Check:
     @cached_property
     def values(self) -> Any:
         """What stands in config.yaml."""
-        return parse(_content(self.folder / "config.yaml", MAX_YAML_BYTES).decode(), "config.yaml")
+        values = parse(content_of(self.folder / "config.yaml", MAX_YAML_BYTES).decode(), "config.yaml")
+        return json.loads(json.dumps(values, default=str))  # without what YAML has besides, such as dates
 
     @cached_property
     def config(self) -> Config:
@@ -249,16 +174,16 @@ class _Check:
     def check_config(self) -> str:
         """Against the schema, and against what the last checkpoint says."""
         config, last = self.config, self.newest
-        if last:
+        if last and not self.running and self.values != last.config:  # a resume changes the config first
             result, free = changes(last.config, self.values)
-            if wrong := result + (free if self.ended else []):
+            if wrong := result + (free or ["a mapping is empty"] if self.ended else []):
                 raise ValueError(f"is not the run's: {wrong[0]}")
         own = [*dict.fromkeys(_own_names(config.model_dump(mode="json")))]
         return f"names {', '.join(own)}, which was not imported" if own else ""
 
     def check_partition(self) -> str:
         """Its sums, and its hash in the last checkpoint."""
-        content = _content(self.folder / "partition.json", MAX_BYTES)
+        content = content_of(self.folder / "partition.json", MAX_BYTES)
         found = Partition.model_validate(parse_json(content))
         labels, table = found.labels, found.labels_by_client
         sums = [] if table is None else [sum(column) for column in zip(*table, strict=True)]
@@ -269,6 +194,7 @@ class _Check:
             "labels are not as many as examples": labels and sum(labels) + found.public != found.examples,
             "labels_by_client has other sums": table is not None and sums != labels,
             "has changed since it was written": self.newest
+            and not self.running
             and self.newest.partition not in (None, hashlib.sha256(content).hexdigest()),
         }
         for fault, holds in faults.items():
@@ -287,7 +213,7 @@ class _Check:
     @cached_property
     def log(self) -> bytes:
         """What rounds.jsonl holds."""
-        return _content(self.folder / LOG, MAX_BYTES)
+        return content_of(self.folder / LOG, MAX_BYTES)
 
     @cached_property
     def known_log(self) -> bytes:
@@ -297,34 +223,34 @@ class _Check:
         return b""
 
     @cached_property
-    def known_records(self) -> list[dict[str, Any]]:
-        """The lines of rounds.jsonl up to the first that is wrong."""
-        found = list[dict[str, Any]]()
-        with suppress(ValueError):
-            for record in self.records():
-                found.append(record)
-        return found
-
-    def records(self) -> Iterator[dict[str, Any]]:
-        """The whole lines of rounds.jsonl; raises ValueError at one that is wrong."""
-        clock = 0.0
+    def rounds(self) -> tuple[list[dict[str, Any]], str | None]:
+        """The whole lines of rounds.jsonl up to the first that is wrong, and what is wrong there."""
+        found, clock = list[dict[str, Any]](), 0.0
         for number, line in enumerate(self.known_log.split(b"\n")[:-1], 1):
             try:
                 record = Line.model_validate(parse_record(line)).model_dump()
-                _check_record(record, number, self.clients, clock)
+                check_record(record, number, self.clients, clock)
             except ValueError as error:
-                raise ValueError(f"line {number}: {_words(error)}") from None
+                return found, f"line {number}: {in_words(error)}"
             clock = record["clock"]
-            yield record
+            found.append(record)
+        return found, None
+
+    @property
+    def known_records(self) -> list[dict[str, Any]]:
+        """The lines of rounds.jsonl before one that is wrong."""
+        return self.rounds[0]
 
     def check_log(self) -> str:
         """Every line, and that the last checkpoint knows all of them where the run has ended."""
-        done, tail = sum(1 for _ in self.records()), self.log.rpartition(b"\n")[2]
+        tail, (records, wrong) = self.log.rpartition(b"\n")[2], self.rounds
+        if wrong:
+            raise ValueError(wrong)
         if self.ended and tail:
             raise ValueError(f"its last line is cut after {len(tail)} bytes")
         if self.state == "finished" and self.newest and len(self.log) != self.newest.log.bytes:
             raise ValueError(f"has {len(self.log)} bytes; the last checkpoint knows {self.newest.log.bytes}")
-        return f"{done} rounds{', and a part of a line' if tail else ''}"
+        return f"{len(records)} rounds{', and a part of a line' if tail else ''}"
 
     # The checkpoints
 
@@ -334,9 +260,11 @@ class _Check:
         path = self.folder / CHECKPOINTS
         if not stat.S_ISDIR(os.lstat(path).st_mode):
             raise ValueError("is no folder")
-        names = _entries(path)
+        names = entries(path)
         if len(names) > MAX_ENTRIES or sum(1 for name in names if NAME.fullmatch(name)) > MAX_CHECKPOINTS:
             raise ValueError(f"has more than {MAX_CHECKPOINTS:,} checkpoints or {MAX_ENTRIES:,} files")
+        if sum(os.lstat(path / name).st_size for name in names if NAME.fullmatch(name)) > MAX_JSON_BYTES:
+            raise ValueError(f"has checkpoints of more than {MAX_JSON_BYTES:,} bytes")
         return names
 
     @cached_property
@@ -366,7 +294,7 @@ class _Check:
         total, done = sum(path.lstat().st_size for path in paths if path.exists()), 0
         for name, path in zip(names, paths, strict=True):
             try:
-                with _opened(path) as file:
+                with opened(path) as file:
                     digest = hashlib.sha256()
                     while block := file.read(BLOCK):
                         digest.update(block)
@@ -400,7 +328,7 @@ class _Check:
 
     def saved_models(self, checkpoint: Checkpoint) -> Saved:
         """The fingerprints in one server's file."""
-        content = _content(self.folder / CHECKPOINTS / checkpoint.server.name)
+        content = content_of(self.folder / CHECKPOINTS / checkpoint.server.name)
         try:
             server = load_tensors(content)
             ema = {name: server[f"ema.{name}"] for name in ("model", "buffers")} if "ema.model" in server else None
@@ -448,7 +376,7 @@ class _Check:
         for file in (found.server, *found.clients):
             digest = self.digests[file.name]
             if isinstance(digest, Exception):
-                raise ValueError(f"{file.name}: {_words(digest)}")
+                raise ValueError(f"{file.name}: {in_words(digest)}")
             if digest != (file.bytes, file.sha256):
                 raise ValueError(f"{file.name} has changed since it was written")
         if len(self.known_log) < found.log.bytes or self.log_digests[found.log.bytes] != found.log.sha256:
@@ -461,7 +389,9 @@ class _Check:
         last = found.last.model_dump()["fingerprint"] if found.last else self.fingerprints[found.round]
         if saved.model != last:
             raise ValueError(f"{found.server.name} holds another model than that of round {found.round}")
-        nodes = _check_nodes(found.runtime, self.clients)
+        nodes = check_nodes(found.runtime, self.clients)
+        if self.known_config and (other := changes(found.config, self.values)[0]):
+            return f"after round {found.round}, with other settings: {other[0]}"
         self.resumable.append(found.round)
         states = f"; {len(found.clients)} files of clients' states" if found.clients else ""
         return f"after round {found.round}{states}{nodes}"
@@ -475,7 +405,7 @@ class _Check:
 
     def fingerprint_in(self, name: str) -> str:
         """That of the tensors in a file of a model."""
-        vectors = model_file.vectors(_content(self.folder / name))
+        vectors = model_file.vectors(content_of(self.folder / name))
         if vectors is None:
             if self.newest and self.newest.partition:  # by a version that writes both
                 raise NotCheckedError("its network keeps some buffers out of files")
@@ -517,42 +447,25 @@ class _Check:
 
     def check_picture(self) -> str:
         """The check sums of its chunks."""
-        content, at, kind = _content(self.folder / "curves.png", MAX_BYTES), len(PNG), b""
-        while content.startswith(PNG) and kind != b"IEND":
-            end = at + 12 + int.from_bytes(content[at : at + 4])
-            kind, chunk, crc = content[at + 4 : at + 8], content[at + 4 : end - 4], content[end - 4 : end]
-            if not kind or crc32(chunk) != int.from_bytes(crc) or len(crc) < 4:
-                raise ValueError("is damaged")
-            at = end
-        if not kind or at != len(content):
-            raise ValueError("is no PNG")
+        check_png(content_of(self.folder / "curves.png", MAX_BYTES))
         return ""
 
     def check_events(self) -> str:
         """The check sums of its events, of which there is one a round after the first."""
-        from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
-
         folder = self.folder / "tensorboard"
         if not stat.S_ISDIR(os.lstat(folder).st_mode):
             raise ValueError("is no folder")
-        names = [name for name in _entries(folder) if name.startswith("events.")]
+        names = [name for name in entries(folder) if name.startswith("events.")]
         if len(names) != 1:
             raise ValueError(f"has {len(names)} files of events")
-        content, at, count = _content(folder / names[0], MAX_BYTES), 0, 0
-        while at < len(content):
-            length = content[at : at + 8]
-            end = at + 16 + int.from_bytes(length, "little")
-            sums = struct.pack("<II", masked_crc32c(length), masked_crc32c(content[at + 12 : end - 4]))
-            if sums != content[at + 8 : at + 12] + content[end - 4 : end]:
-                raise ValueError("is damaged")
-            at, count = end, count + 1
+        count = count_events(content_of(folder / names[0], MAX_BYTES))
         if self.state == "finished" and count != len(self.known_records) + 1:
             raise ValueError(f"has the events of {count - 1} rounds")
         return ""
 
     def check_summary(self) -> str:
         """What follows from the rounds, and that the rest is numbers."""
-        found = parse_json(_content(self.folder / SUMMARY, MAX_BYTES))
+        found = parse_json(content_of(self.folder / SUMMARY, MAX_BYTES))
         records, last = self.known_records, self.newest
         if not isinstance(found, Mapping):
             raise ValueError("is not a mapping")
@@ -564,7 +477,7 @@ class _Check:
             if key not in found or found[key] != value:
                 raise ValueError(f"{key} is {one_line(found.get(key))}, by {LOG} it is {one_line(value)}")
         measured = [found.get(key) for key in ("seconds", "peak_memory_bytes")]
-        if not all(isinstance(value, int | float) and value >= 0 for value in measured):
+        if not all(isinstance(each, int | float) and each is not True and each >= 0 for each in measured):
             raise ValueError("seconds and peak_memory_bytes should be numbers")
         if not self.over and self.known_config:
             raise ValueError(f"has {len(records)} rounds, and the config {self.known_config.rounds}")
@@ -581,41 +494,7 @@ def _part(name: str, look: Callable[[], str]) -> Part:
 
 
 def _fault(name: str, error: Exception) -> Part:
-    return Part(name, "missing") if isinstance(error, FileNotFoundError) else Part(name, "broken", _words(error))
-
-
-def _words(error: Exception) -> str:
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        return one_line(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
-    return one_line(getattr(error, "strerror", None) or error)
-
-
-def _entries(folder: Path) -> list[str]:
-    """The names in a folder, up to one more than are allowed."""
-    with os.scandir(folder) as found:
-        return [entry.name for entry in islice(found, MAX_ENTRIES + 1)]
-
-
-def check_regular(path: Path) -> None:
-    """Raise ValueError for a link, or anything else that is no file."""
-    mode = os.lstat(path).st_mode
-    if not stat.S_ISREG(mode):
-        raise ValueError("is a link, which is not followed" if stat.S_ISLNK(mode) else "is no regular file")
-
-
-def _opened(path: Path) -> BufferedReader:
-    check_regular(path)
-    return open_regular(path)
-
-
-def _content(path: Path, most: int | None = None) -> bytes:
-    """The bytes of a regular file, of at most `most` of them, by default of half of this machine's memory."""
-    most = memory() // 2 if most is None else most
-    with _opened(path) as file:
-        if (size := os.fstat(file.fileno()).st_size) > most:
-            raise NotCheckedError(f"has {gigabytes(size)}, more than is read here")
-        return file.read(size)
+    return Part(name, "missing") if isinstance(error, FileNotFoundError) else Part(name, "broken", in_words(error))
 
 
 def _own_names(values: Any) -> Iterator[str]:
@@ -627,32 +506,3 @@ def _own_names(values: Any) -> Iterator[str]:
     if isinstance(values, list):
         for value in values:
             yield from _own_names(value)
-
-
-def _check_record(record: dict[str, Any], number: int, clients: int | None, clock: float) -> None:
-    """Raise ValueError where a round does not follow the one before it, or is of clients that there are not."""
-    cohort = record["cohort"]
-    if record["round"] != number:
-        raise ValueError(f"is of round {record['round']}")
-    if len({*cohort}) < len(cohort) or not all(k >= 0 and (clients is None or k < clients) for k in cohort):
-        raise ValueError("cohort has a client twice, or one that there is not")
-    if not {*record["failed"], *record["absent"]} <= {*map(str, cohort)}:
-        raise ValueError("failed or absent has a client that is not in cohort")
-    if not SHA256.fullmatch(record["fingerprint"]):
-        raise ValueError("fingerprint is no SHA-256")
-    if record["clock"] < clock:
-        raise ValueError("clock goes back")
-
-
-def _check_nodes(runtime: Mapping[str, Any] | None, clients: int | None) -> str:
-    """Which nodes a checkpoint needs, in words; raises ValueError where what it says of them cannot be."""
-    if not runtime or runtime.get("name") != "flower":
-        return ""
-    names, sizes = runtime.get("nodes"), runtime.get("sizes")
-    if not (isinstance(names, list) and isinstance(sizes, list)):
-        raise ValueError("does not name its nodes")
-    if not len(names) == len(sizes) == len({*map(str, names)}) == (len(names) if clients is None else clients):
-        raise ValueError("does not name each node once, with its number of examples")
-    if not NODE_RUN.fullmatch(str(runtime.get("run"))):
-        raise ValueError("does not name the run as its nodes know it")
-    return f"; the states of {len(names)} nodes are theirs"

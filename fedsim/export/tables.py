@@ -1,8 +1,7 @@
-"""Networks' costs and speeds as two tables, 80 columns wide, and as a JSON file."""
+"""Networks' costs and speeds as two tables, 80 columns wide, and as JSON."""
 
-import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from typing import Any
 
 import torch
 from rich import box
@@ -30,8 +29,8 @@ def tables(found: Sequence[Profile], device: torch.device, precision: Precision)
     yield times
 
 
-def save(path: Path, found: Sequence[Profile], device: torch.device, precision: Precision) -> None:
-    """A JSON file with all figures, and the seconds of every pass."""
+def document(found: Sequence[Profile], device: torch.device, precision: Precision) -> dict[str, Any]:
+    """All figures, and the seconds of every pass."""
     models = [
         {
             "model": profile.label,
@@ -46,7 +45,7 @@ def save(path: Path, found: Sequence[Profile], device: torch.device, precision: 
         for profile in found
     ]
     about = {"machine": machine(device), "torch": torch.__version__, "precision": precision}
-    path.write_text(json.dumps(about | {"models": models}, indent=1) + "\n")
+    return about | {"models": models}
 
 
 def _table(first: str, *others: str) -> Table:

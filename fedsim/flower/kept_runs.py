@@ -1,14 +1,20 @@
 """What a node keeps, for its owner: `fedsim node NODE.yaml --runs` and `--forget`, also while the node works."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
+from pydantic import ByteSize
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
 from fedsim.base.reading import parse_json
 from fedsim.errors import ConfigError, one_line
 from fedsim.flower import state_files
+from fedsim.report.runs import WIDTH
 
 PREFIX = re.compile(r"[0-9a-f]{1,32}")
 LEAST_SHOWN = 8  # characters of a run's id
@@ -42,6 +48,29 @@ def kept_runs(folder: Path) -> Iterator[KeptRun]:
             continue
         except OSError as error:
             raise _unreadable(folder, error) from None
+
+
+def kept_table(runs: Sequence[KeptRun], max_disk: int) -> Table:
+    """A row for each run, 80 columns wide."""
+    shown = Table(width=WIDTH, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, caption_justify="left")
+    used = size_text(sum(run.bytes for run in runs))
+    shown.caption = f"{used} of {size_text(max_disk)}, which allow.max_disk allows"
+    for name in ("run", "joined", "last message"):
+        shown.add_column(name, no_wrap=True)
+    shown.add_column("trains")
+    for name in ("round", "size", "ended"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    for run, short in zip(runs, short_ids([run.run for run in runs]), strict=True):
+        times = [_local(run.joined)[:10] if run.joined else "unknown", _local(run.last_message)]
+        trains = f"{run.strategy}, {run.model}" if run.strategy else "unknown"
+        rest = ["" if run.round is None else str(run.round), size_text(run.bytes), "yes" if run.finished else "no"]
+        shown.add_row(*map(Text, (short, *times, trains, *rest)))  # not as markup: servers choose the names
+    return shown
+
+
+def size_text(length: int) -> str:
+    """Such as 12.0MiB."""
+    return ByteSize(length).human_readable()
 
 
 def forget(folder: Path, prefix: str) -> KeptRun:
@@ -98,6 +127,11 @@ def _last(home: Path) -> float:
 
 def _time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+
+def _local(seconds: float) -> str:
+    """By this machine's clock and place."""
+    return f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M}"
 
 
 def _unreadable(folder: Path, error: OSError) -> ConfigError:

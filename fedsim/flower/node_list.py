@@ -1,47 +1,90 @@
 """The nodes that a SuperLink knows, for `fedsim nodes`; those that are online are asked for their names."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
+from datetime import datetime
 from time import monotonic, sleep
+from typing import NamedTuple
 
-from fedsim.errors import ConfigError, one_line
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from fedsim.errors import ConfigError, one_line, printable
 from fedsim.flower import wire
 from fedsim.flower.app import flower_app
 from fedsim.flower.internals import Link, LinkError, Listed, Superlink, listed
 from fedsim.flower.messages import Hello, Joined
 from fedsim.flower.roster import COMPARED
+from fedsim.report.runs import WIDTH
 
 ANSWER_TIME = 12.0  # seconds that nodes have to answer: Flower's SuperNodes take six, or more while they work
 POLL = 0.05  # seconds between two looks for answers
 
 
-def node_rows(superlink: Superlink, sizes: Mapping[str, int]) -> Iterator[tuple[str, ...]]:
-    """A row for each node: name, when last seen, number of examples, versions, node id; raises ConfigError.
+class Known(NamedTuple):
+    """What is known of a node."""
 
-    `sizes` has the numbers of examples that are known, by name.
-    """
+    name: str | None
+    state: str  # here: it has answered; silent: it is online, and works or is no fedsim node; offline; registered
+    last_seen: str | None  # ISO 8601; None where it never was
+    examples: int | None
+    versions: dict[str, str]
+    number: int  # Flower's
+
+
+def known_nodes(superlink: Superlink, sizes: Mapping[str, int]) -> Iterator[Known]:
+    """The nodes by name; `sizes` has the numbers of examples that are known. Raises ConfigError."""
     try:
         known = {node.node: node for node in listed(superlink)}
         answers = _asked(superlink)
     except LinkError as error:
         raise ConfigError(f"superlink {superlink.address}: {error}") from error
+    now = datetime.now().astimezone().isoformat(timespec="seconds")
     for number, node in sorted(known.items(), key=lambda pair: (_name(answers, pair[1]), pair[0])):
-        joined = answers.get(number)
-        name, versions = _name(answers, node), joined.versions if joined else {}
-        shown = ", ".join(f"{each} {one_line(versions.get(each, '?'))}" for each in COMPARED) if joined else ""
-        examples = f"{sizes[name]:,}" if sizes.get(name) else "unknown"
-        yield name or "unknown", _seen(node, joined), examples, shown, str(number)
+        joined, name = answers.get(number), _name(answers, node)
+        state = ("here" if joined else "silent") if node.status == "online" else node.status
+        seen = {"here": now, "registered": None}.get(state, node.online_until or node.since)
+        versions = {each: one_line(joined.versions.get(each, "?")) for each in COMPARED} if joined else {}
+        yield Known(name or None, state, seen, sizes.get(name) or None, versions, number)
+
+
+def nodes_table(nodes: Sequence[Known]) -> Table:
+    """A row for each node, 80 columns wide; where all have the same versions, these stand below."""
+    shown = [", ".join(f"{each} {version}" for each, version in node.versions.items()) for node in nodes]
+    found = {versions for versions in shown if versions}
+    table = Table(width=WIDTH, box=box.SIMPLE_HEAD, caption_justify="left")
+    table.add_column("node", ratio=1, overflow="fold")
+    table.add_column("last seen", no_wrap=True)
+    table.add_column("examples", justify="right", no_wrap=True)
+    if len(found) > 1:
+        table.add_column("versions", max_width=32, overflow="fold")
+    elif found:
+        table.caption = Text(f"all that answered: {printable(*found)}")
+    for node, versions in zip(nodes, shown, strict=True):
+        name = node.name or f"unnamed, Flower's {node.number}"
+        examples = "unknown" if node.examples is None else f"{node.examples:,}"
+        row = name, last_seen(node), examples, *([versions] if len(found) > 1 else [])
+        table.add_row(*(Text(printable(cell)) for cell in row))  # not as markup: nodes choose their names
+    return table
+
+
+def last_seen(node: Known) -> str:
+    """When a node was seen, in a few words and by this machine's clock."""
+    if node.state in ("here", "silent"):
+        return "now" if node.state == "here" else "now, no answer"
+    if node.last_seen is None:
+        return "never"
+    try:
+        time = datetime.fromisoformat(node.last_seen).astimezone()
+    except (ValueError, OverflowError):
+        return "unknown"
+    return f"{time:%H:%M:%S}" if time.date() == datetime.now().date() else f"{time:%Y-%m-%d %H:%M}"
 
 
 def _name(answers: Mapping[int, Joined], node: Listed) -> str:
     joined = answers.get(node.node)
     return one_line(joined.name) if joined else one_line(node.name)
-
-
-def _seen(node: Listed, joined: Joined | None) -> str:
-    if node.status == "online":
-        return "now" if joined else "working, or not a fedsim node"
-    return f"{node.status}, {node.online_until or node.since}"
 
 
 def _asked(superlink: Superlink) -> dict[int, Joined]:

@@ -1,22 +1,17 @@
 """The options of the commands `serve`, `node` and `nodes`, and what they do."""
 
-import json
 import logging
 import sys
-from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
-
-from pydantic import ByteSize
-from rich import box
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fedsim.base.reading import read_yaml
 from fedsim.errors import ConfigError
 from fedsim.flower import needs_flwr
 
-WIDTH = 80  # of a table
+if TYPE_CHECKING:
+    from fedsim.flower.kept_runs import KeptRun
+    from fedsim.flower.node_list import Known
 
 
 def on_nodes(
@@ -72,62 +67,32 @@ def work(path: Path, **given: Any) -> NoReturn:
         raise SystemExit(0) from None
 
 
-def kept(path: Path, as_json: bool) -> Table | str:
-    """The runs that a node keeps, as a table or as JSON; raises ConfigError. The node may be at work."""
-    from fedsim.flower.kept_runs import kept_runs, short_ids
+def kept(path: Path) -> tuple[list["KeptRun"], int]:
+    """The runs that a node keeps, and the bytes that they may take; raises ConfigError. The node may be at work."""
+    from fedsim.flower.kept_runs import kept_runs
     from fedsim.flower.node import NodeSettings
 
     settings = NodeSettings.read(path)
-    runs = [*kept_runs(settings.home)]
-    if as_json:
-        return json.dumps([run.shown() for run in runs], indent=2)
-    most = settings.allow.max_disk.human_readable()
-    caption = f"{_size(sum(run.bytes for run in runs))} of {most}, which allow.max_disk allows"
-    shown = Table(width=WIDTH, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    shown.caption, shown.caption_justify = caption, "left"
-    for name in ("run", "joined", "last message"):
-        shown.add_column(name, no_wrap=True)
-    shown.add_column("trains")
-    for name in ("round", "size", "ended"):
-        shown.add_column(name, justify="right", no_wrap=True)
-    for run, short in zip(runs, short_ids([run.run for run in runs]), strict=True):
-        times = [_time(run.joined)[:10] if run.joined else "unknown", _time(run.last_message)]
-        trains = f"{run.strategy}, {run.model}" if run.strategy else "unknown"
-        about = ["" if run.round is None else str(run.round), _size(run.bytes), "yes" if run.finished else "no"]
-        shown.add_row(*map(Text, (short, *times, trains, *about)))  # not as markup: servers choose the names
-    return shown
+    return [*kept_runs(settings.home)], settings.allow.max_disk
 
 
 def forgotten(path: Path, run: str) -> str:
     """Delete a run of a node, and say so; raises ConfigError. The node may be at work."""
-    from fedsim.flower.kept_runs import forget
+    from fedsim.flower.kept_runs import forget, size_text
     from fedsim.flower.node import NodeSettings
 
     gone = forget(NodeSettings.read(path).home, run)
-    return f"forgot {gone.run}: {_size(gone.bytes)}"
+    return f"forgot {gone.run}: {size_text(gone.bytes)}"
 
 
-def _size(length: int) -> str:
-    return ByteSize(length).human_readable()
-
-
-def _time(seconds: float) -> str:
-    """Of this machine's clock and place."""
-    return f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M}"
-
-
-def table(folder: Path | None, address: str, ca: Path | None, insecure: bool) -> Table:
+def shown_nodes(folder: Path | None, address: str, ca: Path | None, insecure: bool) -> list["Known"]:
     """The nodes that a SuperLink knows; with a run's folder, their numbers of examples. Raises ConfigError."""
     needs_flwr("fedsim nodes")
-    from fedsim.flower.node_list import node_rows
+    from fedsim.flower.node_list import known_nodes
     from fedsim.flower.run_connection import address_of
 
     sizes = {} if folder is None else known_sizes(folder)
-    shown = Table("node", "last seen", "examples", "versions")
-    shown.add_column("Flower's number", no_wrap=True)
-    for row in node_rows(address_of(address, ca, insecure, "--"), sizes):
-        shown.add_row(*map(Text, row))  # not as markup: nodes choose their names
-    return shown
+    return [*known_nodes(address_of(address, ca, insecure, "--"), sizes)]
 
 
 def known_sizes(folder: Path) -> dict[str, int]:

@@ -137,6 +137,31 @@ def compare(runs: Sequence[RunRecord], target: float | None = None) -> Table:
     return table
 
 
+def document(runs: Sequence[RunRecord], target: float | None = None) -> dict[str, Any]:
+    """What the table says, as JSON has it: bytes and accuracies as numbers, null where there are none."""
+    rows = list[dict[str, Any]]()
+    for label, run in zip(labels(runs), runs, strict=True):
+        numbers, accuracies = run.curve("test_accuracy")
+        reached = None if target is None else rounds_to(target, numbers, accuracies)
+        rows.append(
+            {
+                "run": label,
+                "folder": str(run.folder),
+                "finished": run.summary is not None,
+                "rounds": run.rounds[-1]["round"] if run.rounds else 0,
+                "planned": run.config.get("rounds"),
+                "best_test_accuracy": max(accuracies, default=None),
+                "test_accuracy": accuracies[-1] if accuracies else None,
+                "bytes": _bytes(run, inf),
+                "seconds": sum(row["seconds"] for row in run.rounds),
+                "rounds_to_target": reached,
+                "bytes_to_target": None if reached is None else _bytes(run, ceil(reached)),
+            }
+        )
+    differing = {key: [_at(run.config, key) for run in runs] for key in differences(runs)}
+    return {"target": target, "runs": rows, "differences": differing}
+
+
 def labels(runs: Sequence[RunRecord]) -> list[str]:
     """A name for each run: that of its folder, with as many parent folders as distinguish it from the others."""
     folders = [run.folder.parts for run in runs]
@@ -171,8 +196,13 @@ def _cells(form: str, best: Best, values: Sequence[float | None]) -> list[Text]:
 
 
 def _megabytes(run: RunRecord, until: float) -> float:
-    moved = (row["bytes_up"] + row["bytes_down"] for row in run.rounds if row["round"] <= until)
-    return float(sum(moved)) / 1e6
+    return float(_bytes(run, until)) / 1e6
+
+
+def _bytes(run: RunRecord, until: float) -> float:
+    """Up and down, in the rounds until that one."""
+    moved: Iterator[float] = (row["bytes_up"] + row["bytes_down"] for row in run.rounds if row["round"] <= until)
+    return sum(moved)
 
 
 def _progress(run: RunRecord) -> str:
@@ -202,6 +232,13 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _at(config: Any, key: str) -> Any:
+    """What stands at a dotted key; None where nothing does."""
+    for part in key.split("."):
+        config = config.get(part) if isinstance(config, Mapping) else None
+    return config
 
 
 def _mapping(path: Path, parsed: Callable[[bytes], Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from fedsim.sweep.points import Datasets, as_rows, as_tasks, has_ray, in_turn
 from fedsim.sweep.results import Results
 
 MAX_BATCH_POINTS = 64  # with a cohort each, more rows add to the memory and little to the speed
+Ended = tuple[int, Results | None]  # the exit status, and the results unless it was interrupted
 NO_RAY = f"Ray is not installed; {how_to_install('ray')}"
 
 
@@ -35,8 +36,8 @@ def sweep(
     target: float | None,
     jobs: int | None,
     console: Console,
-) -> int:
-    """Run a grid, or go on with it where `out` holds the same one; returns the exit status.
+) -> Ended:
+    """Run a grid, or go on with it where `out` holds the same one.
 
     Raises ConfigError before anything is written.
     """
@@ -46,12 +47,12 @@ def sweep(
     return _run(Sweep(out or new_folder(config.stem), read_yaml(config), grid, target), jobs, console)
 
 
-def resume(folder: Path, console: Console) -> int:
-    """Go on with the sweep in a folder; returns the exit status. Raises ConfigError."""
+def resume(folder: Path, console: Console) -> Ended:
+    """Go on with the sweep in a folder; raises ConfigError."""
     return _run(Sweep.read(folder), None, console)
 
 
-def _run(what: Sweep, jobs: int | None, console: Console) -> int:
+def _run(what: Sweep, jobs: int | None, console: Console) -> Ended:
     if jobs and jobs > 1 and not has_ray():
         raise ConfigError(f"--jobs: {jobs} points at a time are Ray tasks; {NO_RAY}")
     datasets = Datasets()
@@ -69,7 +70,7 @@ def _run(what: Sweep, jobs: int | None, console: Console) -> int:
             finished = sum(point.finished for point in points)
             line = f"interrupted with {finished} of {len(points)} points done; fedsim resume {what.folder} goes on"
             print(f"fedsim: {printable(line)}", file=sys.stderr)
-            return 130
+            return 130, None
         results = Results.of(what, display.failures)
         results.save()
         drawn = _save_picture(results)
@@ -80,7 +81,7 @@ def _run(what: Sweep, jobs: int | None, console: Console) -> int:
     if drawn:
         console.out(f"picture: {what.folder / 'sweep.png'}")
     console.out(f"results: {what.folder}")
-    return 1 if len(display.failures) == len(points) else 0
+    return 1 if len(display.failures) == len(points) else 0, results
 
 
 def _save_picture(results: Results) -> bool:

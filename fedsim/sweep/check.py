@@ -6,7 +6,9 @@ from pathlib import Path
 
 from fedsim.base.files import is_locked
 from fedsim.errors import one_line
-from fedsim.experiment.check import Checked, Part, Progress, RunState, check_regular, check_run
+from fedsim.experiment.check import Progress, check_run
+from fedsim.experiment.check_files import check_regular
+from fedsim.experiment.checked import Checked, Part, RunState
 from fedsim.sweep.folder import FILE, Sweep
 
 RESULTS = ("sweep.json", "results.csv")  # written when all points have run

@@ -124,7 +124,7 @@ class Results:
 
     def save(self) -> None:
         """Write sweep.json and results.csv into the sweep's folder."""
-        content = json.dumps(self._json(), indent=1, default=str).encode() + b"\n"
+        content = json.dumps(self.document(), indent=1, default=str).encode() + b"\n"
         write(self.sweep.folder / "sweep.json", content)
         write(self.sweep.folder / "results.csv", self._csv().encode())
 
@@ -174,7 +174,8 @@ class Results:
             )
         return table
 
-    def _json(self) -> dict[str, Any]:
+    def document(self) -> dict[str, Any]:
+        """What sweep.json holds."""
         means = [
             setting.point
             | {"seeds": len(setting.finished)}

@@ -1,0 +1,297 @@
+"""`fedsim check`: a folder that a run left is whole, and with anything changed in it, it is not."""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_run import CONFIG, contents, write
+
+import fedsim
+from fedsim import ConfigError, Hook
+from fedsim.base.files import locked
+from fedsim.experiment.check import check_run
+
+ALL = CONFIG | {"ema": 0.9, "hooks": ["tensorboard", "curves"]}
+MEASURED = ("seconds", "peak_memory_bytes")  # of summary.json, which nothing else says
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """The folder of a finished run; nobody changes it."""
+    folder = tmp_path_factory.mktemp("done") / "run"
+    fedsim.run(ALL, out=folder)
+    return folder
+
+
+@pytest.fixture
+def run(done, tmp_path):
+    """A copy that a test may change."""
+    return Path(shutil.copytree(done, tmp_path / "run"))
+
+
+def faults(folder):
+    return {part.name: part.about for part in check_run(folder).faults}
+
+
+def test_a_finished_run_is_whole_and_stays_as_it_is(fedsim_, run):
+    before = contents(run), [(path, path.stat().st_mtime_ns) for path in sorted(run.rglob("*"))]
+    shown = fedsim_("check", run)
+    assert (shown.status, shown.err) == (0, "")
+    assert shown.out.endswith("\nwhole: 4 rounds, finished; can be resumed after round 4\n")
+    assert max(map(len, shown.out.splitlines())) <= 80
+    assert before == (contents(run), [(path, path.stat().st_mtime_ns) for path in sorted(run.rglob("*"))])
+    found = json.loads(fedsim_("check", run, "--json").out)
+    assert (found["whole"], found["state"], found["rounds"], found["resumable"]) == (True, "finished", 4, [4, 3])
+    assert {part["state"] for part in found["parts"]} == {"whole"}
+
+
+def meaning(name, content):
+    """What is told of a file: other bytes may say the same, and what is measured cannot be checked."""
+    if content is None or not name.endswith((".json", ".yaml", ".jsonl")):
+        return content
+    try:
+        values = yaml.safe_load(content) if name == "config.yaml" else json.loads(content)
+    except ValueError:
+        return content
+    if name == "summary.json" and isinstance(values, dict):
+        return {key: isinstance(value, float | int) if key in MEASURED else value for key, value in values.items()}
+    return values
+
+
+@settings(max_examples=30)
+@given(st.data())
+def test_a_byte_that_changes_is_noticed_in_every_file(done, tmp_path_factory, data):
+    """A flipped bit, a lost byte, a file that is cut, a file that is gone."""
+    files = [path for path in sorted(done.rglob("*")) if path.is_file() and path.name != ".lock"]
+    path = data.draw(st.sampled_from(files), "file")
+    content, name = path.read_bytes(), path.name
+    at, bit = data.draw(st.integers(0, len(content) - 1), "at"), data.draw(st.integers(0, 7), "bit")
+    flipped = content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :]
+    other = data.draw(st.sampled_from([flipped, content[:at] + content[at + 1 :], content[:at], None]), "other")
+    folder = Path(shutil.copytree(done, tmp_path_factory.mktemp("damaged") / "run"))
+    changed = folder / path.relative_to(done)
+    changed.unlink()
+    if other is not None:
+        changed.write_bytes(other)
+    if (name, other) == ("config.yaml", None):
+        with pytest.raises(ConfigError, match=r"it has no config\.yaml"):
+            check_run(folder)
+    else:
+        assert faults(folder) or meaning(name, other) == meaning(name, content)
+    shutil.rmtree(folder)
+
+
+# How it ended
+
+
+class Stop(Hook):
+    """Ctrl-C in the middle of the second round's end."""
+
+    def after_round(self, run, record):
+        if record["round"] == 2:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def interrupted(tmp_path):
+    return fedsim.run(ALL, out=tmp_path / "run", hooks=[Stop()]).folder
+
+
+def test_a_run_that_was_interrupted_is_whole(fedsim_, interrupted):
+    shown = fedsim_("check", interrupted)
+    assert shown.status == 0
+    assert shown.out.endswith("whole: 2 of 4 rounds, interrupted; can be resumed after round 2\n")
+    fedsim.resume(interrupted)
+    assert check_run(interrupted).verdict == "whole: 4 rounds, finished; can be resumed after round 4"
+
+
+def test_a_run_that_was_killed_is_whole_where_it_can_be_resumed(interrupted):
+    """As in its third round, with half a line written; what an earlier process left is of no harm."""
+    with (interrupted / "rounds.jsonl").open("a") as log:
+        log.write('{"round": 3, "coh')
+    (interrupted / "checkpoints" / "server-000003.safetensors").write_bytes(b"of no checkpoint")
+    for model in (True, False):
+        if not model:
+            (interrupted / "model.safetensors").unlink()
+        found = check_run(interrupted)
+        assert found.verdict == "whole: 2 of 4 rounds, killed; can be resumed after round 2"
+        assert [part.name for part in found.parts if part.state == "left over"] == [
+            "checkpoints/server-000003.safetensors"
+        ]
+
+
+def test_a_run_that_goes_on_is_said_to_and_not_disturbed(interrupted):
+    lock = locked(interrupted)
+    assert check_run(interrupted).verdict == "whole: 2 of 4 rounds, running"
+    lock.release()
+    assert check_run(interrupted).state == "interrupted"
+    locked(interrupted).release()  # nobody holds it
+
+
+def test_of_a_broken_checkpoint_the_one_before_is_named(fedsim_, run):
+    (run / "checkpoints" / "server-000004.safetensors").write_bytes(b"")
+    assert faults(run) == {"checkpoints/000004.json": "server-000004.safetensors has changed since it was written"}
+    shown = fedsim_("check", run)
+    assert (shown.status, shown.err) == (1, "")
+    assert shown.out.splitlines()[-1].startswith("broken: checkpoints/000004.json is broken")
+    assert shown.out.endswith("; can be resumed after round 3\n")
+
+
+# Folders of strangers
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.yaml", "rounds.jsonl", "summary.json", "model.safetensors", "checkpoints/000004.json", "tensorboard"],
+)
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_what_is_no_file_is_neither_followed_nor_waited_for(run, name, kind):
+    path = run / name
+    path.rename(kept := run.parent / "kept")
+    if kind == "link":
+        path.symlink_to(kept)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    assert {part for part in faults(run) if part.rstrip("/") == name}
+
+
+def test_a_round_that_cannot_be_is_named_by_its_line(run):
+    lines = (run / "rounds.jsonl").read_text().splitlines()
+    wrong = [("round", 7), ("cohort", [1, 1]), ("cohort", [9]), ("clock", -1.0), ("fingerprint", "x")]
+    for key, value in [*wrong, ("test_accuracy", None)]:
+        third = json.dumps(json.loads(lines[2]) | {key: value})
+        (run / "rounds.jsonl").write_text("\n".join([*lines[:2], third, lines[3], ""]))
+        assert faults(run)["rounds.jsonl"].startswith("line 3: ")
+
+
+def craft(run, change):
+    """Have the last checkpoint say something else, and be believed."""
+    path = run / "checkpoints" / "000004.json"
+    change(values := json.loads(path.read_text())["checkpoint"])
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    path.write_text(json.dumps({"sha256": digest, "checkpoint": values}))
+
+
+def test_a_checkpoint_of_other_settings_is_none_to_resume(run):
+    craft(run, lambda values: values["config"]["local"].update(lr=0.5))
+    assert "local.lr" in faults(run)["config.yaml"]
+    assert check_run(run).resumable == [3]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "said"), [("abcde", ""), ("aacde", "each node once"), ("abc", "each node once"), (None, "its nodes")]
+)
+def test_a_run_on_nodes_names_each_of_them(run, nodes, said):
+    names = nodes and [*nodes]
+    about = {"name": "flower", "run": "0" * 32, "nodes": names, "sizes": [1] * len(nodes or "")}
+    craft(run, lambda values: values.update(runtime=about))
+    (part,) = (part for part in check_run(run).parts if part.name == "checkpoints/000004.json")
+    assert (part.state, said in part.about) == ("broken" if said else "whole", True)
+    assert said or part.about.endswith("; the states of 5 nodes are theirs")
+
+
+def test_a_file_that_many_checkpoints_name_is_hashed_once(run):
+    craft(run, lambda values: values.update(clients=values["clients"] * 10_000))
+    seen = []
+    check_run(run, lambda done, total: seen.append((done, total)))
+    assert len(seen) <= len([*run.glob("checkpoints/*.safetensors")])
+    assert seen[-1][0] == seen[-1][1]
+
+
+# Code of strangers
+
+MARK = "with open({!r}, 'a') as marker: marker.write({!r})\n"
+MINE = "from fedsim.strategies.fedavg import FedAvg\nclass Mine(FedAvg): pass\n"
+NAMES = {  # a place in a config for each catalogue, and what else an entry there needs
+    "data": {"name": "NAME", "clients": 4},
+    "data.partition": "NAME",
+    "model": "NAME",
+    "strategy": {"name": "personal", "layers": ["fc*"], "inner": {"name": "NAME"}},
+    "cohort": "NAME",
+    "local.schedule": "NAME",
+    "local.loss": {"name": "NAME", "any": 3},
+    "local.augment": [{"name": "flip"}, "NAME"],
+    "local.distillation": {"teacher": "t.safetensors", "model": "NAME"},
+    "runtime": "NAME",
+    "hooks": ["NAME"],
+}
+
+
+@pytest.fixture
+def marker(tmp_path, monkeypatch):
+    """Is there once the code of mine/code.py has run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mine").mkdir()
+    marker = str(tmp_path / "marker")
+    (tmp_path / "mine" / "__init__.py").write_text(MARK.format(marker, "p"))
+    (tmp_path / "mine" / "code.py").write_text(MARK.format(marker, "x") + MINE)
+    write(tmp_path, rounds=1)
+    return tmp_path / "marker"
+
+
+@pytest.mark.parametrize("key", NAMES)
+def test_no_code_of_a_config_is_imported_wherever_it_is_named(fedsim_, marker, key):
+    commands = [["serve"], ["partition"], ["bench"], ["app", "--out=app"], ["sweep", "seed=0,1"], ["run"]]
+    for name in ("mine.code:Mine", "fedsim.strategies.fedavg:FedAvg", "os:getcwd"):
+        value = json.dumps(NAMES[key]).replace("NAME", name)
+        for command, *more in commands:
+            refused = fedsim_(command, "c.yaml", "--no-code", *more, f"{key}={value}")
+            assert (refused.status, refused.out, refused.err.count("\n")) == (2, "", 1), refused
+            assert f"{name} is code that does not come with fedsim, and --no-code refuses it" in refused.err
+        assert fedsim_("sweep", "c.yaml", "--no-code", f"{key}=[{value}],{value}").status == 2
+        commands = commands[-1:]
+    assert not marker.exists()
+
+
+def test_code_of_a_config_is_announced_before_it_is_imported(fedsim_, marker, tmp_path):
+    run = fedsim_("run", "c.yaml", "strategy=mine.code:Mine", "model={name: 2nn}", "--out=run")
+    told = (
+        f"fedsim: strategy.name: imports mine.code, which is not fedsim's: "
+        f"{tmp_path}/mine/__init__.py, {tmp_path}/mine/code.py\n"
+    )
+    assert (run.status, run.err) == (0, told)
+    assert marker.read_text() == "px"
+    found = check_run(tmp_path / "run")
+    assert found.parts[0].about == "names mine.code:Mine, which was not imported"
+    assert not found.faults
+    del sys.modules["mine.code"], sys.modules["mine"]
+    for command in (["resume", "run"], ["export", "run"], ["profile", "--runs", "run"]):
+        refused = fedsim_(*command, "--no-code")
+        assert (refused.status, refused.err.count("\n")) == (2, 1)
+        assert "mine.code" not in sys.modules
+    assert fedsim_("resume", "run").err == told
+    assert marker.read_text() == "pxpx"
+    assert fedsim.run(yaml.safe_load(Path("c.yaml").read_text()), {"strategy": "mine.code:Mine"}).rounds
+
+
+def test_a_program_s_own_code_is_its_own(marker, capsys):
+    fedsim.run(CONFIG | {"strategy": "mine.code:Mine", "rounds": 1})
+    assert capsys.readouterr().err == ""
+
+
+# Sweeps
+
+
+def test_a_sweep_is_whole_with_all_its_runs(fedsim_, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, rounds=1)
+    done = fedsim_("sweep", "c.yaml", "seed=0,1", "--out=s", "--jobs=1", "--json")
+    assert done.status == 0
+    assert [point["point"] for point in json.loads(done.out)["points"]] == ["seed=0", "seed=1"]
+    shown = fedsim_("check", "s")
+    assert (shown.status, shown.out.splitlines()[-1]) == (0, "whole: 5 parts, finished")
+    again = fedsim_("resume", "s", "--json")
+    assert json.loads(again.out) == json.loads(done.out)
+    (tmp_path / "s" / "seed=1" / "rounds.jsonl").write_text("")
+    shown = fedsim_("check", "s")
+    assert (shown.status, shown.out.splitlines()[-1]) == (1, "broken: seed=1 is broken")
