@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any, Self, get_args
@@ -23,6 +24,7 @@ from fedsim.data.federated import Shard
 from fedsim.errors import ConfigError, RoundError, located, one_line
 from fedsim.experiment.checkpoint import versions
 from fedsim.experiment.config import overridden
+from fedsim.federated.aggregate import largest
 from fedsim.federated.client import (
     EvaluateClient,
     Train,
@@ -43,6 +45,7 @@ from fedsim.types import Form, Job, Positive, State, described, form_of
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MAX_ROUNDS = 10**9 - 1
+MAX_CHECKPOINTS = 100_000  # that a run may go back to
 
 
 def _name(name: str) -> str:
@@ -248,6 +251,7 @@ class Node:
             ("client", order.client, 0, 2**31),
             ("version", order.version, 0, order.round + evaluates),
             ("batch_size", order.batch_size, 1, most),
+            ("number of checkpoints", len(order.checkpoints), 0, MAX_CHECKPOINTS),
         ):
             if not low <= value <= high:
                 raise ValueError(f"order.{name}: {str(value)[:20]} should be from {low} to {high}")
@@ -258,6 +262,9 @@ class Node:
         self.settings.allow.check_bytes(order.server)
         if (found := form_of(order.server)) != role.sent:
             raise ValueError(f"order.server: is {described(found)}, and should be {described(role.sent)}")
+        for name, tensor in order.server.items():
+            if tensor.is_floating_point() and not isfinite(largest(tensor)):
+                raise ValueError(f"order.server: {name} has values that are not finite")
         role.client = order.client
 
     def _stored_state(self, order: Order, role: Role) -> StoredState:
