@@ -364,6 +364,13 @@ def test_invitations(world, changes, why):
     refuses(world, changed(content, run), why)
 
 
+def test_a_node_that_was_restarted_is_the_client_that_it_was(world):
+    world.node.role = None
+    assert "belongs to client 0" in world.reason(world.order_of(client=1))
+    answer = wire.read(Answer, respond(world.node, wire.record(world.order)))
+    assert answer._replace(seconds=0.0) == world.honest
+
+
 def test_what_is_asked_a_hundred_times_is_done_once(world, monkeypatch):
     before, runs = world.answer(), []
     monkeypatch.setattr(world.node.role.worker, "run", lambda *work: runs.append(work))

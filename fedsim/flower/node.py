@@ -19,7 +19,7 @@ from pydantic import AfterValidator
 from fedsim.base.catalogue import Options, Spec, options_of, validated
 from fedsim.base.devices import devices, one_thread
 from fedsim.base.reading import read_yaml
-from fedsim.data import DATASETS, Dataset, FederatedData
+from fedsim.data import AUGMENTATIONS, DATASETS, Dataset, FederatedData
 from fedsim.data.federated import Shard
 from fedsim.errors import ConfigError, RoundError, located, one_line
 from fedsim.experiment.checkpoint import versions
@@ -182,6 +182,7 @@ class Node:
         role.done = None
         self.state_files.touch(order.run)
         kept = self._stored_state(order, role)
+        role.client = order.client
         training = order.task == "train"
         evaluate = EvaluateClient(role.parts.strategy, order.batch_size, order.train_mode, seed=role.train.seed)
         work = role.train if training else evaluate
@@ -224,7 +225,7 @@ class Node:
         data = self.shard(plan.examples)
         allow.check_numbers(plan, initial)
         parts = parts_of(plan, initial, data.trial_examples())
-        data.check_augment(plan.local["augment"])
+        data.check_augment([AUGMENTATIONS.resolve(spec) for spec in plan.local["augment"]])
         check_precision(parts.recipe.precision, self.device)
         task, strategy, recipe = parts
         clients_to_leave_out(task, data, recipe)
@@ -265,7 +266,6 @@ class Node:
         for name, tensor in order.server.items():
             if tensor.is_floating_point() and not isfinite(largest(tensor)):
                 raise ValueError(f"order.server: {name} has values that are not finite")
-        role.client = order.client
 
     def _stored_state(self, order: Order, role: Role) -> StoredState:
         """The stored state that the order names; raises ValueError if the node does not have it unchanged."""
