@@ -122,7 +122,7 @@ def test_a_node_knows_how_its_numbers_were_made(tmp_path, answer, monkeypatch):
     data = arrays(tmp_path / "a.npz")
     larger = arrays(tmp_path / "b.npz", side=12)
     said = answer(larger, data, crop=6).error
-    assert said == "data: before the crop, examples have shape [1, 12, 12], and the federation's have [1, 8, 8]"
+    assert said == "data: before the crop, examples have shape [1, 12, 12], and the federation's [1, 8, 8]"
     (tmp_path / "own_scans.py").write_text(
         "import torch\nfrom fedsim.data import Dataset\ndef scans(*, window: str):\n"
         "    x, y = torch.rand(9, 5), torch.arange(9) % 3\n    return Dataset(x, y, x, y, 3, preparation=window)\n"
@@ -130,7 +130,7 @@ def test_a_node_knows_how_its_numbers_were_made(tmp_path, answer, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     scans = {"name": "own_scans:scans"}
     said = answer(scans | {"window": "HU -1000 to 400"}, scans | {"window": "HU 0 to 80"}).error
-    assert said == "data: the preparation of files is HU -1000 to 400, and the federation's have HU 0 to 80"
+    assert said == "data: files become numbers by HU -1000 to 400, and the federation's HU 0 to 80"
     assert answer(scans | {"window": ""}, scans | {"window": "HU 0 to 80"}).error is None
 
 

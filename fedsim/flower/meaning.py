@@ -20,14 +20,17 @@ def check_meaning(own: FederatedData, form: Examples, given: Mapping[str, Any]) 
     """
     set_by_owner = {name for name, value in given.items() if value is not None}
     _check_classes(own, form, "classes" in set_by_owner)
-    for what, here, there in (
+    compared: list[tuple[str, Any, Any]] = [
         ("examples have shape", [*own.shape], [*form.shape]),
         ("examples have dtype", own.form["dtype"], form.dtype),
-        ("before the crop, examples have shape", [*own.whole_shape], [*form.whole_shape]),
-        ("the preparation of files is", own.preparation, form.preparation),
-    ):
-        if here and there and here != there:
-            raise ConfigError(f"data: {what} {here}, and the federation's have {there}")
+    ]
+    if form.whole_shape:
+        compared.append(("before the crop, examples have shape", [*own.whole_shape], [*form.whole_shape]))
+    if own.preparation and form.preparation:
+        compared.append(("files become numbers by", own.preparation, form.preparation))
+    for what, here, there in compared:
+        if here != there:
+            raise ConfigError(f"data: {what} {here}, and the federation's {there}")
     if set_by_owner & {"mean", "std"}:
         _check_normalisation(own, form)
 

@@ -6,6 +6,7 @@ It computes with the very same functions as a simulation's workers. Nothing here
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any, Self, get_args
@@ -18,11 +19,12 @@ from fedsim.base.catalogue import Options, Spec, options_of, validated
 from fedsim.base.devices import devices, one_thread
 from fedsim.base.files import expanded
 from fedsim.base.reading import read_yaml
-from fedsim.data import DATASETS, Dataset, FederatedData
+from fedsim.data import AUGMENTATIONS, DATASETS, Dataset, FederatedData
 from fedsim.data.federated import Shard
 from fedsim.errors import ConfigError, RoundError, located, one_line
 from fedsim.experiment.checkpoint import versions
 from fedsim.experiment.config import overridden
+from fedsim.federated.aggregate import largest
 from fedsim.federated.client import (
     EvaluateClient,
     Train,
@@ -42,6 +44,7 @@ from fedsim.training.small_batches import clients_to_leave_out
 from fedsim.types import Form, Job, Positive, State, described, form_of
 
 MAX_ROUNDS = 10**9 - 1
+MAX_CHECKPOINTS = 100_000  # that a run may go back to
 
 
 def _name(name: str) -> str:
@@ -207,6 +210,7 @@ class Node:
         role.done = None
         self.state_files.touch(order.run)
         kept = self._stored_state(order, role)
+        role.client = order.client
         training = order.task == "train"
         stores = training and (role.initial_client or order.transport in ROUNDED)
         if stores:
@@ -253,7 +257,7 @@ class Node:
         data = self.shard(plan.examples)
         allow.check_numbers(plan, initial)
         parts = parts_of(plan, initial, data.trial_examples())
-        data.check_augment(plan.local["augment"])
+        data.check_augment([AUGMENTATIONS.resolve(spec) for spec in plan.local["augment"]])
         check_precision(parts.recipe.precision, self.device)
         task, strategy, recipe = parts
         clients_to_leave_out(task, data, recipe)
@@ -280,6 +284,7 @@ class Node:
             ("client", order.client, 0, 2**31),
             ("version", order.version, 0, order.round + evaluates),
             ("batch_size", order.batch_size, 1, most),
+            ("number of checkpoints", len(order.checkpoints), 0, MAX_CHECKPOINTS),
         ):
             if not low <= value <= high:
                 raise ValueError(f"order.{name}: {str(value)[:20]} should be from {low} to {high}")
@@ -290,7 +295,9 @@ class Node:
         self.settings.allow.check_bytes(order.server)
         if (found := form_of(order.server)) != role.sent:
             raise ValueError(f"order.server: is {described(found)}, and should be {described(role.sent)}")
-        role.client = order.client
+        for name, tensor in order.server.items():
+            if tensor.is_floating_point() and not isfinite(largest(tensor)):
+                raise ValueError(f"order.server: {name} has values that are not finite")
 
     def _stored_state(self, order: Order, role: Role) -> StoredState:
         """The stored state that the order names; raises ValueError if the node does not have it unchanged."""

@@ -68,7 +68,7 @@ def work(path: Path, **given: Any) -> NoReturn:
 
 
 def kept(path: Path) -> tuple[list["KeptRun"], int]:
-    """The runs that a node keeps, and the bytes that they may take; raises ConfigError. The node may be at work."""
+    """The runs that a node keeps, and the bytes that they may take; raises ConfigError. It may be at work."""
     from fedsim.flower.kept_runs import kept_runs
     from fedsim.flower.node import NodeSettings
 

@@ -39,16 +39,35 @@ FILES = (
     "pretrained",
     "new_head",
 )  # options of a model that are left out of a plan: the initial weights are sent
-MAX_NAME_LENGTH = 200  # characters of a class's name in a plan, and
+MAX_LENGTH = 1000  # characters of a text in a plan, and entries of a list or mapping, except a list of numbers
+MAX_NAME_LENGTH = 200  # characters of a class's name, and
 MAX_NAMES_LENGTH = 2**16  # of all names together
 SENT = "sent"  # replaces the file of a teacher, whose weights are sent
 
 
-def _class_names(names: tuple[str, ...] | str) -> tuple[str, ...] | str:
-    for name in names if isinstance(names, tuple) else ():
-        if len(name) > MAX_NAME_LENGTH or not name.isprintable():
-            raise ValueError(f"{one_line(repr(name[:40]))} should be up to {MAX_NAME_LENGTH} printable characters")
-    return names
+def _words(text: str) -> str:
+    if len(text) > MAX_NAME_LENGTH or not text.isprintable():
+        raise ValueError(f"{one_line(repr(text[:40]))} should be up to {MAX_NAME_LENGTH} printable characters")
+    return text
+
+
+def _moderate(spec: Spec) -> Spec:
+    """Refuses what is long, except lists of numbers: each pattern of names and each augmentation costs time."""
+    values: list[Any] = [spec]
+    while values:
+        value = values.pop()
+        if isinstance(value, list) and all(isinstance(each, int | float) for each in value):
+            continue
+        if isinstance(value, str | list | dict) and len(value) > MAX_LENGTH:
+            what = "characters" if isinstance(value, str) else "entries"
+            raise ValueError(f"has {len(value):,} {what} in one place; allowed: {MAX_LENGTH:,}")
+        if isinstance(value, list | dict):
+            values += [*value, *value.values()] if isinstance(value, dict) else value
+    return spec
+
+
+Words = Annotated[str, AfterValidator(_words)]
+Moderate = Annotated[Spec, AfterValidator(_moderate)]
 
 
 class Examples(Options):
@@ -63,9 +82,9 @@ class Examples(Options):
     scale: tuple[float, ...] = ()
     shift: tuple[float, ...] = ()
     crop: Count | None = None
-    class_names: Annotated[tuple[str, ...] | str, AfterValidator(_class_names)] = ()  # or `names_digest` of them
+    class_names: tuple[Words, ...] | Words = ()  # or `names_digest` of them
     whole_shape: tuple[Count, ...] = ()  # before the crop
-    preparation: str = ""  # how files became numbers
+    preparation: Words = ""  # how files became numbers
     largest: NonNegative | None = None  # magnitude in some examples, before they are normalised
 
 
@@ -74,9 +93,9 @@ class Plan(Options):
 
     format: Literal[1] = 1
     seed: Seed
-    model: Spec
-    strategy: Spec
-    local: Spec
+    model: Moderate
+    strategy: Moderate
+    local: Moderate
     time_limit: Positive | None = None  # seconds that a client may take
     examples: Examples
     own: dict[str, str] = {}  # SHA-256 of the files of modules that are not fedsim's
@@ -310,12 +329,12 @@ class Allow(Options):
             ):  # a listed model of the owner's, which may compute with its weights when it is built
                 return
             raise ConfigError(f"{at}: cannot be built here: {located(error)}") from error
-        if (size := sum(value.numel() for value in network.parameters())) > sent:
-            raise ConfigError(f"{at}: has {size:,} parameters, and only {sent:,} numbers were sent with the plan")
         tensors: Iterator[Tensor] = chain(network.parameters(), network.buffers())
         if (size := sum(tensor.numel() for tensor in tensors)) > self.max_parameters:
             most = f"allowed on this node: up to {self.max_parameters:,}"
             raise ConfigError(f"{at}: has {size:,} parameters; {most}")
+        if (size := sum(value.numel() for value in network.parameters())) > sent:
+            raise ConfigError(f"{at}: has {size:,} parameters, and only {sent:,} numbers were sent with the plan")
 
 
 def _named(plan: Plan) -> Iterator[tuple[str, Any, Catalogue]]:
