@@ -64,6 +64,7 @@ time.sleep(100)
 """,
     "flwr": '#!/bin/bash\necho "$$ flwr $*" >>"$CALLS"\n[[ -z $REFUSED ]] || { echo refused; exit 1; }\n',
     "ssh": r"""#!/bin/bash
+[[ " $* " != *" -N "* ]] || { echo "$$ ssh $*" >>"$CALLS"; exec sleep 100; }
 while [[ $1 == -* ]]; do shift 2; done
 [[ -d $HOMES/$1 ]] || { echo "no such host" >&2; exit 255; }
 export HOME=$HOMES/$1
@@ -249,17 +250,25 @@ def test_a_key_that_is_refused(faked, monkeypatch):
     assert not calls("fedsim node")
 
 
-def test_machines_over_ssh(faked, monkeypatch):
-    """Three hosts, each with a home of its own."""
+@pytest.mark.parametrize("bind", [{}, {"BIND": "127.0.0.1", "ADDRESS": "127.0.0.1"}], ids=["tunnels", "bound"])
+def test_machines_over_ssh(faked, monkeypatch, bind):
+    """Three hosts, each with a home of its own. No port is open to others unless someone says so."""
     script = LAUNCH / "flower_ssh.sh"
     monkeypatch.setenv("STATE", str(faked / "state"))
-    monkeypatch.setenv("ADDRESS", "127.0.0.1")
-    monkeypatch.setenv("BIND", "127.0.0.1")
+    for name, value in bind.items():
+        monkeypatch.setenv(name, value)
+    warning = f"flower_ssh: whoever reaches 127.0.0.1:{os.environ['PORT']} can drive these nodes" if bind else ""
     assert "flower_ssh: four: has no fedsim-node.yaml" in call(script, "start", "one", "four", status=1)
     assert "no federation of port" in call(script, "stop", status=1)  # nothing was started
     try:
         said = call(script, "start", "one", "two", "three")
-        assert said == "nodes node-of-two node-of-three: flower_ssh.sh serve CONFIG\n"
+        assert said.startswith("nodes node-of-two node-of-three: flower_ssh.sh serve CONFIG\n")
+        assert warning in said
+        assert "--host 127.0.0.1 " in calls("flower-superlink")[0][1]
+        port = os.environ["PORT"]
+        forward = f"127.0.0.1:{port}:127.0.0.1:{port}"
+        tunnels = [] if bind else [f"-L {forward} one", f"-R {forward} two", f"-R {forward} three"]
+        assert [line.partition("=15 ")[2] for _, line in calls("ssh ")] == tunnels
         assert "is running already" in call(script, "start", "one", "two", status=1)
         there = f".cache/fedsim/flower-{os.environ['PORT']}"
         held = {
@@ -285,6 +294,9 @@ def test_machines_over_ssh(faked, monkeypatch):
     finally:
         call(script, "stop")
     assert "no federation of port" in call(script, "stop", status=1)
+    monkeypatch.setenv("ADDRESS", "10.0.0.1")
+    monkeypatch.delenv("BIND", raising=False)
+    assert "ADDRESS: needs BIND" in call(script, "start", "one", "two", status=2)
 
 
 def test_a_slurm_job(faked, monkeypatch):
@@ -527,6 +539,7 @@ def test_one_laptop_interrupted_and_resumed(real, monkeypatch):
 def test_machines_over_ssh_for_real(real, monkeypatch):
     script = LAUNCH / "flower_ssh.sh"
     monkeypatch.setenv("STATE", str(real / "state"))
+    monkeypatch.setenv("BIND", "127.0.0.1")
     monkeypatch.setenv("ADDRESS", "127.0.0.1")
     call("fedsim", "partition", "c.yaml", "data.clients=2", "--shards", "shards")
     for k, host in enumerate(("two", "three")):
