@@ -414,6 +414,22 @@ def test_flower_has_the_options_that_are_used():
         assert "--disable-runtime-dependency-installation" in line
 
 
+def test_idle_connections_end_before_the_superlink_ends_them():
+    """Else a call may go out on one that is being closed."""
+    pytest.importorskip("flwr")
+    import uvicorn
+    from flwr.superlink.cli import flower_superlink
+
+    from fedsim.flower.internals.connection import KEEP_ALIVE
+
+    theirs = uvicorn.Config(None).timeout_keep_alive
+    assert "timeout_keep_alive" not in Path(flower_superlink.__file__).read_text()  # it keeps uvicorn's
+    gate = (LAUNCH / "flower" / "gate.conf").read_text()
+    ours = re.search(r"upstream superlink \{[^}]*\bkeepalive_timeout (\d+)s;[^}]*\}", gate)
+    assert int(ours[1]) < theirs
+    assert theirs > KEEP_ALIVE
+
+
 def test_fedsim_has_the_options_that_are_used():
     commands = {
         name: {option for parameter in command.params for option in parameter.opts}
@@ -555,6 +571,26 @@ def test_machines_over_ssh_for_real(real, monkeypatch):
         call(script, "stop")
     call("fedsim", "run", "c.yaml", "rounds=2", "data.clients=2", "--out=one", "runtime=serial")
     assert fingerprint(real / "many") == fingerprint(real / "one")
+
+
+@pytest.mark.slow
+def test_one_laptop_behind_a_proxy_and_a_signal_to_its_whole_group(real, monkeypatch):
+    """As timeout(1) sends it. The proxy is not there, and nobody asks for it."""
+    monkeypatch.setenv("OUT", "many")
+    monkeypatch.setenv("N", "2")
+    for variable in ("http_proxy", "https_proxy", "HTTPS_PROXY", "all_proxy"):
+        monkeypatch.setenv(variable, "socks5h://127.0.0.1:9" if variable == "all_proxy" else "http://127.0.0.1:9")
+    rounds = real / "many" / "rounds.jsonl"
+    command = [LAUNCH / "flower_local.sh", "c.yaml", "rounds=100000"]
+    with subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True) as script:
+        while script.poll() is None and not (rounds.exists() and len(rounds.read_text().splitlines()) >= 2):
+            time.sleep(0.05)
+        os.killpg(script.pid, signal.SIGTERM)
+        _, said = script.communicate(timeout=60)
+    assert script.returncode == 130, said
+    done = len(rounds.read_text().splitlines())
+    assert f"interrupted after round {done} of 100000; fedsim resume many goes on\n" in said
+    assert ours(real) == []
 
 
 @pytest.mark.slow
