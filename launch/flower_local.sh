@@ -175,6 +175,7 @@ for ((k = 0; k < number; k++)); do
 done
 
 # In the background, so that a signal reaches it while this shell waits.
+run=starting
 "${command[@]}" &
 run=$!
 started=("$run" "${started[@]}")

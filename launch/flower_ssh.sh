@@ -8,7 +8,8 @@
 #   launch/flower_ssh.sh stop
 #
 # Each node's host has a NODE.yaml with its name, data and state. Keys are made here and go to their hosts over ssh.
-# These may be set, and are explained in launch/README.md: ADDRESS BIND PORT NODE SSH FEDSIM WAIT STATE
+# No port is opened: the SuperLink listens on loopback, and nodes and this machine reach it through ssh, unless BIND is
+# set. These may be set, and are explained in launch/README.md: BIND ADDRESS PORT NODE SSH FEDSIM WAIT STATE
 set -euo pipefail
 
 port=${PORT:-8000}
@@ -50,7 +51,27 @@ launch() {
         env FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 "PATH=${fedsim%/*}:/usr/local/bin:/usr/bin:/bin" \
         "$@" </dev/null) || fail "$host: cannot start $name there"
     [[ $pid =~ ^[0-9]+$ ]] || fail "$host: should have printed a process id, but printed ${pid:-nothing}"
-    echo "$host $pid $name" >>"$state/processes"
+    echo "$host $pid $name $there/$name.log on $host" >>"$state/processes"
+}
+
+# tunnel HOST NAME OPTION ...: keep ssh to a host open, with these forwarded ports, after this script, too.
+tunnel() {
+    # shellcheck disable=SC2016 # the other shell is to expand it
+    nohup bash -c 'trap "kill \$! 2>/dev/null; exit" TERM; while :; do "$@" & wait; sleep 2 & wait; done' - \
+        "${ssh[@]}" -S none -N -o ExitOnForwardFailure=yes -o ServerAliveInterval=15 "${@:3}" "$1" \
+        </dev/null >"$state/$2.log" 2>&1 &
+    echo "- $! $2 $state/$2.log" >>"$state/processes"
+}
+
+# reached HOST ADDRESS LOG: wait until the SuperLink's port can be reached from there.
+reached() {
+    local host=$1 first pid rest
+    until on "$host" bash -c "exec 3<>/dev/tcp/$2/$port" </dev/null 2>/dev/null; do
+        read -r first pid rest <"$state/processes"
+        alive "$first" "$pid" || fail "the SuperLink has ended; see ${rest#* }, then stop"
+        ((SECONDS < end)) || fail "$host: $2:$port cannot be reached from there after $seconds s; see $3, then stop"
+        sleep 0.2
+    done
 }
 
 # alive HOST PROCESS: whether it runs, and is not a zombie.
@@ -62,8 +83,15 @@ start() {
     (($# >= 2)) || fail "$usage" 2
     [[ -x $fedsim ]] || fail "no fedsim command; set FEDSIM to its path, which must be the same on every host" 2
     [[ ! -e $state/processes ]] || fail "a federation with port $port is running already; \`flower_ssh.sh stop\` ends it"
-    local server=$1 address=${ADDRESS:-${1##*@}} host name pid names=() hosts=("${@:2}") end
-    [[ $server != - ]] || address=${ADDRESS:-$(hostname -I | cut -d' ' -f1)}
+    local server=$1 address=127.0.0.1 bind=${BIND:-127.0.0.1} host name names=() hosts=("${@:2}") end=$((SECONDS + seconds))
+    if [[ -n ${BIND:-} ]]; then
+        [[ $server != - ]] && address=${server##*@} || address=$(hostname -I | cut -d' ' -f1)
+        address=${ADDRESS:-$address}
+        echo "flower_ssh: whoever reaches $address:$port can drive these nodes; only they and this machine should" >&2
+    else
+        [[ -z ${ADDRESS:-} ]] || fail "ADDRESS: needs BIND, what the SuperLink listens on; without both all goes through ssh" 2
+        ! (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null || fail "port $port is in use here; set PORT to another" 2
+    fi
     mkdir -p "$state"
     for host in "${hosts[@]}"; do
         name=$(on "$host" sed -n 's/^name: *"\{0,1\}\([A-Za-z0-9._-]*\).*/\1/p' "$node" </dev/null) ||
@@ -81,27 +109,27 @@ start() {
     (IFS=, && echo "${names[*]}" >"$state/names")
 
     put "$server" "$state"/keys/{ca.crt,server.pem,server.key}
-    launch "$server" superlink "${fedsim%/*}/flower-superlink" --host "${BIND:-0.0.0.0}" --port "$port" \
+    launch "$server" superlink "${fedsim%/*}/flower-superlink" --host "$bind" --port "$port" \
         --isolation process --enable-supernode-auth --disable-runtime-dependency-installation \
         --ssl-ca-certfile "$there/ca.crt" --ssl-certfile "$there/server.pem" --ssl-keyfile "$there/server.key" \
         --database "$there/superlink.db"
-    end=$((SECONDS + seconds))
-    until (exec 3<>"/dev/tcp/$address/$port") 2>/dev/null; do
-        read -r host pid name < <(head -n 1 "$state/processes")
-        alive "$host" "$pid" || fail "the SuperLink has ended; see $there/superlink.log on $server, then stop"
-        ((SECONDS < end)) || fail "$address:$port cannot be reached after $seconds s; see $there/superlink.log there, then stop"
-        sleep 0.2
-    done
+    [[ -n ${BIND:-} ]] || reached "$server" "$address" "$there/superlink.log" # a tunnel takes connections before it does
+    [[ -n ${BIND:-} || $server == - ]] || tunnel "$server" "tunnel-$server" -L "127.0.0.1:$port:127.0.0.1:$port"
+    reached - "$address" "$state/tunnel-$server.log"
     # Only nodes with registered keys can join; the SuperLink's database keeps them.
     export FLWR_HOME=$state/flwr
     mkdir -p "$FLWR_HOME"
     printf '[superlink.hosts]\naddress = "%s"\nroot-certificates = "%s"\n' "$address:$port" "$state/keys/ca.crt" \
         >"$FLWR_HOME/config.toml"
     for ((k = 0; k < ${#hosts[@]}; k++)); do
-        "${fedsim%/*}/flwr" supernode register "$state/keys/nodes/${names[k]}.pub" hosts --name "${names[k]}" \
+        no_proxy='*' NO_PROXY='*' "${fedsim%/*}/flwr" supernode register "$state/keys/nodes/${names[k]}.pub" hosts --name "${names[k]}" \
             >"$state/register.log" 2>&1 || grep -q "already in use" "$state/register.log" ||
             fail "${names[k]} could not be registered; see $state/register.log"
         put "${hosts[k]}" "$state/keys/ca.crt" "$state/keys/nodes/${names[k]}"
+        if [[ -z ${BIND:-} && ${hosts[k]} != - && ${hosts[k]} != "$server" ]]; then
+            tunnel "${hosts[k]}" "tunnel-${names[k]}" -R "127.0.0.1:$port:127.0.0.1:$port"
+        fi
+        reached "${hosts[k]}" "$address" "$state/tunnel-${names[k]}.log"
         launch "${hosts[k]}" "${names[k]}" "$fedsim" node "$node" --superlink "$address:$port" --ca "$there/ca.crt" \
             --key "$there/${names[k]}"
     done
@@ -121,18 +149,18 @@ serve() {
 
 status() {
     find_superlink
-    local host pid name
-    while read -r host pid name <&3; do
-        alive "$host" "$pid" || echo "$name on $host has ended; see $there/$name.log there"
+    local host pid name log
+    while read -r host pid name log <&3; do
+        alive "$host" "$pid" || echo "$name has ended; see $log"
     done 3<"$state/processes"
     "$fedsim" nodes "${superlink[@]}"
 }
 
 stop() {
     [[ -e $state/processes ]] || fail "no federation of port $port was started on this machine"
-    local host pid name
+    local host pid name log
     # Nodes first, so that they can leave the SuperLink.
-    while read -r host pid name <&3; do
+    while read -r host pid name log <&3; do
         on "$host" bash -c "kill -TERM $pid 2>/dev/null; for _ in {1..100}; do kill -0 $pid 2>/dev/null || exit 0; sleep 0.1; done; kill -KILL -- -$pid" </dev/null ||
             echo "flower_ssh: $host: $name, process $pid, could not be ended" >&2
     done 3< <(sed '1!G;h;$!d' "$state/processes")

@@ -11,6 +11,8 @@ import sys
 import threading
 import time
 import urllib.request
+from contextlib import suppress
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -223,6 +225,41 @@ def test_a_certificate_does_not_outlive_its_ca(tmp_path):
     make(tmp_path / "lab", ["x"])
     with pytest.raises(ConfigError, match=r"longer than the CA is valid"):
         make(tmp_path / "lab", days=3650, renew=True)
+
+
+@pytest.mark.parametrize(
+    ("years", "said"),
+    [(-3, "expired.*; this machine's clock shows 20"), (1, "not yet valid.*; is this machine's clock right")],
+)
+def test_a_certificate_of_another_time_leads_to_the_clock(tmp_path, monkeypatch, years, said):
+    """And may be tried again: the clock is set right, or the certificate renewed."""
+    pytest.importorskip("flwr")
+    from fedsim.flower.internals import LinkError, Superlink, listed
+
+    class Elsewhen(certificates.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.now(tz) + years * timedelta(days=365)
+
+    monkeypatch.setattr(certificates, "datetime", Elsewhen)
+    make(tmp_path / "lab", ["127.0.0.1"])
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(tmp_path / "lab" / "server.pem", tmp_path / "lab" / "server.key")
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve():
+            with suppress(OSError), server.wrap_socket(listening.accept()[0], server_side=True):
+                pass
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        superlink = Superlink(
+            f"127.0.0.1:{listening.getsockname()[1]}", (tmp_path / "lab" / "ca.crt").read_bytes()
+        )
+        with pytest.raises(LinkError, match=said) as caught:
+            listed(superlink)
+        thread.join()
+    assert caught.value.again
 
 
 def test_a_file_is_no_folder(tmp_path):

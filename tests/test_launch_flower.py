@@ -64,6 +64,7 @@ time.sleep(100)
 """,
     "flwr": '#!/bin/bash\necho "$$ flwr $*" >>"$CALLS"\n[[ -z $REFUSED ]] || { echo refused; exit 1; }\n',
     "ssh": r"""#!/bin/bash
+[[ " $* " != *" -N "* ]] || { echo "$$ ssh $*" >>"$CALLS"; exec sleep 100; }
 while [[ $1 == -* ]]; do shift 2; done
 [[ -d $HOMES/$1 ]] || { echo "no such host" >&2; exit 255; }
 export HOME=$HOMES/$1
@@ -249,17 +250,25 @@ def test_a_key_that_is_refused(faked, monkeypatch):
     assert not calls("fedsim node")
 
 
-def test_machines_over_ssh(faked, monkeypatch):
-    """Three hosts, each with a home of its own."""
+@pytest.mark.parametrize("bind", [{}, {"BIND": "127.0.0.1", "ADDRESS": "127.0.0.1"}], ids=["tunnels", "bound"])
+def test_machines_over_ssh(faked, monkeypatch, bind):
+    """Three hosts, each with a home of its own. No port is open to others unless someone says so."""
     script = LAUNCH / "flower_ssh.sh"
     monkeypatch.setenv("STATE", str(faked / "state"))
-    monkeypatch.setenv("ADDRESS", "127.0.0.1")
-    monkeypatch.setenv("BIND", "127.0.0.1")
+    for name, value in bind.items():
+        monkeypatch.setenv(name, value)
+    warning = f"flower_ssh: whoever reaches 127.0.0.1:{os.environ['PORT']} can drive these nodes" if bind else ""
     assert "flower_ssh: four: has no fedsim-node.yaml" in call(script, "start", "one", "four", status=1)
     assert "no federation of port" in call(script, "stop", status=1)  # nothing was started
     try:
         said = call(script, "start", "one", "two", "three")
-        assert said == "nodes node-of-two node-of-three: flower_ssh.sh serve CONFIG\n"
+        assert said.startswith("nodes node-of-two node-of-three: flower_ssh.sh serve CONFIG\n")
+        assert warning in said
+        assert "--host 127.0.0.1 " in calls("flower-superlink")[0][1]
+        port = os.environ["PORT"]
+        forward = f"127.0.0.1:{port}:127.0.0.1:{port}"
+        tunnels = [] if bind else [f"-L {forward} one", f"-R {forward} two", f"-R {forward} three"]
+        assert [line.partition("=15 ")[2] for _, line in calls("ssh ")] == tunnels
         assert "is running already" in call(script, "start", "one", "two", status=1)
         there = f".cache/fedsim/flower-{os.environ['PORT']}"
         held = {
@@ -285,6 +294,9 @@ def test_machines_over_ssh(faked, monkeypatch):
     finally:
         call(script, "stop")
     assert "no federation of port" in call(script, "stop", status=1)
+    monkeypatch.setenv("ADDRESS", "10.0.0.1")
+    monkeypatch.delenv("BIND", raising=False)
+    assert "ADDRESS: needs BIND" in call(script, "start", "one", "two", status=2)
 
 
 def test_a_slurm_job(faked, monkeypatch):
@@ -400,6 +412,22 @@ def test_flower_has_the_options_that_are_used():
         assert "--insecure" not in line
         assert "--enable-supernode-auth" in line
         assert "--disable-runtime-dependency-installation" in line
+
+
+def test_idle_connections_end_before_the_superlink_ends_them():
+    """Else a call may go out on one that is being closed."""
+    pytest.importorskip("flwr")
+    import uvicorn
+    from flwr.superlink.cli import flower_superlink
+
+    from fedsim.flower.internals.connection import KEEP_ALIVE
+
+    theirs = uvicorn.Config(None).timeout_keep_alive
+    assert "timeout_keep_alive" not in Path(flower_superlink.__file__).read_text()  # it keeps uvicorn's
+    gate = (LAUNCH / "flower" / "gate.conf").read_text()
+    ours = re.search(r"upstream superlink \{[^}]*\bkeepalive_timeout (\d+)s;[^}]*\}", gate)
+    assert int(ours[1]) < theirs
+    assert theirs > KEEP_ALIVE
 
 
 def test_fedsim_has_the_options_that_are_used():
@@ -527,6 +555,7 @@ def test_one_laptop_interrupted_and_resumed(real, monkeypatch):
 def test_machines_over_ssh_for_real(real, monkeypatch):
     script = LAUNCH / "flower_ssh.sh"
     monkeypatch.setenv("STATE", str(real / "state"))
+    monkeypatch.setenv("BIND", "127.0.0.1")
     monkeypatch.setenv("ADDRESS", "127.0.0.1")
     call("fedsim", "partition", "c.yaml", "data.clients=2", "--shards", "shards")
     for k, host in enumerate(("two", "three")):
@@ -542,6 +571,26 @@ def test_machines_over_ssh_for_real(real, monkeypatch):
         call(script, "stop")
     call("fedsim", "run", "c.yaml", "rounds=2", "data.clients=2", "--out=one", "runtime=serial")
     assert fingerprint(real / "many") == fingerprint(real / "one")
+
+
+@pytest.mark.slow
+def test_one_laptop_behind_a_proxy_and_a_signal_to_its_whole_group(real, monkeypatch):
+    """As timeout(1) sends it. The proxy is not there, and nobody asks for it."""
+    monkeypatch.setenv("OUT", "many")
+    monkeypatch.setenv("N", "2")
+    for variable in ("http_proxy", "https_proxy", "HTTPS_PROXY", "all_proxy"):
+        monkeypatch.setenv(variable, "socks5h://127.0.0.1:9" if variable == "all_proxy" else "http://127.0.0.1:9")
+    rounds = real / "many" / "rounds.jsonl"
+    command = [LAUNCH / "flower_local.sh", "c.yaml", "rounds=100000"]
+    with subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True) as script:
+        while script.poll() is None and not (rounds.exists() and len(rounds.read_text().splitlines()) >= 2):
+            time.sleep(0.05)
+        os.killpg(script.pid, signal.SIGTERM)
+        _, said = script.communicate(timeout=60)
+    assert script.returncode == 130, said
+    done = len(rounds.read_text().splitlines())
+    assert f"interrupted after round {done} of 100000; fedsim resume many goes on\n" in said
+    assert ours(real) == []
 
 
 @pytest.mark.slow
