@@ -11,6 +11,7 @@ import torch
 from fedsim.base.catalogue import Spec, check_methods
 from fedsim.errors import ConfigError, RoundError, WrongReturnError, border, is_own, one_line
 from fedsim.federated.aggregate import Aggregator, Partial
+from fedsim.federated.claims import MAX_LOSS
 from fedsim.federated.client import Train, Work
 from fedsim.training.precision import check_precision
 from fedsim.types import Job, Outcome, Report, State, Update
@@ -97,7 +98,12 @@ def check_runtime(runtime: object) -> None:
 
 def results(runtime: Runtime, *arguments: Any) -> Results:
     """What `run` of a runtime yields; faults of a user's own runtime become RoundErrors."""
-    return _pairs(runtime, "run", arguments, lambda reports: all(isinstance(r, Report) for r in reports))
+    return _pairs(runtime, "run", arguments, lambda reports: all(map(_can_be_added, reports)))
+
+
+def _can_be_added(report: object) -> bool:
+    """Whether it is a Report with sums of which there is a sum."""
+    return isinstance(report, Report) and all(abs(value) <= MAX_LOSS for value in report.metrics.values())
 
 
 def outcomes(runtime: Runtime, *arguments: Any) -> Generator[tuple[Any, Outcome], None, None]:

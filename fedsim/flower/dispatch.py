@@ -238,7 +238,7 @@ class Dispatch:
             raise ValueError("has other metrics than its work gives")
         held, known = (answer.examples, agreed.examples) if trained else (sums["examples"], agreed.tested)
         if held != known:
-            self.federation.roster.forget(flight.node)  # to agree to another number, if its data have changed
+            self.federation.roster.invite_again(flight.node)  # its data may have changed
             raise ValueError(f"has {str(held)[:20]} examples, and the node joined with {known}")
         claims = [Claim("seconds", answer.seconds, 0, MAX_SECONDS)]
         if isinstance(work, Train):

@@ -144,6 +144,11 @@ class Roster:
         """The id of a client's node, if it has joined."""
         return self.joined.get(self.names[client])
 
+    def invite_again(self, node: int) -> None:
+        """Have a node that has joined agree anew to its numbers of examples; until then the old ones hold."""
+        if node in self._seen and not self._seen[node].why:  # no question is on its way to it
+            del self._seen[node]
+
     def forget(self, node: int) -> None:
         """Have a node invited again, because it no longer has the plan."""
         self._seen.pop(node, None)
