@@ -199,6 +199,7 @@ class Room:
 
     def __init__(self, **names):
         self.names, self.number = {int(node[1:]): name for node, name in names.items()}, count()
+        self.abandoned = set[str]()
 
     def nodes(self):
         return set(self.names)
@@ -211,7 +212,7 @@ class Room:
         return [Reply(to, node, self._says(node), None, 0) for to, node in nodes.items() if node in self.names]
 
     def abandon(self, messages):
-        pass
+        self.abandoned |= {*messages}
 
     def _says(self, node):
         name = self.names[node]
@@ -241,6 +242,27 @@ def test_a_name_is_one_node_and_a_node_one_name(caplog):
     del room.names[6]
     room.names[2] = "a"  # who was b is a now
     assert joined(roster, room) == {"a": 2}
+
+
+def test_what_strangers_say_of_themselves_is_bounded():
+    """Names that are none, long ones, many, and nodes that leave before they have answered."""
+    roster, room = Roster(), Room(n1="a", n2=" a", n3="a\n", n4="b\x1b[2J", n5="b" * 2**17, n6="")
+    assert joined(roster, room) == {"a": 1}
+    assert roster.shown(1).isprintable()
+    assert roster.shown(1).count("its name ") == 5
+    room.names |= {node: f"x{node}" for node in range(10, 1000)}
+    roster.fix_names(1)
+    assert joined(roster, room) == {"a": 1}
+    assert len(roster.shown(1)) < 10_000
+    sent = set[str]()
+    room.send = lambda contents, kind, **how: {sent.add(f"{n} late") or f"{n} late": n for n in contents}
+    room.receive = lambda waiting, *, most_bytes: []
+    room.names = {1: "a", **dict.fromkeys(range(2000, 3000), "b")}
+    roster.look(room, Invitation("", "", {}))
+    room.names = {1: "a"}
+    roster.look(room, Invitation("", "", {}))
+    assert len(sent) == 1000
+    assert room.abandoned == sent
 
 
 def test_a_node_that_has_not_answered_is_not_said_to_be_absent(lab):

@@ -12,7 +12,9 @@ import yaml
 from flowers import BIN, Federation, tail, until
 from lab import CONFIG, Lab, dropping, played, shown, without
 
+import fedsim
 from fedsim.experiment.build import build, build_data
+from fedsim.experiment.config import load
 from fedsim.flower.shards import client_name, write_shards
 
 LIES, TRICKS = hostile.LIES, hostile.TRICKS
@@ -57,6 +59,12 @@ def test_a_lie_costs_its_own_client_only(tmp_path, monkeypatch):
 # On real processes
 
 
+def about(folder, k):
+    """The settings of a node with the k-th shard."""
+    path = str(folder / "shards" / f"{k}.npz")
+    return {"data": {"name": "npz", "path": path, "channels": "first", "classes": 3}}
+
+
 def memory(process):
     """Resident bytes."""
     return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())[1]) * 1024
@@ -73,23 +81,10 @@ def test_a_real_node_that_lies_costs_its_own_client_only(tmp_path):
     (tmp_path / "federation").mkdir()
     with Federation(tmp_path / "federation", tls=False) as federation:
         for k, name in enumerate(names):
-            data = {
-                "name": "npz",
-                "path": str(tmp_path / "shards" / f"{k}.npz"),
-                "channels": "first",
-                "classes": 3,
-            }
             program = [BIN / "python", Path(hostile.__file__)] if k == 0 else [BIN / "fedsim", "node"]
-            federation.node(name, {"data": data}, program=program)
-        to = [
-            "--superlink",
-            federation.address,
-            "--insecure",
-            "--nodes",
-            ",".join(names),
-            "--out",
-            tmp_path / "run",
-        ]
+            federation.node(name, about(tmp_path, k), program=program)
+        to = ["--superlink", federation.address, "--insecure"]
+        to += ["--nodes", ",".join(names), "--out", tmp_path / "run"]
         settings = ["failures.policy=drop", f"runtime.round_timeout={hostile.TIMEOUT}"]
         driver = federation.start("serve", BIN / "fedsim", "serve", tmp_path / "c.yaml", *settings, *to)
         lines = tmp_path / "run" / "rounds.jsonl"
@@ -112,3 +107,26 @@ def test_a_real_node_that_lies_costs_its_own_client_only(tmp_path):
     assert records[-1]["failed"] == {}
     assert same_without(config, records)
     assert taken[-1] - taken[0] < 2**27
+
+
+@pytest.mark.slow
+def test_one_key_is_one_node(tmp_path):
+    """A second process with a node's key is refused until the first has left, and is then this node."""
+    config, names = CONFIG | QUICK | {"rounds": 3}, [client_name(k, 3) for k in range(3)]
+    write_shards(build_data(load(config)), tmp_path / "shards")
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "federation").mkdir()
+    with Federation(tmp_path / "federation", auth=True) as federation:
+        nodes = [federation.node(name, about(tmp_path, k)) for k, name in enumerate(names)]
+        for node in nodes:
+            until(lambda node=node: "connected" in tail(node), "node", process=node)
+        second = federation.node(names[0], about(tmp_path, 0) | {"state": str(tmp_path / "second")})
+        until(lambda: "still counts as connected" in tail(second), "refusal", process=second)
+        for run in ("first", "second"):
+            to = ["--superlink", federation.address, "--ca", federation.ca, "--keys", federation.keys / "nodes"]
+            to += ["--nodes", ",".join(names), "--out", tmp_path / run]
+            driver = federation.start(run, BIN / "fedsim", "serve", tmp_path / "c.yaml", *to)
+            assert driver.wait(200) == 0, tail(driver)
+            lines = (tmp_path / run / "rounds.jsonl").read_text().splitlines()
+            assert [shown(json.loads(line)) for line in lines] == [*map(shown, fedsim.run(config).rounds)]
+            federation.stop(nodes[0], kill=False)
