@@ -10,6 +10,7 @@ from traceback import clear_frames, walk_tb
 
 NO_STATE = "it must depend on its arguments alone, without a state or random numbers of its own"
 STANDARD_LIBRARY = get_path("stdlib")
+MAX_TEXT = 10_000  # characters of an error that are looked at; it may be a stranger's
 NO_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory")  # what torch says
 
 
@@ -85,7 +86,7 @@ def printable(text: object) -> str:
 
 def one_line(text: object) -> str:
     """`text` without line breaks, cut after 200 characters."""
-    words = printable(" ".join(str(text).split())[:201])  # first cut: a stranger may send millions of characters
+    words = printable(" ".join(str(text)[:MAX_TEXT].split()))
     return words if len(words) <= 200 else f"{words[:197]}..."
 
 

@@ -313,7 +313,7 @@ TRICKS = {
     "an unknown error": Lie(_no_such_error, "error -2147483648: .*all is well"),
     "two answers": Lie(_twice, "it is not from fedsim"),
     "answers for others": Lie(_for_others, "keeps"),
-    "a large answer": Lie(_large, "too large: more than"),
+    "a large answer": Lie(_large, "too large: more than|has not answered within"),
     "an answer that unfolds": Lie(_unfolds, "too large: more than|cannot be read"),
     "an answer in part": Lie(_in_part, "has not answered within"),
     "a late answer": Lie(_late, "has not answered within"),

@@ -697,14 +697,15 @@ def test_settings_that_cannot_be_name_the_key(values, why):
 # Data
 
 
-def test_a_node_says_what_it_holds_only_after_an_update(shards):
+def test_a_node_joins_and_answers_with_what_it_holds(shards):
     nodes = Nodes(shards)
     simulation = simulated(nodes, cohort="all")
-    said = []
+    data, said = build_data(config()), []
     nodes.around = lambda nodes, order, answer: said.append(found := answer(order)) or found
-    simulation.evaluate_clients()
     simulation.round()
-    assert [answer.examples for answer in said] == [0, 0, 0, *simulation.data.sizes]
+    assert [answer.examples for answer in said] == data.sizes.tolist()
+    joined = [nodes.node(k).join(Invitation(uuid4().hex, nodes.plan, nodes.initial)) for k in range(3)]
+    assert [(each.examples, each.tested) for each in joined] == [*zip(data.sizes, data.own_sizes, strict=True)]
 
 
 def test_shards_are_what_clients_hold(shards):
