@@ -15,6 +15,7 @@ from lab import CONFIG, Lab, dropping, played, shown, without
 import fedsim
 from fedsim.experiment.build import build, build_data
 from fedsim.experiment.config import load
+from fedsim.flower import dispatch
 from fedsim.flower.shards import client_name, write_shards
 
 LIES, TRICKS = hostile.LIES, hostile.TRICKS
@@ -55,6 +56,20 @@ def test_a_lie_costs_its_own_client_only(tmp_path, monkeypatch):
     assert wrong(liar.told, records) == {}
     assert [{*record["failed"]} for record in records] == [{"0"}] * len(records)
     assert same_without(config, records)
+
+
+def test_an_answer_that_breaks_what_reads_it_costs_its_own_client_only(tmp_path, monkeypatch):
+    with closing(Lab(tmp_path, monkeypatch)) as here:
+        simulation, read = here.simulation(dropping("fedavg", **QUICK)), dispatch.decode
+
+        def decode(message, most):
+            if not message:
+                raise MemoryError
+            return read(message, most)
+
+        monkeypatch.setattr(dispatch, "decode", decode)
+        here.spoil = lambda name, content: LIES["no tensor"].told(content) if name == "client-00" else content
+        assert re.match(r"client-00: its answer cannot be used: MemoryError", simulation.round().failed["0"])
 
 
 # On real processes
