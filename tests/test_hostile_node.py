@@ -4,18 +4,22 @@ import json
 import re
 import time
 from contextlib import closing, suppress
+from itertools import count
 from pathlib import Path
 
 import hostile
 import pytest
 import yaml
 from flowers import BIN, Federation, tail, until
+from flwr.app import RecordDict
 from lab import CONFIG, Lab, dropping, played, shown, without
 
 import fedsim
 from fedsim.experiment.build import build, build_data
 from fedsim.experiment.config import load
-from fedsim.flower import dispatch
+from fedsim.flower import dispatch, wire
+from fedsim.flower.internals import LinkError, NodeLink, Superlink
+from fedsim.flower.messages import Joined
 from fedsim.flower.shards import client_name, write_shards
 
 LIES, TRICKS = hostile.LIES, hostile.TRICKS
@@ -126,6 +130,47 @@ def test_a_real_node_that_lies_costs_its_own_client_only(tmp_path):
 
 
 @pytest.mark.slow
+def test_nodes_that_come_and_go_cost_nobody_anything(tmp_path):
+    """With names of their own or none, in the middle of a run that tolerates no failure."""
+    config, names, number = CONFIG | QUICK | {"rounds": 12}, [client_name(k, 3) for k in range(3)], count()
+    write_shards(build_data(load(config)), tmp_path / "shards")
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "federation").mkdir()
+    says = [
+        lambda: RecordDict(),
+        lambda: hostile.NOISE * 2**12,
+        lambda: wire.record(Joined(f"x{next(number)}", {"torch": "9" * 10**5}, None, 10**30)),
+        lambda: wire.record(Joined(hostile.NOISE, {}, None)),
+        lambda: wire.record(Joined("n" * 2**19, {}, None)),
+    ]
+    with Federation(tmp_path / "federation", tls=False) as federation:
+        for k, name in enumerate(names):
+            federation.node(name, about(tmp_path, k))
+        to = [
+            "--superlink",
+            federation.address,
+            "--insecure",
+            "--nodes",
+            ",".join(names),
+            "--out",
+            tmp_path / "run",
+        ]
+        driver = federation.start("serve", BIN / "fedsim", "serve", tmp_path / "c.yaml", *to)
+        while driver.poll() is None:
+            with closing(NodeLink.open(Superlink(federation.address, None), None)) as link, suppress(LinkError):
+                ends = time.monotonic() + next(number) % 3  # some leave before they are asked
+                while time.monotonic() < ends:
+                    if message := link.receive(most_bytes=2**20):
+                        link.answer(message, says[next(number) % len(says)]())
+                        break
+                    time.sleep(0.05)
+        assert driver.returncode == 0, tail(driver)
+    lines = (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()
+    assert [shown(json.loads(line)) for line in lines] == [*map(shown, fedsim.run(config).rounds)]
+    print(next(number), "visits and answers")
+
+
+@pytest.mark.slow
 def test_one_key_is_one_node(tmp_path):
     """A second process with a node's key is refused until the first has left, and is then this node."""
     config, names = CONFIG | QUICK | {"rounds": 3}, [client_name(k, 3) for k in range(3)]
@@ -136,7 +181,7 @@ def test_one_key_is_one_node(tmp_path):
         nodes = [federation.node(name, about(tmp_path, k)) for k, name in enumerate(names)]
         for node in nodes:
             until(lambda node=node: "connected" in tail(node), "node", process=node)
-        second = federation.node(names[0], about(tmp_path, 0) | {"state": str(tmp_path / "second")})
+        second = federation.node(names[0], about(tmp_path, 0) | {"state": str(tmp_path / "elsewhere")})
         until(lambda: "still counts as connected" in tail(second), "refusal", process=second)
         for run in ("first", "second"):
             to = ["--superlink", federation.address, "--ca", federation.ca, "--keys", federation.keys / "nodes"]
