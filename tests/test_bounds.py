@@ -23,7 +23,7 @@ from fedsim.strategies import CATALOGUE
 
 DROP = Failures(policy="drop")
 STRATEGIES = [*CATALOGUE, "personal of scaffold"]
-RECIPES = [{}, {"drop_last": True}, {"min_batch": 3, "epochs": 2}, {"steps": 1}]
+RECIPES = [{"drop_last": True}, {"min_batch": 3, "epochs": 2}, {"steps": 1}]
 
 
 def strategy_of(name):
@@ -37,7 +37,7 @@ def strategy_of(name):
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_strategy_gives_what_it_declares(name):
     """Not less, either: so that the bound is as narrow as it can be."""
-    for recipe in RECIPES[:2] if "sgd" in name else RECIPES:
+    for recipe in RECIPES[:1] if "sgd" in name else RECIPES:
         strategy, reports = strategy_of(name), []
         simulation = make_simulation(strategy, **recipe)
         simulation.round(reports.append)
@@ -100,11 +100,9 @@ def test_who_gives_more_than_declared_is_told_what_to_override(runtime, one, dec
 @pytest.mark.parametrize("value", [None, -1, float("nan"), float("inf"), 1e300, "n"], ids=str)
 @pytest.mark.parametrize("method", ["max_weight", "max_steps"])
 def test_what_is_no_bound_is_refused_at_the_start(monkeypatch, method, value):
-    if (method, value) == ("max_steps", 1e300):
-        value = 2.5
     strategy = make_strategy("fedavg")
     monkeypatch.setattr(type(strategy), method, lambda self, *numbers: value)
-    with pytest.raises(ConfigError, match=re.escape(f"strategy: FedAvg: {method} gave {value!r} for 1 ")):
+    with pytest.raises(ConfigError, match=re.escape(f"strategy: FedAvg: {method} gave {value!r} for ")):
         make_simulation(strategy)
 
 

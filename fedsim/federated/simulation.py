@@ -153,7 +153,7 @@ class Simulation:
         with border(f"strategy: {type(strategy).__name__}.check", ConfigError):
             strategy.check(recipe, task.layout)
         with border(f"strategy: {type(strategy).__name__}", ConfigError):
-            training_bounds(strategy, recipe, 1, task.initial_model.dtype)
+            training_bounds(strategy, recipe, max(int(data.sizes.max()), 1), task.initial_model.dtype)
         if availability:
             if data.clients_are_remote:
                 raise ConfigError(

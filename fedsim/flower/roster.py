@@ -222,9 +222,11 @@ class Roster:
                 log.warning(text, name, package, one_line(there), here)
 
     def _join(self, name: str, node: int, sizes: Sizes) -> None:
-        before = self.sizes.get(name, sizes).examples
-        if sizes.examples != before:
-            log.warning("nodes: %s now has %d examples, and had %d", name, sizes.examples, before)
+        before = self.sizes.get(name)
+        if before is None:
+            log.info("nodes: %s has joined with %d examples", name, sizes.examples)
+        elif sizes.examples != before.examples:
+            log.warning("nodes: %s now has %d examples, and had %d", name, sizes.examples, before.examples)
         self.sizes[name] = sizes
         if self.joined.get(name, node) != node:
             log.warning("nodes: %s has joined a second time; its first connection is no longer used", name)

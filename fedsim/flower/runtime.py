@@ -8,7 +8,7 @@ import torch
 
 from fedsim.base.catalogue import Spec
 from fedsim.data import FederatedData
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, one_line
 from fedsim.federated.aggregate import Aggregator
 from fedsim.federated.claims import MAX_EXAMPLES
 from fedsim.federated.client import EvaluateClient, Train, Work
@@ -103,6 +103,8 @@ class Flower(Runtime):
         sizes: Any = choice["sizes"]
         if len(sizes) != len(self.data.sizes):
             raise ConfigError(f"data.clients: {len(self.data.sizes)}, and the run has {len(sizes)} nodes")
+        if strange := [n for n in sizes if type(n) is not int or not 0 <= n <= MAX_EXAMPLES]:
+            raise ConfigError(f"checkpoint: {one_line(strange[0])} is no number of examples of a node")
         self.federation.restore(choice["run"], choice["nodes"], sizes)
         self.data.sizes[:] = sizes
         return True
