@@ -14,9 +14,11 @@ from typing import NamedTuple
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.app.error import Error
+from flwr.app.message.arraychunk import ArrayChunk
 from flwr.app.message.message import remove_content_from_message
 from flwr.common.serde import message_to_proto
 from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.supercore.inflatable.inflatable_object import get_object_id
 
 from fedsim.flower import node_process, wire
 from fedsim.flower.internals.objects import packed, push
@@ -123,7 +125,6 @@ NUMBERS = {  # bounds follow from what is known of the client
     "no weight": Lie(_changed(weight=float("nan")), "weight"),
     "all weight": Lie(_changed(weight=float("inf")), "weight"),
     "less weight": Lie(_changed(weight=-1.0), "weight"),
-    "the weight of nobody": Lie(_changed(weight=0.0), "weight"),
     "more weight than its share": Lie(_changed(weight=1e9), "weight"),
     "a weight that freezes all": Lie(_changed(weight=1e300), "weight"),
     "the largest weight": Lie(_changed(weight=1.7e308), "weight"),
@@ -287,15 +288,10 @@ def _large(link, message, content, before):
 
 def _unfolds(link, message, content, before):
     """A few bytes on the wire that are a gigabyte: one piece of an array, over and over."""
-    piece = Array("uint8", (2**30,), "fedsim.exact", bytes(2**23))
-    packed([Message(RecordDict({"message": ArrayRecord({"a": piece})}), reply_to=message)], link._pool)
-    piece.__dict__["_chunks"] *= 128
-    about = content.config_records[wire.KEY]
-    post(
-        link,
-        message,
-        RecordDict({wire.KEY: about, "message": ArrayRecord({"a": piece})}),
-    )
+    chunk = ArrayChunk(bytes(2**23))
+    arrays = ArrayRecord({"a": Array("uint8", (2**30,), "fedsim.exact", b"")})
+    arrays["a"].__dict__["_chunks"] = [(get_object_id(chunk.deflate()), chunk)] * 128
+    post(link, message, RecordDict({wire.KEY: content.config_records[wire.KEY], "message": arrays}))
 
 
 def _in_part(link, message, content, before):
@@ -317,7 +313,7 @@ TRICKS = {
     "an unknown error": Lie(_no_such_error, "error -2147483648: .*all is well"),
     "two answers": Lie(_twice, "it is not from fedsim"),
     "answers for others": Lie(_for_others, "keeps"),
-    "a large answer": Lie(_large, "too large: more than"),
+    "a large answer": Lie(_large, "too large: more than|has not answered within"),
     "an answer that unfolds": Lie(_unfolds, "too large: more than|cannot be read"),
     "an answer in part": Lie(_in_part, "has not answered within"),
     "a late answer": Lie(_late, "has not answered within"),
@@ -338,7 +334,6 @@ class Liar:
         """The name of the round's lie; empty when all are told."""
         if number not in self.told and self.left:
             self.told[number] = self.left.pop(0)
-            print(f"round {number + 1} lie: {self.told[number]}", flush=True)
         return self.told.get(number, "")
 
 
@@ -353,7 +348,10 @@ def main(path):
     def respond(node, content):
         answer = honest(node, content)
         trick.clear()
+        new = len(liar.told)
         name = liar.lie(wire.read(Order, content).round) if wire.kind(content) == Order.__name__ else ""
+        if len(liar.told) > new:
+            print(f"round {[*liar.told][-1] + 1} lie: {name}", flush=True)
         if name in LIES:
             answer = LIES[name].told(answer)
             if isinstance(answer, str):

@@ -240,6 +240,7 @@ class Room:
     def __init__(self, **names):
         self.names, self.number = {int(node[1:]): name for node, name in names.items()}, count()
         self.notes = ()
+        self.abandoned = set[str]()
 
     def nodes(self):
         return set(self.names)
@@ -252,7 +253,7 @@ class Room:
         return [Reply(to, node, self._says(node), None, 0) for to, node in nodes.items() if node in self.names]
 
     def abandon(self, messages):
-        pass
+        self.abandoned |= {*messages}
 
     def _says(self, node):
         name = self.names[node]
@@ -296,6 +297,27 @@ def test_what_a_node_has_to_say_is_logged_once_and_not_without_end(caplog):
     assert lines[0] == "nodes: a: no names\\x1b"
     assert len(lines) < 20
     assert all(len(line) < 300 and line.isprintable() for line in lines)
+
+
+def test_what_strangers_say_of_themselves_is_bounded():
+    """Names that are none, long ones, many, and nodes that leave before they have answered."""
+    roster, room = Roster(), Room(n1="a", n2=" a", n3="a\n", n4="b\x1b[2J", n5="b" * 2**17, n6="")
+    assert joined(roster, room) == {"a": 1}
+    assert roster.shown(1).isprintable()
+    assert roster.shown(1).count("its name ") == 5
+    room.names |= {node: f"x{node}" for node in range(10, 1000)}
+    roster.fix_names(1)
+    assert joined(roster, room) == {"a": 1}
+    assert len(roster.shown(1)) < 10_000
+    sent = set[str]()
+    room.send = lambda contents, kind, **how: {sent.add(f"{n} late") or f"{n} late": n for n in contents}
+    room.receive = lambda waiting, *, most_bytes: []
+    room.names = {1: "a", **dict.fromkeys(range(2000, 3000), "b")}
+    roster.look(room, Invitation("", "", {}))
+    room.names = {1: "a"}
+    roster.look(room, Invitation("", "", {}))
+    assert len(sent) == 1000
+    assert room.abandoned == sent
 
 
 def test_a_node_that_has_not_answered_is_not_said_to_be_absent(lab):

@@ -459,6 +459,28 @@ def test_a_tree_that_is_too_wide_or_deep_is_refused():
         arrived(flat, contents)
 
 
+def test_a_message_of_many_objects_arrives_a_part_at_a_time(pool):
+    """In order, each object once, and one that is not there yet is asked for again."""
+    names = [str(n) for n in range(3000)]
+    tree = ObjectTree(object_id="0", children=[ObjectTree(object_id=name) for name in names[1:]])
+    message, asked, missing = wire.IncomingMessage(tree, ROOM), [], {"7", "2000"}
+
+    def fetch(name):
+        asked.append(name)
+        if name in missing:
+            missing.remove(name)
+            return None
+        return b"1"
+
+    parts = 1
+    while not message.advance(fetch, pool, 0.005):
+        parts += 1
+    assert 3 < parts < 3000
+    assert sorted(asked) == sorted([*names, "7", "2000"])
+    assert message.bytes == 3000
+    assert list(message._contents) == [*names[1:], "0"]  # children first
+
+
 def test_objects_that_name_each_other_many_times_are_made_once():
     def record(children):
         text = f"RecordDict {','.join(children)} 2\0{{}}".encode()

@@ -8,7 +8,6 @@ from fedsim.types import State
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of a node
 FORMAT = 2  # of all these messages; server and node must have the same
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of a node
 
 
 class Hello(NamedTuple):
