@@ -274,7 +274,7 @@ def die_in(folder, change):
 
 
 def fail_in(folder, change, error, lasting):
-    """OSError at the so-many-th such moment; if it is lasting, whatever takes room on a disk fails from then on."""
+    """OSError at the so-many-th such moment; with `lasting` all that takes room fails from then on."""
     number, failed = iter(range(10**6)), False
 
     def fail(how, path):

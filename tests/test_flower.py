@@ -1,11 +1,15 @@
 """Laws of federations: on real nodes a run is what it is in a simulation, whatever becomes of wire and nodes."""
 
 import json
+import os
 import re
 import shutil
 import time
+import traceback
 from itertools import count
+from pathlib import Path
 
+import forks
 import pytest
 import torch
 import yaml
@@ -190,6 +194,49 @@ def test_a_driver_that_was_killed_goes_on_as_if_it_had_not_been(lab, tmp_path, s
         result = execute(*resumed_run(copy, {}, make=make(here)))
         assert lines(copy) == lines(tmp_path / "whole")
         assert result.summary["fingerprint"] == lines(copy)[-1]["fingerprint"]
+
+
+class KilledError(BaseException):
+    """The driver's process ends, as its folder stands."""
+
+
+@pytest.mark.slow
+def test_a_driver_killed_before_or_within_any_change_to_its_files_has_the_same_end(lab, tmp_path, monkeypatch):
+    """While its nodes keep what they keep."""
+    config, place = load(CONFIG | {"strategy": "scaffold", "rounds": 2}), tmp_path / "run"
+    for name in ("fsync", "replace", "rename", "unlink", "mkdir"):
+        monkeypatch.setattr(os, name, getattr(os, name))  # which puts it back
+    monkeypatch.setattr(Path, "open", Path.open)
+    changes, at = None, 0
+
+    def make(here):
+        return lambda config: here.simulation(config, wait=1e5, round_timeout=1e6)
+
+    def change(*_):
+        frames = {frame.f_code.co_filename for frame, _ in traceback.walk_stack(None)}
+        nodes = any(name.endswith("/state_files.py") for name in frames)
+        if changes is not None and not nodes and next(changes) == at:
+            if place.exists():
+                shutil.copytree(place, tmp_path / "killed")
+            raise KilledError
+
+    execute(*new_run(config, tmp_path / "whole", make=make(lab())))
+    forks._before_changes(change)
+    while True:
+        here, changes = lab(), count()
+        try:
+            execute(*new_run(config, place, make=make(here)))
+            break
+        except KilledError:
+            changes, at = None, at + 1
+        shutil.rmtree(place, ignore_errors=True)
+        if (tmp_path / "killed").exists():
+            (tmp_path / "killed").rename(place)
+            execute(*resumed_run(place, {}, make=make(here)))
+            assert lines(place) == lines(tmp_path / "whole")
+            shutil.rmtree(place)
+    print(f"{at} kills")
+    assert at > 60
 
 
 def test_a_run_does_not_go_on_with_other_nodes(lab, tmp_path):
