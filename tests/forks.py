@@ -379,21 +379,21 @@ def _before_changes(tell):
 class _Torn:
     """A file that is written in two halves."""
 
-    def __init__(self, file, tell):
-        self.file, self.tell = file, tell
+    def __init__(self, file, once):
+        self.file, self.once = file, once
 
     def write(self, content):
         half = len(content) // 2
-        self.tell("write")
+        self.once("write")
         self.file.write(content[:half])
         self.file.flush()
-        self.tell("write")
+        self.once("write")
         self.file.write(content[half:])
         self.file.flush()
         return len(content)
 
     def truncate(self, size):
-        self.tell("truncate")
+        self.once("truncate")
         return self.file.truncate(size)
 
     def __enter__(self):

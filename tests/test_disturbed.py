@@ -1,7 +1,7 @@
 """Runs disturbed again and again, at instants drawn from a seed: federations of real processes, and Ray's.
 
 Whatever happens, a run ends with the rounds of one that nothing disturbed; or in one line, and its resume does.
-`python tests/test_disturbed.py flower FIRST LAST`, or `ray`, says of each of these seeds what was done and how it ended.
+`python tests/test_disturbed.py flower FIRST LAST`, or `ray`, says how each of these seeds ended.
 """
 
 import os
