@@ -84,20 +84,20 @@ class Deployment(World):
         self.random, self.out, self.id = random.Random(seed), self.folder / f"run-{seed}", f"seed-{seed}"
         kinds = [name for name in dir(self) if name.startswith("do_")]
         done, ends = [], []
-        left = self.random.randint(1, 5)
+        due = sorted(self.random.randrange(-1, ROUNDS) for _ in range(self.random.randint(1, 5)))  # rounds
         self.settings = [f"checkpoint.every={self.random.choice([1, 1, 3])}"]
         if self.auth and self.random.random() < 0.5:
             self.settings += ["--keys", self.federation.keys / "nodes"]
         self.driver = self.serve(*self.settings)
         while True:
-            wait, last, lines = self.random.uniform(0, 8) if left else LIMIT, time.monotonic(), len(self.lines())
-            while self.driver.poll() is None and time.monotonic() < last + wait:
-                time.sleep(0.05)
-                if not left and lines < (now := len(self.lines())):
+            last, lines = time.monotonic(), len(self.lines())
+            while self.driver.poll() is None and not (due and lines >= due[0]):
+                time.sleep(0.02)
+                if lines < (now := len(self.lines())):
                     last, lines = time.monotonic(), now
+                assert time.monotonic() < last + LIMIT, f"hangs: {tail(self.driver)}"
             if self.driver.poll() is None:
-                assert left, f"hangs: {tail(self.driver)}"
-                left -= 1
+                time.sleep(self.random.uniform(0, 3 if due.pop(0) < 0 else 1))
                 kind = self.random.choice(kinds)
                 began = time.monotonic()
                 what = getattr(self, kind)() or ""
