@@ -92,7 +92,7 @@ class Deployment(World):
         while True:
             last, lines = time.monotonic(), len(self.lines())
             while self.driver.poll() is None and not (due and lines >= due[0]):
-                time.sleep(0.02)
+                time.sleep(0.1)
                 if lines < (now := len(self.lines())):
                     last, lines = time.monotonic(), now
                 assert time.monotonic() < last + LIMIT, f"hangs: {tail(self.driver)}"
