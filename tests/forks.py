@@ -274,7 +274,7 @@ def die_in(folder, change):
 
 
 def fail_in(folder, change, error, lasting):
-    """OSError at the so-many-th such moment; if it is lasting, whatever takes room on a disk fails from then on."""
+    """OSError at the so-many-th such moment; with `lasting` all that takes room fails from then on."""
     number, failed = iter(range(10**6)), False
 
     def fail(how, path):
@@ -379,21 +379,21 @@ def _before_changes(tell):
 class _Torn:
     """A file that is written in two halves."""
 
-    def __init__(self, file, tell):
-        self.file, self.tell = file, tell
+    def __init__(self, file, once):
+        self.file, self.once = file, once
 
     def write(self, content):
         half = len(content) // 2
-        self.tell("write")
+        self.once("write")
         self.file.write(content[:half])
         self.file.flush()
-        self.tell("write")
+        self.once("write")
         self.file.write(content[half:])
         self.file.flush()
         return len(content)
 
     def truncate(self, size):
-        self.tell("truncate")
+        self.once("truncate")
         return self.file.truncate(size)
 
     def __enter__(self):

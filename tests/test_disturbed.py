@@ -1,24 +1,29 @@
-"""Runs that are disturbed again and again, at instants drawn from a seed: federations of real processes, and Ray's.
+"""Runs disturbed again and again, at instants drawn from a seed: federations of real processes, and Ray's.
 
-Whatever happens, the run ends with the rounds of one that nothing disturbed; or in one line, and then its resume does.
-`python tests/test_disturbed.py flower FIRST LAST`, or `ray`, tries these seeds, and says what was done and how it ended.
+Whatever happens, a run ends with the rounds of one that nothing disturbed; or in one line, and its resume does.
+`python tests/test_disturbed.py flower FIRST LAST`, or `ray`, says how each of these seeds ended.
 """
 
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
+import yaml
 from flowers import Federation, descendants, tail
 from hosts import Gate
-from test_flower_faults import SUSPECT, World, truth
+from lab import CONFIG
+from small_run import records, rounds_logged, write
+from test_flower_faults import SUSPECT, World
 
+import fedsim
 from fedsim.experiment.build import build_data
 from fedsim.experiment.config import load
 from fedsim.flower.shards import client_name, write_shards
@@ -26,6 +31,7 @@ from fedsim.flower.shards import client_name, write_shards
 pytestmark = pytest.mark.slow
 
 ROUNDS = 12
+SMALL = 0.2  # of a CPU, for an actor
 LIMIT = 300  # seconds that a round may take once nothing disturbs it any more
 CLOCK = """
 import datetime, sys, time
@@ -44,7 +50,7 @@ main()
 def one_line(status, said):
     """How a command ended that did not end well: by our hand, or in one line; AssertionError if in another way."""
     assert "Traceback" not in said, said
-    if status == -signal.SIGKILL:
+    if status in (-signal.SIGKILL, -signal.SIGTERM):  # the latter where it had not begun
         return "killed"
     assert status in (1, 130), f"status {status}: {said}"
     lines = [line for line in said.splitlines() if line.startswith("fedsim: ")]
@@ -58,8 +64,6 @@ class Deployment(World):
 
     def __init__(self, folder, stack, *, auth):
         (folder / "suspect.py").write_text(SUSPECT)
-        from lab import CONFIG
-
         write_shards(build_data(load(CONFIG)), folder / "shards")
         federation = stack.enter_context(Federation(folder / "federation", tls=auth, auth=auth))
         names = [client_name(k, 3) for k in range(3)]
@@ -80,20 +84,20 @@ class Deployment(World):
         self.random, self.out, self.id = random.Random(seed), self.folder / f"run-{seed}", f"seed-{seed}"
         kinds = [name for name in dir(self) if name.startswith("do_")]
         done, ends = [], []
-        left = self.random.randint(1, 5)
+        due = sorted(self.random.randrange(-1, ROUNDS) for _ in range(self.random.randint(1, 5)))  # rounds
         self.settings = [f"checkpoint.every={self.random.choice([1, 1, 3])}"]
         if self.auth and self.random.random() < 0.5:
             self.settings += ["--keys", self.federation.keys / "nodes"]
         self.driver = self.serve(*self.settings)
         while True:
-            wait, last, lines = self.random.uniform(0, 8) if left else LIMIT, time.monotonic(), len(self.lines())
-            while self.driver.poll() is None and time.monotonic() < last + wait:
-                time.sleep(0.05)
-                if not left and lines < (now := len(self.lines())):
+            last, lines = time.monotonic(), len(self.lines())
+            while self.driver.poll() is None and not (due and lines >= due[0]):
+                time.sleep(0.1)
+                if lines < (now := len(self.lines())):
                     last, lines = time.monotonic(), now
+                assert time.monotonic() < last + LIMIT, f"hangs: {tail(self.driver)}"
             if self.driver.poll() is None:
-                assert left, f"hangs: {tail(self.driver)}"
-                left -= 1
+                time.sleep(self.random.uniform(0, 3 if due.pop(0) < 0 else 1))
                 kind = self.random.choice(kinds)
                 began = time.monotonic()
                 what = getattr(self, kind)() or ""
@@ -232,5 +236,102 @@ def flower(first, last):
     print(dict(ended), dict(kinds))
 
 
+# Ray
+
+RUN = [sys.executable, "-P", "-c", "from fedsim.cli import main; main()"]
+ON_RAY = ["runtime=ray", "runtime.actors=2", f"runtime.cpus={SMALL}"]
+OF_RAY = ("ray::Actor", "gcs_server", "raylet")
+
+
+def lose_cluster(seed, folder):
+    """A run on a local cluster, whose processes are killed or stopped; returns what was done, and how it ended."""
+    rng, done, ends = random.Random(seed), [], []
+    write(folder, rounds=40)
+    left, command = rng.randint(1, 3), [*RUN, "run", "c.yaml", "--out=run", *ON_RAY]
+    while True:
+        with (folder / "err").open("wb") as err:
+            driver = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=err)
+        try:
+            last, before = time.monotonic(), rounds_logged(folder / "run")
+            wait = rng.uniform(0, 10)
+            while driver.poll() is None:
+                time.sleep(0.02)
+                if before < (now := rounds_logged(folder / "run")):
+                    last, before = time.monotonic(), now
+                assert time.monotonic() < last + LIMIT, f"hangs: {(folder / 'err').read_text()}"
+                if left and before and time.monotonic() > last + wait:
+                    done.append(f"{_lose(rng, driver)}, round {before}")
+                    left, wait = left - 1, rng.uniform(0, 10)
+        finally:
+            family = descendants(driver.pid)
+            driver.kill()
+            driver.wait()
+            for pid in family:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        said = (folder / "err").read_text()
+        assert "Traceback" not in said, said
+        if driver.returncode == 0:
+            return done, ends
+        ends.append(f"{driver.returncode}: {said.splitlines()[-1] if said else ''}"[:300])
+        assert len(ends) < 10, ends
+        known = (folder / "run" / "config.yaml").exists()
+        command = [*RUN, "resume", "run"] if known else [*RUN, "run", "c.yaml", "--out=run", *ON_RAY]
+
+
+def _lose(rng, driver):
+    """Kill or stop one of a driver's processes, or the driver."""
+    kind, below = rng.choice([*OF_RAY, "driver"]), {}
+    for pid in descendants(driver.pid):
+        with suppress(OSError):
+            below.setdefault(Path(f"/proc/{pid}/comm").read_text().strip(), []).append(pid)
+    pids = [pid for name, some in below.items() if name.startswith(kind) for pid in some]
+    pid = driver.pid if kind == "driver" else rng.choice(pids or [0])
+    if pid and rng.random() < 0.3:
+        seconds = rng.uniform(0.1, 8)
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(seconds)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+        return f"stop {kind} {seconds:.1f} s"
+    if pid:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return f"kill {kind}" if pid else f"no {kind}"
+
+
+def on_ray(seed, folder):
+    """The same, compared with a run in one process."""
+    found = lose_cluster(seed, folder)
+    config = yaml.safe_load((folder / "c.yaml").read_text())
+    fedsim.run(config, out=folder / "whole")
+    assert records(folder / "run") == records(folder / "whole"), found
+    return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_cluster_that_loses_processes_has_the_same_end(seed, tmp_path):
+    pytest.importorskip("ray")
+    print(f"seed {seed}: {on_ray(seed, tmp_path)}")
+
+
+def ray(first, last):
+    """Try these seeds: a tally."""
+    kinds, ended = Counter(), Counter()
+    for seed in range(first, last):
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory() as place:
+            try:
+                done, ends = on_ray(seed, Path(place))
+                kinds.update(each.partition(",")[0].removesuffix(" s").rstrip("0123456789. ") for each in done)
+                how = "same end" if not ends else "same end after a resume"
+                print(f"seed {seed}: {time.monotonic() - began:.0f} s: {done} {ends}", flush=True)
+            except Exception as error:
+                how = f"FAILED {type(error).__name__}"
+                print(f"seed {seed}: {type(error).__name__}: {str(error)[-3000:]}", flush=True)
+            ended[how] += 1
+    print(dict(ended), dict(kinds))
+
+
 if __name__ == "__main__":
-    {"flower": flower}[sys.argv[1]](*map(int, sys.argv[2:4]))
+    {"flower": flower, "ray": ray}[sys.argv[1]](*map(int, sys.argv[2:4]))

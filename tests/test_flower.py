@@ -1,11 +1,15 @@
 """Laws of federations: on real nodes a run is what it is in a simulation, whatever becomes of wire and nodes."""
 
 import json
+import os
 import re
 import shutil
 import time
+import traceback
 from itertools import count
+from pathlib import Path
 
+import forks
 import pytest
 import torch
 import yaml
@@ -188,6 +192,50 @@ def test_nodes_that_are_away_at_the_end_are_not_waited_for(lab):
     simulation.runtime.run_finished(simulation.clients)
     assert here.clock.now - began < 22
     assert sum("finished" in names for names in left(here).values()) == 2
+
+
+class KilledError(BaseException):
+    """The driver's process ends, as its folder stands."""
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # files that it leaves open
+def test_a_driver_killed_before_or_within_any_change_to_its_files_has_the_same_end(lab, tmp_path, monkeypatch):
+    """While its nodes keep what they keep."""
+    config, place = load(CONFIG | {"strategy": "scaffold", "rounds": 2}), tmp_path / "run"
+    killed = tmp_path / "killed"
+    for name in ("fsync", "replace", "rename", "unlink", "mkdir"):
+        monkeypatch.setattr(os, name, getattr(os, name))  # which puts it back
+    monkeypatch.setattr(Path, "open", Path.open)
+    changes, at = None, 0
+
+    def make(here):
+        return lambda config: here.simulation(config, wait=1e5, round_timeout=1e6)
+
+    def change(*_):
+        frames = {frame.f_code.co_filename for frame, _ in traceback.walk_stack(None)}
+        nodes = any(name.endswith("/state_files.py") for name in frames)
+        if changes is not None and not nodes and next(changes) == at:
+            shutil.copytree(place, killed) if place.exists() else killed.mkdir()
+            raise KilledError
+
+    execute(*new_run(config, tmp_path / "whole", make=make(lab())))
+    forks._before_changes(change)
+    while True:
+        here, changes = lab(), count()
+        try:
+            execute(*new_run(config, place, make=make(here)))
+            break
+        except (KilledError, RoundError):  # the latter out of a hook
+            changes, at = None, at + 1
+        shutil.rmtree(place, ignore_errors=True)
+        killed.rename(place)
+        if any(place.iterdir()):
+            execute(*resumed_run(place, {}, make=make(here)))
+            assert lines(place) == lines(tmp_path / "whole")
+        shutil.rmtree(place)
+    print(f"{at} kills")
+    assert at > 60
 
 
 def test_a_run_does_not_go_on_with_other_nodes(lab, tmp_path):

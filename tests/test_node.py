@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
 from contextlib import closing
 from dataclasses import replace
@@ -15,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from uuid import uuid4
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -197,6 +199,68 @@ def test_private_buffers_stay_on_the_nodes(shards):
     nodes = simulated(Nodes(shards), model=model)
     assert shown(nodes) == shown(build(config(model=model)))
     assert {name for state in nodes.clients.values() for name in state} == {"version"}
+
+
+class KilledError(BaseException):
+    """The node's process ends, as it stands on disk."""
+
+
+class Faults:
+    """Kills a node, or has its disk fail, before and within each change that an order makes to its files, in turn.
+
+    The order is sent again, to another process where this one is gone, until it has got through.
+    """
+
+    def __init__(self, folder, monkeypatch, kill, every=1):
+        self.folder, self.kill, self.every, self.at, self.count, self.happened = folder, kill, every, -1, 0, 0
+        for name in ("fsync", "replace", "rename", "unlink", "mkdir"):
+            monkeypatch.setattr(os, name, getattr(os, name))  # which puts it back
+        monkeypatch.setattr(Path, "open", Path.open)
+        forks._before_changes(self.change)
+
+    def change(self, how, path):
+        self.count += 1
+        if self.count - 1 == self.at:
+            self.happened += 1
+            if self.kill:
+                shutil.copytree(self.folder / "state", self.folder / "killed")
+                raise KilledError
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *([] if path is None else [str(path)]))
+
+    def __call__(self, nodes, order, work):
+        self.at = (order.round + order.client) % self.every
+        while True:
+            self.count = 0
+            try:
+                answer = work(order)
+                if answer.error is None:
+                    self.at = -1
+                    return answer
+                said = answer.error
+            except KilledError:
+                nodes.restart()
+                shutil.rmtree(self.folder / "state")
+                (self.folder / "killed").rename(self.folder / "state")
+                said = ""
+            except (AssertionError, ConfigError) as refused:  # to join, or to begin
+                said = str(refused)
+            assert self.kill or "No space left on device" in said
+            assert self.kill or str(self.folder / "state") in said
+            self.at += self.every
+
+
+@pytest.mark.parametrize("kill", [True, False], ids=["killed", "full"])
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 7])
+def test_nodes_that_fail_at_any_change_to_their_files_change_nothing(shards, monkeypatch, kill, every):
+    faults = Faults(shards, monkeypatch, kill, every)
+    expected = truth("scaffold")
+    nodes = Nodes(shards, around=faults)
+    assert shown(simulated(nodes, "scaffold")) == expected
+    print(f"{faults.happened} faults")
+    assert faults.happened > 5
+    for node in nodes.nodes.values():  # what is left is what another process goes on from
+        (home,) = (path for path in node.state_files.folder.iterdir() if path.is_dir())
+        assert not list(home.glob("*.draft"))
 
 
 def test_repeated_and_late_orders_change_nothing(shards):

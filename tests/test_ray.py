@@ -533,7 +533,7 @@ def gives_up(monkeypatch):
     """Has this process be part of no Ray, and `ray.init` raise what it is called with."""
 
     def init(address, **_):
-        raise ValueError(f"called with {address}")
+        raise Exception(f"called with {address}")  # as Ray itself does
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", init)

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import process_time
 
 import pytest
 from flowers import descendants
@@ -49,6 +50,7 @@ class Watch(Hook):
 
     priority: int = field(default=200, init=False)  # once the checkpoint is there
     seen: list[dict[str, float]] = field(default_factory=list)
+    before: float = field(default_factory=process_time)
 
     def after_round(self, run, record):
         if record["round"] % 10 == 0:
@@ -65,7 +67,9 @@ class Watch(Hook):
                 "bytes": sum(path.stat().st_size for path in files),
                 "log": sum(path.stat().st_size for path in [here / "rounds.jsonl", *here.glob("tensorboard/*")]),
                 "seconds": sum(each["seconds"] for each in run.records[-10:]) / 10,
+                "cpu": (process_time() - self.before) / 10,  # seconds of a round, checkpoint and all
             }
+            self.before = process_time()
             self.seen.append({"round": record["round"]} | seen)
 
     def around(self, rounds):

@@ -41,7 +41,7 @@ def join(address: str | None) -> None:
     with _restored():
         try:
             ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
-        except (OSError, RuntimeError, ValueError) as error:
+        except Exception as error:  # Ray raises this class itself where its processes do not start in time
             raise ConfigError(
                 f"runtime.address: {address or 'null'}: Ray cannot be started or joined: {first_line(error)}"
             ) from error
