@@ -260,7 +260,10 @@ FOREIGN = [  # what is no message, or is not what it says
     (lambda world: changed(wire.record(world.order), {}, kind="Import"), "is 'Import' and should be Order"),
     (lambda world: changed(wire.record(world.order), {}, kind="Or\nder\x1b"), "should be Order"),
     (lambda world: changed(wire.record(world.order), {}, kind="Answer"), "is 'Answer' and should be Order"),
-    (lambda world: changed(wire.record(world.order), {}, kind="Invitation"), "Extra inputs are not permitted"),
+    (
+        lambda world: changed(wire.record(world.order), {}, kind="Invitation"),
+        "has 'server', which no Invitation has",
+    ),
     (lambda world: changed(wire.record(world.order), {}, DEEP), "order "),
     (lambda world: changed(wire.record(world.order), {}, "[" * 10**6), "order "),
     (lambda world: changed(wire.record(world.order), {}, '{"round": ' + "9" * 10**5 + "}"), "order "),
