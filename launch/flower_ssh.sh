@@ -161,7 +161,7 @@ stop() {
     local host pid name log
     # Nodes first, so that they can leave the SuperLink.
     while read -r host pid name log <&3; do
-        on "$host" bash -c "kill -TERM $pid 2>/dev/null; for _ in {1..100}; do kill -0 $pid 2>/dev/null || exit 0; sleep 0.1; done; kill -KILL -- -$pid" </dev/null ||
+        on "$host" bash -c "kill -TERM $pid 2>/dev/null; for _ in {1..100}; do [[ \$(ps -o stat= -p $pid) == [!Z]* ]] || exit 0; sleep 0.1; done; kill -KILL -- -$pid" </dev/null ||
             echo "flower_ssh: $host: $name, process $pid, could not be ended" >&2
     done 3< <(sed '1!G;h;$!d' "$state/processes")
     rm "$state/processes"

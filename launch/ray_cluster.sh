@@ -68,7 +68,7 @@ stop() {
     local host pid
     # Workers first: without a head they would try to reach it.
     while read -r host pid <&3; do
-        on "$host" bash -c "kill -TERM $pid 2>/dev/null; for _ in {1..100}; do kill -0 $pid 2>/dev/null || exit 0; sleep 0.1; done; kill -KILL -- -$pid" ||
+        on "$host" bash -c "kill -TERM $pid 2>/dev/null; for _ in {1..100}; do [[ \$(ps -o stat= -p $pid) == [!Z]* ]] || exit 0; sleep 0.1; done; kill -KILL -- -$pid" ||
             echo "ray_cluster: $host: process $pid could not be ended" >&2
     done 3< <(tac "$state/processes")
     rm -r "$state"

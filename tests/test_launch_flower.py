@@ -1,6 +1,7 @@
 """What launch/ has for federations over Flower: scripts, with stand-ins for programs and for real, and units."""
 
 import configparser
+import inspect
 import json
 import os
 import re
@@ -423,7 +424,8 @@ def test_idle_connections_end_before_the_superlink_ends_them():
     from fedsim.flower.internals.connection import KEEP_ALIVE
 
     theirs = uvicorn.Config(None).timeout_keep_alive
-    assert "timeout_keep_alive" not in Path(flower_superlink.__file__).read_text()  # it keeps uvicorn's
+    source = Path(inspect.getsourcefile(flower_superlink)).read_text()
+    assert "timeout_keep_alive" not in source  # it keeps uvicorn's
     gate = (LAUNCH / "flower" / "gate.conf").read_text()
     ours = re.search(r"upstream superlink \{[^}]*\bkeepalive_timeout (\d+)s;[^}]*\}", gate)
     assert int(ours[1]) < theirs
