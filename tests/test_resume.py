@@ -603,7 +603,7 @@ def small_disk(tmp_path_factory):
 def starved(done, run):
     """It ended with status 1 and one line that names a file and the reason; nothing was lost."""
     assert done.status == 1, str(done)
-    assert done.err.startswith(f"fedsim: {run}/"), str(done)
+    assert done.err.startswith((f"fedsim: {run}/", f"fedsim: {run}: ")), str(done)
     assert done.err.count("\n") == 1, str(done)
 
 
