@@ -62,6 +62,9 @@ class Noisy(FedAvg):
         update = super().client_update(server, client, local)
         return update._replace(message={"delta": y - server["model"] + 0.1 * draw(y)})
 
+    def max_steps(self, num_steps):
+        return 2 * num_steps
+
     def server_update(self, server, mean, info):
         noise = torch.randn(1) + np.random.normal() + random.random()  # noqa: NPY002
         return {"model": super().server_update(server, mean, info)["model"] + 0.01 * noise}

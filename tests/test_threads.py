@@ -50,6 +50,9 @@ class Hungry(Wrapper):
         with self.memory:
             return super().client_update(server, client, local)
 
+    def max_steps(self, num_steps):
+        return 2 * num_steps
+
 
 def hungry(room, runtime="serial", name="fedavg", **settings):
     runtime = {"name": "threads", "workers": WORKERS} if runtime == "threads" else runtime

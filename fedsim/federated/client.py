@@ -27,6 +27,8 @@ from fedsim.types import Job, State, Stream, Update, described, form_of, random
 
 RESERVED = ("buffers", "ema.model", "ema.buffers")  # entries of the server's state that no strategy may have
 
+DECLARED = {"weight": "max_weight", "steps": "max_steps", "examples": "max_steps"}  # by which methods
+
 PRIVATE = "buffers."  # in a client's state, before the name of a buffer that `model.buffers` makes private
 
 Work = Callable[[Replica, FederatedData, State, Any], Update]  # the last argument is a Job or a EvaluationChunk
@@ -72,8 +74,8 @@ class Train:
         check_finite(update.client, before, sums)
         weight = float(update.weight.detach() if isinstance(update.weight, Tensor) else update.weight)
         if wrong := first_wrong(training_claims(weight, sums, self.bounds(num_examples, dtype))):
-            declared = "max_weight" if wrong.name == "weight" else "max_steps"
-            advice = f"; if more is right, override {declared}" if wrong.value > wrong.most else ""
+            declared = DECLARED.get(wrong.name) if wrong.value > wrong.most else None
+            advice = f"; if more is right, override {declared}" if declared else ""
             raise WrongReturnError(f"{type(self.strategy).__name__}.client_update: gave the {wrong}{advice}")
 
     @property
