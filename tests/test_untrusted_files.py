@@ -744,7 +744,7 @@ def test_a_crafted_pickle_of_cifar_is_not_read(tmp_path, monkeypatch, marker, na
     refused_cheaply("corrupted", source, name, root=str(tmp_path))
     monkeypatch.setattr(kind, "test_list", [benign(folder, "test_rows", **rows)])
     refused_cheaply("metadata file not found or corrupted", source, name, root=str(tmp_path))
-    meta = benign(folder, kind.meta["filename"], **{kind.meta["key"]: ["cat"]})
+    meta = benign(folder, kind.meta["filename"], **{kind.meta["key"]: ["cat", "dog", "frog"]})
     monkeypatch.setattr(kind, "meta", kind.meta | {"md5": meta[1]})
     assert len(source(name, root=str(tmp_path)).y_train) == 6
     sparse(folder / "train_rows")
