@@ -633,7 +633,7 @@ def test_files_that_may_not_grow_end_a_run_in_a_line_and_then_it_goes_on(forks, 
     write(folder, rounds=12, evaluate={"every": 1, "clients": True})
     expected = whole(forks, folder)
     ends = set()
-    for limit in (1600, 1850, 2500, 3300, 4000, 4500, 5000):
+    for limit in (1700, 1850, 2500, 3300, 4000, 4500, 5000):
         name = f"run{limit}"
         done = forks.run("run", "c.yaml", f"--out={name}", cwd=folder, prepare=["small_files", limit])
         starved(done, name)

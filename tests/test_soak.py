@@ -128,6 +128,8 @@ def test_thousands_of_rounds_hold_no_more_than_the_first(runtime, capsys):
     for name in ("threads", "handles", "processes", "files"):
         assert last[name] < 1.1 * first[name] + 1, name
     assert last["bytes"] < 1.1 * first["bytes"]
+    assert last["log"] < first["log"] + 1000 * ROUNDS
+    assert last["cpu"] < 2 * first["cpu"]
 
 
 if __name__ == "__main__":
