@@ -287,13 +287,14 @@ class Room:
 
     def __init__(self, **names):
         self.names, self.number = {int(node[1:]): name for node, name in names.items()}, count()
-        self.notes = ()
-        self.abandoned = set[str]()
+        self.notes = ()  # of those that were invited, and not only asked for their names
+        self.asked, self.abandoned = dict[int, str](), set[str]()
 
     def nodes(self):
         return set(self.names)
 
     def send(self, contents, kind, **how):
+        self.asked |= {node: wire.kind(content) for node, content in contents.items()}
         return {f"{node} {next(self.number)}": node for node in contents}
 
     def receive(self, waiting, *, most_bytes):
@@ -307,7 +308,8 @@ class Room:
         name = self.names[node]
         if name is None:
             return RecordDict()
-        return wire.record(Joined(name, versions(), examples=5, tested=5, notes=self.notes))
+        notes = self.notes if self.asked[node] == "Invitation" else ()
+        return wire.record(Joined(name, versions(), examples=5, tested=5, notes=notes))
 
 
 def joined(roster, room):
@@ -335,8 +337,11 @@ def test_a_name_is_one_node_and_a_node_one_name(caplog):
     assert joined(roster, room) == {"a": 2}
 
 
-def test_what_a_node_has_to_say_is_logged_once_and_not_without_end(caplog):
+@pytest.mark.parametrize("named", [[], ["a"]])
+def test_what_a_node_has_to_say_is_logged_once_and_not_without_end(caplog, named):
+    """A node that a run names is asked for its name first, and says nothing yet."""
     roster, room = Roster(), Room(n1="a")
+    roster.names = named
     room.notes = ("no\nnames\x1b", "x" * 9999, *map(str, range(1000)))
     joined(roster, room)
     room.names = {2: "a"}

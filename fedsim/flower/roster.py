@@ -137,8 +137,9 @@ class Roster:
     def shown(self, clients: int) -> str:
         """In words, which nodes have joined, which are expected, and why others have not joined."""
         there = ", ".join(_some(self.joined)) or "none"
-        reasons = _some({f"{seen.name}: {seen.why}" for seen in self._seen.values() if seen.name and seen.why})
-        reasons += _some({seen.why for seen in self._seen.values() if not seen.name and seen.why != WAITING})
+        answered = [seen for seen in self._seen.values() if seen.why != WAITING]
+        reasons = _some({f"{seen.name}: {seen.why}" for seen in answered if seen.name and seen.why})
+        reasons += _some({seen.why for seen in answered if not seen.name})
         if waiting := sum(seen.why == WAITING for seen in self._seen.values()):
             reasons.append(f"{waiting} connected, but without an answer so far")
         return f"{there} of {', '.join(self.names) or clients}" + "".join(f"; {one_line(why)}" for why in reasons)
@@ -202,7 +203,9 @@ class Roster:
             return name, sizes, "is not one of this run's nodes"
         if joined.error is not None:
             return name, sizes, one_line(joined.error)
-        if asked.invited and (why := self._unusable(sizes)):
+        if not asked.invited:
+            return name, sizes, ""
+        if why := self._unusable(sizes):
             return name, sizes, why
         self._compare(name, joined.versions)
         self._tell(name, joined.notes)
