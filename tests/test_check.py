@@ -4,10 +4,13 @@ import hashlib
 import json
 import os
 import shutil
+import struct
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +19,11 @@ from small_run import CONFIG, contents, write
 import fedsim
 from fedsim import ConfigError, Hook
 from fedsim.base.files import locked
+from fedsim.base.own_code import Rule, own_code, unread
+from fedsim.experiment import model_file
 from fedsim.experiment.check import check_run
+from fedsim.strategies import CATALOGUE as STRATEGIES
+from fedsim.training.layout import Order
 
 ALL = CONFIG | {"ema": 0.9, "hooks": ["tensorboard", "curves"]}
 MEASURED = ("seconds", "peak_memory_bytes")  # of summary.json, which nothing else says
@@ -231,6 +238,8 @@ def marker(tmp_path, monkeypatch):
     """Is there once the code of mine/code.py has run."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    for name in ("mine", "mine.code"):  # of an earlier test
+        monkeypatch.delitem(sys.modules, name, raising=False)
     (tmp_path / "mine").mkdir()
     marker = str(tmp_path / "marker")
     (tmp_path / "mine" / "__init__.py").write_text(MARK.format(marker, "p"))
@@ -247,7 +256,7 @@ def test_no_code_of_a_config_is_imported_wherever_it_is_named(fedsim_, marker, k
         for command, *more in commands:
             refused = fedsim_(command, "c.yaml", "--no-code", *more, f"{key}={value}")
             assert (refused.status, refused.out, refused.err.count("\n")) == (2, "", 1), refused
-            assert f"{name} is code that does not come with fedsim, and --no-code refuses it" in refused.err
+            assert f"{name} is code that does not come with fedsim, and such code is refused" in refused.err
         assert fedsim_("sweep", "c.yaml", "--no-code", f"{key}=[{value}],{value}").status == 2
         commands = commands[-1:]
     assert not marker.exists()
@@ -277,6 +286,30 @@ def test_code_of_a_config_is_announced_before_it_is_imported(fedsim_, marker, tm
 def test_a_program_s_own_code_is_its_own(marker, capsys):
     fedsim.run(CONFIG | {"strategy": "mine.code:Mine", "rounds": 1})
     assert capsys.readouterr().err == ""
+
+
+def test_a_check_leaves_the_code_of_other_threads_alone(marker):
+    """A program may train while it looks at a folder."""
+    with unread(), pytest.raises(ConfigError, match="such code is refused"):
+        STRATEGIES.load("mine.code:Mine")
+    with unread(), ThreadPoolExecutor(1) as other:
+        assert other.submit(STRATEGIES.load, "mine.code:Mine").result().__name__ == "Mine"
+    with own_code(Rule.REFUSED), ThreadPoolExecutor(1) as other, pytest.raises(ConfigError):
+        other.submit(STRATEGIES.load, "mine.code:Mine").result()
+
+
+# The files of models
+
+
+def test_the_digest_of_a_model_s_file_is_the_same_everywhere():
+    """Of its order as JSON, of the form of its tensors, and of their bytes."""
+    tensors = {"w": torch.arange(4.0).view(2, 2), "n": torch.tensor(3)}
+    said = '{"buffers": ["n"], "channels_last": false, "model": ["w"]} n int64 (), w float32 (2, 2)'
+    content = model_file.content(tensors, Order(["w"], ["n"], False))
+    right = "24a89383eb3fc62f8a1794508bc68af2f2fce4f845ecbe8e123d96090ce8c413"
+    assert right.encode() in content
+    values = b"n" + struct.pack("<q", 3) + b"w" + struct.pack("<4f", 0, 1, 2, 3)
+    assert hashlib.sha256(said.encode() + values).hexdigest() == right
 
 
 # Sweeps

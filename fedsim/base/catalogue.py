@@ -25,7 +25,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, ValidationError, create_mo
 from pydantic.fields import FieldInfo
 
 from fedsim.base.files import uninterrupted
-from fedsim.base.own_code import before_import, unread
+from fedsim.base.own_code import before_import, is_unread
 from fedsim.errors import ConfigError, border, is_own, name_of
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Catalogue:
     def options(self, name: str, at: str = "") -> "type[Options]":
         """The schema of an entry's options; raises ConfigError, as annotations and defaults may be the user's."""
         at = at or f"{self.kind}.name"
-        if unread() and ":" in name:
+        if is_unread() and ":" in name:
             return AnyOptions
         target = self.load(name, at)
         with border(f"{at}: {name}", ConfigError):

@@ -1,12 +1,14 @@
 """Names `package.module:attribute`, by which a config imports code that does not come with fedsim.
 
 In a program they are the program's own, and are imported without a word. Where a config may be someone else's, as
-in the command, a rule says what becomes of them. It holds in all threads of the process.
+in the command, a rule says what becomes of them. It holds in all threads of the process, which share the work of a
+command; `unread` holds in its own thread alone, and before any rule.
 """
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from enum import Enum, auto
 from importlib.machinery import ModuleSpec
 
@@ -19,7 +21,6 @@ class Rule(Enum):
     IMPORTED = auto()
     ANNOUNCED = auto()  # imported, after a line on standard error
     REFUSED = auto()
-    UNREAD = auto()  # not looked up: any options may stand beside it
 
 
 class _Current:
@@ -27,6 +28,9 @@ class _Current:
 
     rule = Rule.IMPORTED
     announced = frozenset[str]()
+
+
+_unread = ContextVar("_unread", default=False)
 
 
 @contextmanager
@@ -40,9 +44,19 @@ def own_code(rule: Rule) -> Iterator[None]:
         _Current.rule, _Current.announced = before
 
 
-def unread() -> bool:
-    """Whether the rule is that nothing is looked up."""
-    return _Current.rule is Rule.UNREAD
+@contextmanager
+def unread() -> Iterator[None]:
+    """Have no such name looked up within the block, in this thread: any options may stand beside it."""
+    token = _unread.set(True)
+    try:
+        yield
+    finally:
+        _unread.reset(token)
+
+
+def is_unread() -> bool:
+    """Whether such a name is not looked up."""
+    return _unread.get()
 
 
 def before_import(module: str, name: str, at: str) -> None:
@@ -59,8 +73,8 @@ def before_import(module: str, name: str, at: str) -> None:
 
 def refuse_code(why: str, at: str) -> None:
     """Raise ConfigError where the rule refuses what would run code that does not come with fedsim."""
-    if _Current.rule in (Rule.REFUSED, Rule.UNREAD):
-        raise ConfigError(f"{at}: {why}, and --no-code refuses it")
+    if _Current.rule is Rule.REFUSED or is_unread():
+        raise ConfigError(f"{at}: {why}, and such code is refused")
 
 
 def files_of(module: str) -> list[str] | None:

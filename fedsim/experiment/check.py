@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 
 from fedsim.base.files import DRAFT, is_locked
-from fedsim.base.own_code import Rule, own_code
+from fedsim.base.own_code import unread
 from fedsim.base.reading import MAX_YAML_BYTES, parse, parse_json
 from fedsim.errors import ConfigError, one_line
 from fedsim.experiment import model_file
@@ -82,7 +82,7 @@ def check_run(folder: Path, progress: Progress = lambda done, total: None) -> Ch
     """Look at a run's folder; raises ConfigError where there is none."""
     if not (folder.is_dir() and os.path.lexists(folder / "config.yaml")):
         raise ConfigError(f"{folder}: is no folder of a run; it has no config.yaml")
-    with own_code(Rule.UNREAD):
+    with unread():
         return _Check(folder, progress).checked()
 
 

@@ -73,6 +73,7 @@ def _vector(tensors: State, names: list[str], channels_last: bool) -> Any:
 
 
 def _digest(tensors: State, order: Order) -> str:
-    digest = hashlib.sha256(f"{order} {described(form_of(tensors))}".encode())
+    said = json.dumps(order._asdict(), sort_keys=True)
+    digest = hashlib.sha256(f"{said} {described(form_of(tensors))}".encode())
     hash_into(digest, tensors)
     return digest.hexdigest()

@@ -19,9 +19,9 @@ from fedsim.experiment.config import Config
 from fedsim.experiment.config import load as load_config
 from fedsim.experiment.folder import read_config
 from fedsim.models.options import make
+from fedsim.report.runs import MAX_BYTES
 from fedsim.types import Count
 
-MAX_BYTES = 2**26  # of partition.json
 MAX_NUMBERS = 2**28  # in an example, and of classes
 
 
