@@ -382,6 +382,7 @@ TEXTS = {
     "deep": DEEP,
     "deep inside": '{"sha256": "", "checkpoint": ' + DEEP + "}",
     "a list": "[]",
+    "many values": "[" + "[]," * 2**21 + "[]]",
     "a number": "1e999",
     "nothing": "null",
     "a long number": "9" * 10_000,

@@ -359,7 +359,9 @@ def test_a_file_that_is_not_there_and_a_folder(tmp_path):
         assert str(caught.value) == f"{path}: cannot be read: {why}"
 
 
-@pytest.mark.parametrize("content", ["2020-01-01: 3", "rounds: &a [*a]", "rounds: &a {b: *a}"])
+@pytest.mark.parametrize(
+    "content", ["2020-01-01: 3", "hooks: [{2020-01-01: 3}]", "rounds: &a [*a]", "rounds: &a {b: *a}"]
+)
 def test_yaml_that_json_cannot_hold_is_refused_all_the_same(tmp_path, content):
     (tmp_path / "c.yaml").write_text(content)
     with pytest.raises(ConfigError, match=r"\A[^\n]+\Z"):

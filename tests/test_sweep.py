@@ -315,6 +315,23 @@ def test_a_point_that_is_a_link_to_another_run_is_refused(place, fedsim_):
     assert contents(place) == before
 
 
+def test_a_point_of_another_config_or_of_code_is_refused_before_any_runs(place, fedsim_):
+    """Ray tasks take the config of a point that has begun out of its own folder."""
+    assert fedsim_("sweep", "c.yaml", "seed=0,1", "rounds=1", "--jobs=1", "--out=s").status == 0
+    Path("s/sweep.json").unlink()
+    Path("s/seed=1/summary.json").unlink()
+    path = Path("s/seed=1/config.yaml")
+    config = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump(config | {"local": config["local"] | {"lr": 0.7}}))
+    done = fedsim_("resume", "s")
+    assert done.status == 2
+    assert "s/seed=1/config.yaml: is not this sweep's: local.lr: 0.7" in done.err
+    path.write_text(yaml.safe_dump(config | {"hooks": ["no_such_module:Hook"]}))
+    done = fedsim_("resume", "--no-code", "s")
+    assert done.status == 2
+    assert "no_such_module:Hook is code that does not come with fedsim" in done.err
+
+
 # The runtime that is chosen
 
 

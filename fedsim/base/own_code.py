@@ -71,9 +71,14 @@ def before_import(module: str, name: str, at: str) -> None:
             print(f"fedsim: {printable(line)}", file=sys.stderr, flush=True)
 
 
+def is_refused() -> bool:
+    """Whether what would run such code is refused."""
+    return _Current.rule is Rule.REFUSED or is_unread()
+
+
 def refuse_code(why: str, at: str) -> None:
     """Raise ConfigError where the rule refuses what would run code that does not come with fedsim."""
-    if _Current.rule is Rule.REFUSED or is_unread():
+    if is_refused():
         raise ConfigError(f"{at}: {why}, and such code is refused")
 
 

@@ -23,6 +23,7 @@ MAX_YAML_BYTES = 2**20
 MAX_YAML_VALUES = 100_000  # in one file, with its aliases expanded
 MAX_YAML_DEPTH = 50
 MAX_NUMBER_LENGTH = 1000  # characters; reading a number of base 60 takes time that grows with the square of them
+MAX_JSON_VALUES = 2**21  # in one text; each takes up to 60 bytes of memory or more
 MAX_INTEGER_LENGTH = 300  # digits in JSON; a float holds 308
 CHARACTERS_PER_VALUE = 16  # a string counts as one value more for each so many characters
 TOO_DEEP = f"it is nested more than {MAX_YAML_DEPTH} levels deep"
@@ -83,8 +84,12 @@ def read_yaml(path: Path, *, links: bool = True) -> dict[str, Any]:
 def parse_json(content: bytes | str) -> Any:
     """The value of JSON in plain Python values; raises ValueError, in one line.
 
-    Refuses numbers that are not finite or that no float can hold, and a depth that YAML may not have either.
+    Refuses numbers that are not finite or that no float can hold, a depth that YAML may not have either, and too
+    many values; they are counted by the characters around them, before memory is taken.
     """
+    marks = (",", "[", "{") if isinstance(content, str) else (b",", b"[", b"{")
+    if sum(map(content.count, marks)) > MAX_JSON_VALUES:  # type: ignore[arg-type]
+        raise ValueError(f"it holds more than {MAX_JSON_VALUES} values")
     try:
         value = json.loads(content, parse_constant=_no_number, parse_int=_integer, parse_float=_finite)
     except RecursionError:
@@ -178,6 +183,8 @@ class Loader(yaml.SafeLoader):
             value = self.construct_object(key, deep=True)
             if not isinstance(value, Hashable):
                 break  # SafeLoader refuses it
+            if not isinstance(value, str | int | float | None):  # such as a date
+                raise _refused(f"a key is a {type(value).__name__}; keys should be text", key)
             if value in keys:
                 raise _refused(f"key {value!r} appears twice", key)
             if isinstance(value, str) and not value.isprintable():

@@ -107,7 +107,7 @@ def compare(
         return
     console.print(table(read, target))
     curves(read, out, target)
-    console.out(f"picture: {out}")
+    console.out(f"picture: {printable(out)}")
 
 
 def show_sweep(run_all: "Callable[[Console], tuple[int, Results | None]]", as_json: bool) -> NoReturn:
@@ -132,9 +132,8 @@ def execute_and_show(started: "Started") -> None:
         result = execute(run, [*hooks, Bar(console) if console.is_terminal else Plain(console)])
     except (ClientError, RoundError, OSError):
         if folder.is_dir():  # not deleted meanwhile
-            console.out(
-                f"rounds done: {len(run.records)}; once the cause is removed, fedsim resume {folder} continues"
-            )
+            way = f"once the cause is removed, fedsim resume {printable(folder)} continues"
+            console.out(f"rounds done: {len(run.records)}; {way}")
         raise
     for line in run.warnings:
         print(f"fedsim: {printable(line)}; the other results are whole", file=sys.stderr)
@@ -147,9 +146,9 @@ def execute_and_show(started: "Started") -> None:
     if run.stopped:
         console.out(f"stopped: {one_line(run.stopped)}")
     if (folder / "curves.png").is_file():
-        console.out(f"picture: {folder / 'curves.png'}")
-    console.out(f"results: {folder}")
+        console.out(f"picture: {printable(folder / 'curves.png')}")
+    console.out(f"results: {printable(folder)}")
     if result.interrupted:
         done = f"interrupted after round {found['rounds']} of {run.config.rounds}"
-        print(f"fedsim: {done}; fedsim resume {folder} goes on", file=sys.stderr)
+        print(f"fedsim: {done}; fedsim resume {printable(folder)} goes on", file=sys.stderr)
         raise typer.Exit(STATUS)

@@ -45,8 +45,8 @@ from fedsim.types import Form, State, described, form_of
 
 MAX_BYTES = 2**25  # of N.json
 MIN_LINE_BYTES, MAX_LINE_BYTES = 100, 2**28  # of rounds.jsonl, whose names alone have more than the first
-NAME = re.compile(r"\d{6,}\.json")
-SERVER = re.compile(r"server-\d{6,}\.safetensors")
+NAME = re.compile(r"[0-9]{6,}\.json")
+SERVER = re.compile(r"server-[0-9]{6,}\.safetensors")
 HARMLESS_SETTINGS = (  # that do not change what is learned, or only from now on
     *("rounds", "evaluate", "runtime", "failures", "checkpoint", "client_store", "hooks"),
     *("data.root", "data.path", "data.cache", "data.download"),

@@ -29,7 +29,7 @@ SEGMENT_BYTES = 64 * 2**20  # about; a segment takes twice as much memory while 
 MAX_CLIENTS_PER_SEGMENT = 256  # each read of a segment reads its table of contents, too
 DEFAULT_MEMORY = ByteSize(2 * 2**30)
 CLIENT = re.compile(r"0|[1-9][0-9]{0,17}")  # an id
-SEGMENT_NAME = re.compile(r"clients-\d{6,}\.safetensors")
+SEGMENT_NAME = re.compile(r"clients-[0-9]{6,}\.safetensors")
 
 
 @dataclass

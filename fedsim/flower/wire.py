@@ -10,6 +10,7 @@ from typing import Any, TypeVar, get_type_hints
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
+from fedsim.base.reading import MAX_YAML_BYTES
 from fedsim.errors import located, one_line
 from fedsim.flower.messages import FORMAT, Answer, Finished, Hello, Invitation, Joined, Order
 from fedsim.flower.transport import Coded, Encoded, decode, encode
@@ -20,7 +21,11 @@ Message = TypeVar("Message", Hello, Invitation, Joined, Order, Answer, Finished)
 KEY = f"fedsim.{FORMAT}"  # name of the record that has the JSON
 STYPE = "fedsim."  # then the coding of a tensor: the `stype` of a Flower array
 MOST_ARRAYS = 10_000
-MOST_CHARACTERS: dict[Any, int] = {Joined: 2**18, Answer: 2**18}  # of the JSON: each wrong field takes time
+MOST_CHARACTERS: dict[Any, int] = {  # of the JSON: each wrong field takes time
+    **dict.fromkeys((Hello, Joined, Answer, Finished), 2**18),
+    Invitation: 8 * MAX_YAML_BYTES,  # whose plan is escaped
+    Order: 2**22,
+}
 
 
 def _schema(kind: Any) -> type[BaseModel]:
@@ -55,7 +60,7 @@ def read(kind: type[Message], content: RecordDict) -> Message:
             raise ValueError(f"is {about['kind']!r:.40} and should be {kind.__name__}")
         if strange := content.keys() - {KEY, *TENSORS[kind]}:
             raise ValueError(f"has {min(strange)!r:.40}, which no {kind.__name__} has")
-        if len(text := str(about["json"])) > MOST_CHARACTERS.get(kind, len(text)):
+        if len(text := str(about["json"])) > MOST_CHARACTERS[kind]:
             raise ValueError(f"has {len(text)} characters of JSON; allowed: {MOST_CHARACTERS[kind]}")
         found: dict[str, Any] = dict(SCHEMAS[kind].model_validate_json(text))
         found |= {name: _decoded(kind, name, content.array_records[name]) for name in TENSORS[kind]}

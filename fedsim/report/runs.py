@@ -13,13 +13,16 @@ from rich.table import Table
 from rich.text import Text
 
 from fedsim.base.reading import parse, parse_json, read_regular
-from fedsim.errors import ConfigError, one_line
+from fedsim.errors import ConfigError, one_line, printable
 
 WIDTH = 80  # columns of a terminal
 MAX_DIFFERENCES = 8  # that a caption lists
 ABSENT = "-"
 NUMBER_KEYS = ("round", "seconds", "bytes_up", "bytes_down")  # in every line of rounds.jsonl
-CURVE_KEYS = ("train_loss", "test_loss", "test_accuracy")  # numbers, or null, where they are there
+CURVE_KEYS = (  # numbers, or null, where they are there
+    *("train_loss", "test_loss", "test_accuracy", "ema_test_loss", "ema_test_accuracy"),
+    *("client_accuracy_mean", "client_accuracy_worst_decile"),
+)
 MAX_NUMBER = 1e300  # a sum of many is finite, too
 MAX_BYTES = 2**30  # of a file
 
@@ -133,7 +136,7 @@ def compare(runs: Sequence[RunRecord], target: float | None = None) -> Table:
         table.add_column(header, justify="right", no_wrap=True)
         cells.append(_cells(form, best, values))
     for label, run, *row in zip(labels(runs), runs, *cells, strict=True):
-        table.add_row(Text(label), _progress(run), *row)
+        table.add_row(Text(label), Text(_progress(run)), *row)
     return table
 
 
@@ -165,7 +168,7 @@ def document(runs: Sequence[RunRecord], target: float | None = None) -> dict[str
 def labels(runs: Sequence[RunRecord]) -> list[str]:
     """A name for each run: that of its folder, with as many parent folders as distinguish it from the others."""
     folders = [run.folder.parts for run in runs]
-    return [_label(own, [other for other in folders if other != own]) for own in folders]
+    return [printable(_label(own, [other for other in folders if other != own])) for own in folders]
 
 
 def differences(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
@@ -207,7 +210,7 @@ def _bytes(run: RunRecord, until: float) -> float:
 
 def _progress(run: RunRecord) -> str:
     done = run.rounds[-1]["round"] if run.rounds else 0
-    return f"{done}" if run.summary is not None else f"{done} of {run.config.get('rounds', '?')}"
+    return f"{done}" if run.summary is not None else printable(f"{done} of {run.config.get('rounds', '?')}")
 
 
 def _caption(runs: Sequence[RunRecord]) -> Text | None:
@@ -215,9 +218,8 @@ def _caption(runs: Sequence[RunRecord]) -> Text | None:
         return None
     lines = [f"{key}: {', '.join(shortened(v, 24) for v in values)}" for key, values in differences(runs).items()]
     more = [f"and {len(lines) - MAX_DIFFERENCES} more"] if len(lines) > MAX_DIFFERENCES else []
-    return Text(
-        "\n".join(["configs differ in", *lines[:MAX_DIFFERENCES], *more]) if lines else "configs are the same"
-    )
+    shown = ["configs differ in", *map(printable, lines[:MAX_DIFFERENCES]), *more]
+    return Text("\n".join(shown) if lines else "configs are the same")
 
 
 def _label(own: tuple[str, ...], others: Sequence[tuple[str, ...]]) -> str:

@@ -107,6 +107,8 @@ def _check(points: Sequence[PointRun], datasets: Datasets) -> None:
             key: value for key, value in point.config.model_dump(mode="json").items() if key in SERVER_SETTINGS
         }
         kind = json.dumps([batch_key(point.config), about | {"seed": None}])
+        if point.begun:
+            point.check_config()
         if kind not in seen and not point.begun:
             seen.add(kind)
             try:

@@ -16,6 +16,7 @@ from fedsim.base.reading import read_yaml
 from fedsim.errors import ConfigError
 from fedsim.experiment.checkpoint import changes
 from fedsim.experiment.config import Config, load
+from fedsim.experiment.folder import read_config
 from fedsim.runtimes import RUNTIMES
 from fedsim.sweep.grid import Grid, Point
 
@@ -45,6 +46,12 @@ class PointRun:
     def begun(self) -> bool:
         """Whether its run was started, so that it can be resumed."""
         return (self.folder / "config.yaml").is_file()
+
+    def check_config(self) -> None:
+        """Raise ConfigError where its run was started with a config that changes the result of this point."""
+        there = load(read_config(self.folder)).model_dump(mode="json")
+        if wrong := changes(self.config.model_dump(mode="json"), there)[0]:
+            raise ConfigError(f"{self.folder / 'config.yaml'}: is not this sweep's: {wrong[0]} in {FILE}")
 
 
 @dataclass(frozen=True)

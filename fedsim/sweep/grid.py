@@ -12,6 +12,7 @@ from fedsim.base.reading import parse
 from fedsim.errors import ConfigError
 
 MAX_POINTS = 10_000
+MAX_KEYS = 100  # of several values each
 MAX_NAME_LENGTH = 160  # characters; a point's name is a folder's
 RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
 OPENING, CLOSING, QUOTES = "[{(", "]})", "\"'"
@@ -34,13 +35,16 @@ class Grid:
     @property
     def names(self) -> list[str]:
         """A name for each point, such as lr=0.1,seed=2, that is good for a folder; no two are the same."""
-        shown = [_name(point, short_keys(self.axes)) for point in self.points]
+        short = short_keys(self.axes)
+        shown = [_name(point, short) for point in self.points]
         if len(set(shown)) < len(shown):
             shown = [f"{number}-{name}" for number, name in enumerate(shown, 1)]
         return shown
 
     def checked(self) -> Self:
-        """Itself; raises ConfigError where it has too many points."""
+        """Itself; raises ConfigError where it has too many points, or keys."""
+        if len(self.axes) > MAX_KEYS:
+            raise ConfigError(f"sweep: {len(self.axes):,} keys have several values; allowed: {MAX_KEYS}")
         if (size := prod(map(len, self.axes.values()))) > MAX_POINTS:
             raise ConfigError(f"sweep: {size:,} points; at most {MAX_POINTS:,} are allowed")
         return self

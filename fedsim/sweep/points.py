@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedsim.base.own_code import Rule, is_refused, own_code
 from fedsim.base.reading import open_regular
 from fedsim.data import Dataset, FederatedData
 from fedsim.errors import ClientError, ConfigError, RoundError, located, one_line, reason
@@ -176,7 +177,8 @@ def as_tasks(points: Sequence[PointRun], jobs: int, gpus: int, display: Display)
             while waiting and free:
                 point, own = waiting.pop(0), free.pop(0)
                 values, paths = point.config.model_dump(mode="json"), [os.path.abspath(path) for path in sys.path]
-                running[task.remote(values, point.name, point.folder, own, os.getcwd(), paths)] = point, own
+                rule = Rule.REFUSED if is_refused() else Rule.IMPORTED  # announced by this process
+                running[task.remote(values, point.name, point.folder, own, os.getcwd(), paths, rule)] = point, own
             done, _ = ray.wait(list(running), timeout=POLL_SECONDS)
             for ref in done:
                 point, own = running.pop(ref)
@@ -224,7 +226,7 @@ def _row_runtime(run: Run) -> RowRuntime:
 
 
 def _task(
-    values: dict[str, Any], name: str, folder: Path, own_cores: list[int], place: str, paths: list[str]
+    values: dict[str, Any], name: str, folder: Path, own_cores: list[int], place: str, paths: list[str], rule: Rule
 ) -> str | None:
     """Run one point in a process of Ray's, on its own cores, with the driver's modules; returns why it failed."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started the sweep with `&`
@@ -235,7 +237,8 @@ def _task(
     os.chdir(place)
     sys.path[:] = paths
     try:
-        execute(*begin(PointRun(name, {}, load(values), folder), _simulation))
+        with own_code(rule):
+            execute(*begin(PointRun(name, {}, load(values), folder), _simulation))
     except Exception as error:
         return failure_line(error)
     return None
