@@ -56,16 +56,16 @@ def test_batches_are_counted_without_a_list(examples, size, least):
 
 @dataclass(frozen=True, kw_only=True)
 class Heavy(Wrapper):
-    """Counts twice as much."""
+    """Clients of more than 3 examples count for more than theirs."""
 
     def client_update(self, server, client, local):
         update = super().client_update(server, client, local)
-        return update._replace(weight=update.weight * 2)
+        return update._replace(weight=update.weight * local.num_examples / 3)
 
 
 class Declared(Heavy):
     def max_weight(self, num_examples, num_steps):
-        return 2 * super().max_weight(num_examples, num_steps)
+        return super().max_weight(num_examples, num_steps) * num_examples / 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,19 +82,37 @@ class DeclaredTwice(Twice):
         return 2 * num_steps
 
 
+@pytest.mark.parametrize("failures", [Failures(), DROP], ids=["raise", "drop"])
 @pytest.mark.parametrize("runtime", ["serial", {"name": "threads", "workers": 2}, "vectorized"], ids=str)
 @pytest.mark.parametrize(
     ("one", "declared", "said"),
     [
-        (Heavy, Declared, r"Heavy\.client_update: gave the weight 6; .* from 0 to 3; .* override max_weight"),
+        (Heavy, Declared, r"Heavy\.client_update: gave the weight 5\.3.* from 0 to 4; .* override max_weight"),
         (Twice, DeclaredTwice, r"Twice\.client_update: gave the steps 2; .* from 0 to 1; .* override max_steps"),
     ],
 )
-def test_who_gives_more_than_declared_is_told_what_to_override(runtime, one, declared, said):
-    data = make_data((3, 3))
-    with pytest.raises(ClientError, match=f"^round 1, client [01]: {said}$"):
-        make_simulation(one(inner=make_strategy("fedavg")), runtime=runtime, data=data).round()
-    assert not make_simulation(declared(inner=make_strategy("fedavg")), runtime=runtime, data=data).round().failed
+def test_who_gives_more_than_declared_is_told_what_to_override(runtime, failures, one, declared, said):
+    """Also with `drop`: without the clients that count for more than 3, the model would be another one."""
+
+    def made(strategy):
+        settings = {"runtime": runtime, "failures": failures, "data": make_data((3, 4))}
+        return make_simulation(strategy(inner=make_strategy("fedavg")), batch_size=4, **settings)
+
+    with pytest.raises(RoundError, match=f"^round 1, client [01]: {said}$"):
+        made(one).round()
+    assert not made(declared).round().failed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unsure(Wrapper):
+    def max_weight(self, num_examples, num_steps):
+        return num_examples if num_examples > 3 else None
+
+
+def test_what_is_no_bound_of_some_clients_ends_the_round():
+    said = "^round 1, client 0: Unsure: max_weight gave None for 3 examples; it should give a number"
+    with pytest.raises(RoundError, match=said):
+        make_simulation(Unsure(inner=make_strategy("fedavg")), data=make_data((3, 4)), failures=DROP).round()
 
 
 @pytest.mark.parametrize("value", [None, -1, float("nan"), float("inf"), 1e300, "n"], ids=str)

@@ -183,7 +183,7 @@ class Sends(Wrapper):
         ({"value": float("nan")}, "delta is not finite"),
         ({"value": 1e300, "kind": torch.float64}, "delta is too large"),
         ({"weight": -1.0}, "gave the weight -1; it should be from 0 to 5"),
-        ({"weight": float("inf")}, "gave the weight inf; it should be from 0 to 5; .*override max_weight"),
+        ({"weight": float("inf")}, "gave the weight inf; it should be from 0 to 5$"),
         ({"kind": torch.int64}, r"delta is torch\.int64, which cannot be averaged"),
         ({"kind": torch.complex64}, r"delta is torch\.complex64, which cannot be averaged"),
         ({"kind": torch.float8_e4m3fn}, "Float8_e4m3fn"),

@@ -15,7 +15,7 @@ from fedsim.base.global_draws import global_states, keyed_globals, undisturbed_g
 from fedsim.base.modes import own_thread_modes
 from fedsim.data import FederatedData
 from fedsim.errors import ConfigError, RoundError, WrongReturnError, border, is_own, name_of
-from fedsim.federated.aggregate import largest
+from fedsim.federated.aggregate import WEIGHTS, largest
 from fedsim.federated.claims import Bounds, first_wrong, training_bounds, training_claims
 from fedsim.federated.strategy import Strategy, check_state, checked_update
 from fedsim.training.local import ClientObjective
@@ -57,26 +57,30 @@ class Train:
         local = ClientObjective(replica, data, job, home["buffers"], self.recipe, self.seed, self.time_limit, own)
         update = self.client_update(server, client, local, replica.draws if self.own_code else None)
         local.check_time()
-        self.check_update(update, client, len(data.rows(job.client_id)), server["model"].dtype)
+        self.check_update(update, job, len(data.rows(job.client_id)), server["model"].dtype)
         return update
 
     def bounds(self, num_examples: int, dtype: torch.dtype) -> Bounds:
         """What a client with so many examples may give beside its message; losses have that dtype."""
         return training_bounds(self.strategy, self.recipe, num_examples, dtype)
 
-    def check_update(self, update: Update, before: State, num_examples: int, dtype: torch.dtype) -> None:
-        """Raise if the update of a client, whose state was `before`, cannot be used.
+    def check_update(self, update: Update, job: Job, num_examples: int, dtype: torch.dtype) -> None:
+        """Raise if the update of a client cannot be used.
 
-        ArithmeticError, if the state has another form, or a number is not finite; WrongReturnError, if a number is
-        larger than the strategy declares.
+        ArithmeticError, if the state has another form than before, or a number is not finite; WrongReturnError, if
+        a number can never be right; UndeclaredError, if it is larger than the strategy declares.
         """
         sums = {name: float(value) for name, value in update.metrics.items()}
-        check_finite(update.client, before, sums)
+        check_finite(update.client, job.client or {}, sums)
         weight = float(update.weight.detach() if isinstance(update.weight, Tensor) else update.weight)
-        if wrong := first_wrong(training_claims(weight, sums, self.bounds(num_examples, dtype))):
-            declared = DECLARED.get(wrong.name) if wrong.value > wrong.most else None
-            advice = f"; if more is right, override {declared}" if declared else ""
-            raise WrongReturnError(f"{type(self.strategy).__name__}.client_update: gave the {wrong}{advice}")
+        whose, where = type(self.strategy).__name__, f"round {job.round + 1}, client {job.client_id}"
+        with border(f"{where}: {whose}", UndeclaredError):
+            bounds = self.bounds(num_examples, dtype)
+        if wrong := first_wrong(training_claims(weight, sums, bounds)):
+            said = f"{whose}.client_update: gave the {wrong}"
+            if wrong.name in DECLARED and wrong.most < wrong.value <= WEIGHTS[1]:
+                raise UndeclaredError(f"{where}: {said}; if more is right, override {DECLARED[wrong.name]}")
+            raise WrongReturnError(said)
 
     @property
     def own_code(self) -> list[str]:
@@ -159,7 +163,15 @@ def ordinary(state: State) -> State:
     return state | {name: value.clone() for name, value in made.items()}
 
 
-class SharedStateError(RoundError):
+class CommonError(RoundError):
+    """A fault in one client of what all clients share: it ends the round, whatever `failures.policy` says."""
+
+
+class UndeclaredError(CommonError):
+    """A strategy gave more than it declares. To leave out the clients where it does would bias the model."""
+
+
+class SharedStateError(CommonError):
     """A client wrote to the server's state, which all clients share."""
 
 
@@ -180,7 +192,7 @@ def states_are_only_read(server: State, client: State) -> Iterator[None]:
         raise RuntimeError(f"client[{name!r}] was written in place; states are only read")
 
 
-class GlobalDrawsError(RoundError):
+class GlobalDrawsError(CommonError):
     """A client's numbers came from a generator that all clients share."""
 
 

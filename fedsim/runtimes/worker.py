@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fedsim.data import FederatedData
 from fedsim.errors import forget_variables
-from fedsim.federated.client import GlobalDrawsError, SharedStateError, Work, keyed_only, states_are_only_read
+from fedsim.federated.client import CommonError, Work, keyed_only, states_are_only_read
 from fedsim.runtimes.cuda import new_stream, on_stream
 from fedsim.training.replica import Replica
 from fedsim.training.task import Task
@@ -22,7 +22,7 @@ class Worker:
         self.replica, self.data = Replica(task, device, graphs=graphs), data
 
     def run(self, work: Work, server: State, item: Any) -> Outcome:
-        """The result of `work` for a Job or another item, or the error it raised. Raises SharedStateError."""
+        """The result of `work` for a Job or another item, or the error it raised. Raises CommonError."""
         with on_stream(self.stream):
             try:
                 client = dict[str, Tensor]()
@@ -32,7 +32,7 @@ class Worker:
                 with states_are_only_read(server, client):
                     task, device = self.replica.task, self.replica.device
                     return keyed_only(work, task, device, lambda: [self._update(work, server, item)])[0]
-            except (SharedStateError, GlobalDrawsError, KeyboardInterrupt):
+            except (CommonError, KeyboardInterrupt):
                 raise
             except torch.OutOfMemoryError as error:
                 forget_variables(error)  # which hold the memory

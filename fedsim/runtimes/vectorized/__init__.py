@@ -20,7 +20,7 @@ from fedsim.base.devices import one_thread
 from fedsim.base.machine import cores, memory
 from fedsim.data import FederatedData
 from fedsim.federated.aggregate import Aggregator, Partial
-from fedsim.federated.client import GlobalDrawsError, SharedStateError, Train, Work, keyed_only
+from fedsim.federated.client import CommonError, Train, Work, keyed_only
 from fedsim.federated.fold import Fold
 from fedsim.federated.runtime import Call, Item, Outcomes, Results, Runtime
 from fedsim.runtimes.cuda import make_gpus_deterministic, new_stream, on_stream
@@ -207,7 +207,7 @@ class Vectorized(Runtime):
         try:
             work = batch[0].work
             return list(keyed_only(work, network.task, network.device, lambda: self._updates(network, batch)))
-        except (SharedStateError, GlobalDrawsError, KeyboardInterrupt):
+        except (CommonError, KeyboardInterrupt):
             raise
         except torch.OutOfMemoryError as error:
             if len(batch) == 1:
@@ -242,11 +242,13 @@ class Vectorized(Runtime):
 
 
 def _checked(outcome: Outcome, client: Client, data: FederatedData) -> Outcome:
-    """The update, or an error if it cannot be used."""
+    """The update, or an error if it cannot be used. Raises CommonError."""
     if not isinstance(outcome, BaseException):
         work, server, job = client
         try:
-            work.check_update(outcome, job.client or {}, len(data.rows(job.client_id)), server["model"].dtype)
+            work.check_update(outcome, job, len(data.rows(job.client_id)), server["model"].dtype)
+        except CommonError:
+            raise
         except Exception as error:
             return error
     return outcome
