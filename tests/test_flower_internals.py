@@ -14,6 +14,7 @@ import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -720,6 +721,7 @@ def test_a_superlink_that_repeats_itself_is_heard_once():
 
     heard = [("a", 1), ("a", 7), ("late", 7), ("late", 7), ("b", 7), ("unasked", 7)]
     superlink = SimpleNamespace(
+        _client=httpx.Client(),
         PullMessages=lambda request: PullAppMessagesResponse(
             messages_list=[reply(*each) for each in heard], message_object_trees=[ObjectTree() for _ in heard]
         ),
@@ -986,6 +988,33 @@ def test_messages_live_by_the_superlinks_time(federation, link, monkeypatch, cap
         (reply,) = collect(link, link.send({member.node_id: content()}, "query", group="", ttl=5)).values()
         assert reply.error is None
     assert f"s {'ahead of' if ahead > 0 else 'behind'} the SuperLink's; messages carry" in caplog.text
+
+
+def test_only_fast_answers_and_no_errors_tell_the_time(monkeypatch, caplog):
+    now = 2e9
+
+    def answer(request):
+        nonlocal now
+        behind, takes, status = request.extensions["answer"]
+        date = formatdate(now - behind, usegmt=True)
+        now += takes
+        return httpx.Response(status, headers={"date": date})
+
+    def ahead(*answers):
+        """By how much the clock corrects this machine's, after each of these answers."""
+        with httpx.Client(transport=httpx.MockTransport(answer)) as client:
+            clock = network.ServerClock(client)
+            for each in answers:
+                client.get("http://here", extensions={"answer": each})
+                yield now - clock.now()
+
+    monkeypatch.setattr(network, "time", SimpleNamespace(time=lambda: now, monotonic=lambda: now))
+    assert [*ahead((0, 30, 200), (3600, 1, 503), (0, 1, 200), (0, 60, 200))] == [0, 0, 0, 0]
+    assert not caplog.records
+    for hour in (3600, -3600):
+        for found in ahead((hour, 1, 200), (hour, 20, 200), (0, 1, 502), (hour, 9, 200)):
+            assert abs(found - hour) <= 1
+    assert len(caplog.records) == 2
 
 
 class Stub(BaseHTTPRequestHandler):

@@ -132,6 +132,8 @@ def test_a_node_knows_how_its_numbers_were_made(tmp_path, answer, monkeypatch):
     said = answer(scans | {"window": "HU -1000 to 400"}, scans | {"window": "HU 0 to 80"}).error
     assert said == "data: files become numbers by HU -1000 to 400, and the federation's HU 0 to 80"
     assert answer(scans | {"window": ""}, scans | {"window": "HU 0 to 80"}).error is None
+    long = scans | {"window": "HU 0 to  80,\n" + "then resampled " * 30}
+    assert answer(long, long).error is None
 
 
 @pytest.mark.parametrize(

@@ -576,6 +576,18 @@ def test_files_never_take_more_than_the_owner_allows(shards, monkeypatch):
         simulation.round()
 
 
+def test_a_plan_that_does_not_fit_leaves_the_one_before_it(tmp_path):
+    """One of the same size takes its place, in a full folder too."""
+    run, plan, sent = "1" * 32, "{}", {"model": torch.ones(2000)}
+    with closing(StateFiles(tmp_path, 1.0, max_disk=20_480)) as keeping:  # a folder, a plan, and 8,000 numbers
+        keeping.join(run, plan, sent)
+        with pytest.raises(ConfigError, match=r"allow\.max_disk"):
+            keeping.join(run, "[]", {"model": torch.ones(5000)})
+        assert keeping.joined(run)[0] == plan
+        keeping.join(run, "[]", {"model": torch.zeros(2000)})
+        assert keeping.joined(run)[0] == "[]"
+
+
 def test_states_that_never_count_do_not_pile_up(shards):
     nodes = Nodes(shards)
     orders = []

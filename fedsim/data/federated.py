@@ -15,7 +15,7 @@ from fedsim.base.catalogue import Spec
 from fedsim.base.machine import check_memory
 from fedsim.data.augment import Augmentation, check_augmentations, checked_batch
 from fedsim.data.dataset import Dataset, Flags, Ints, composed, holdout_mask
-from fedsim.errors import NO_STATE, ConfigError, WrongReturnError, border, name_of, printable
+from fedsim.errors import NO_STATE, ConfigError, WrongReturnError, border, name_of, one_line, printable
 from fedsim.types import Batch, Stream, random
 
 TRIAL_EXAMPLES = 16  # on which a network is tried before a run
@@ -77,7 +77,7 @@ class FederatedData:
         self.client_names = _client_names(dataset, self.owners)  # none, or one for each client
         self.num_classes = dataset.classes
         self.class_names = tuple(printable(composed(name)) for name in dataset.class_names)
-        self.mean, self.std, self.preparation = dataset.mean, dataset.std, dataset.preparation
+        self.mean, self.std, self.preparation = dataset.mean, dataset.std, one_line(dataset.preparation)
         self.num_test = len(dataset.y_test)
         self.whole_shape = tuple(dataset.x_train.shape[1:])
         self.shape, self.crop = _cropped_shape(self.whole_shape, crop), crop

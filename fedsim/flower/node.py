@@ -44,7 +44,6 @@ from fedsim.training.small_batches import clients_to_leave_out
 from fedsim.types import Form, Job, Positive, State, described, form_of
 
 MAX_ROUNDS = 10**9 - 1
-MAX_CHECKPOINTS = 100_000  # that a run may go back to
 
 
 def _name(name: str) -> str:
@@ -284,7 +283,6 @@ class Node:
             ("client", order.client, 0, 2**31),
             ("version", order.version, 0, order.round + evaluates),
             ("batch_size", order.batch_size, 1, most),
-            ("number of checkpoints", len(order.checkpoints), 0, MAX_CHECKPOINTS),
         ):
             if not low <= value <= high:
                 raise ValueError(f"order.{name}: {str(value)[:20]} should be from {low} to {high}")

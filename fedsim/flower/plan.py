@@ -138,7 +138,7 @@ def plan_of(config: Mapping[str, Any], data: FederatedData) -> Plan:
             "crop": data.crop,
             "class_names": _sent_names(data.class_names),
             "whole_shape": data.whole_shape,
-            "preparation": one_line(data.preparation),
+            "preparation": data.preparation,
             "largest": data.largest_value(),
         },
     }

@@ -108,10 +108,11 @@ class StateFiles:
         joined = self.joined(run)
         if joined is None or (joined[0], _digest(joined[1])) != (plan, _digest(own)):
             contents = {INITIAL: _content(own, {})[0], PLAN: plan.encode()}
-            for name in contents:  # so that a plan and the tensors of another one are never together
-                (home / name).unlink(missing_ok=True)
-            self.check_room(run, *map(len, contents.values()))
+            replaced = sum(_on_disk(path.lstat().st_size) for name in contents if (path := home / name).exists())
+            self.check_room(run, *map(len, contents.values()), less=replaced)
             try:
+                for name in contents:  # so that a plan and the tensors of another one are never together
+                    (home / name).unlink(missing_ok=True)
                 if new:
                     self._count_new_run()
                 home.mkdir(exist_ok=True)
@@ -138,9 +139,12 @@ class StateFiles:
         (self._home(run) / FINISHED).unlink(missing_ok=True)
         os.utime(self._home(run))
 
-    def check_room(self, run: str, *lengths: int) -> None:
-        """Raise ConfigError unless files of these lengths may be added to the run's, before any is deleted."""
-        wanted = sum(map(_on_disk, lengths))
+    def check_room(self, run: str, *lengths: int, less: int = 0) -> None:
+        """Raise ConfigError unless files of these lengths may be added to the run's.
+
+        `less` are the bytes of files that are deleted before.
+        """
+        wanted = sum(map(_on_disk, lengths)) - less
         self._measure([run])
         if sum(self._sizes.values()) + wanted <= self.max_disk:
             return

@@ -16,6 +16,7 @@ from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_HEADER, TIMEST
 
 log = logging.getLogger(__name__)
 PROBE_TIMEOUT = 2.0  # seconds that a server has to answer when it is asked whether it speaks TLS
+ANSWERS_COMPARED = 8  # of which the fastest says what time it is there (as in NTP: RFC 5905, section 10)
 DATE_PRECISION = 2.0  # seconds; a server's Date has whole ones, and is a moment old when it arrives
 PLAIN_ANSWERS = "WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"  # OpenSSL's words for what is not TLS
 
@@ -84,16 +85,18 @@ def certificate_hint(words: str) -> str:
     return "; is `ca` the certificate of this SuperLink's authority?"
 
 
-def clock_ahead(answer: httpx.Response) -> float:
+def clock_ahead(answer: httpx.Response, delay: float = 0.0) -> float:
     """By how many seconds this machine's clock is ahead of that of the server whose answer has just arrived.
 
-    0 if they differ by less than a Date shows (RFC 9110, section 6.6.1), or the answer has none.
+    0 if they differ by less than a Date (RFC 9110, section 6.6.1) shows that came `delay` seconds after the
+    request, or the answer has none.
     """
     try:
-        ahead = time.time() - parsedate_to_datetime(answer.headers.get("date", "")).timestamp() - 0.5
+        date = parsedate_to_datetime(answer.headers.get("date", "")).timestamp()
     except (ValueError, OverflowError):
         return 0.0
-    return ahead if abs(ahead) >= DATE_PRECISION else 0.0
+    ahead = time.time() - delay / 2 - date - 0.5
+    return ahead if abs(ahead) >= DATE_PRECISION + delay / 2 else 0.0
 
 
 def clock_words(ahead: float) -> str:
@@ -109,15 +112,29 @@ def refused_for_its_clock(answer: httpx.Response) -> float:
 
 
 class ServerClock:
-    """The time by a server's clock, as its answers show it: by that, messages expire."""
+    """The time by a server's clock, as its answers show it: by that, messages expire.
+
+    Errors do not count, as those of a proxy may come with another clock's time.
+    """
 
     def __init__(self, client: httpx.Client):
         self._ahead, self._told = 0.0, False
+        self._seen: list[tuple[float, float]] = []  # delay, and by how much ahead this clock then seemed
+        client.event_hooks["request"].append(self._begin)
         client.event_hooks["response"].append(self._look)
 
+    def _begin(self, request: httpx.Request) -> None:
+        request.extensions["began"] = time.monotonic()
+
     def _look(self, answer: httpx.Response) -> None:
-        self._ahead = clock_ahead(answer)
-        if abs(self._ahead) >= SYSTEM_TIME_TOLERANCE and answer.is_success and not self._told:
+        if not answer.is_success or "date" not in answer.headers:
+            return
+        delay = time.monotonic() - answer.request.extensions["began"]
+        self._seen = [*self._seen, (delay, clock_ahead(answer, delay))][
+            -ANSWERS_COMPARED:
+        ]  # other threads look, too
+        _, self._ahead = min(self._seen)
+        if abs(self._ahead) >= SYSTEM_TIME_TOLERANCE and not self._told:
             self._told = True
             log.warning("%s; messages carry the SuperLink's time", clock_words(self._ahead))
 
