@@ -335,7 +335,7 @@ def test_a_finished_run_that_has_lost_its_checkpoints_is_left_alone(done, tmp_pa
     shutil.copytree(done.folder, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints")
     with pytest.raises(
-        ConfigError, match="and is finished; put them back, or train again: fedsim run .*/run/config.yaml"
+        ConfigError, match=r"and is finished; put them back, or train again: fedsim run .*/run/config\.yaml"
     ):
         fedsim.resume(tmp_path / "run")
     assert lines(tmp_path / "run") == done.rounds
