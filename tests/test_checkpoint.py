@@ -196,10 +196,15 @@ def test_a_flipped_bit_is_noticed_or_harmless(done, data, tmp_path_factory):
     shutil.rmtree(run)
 
 
-def test_with_all_broken_nothing_is_guessed(run):
+def test_with_all_broken_nothing_is_guessed_and_the_way_out_is_one(run, longer):
     for path in (run / "checkpoints").glob("*.json"):
         path.write_bytes(path.read_bytes()[:-1])
-    refused(run, "000004.json: broken checkpoint", "no other is whole; delete", "to start over")
+    broken = "000004.json: broken checkpoint", "no other is whole"
+    refused(run, *broken, f"or train again: fedsim run {run}/config.yaml")  # without checkpoints it is not resumed
+    (run / "summary.json").unlink()
+    refused(run, *broken, f"or delete {run}/checkpoints to start over")
+    shutil.rmtree(run / "checkpoints")
+    assert resume(run, complaints=["no checkpoint: starts with round 1"]) == longer
 
 
 @pytest.mark.parametrize("left_over", ["rounds.jsonl", "config.yaml"])

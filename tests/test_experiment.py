@@ -334,7 +334,9 @@ def test_a_checkpoint_that_fails_is_told_though_the_run_was_interrupted(tmp_path
 def test_a_finished_run_that_has_lost_its_checkpoints_is_left_alone(done, tmp_path):
     shutil.copytree(done.folder, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints")
-    with pytest.raises(ConfigError, match="has no checkpoints, and is finished"):
+    with pytest.raises(
+        ConfigError, match=r"and is finished; put them back, or train again: fedsim run .*/run/config\.yaml"
+    ):
         fedsim.resume(tmp_path / "run")
     assert lines(tmp_path / "run") == done.rounds
 

@@ -465,6 +465,11 @@ def test_the_command_serves_and_shows_nodes(federation, fedsim_, tmp_path):
     assert (found.status, found.err) == (0, "")
     known = [(node["name"], node["state"], node["examples"]) for node in json.loads(found.out)["nodes"]]
     assert known == [(name, "here", size) for name, size in zip(NAMES, sizes, strict=True)]
+    as_the_run_has_it = fedsim_("nodes", tmp_path / "run", "--json")
+    assert json.loads(as_the_run_has_it.out)["superlink"] == federation.address
+    assert (as_the_run_has_it.status, as_the_run_has_it.err) == (0, "")
+    won = fedsim_("nodes", tmp_path / "run", "--ca", tmp_path / "no.crt")
+    assert (won.status, won.err) == (2, f"fedsim: --ca: {tmp_path / 'no.crt'}: No such file or directory\n")
 
 
 @pytest.mark.parametrize(

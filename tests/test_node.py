@@ -1140,3 +1140,5 @@ def test_a_list_of_nodes_is_80_columns_wide_and_keeps_its_times():
         assert "b[red]" in shown
         assert "123,456,789" in shown
         assert ("all that answered: fedsim 0.2.0, torch 2.9.1+cu128" in shown) == (not other)
+        assert "examples" in shown
+    assert len(nodes_table([node._replace(examples=None) for node in nodes]).columns) == 2

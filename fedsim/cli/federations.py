@@ -72,9 +72,13 @@ def node(
 
 def nodes(
     folder: Annotated[
-        Path | None, typer.Argument(metavar="RUN", help="a run's folder, for what its nodes have reported")
+        Path | None,
+        typer.Argument(metavar="RUN", help="a run's folder: for its SuperLink, and what its nodes have reported"),
     ] = None,
-    superlink: Annotated[str, typer.Option(metavar="HOST:PORT", help="Flower's SuperLink")] = "127.0.0.1:8000",
+    superlink: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Flower's SuperLink; 127.0.0.1:8000 or RUN's if not given"),
+    ] = None,
     ca: Annotated[Path | None, typer.Option(help="the certificate of the SuperLink's authority")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="plain HTTP, without a certificate")] = False,
     as_json: AsJson = False,
@@ -83,9 +87,9 @@ def nodes(
     from fedsim.flower.options import shown_nodes
 
     raise_on_interrupt()
-    found = shown_nodes(folder, superlink, ca, insecure)
+    address, found = shown_nodes(folder, superlink, ca, insecure)
     if as_json:
-        print_json({"superlink": superlink, "nodes": [node._asdict() for node in found]})
+        print_json({"superlink": address, "nodes": [node._asdict() for node in found]})
     else:
         from fedsim.flower.node_list import nodes_table
 

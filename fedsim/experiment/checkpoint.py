@@ -138,7 +138,7 @@ class Checkpoints:
             except (ValueError, KeyError, SafetensorError) as error:  # KeyError: a type that torch does not have
                 broken.append(f"{path}: broken checkpoint: {one_line(error)}")
         if broken:
-            raise ConfigError(f"{broken[0]}; no other is whole; delete {self.folder} to start over")
+            raise ConfigError(f"{broken[0]}; no other is whole; {_way_out(log_folder, self.folder)}")
         return None, []
 
     def restore(self, simulation: Simulation, checkpoint: Checkpoint, server: State) -> None:
@@ -275,8 +275,19 @@ def _logs(path: Path, found: list[Path]) -> dict[int, File]:
                 length += len(line)
     except OSError as error:
         why = f"{path}: {error.strerror}; no checkpoint can be used without it"
-        raise ConfigError(f"{why}; put it back, or delete {found[0].parent} to start over") from None
+        raise ConfigError(f"{why}; {_way_out(path.parent, found[0].parent)}") from None
     return logs
+
+
+def _way_out(run: Path, checkpoints: Path) -> str:
+    """What to do where no checkpoint can be used. Without any, a run starts over, and a finished one does not."""
+    over = train_again(run) if (run / "summary.json").exists() else f"delete {checkpoints} to start over"
+    return f"put the original files back, or {over}"
+
+
+def train_again(run: Path) -> str:
+    """How the rounds of a run are run anew, in another folder."""
+    return f"train again: fedsim run {run / 'config.yaml'}"
 
 
 def _check_log(checkpoint: Checkpoint, logs: dict[int, File]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from fedsim.base.catalogue import Spec, validated
 from fedsim.errors import ConfigError, one_line
 from fedsim.experiment.build import build, build_hooks
-from fedsim.experiment.checkpoint import Checkpoint, changes, versions
+from fedsim.experiment.checkpoint import Checkpoint, changes, train_again, versions
 from fedsim.experiment.config import Config, load
 from fedsim.experiment.folder import RunFolder, read_config
 from fedsim.experiment.hook import Hook
@@ -60,7 +60,9 @@ def resumed_run(
     try:
         saved, notes = folder.checkpoints.latest(path, max_round)
         if saved is None and (path / "summary.json").exists():
-            raise ConfigError(f"{path}: has no checkpoints, and is finished")
+            raise ConfigError(
+                f"{path}: has no checkpoints, and is finished; put them back, or {train_again(path)}"
+            )
         simulation, hooks = make(config), build_hooks(config)
         if saved is None:
             notes += _notes(config, simulation)

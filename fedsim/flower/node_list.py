@@ -50,13 +50,17 @@ def known_nodes(superlink: Superlink, sizes: Mapping[str, int]) -> Iterator[Know
 
 
 def nodes_table(nodes: Sequence[Known]) -> Table:
-    """A row for each node, 80 columns wide; where all have the same versions, these stand below."""
+    """A row for each node, 80 columns wide; where all have the same versions, these stand below.
+
+    Without a run no numbers of examples are known, and there is no column for them.
+    """
     shown = [", ".join(f"{each} {version}" for each, version in node.versions.items()) for node in nodes]
     found = {versions for versions in shown if versions}
     table = Table(width=WIDTH, box=box.SIMPLE_HEAD, caption_justify="left")
     table.add_column("node", ratio=1, overflow="fold")
     table.add_column("last seen", no_wrap=True)
-    table.add_column("examples", justify="right", no_wrap=True)
+    if sized := any(node.examples is not None for node in nodes):
+        table.add_column("examples", justify="right", no_wrap=True)
     if len(found) > 1:
         table.add_column("versions", max_width=32, overflow="fold")
     elif found:
@@ -64,7 +68,7 @@ def nodes_table(nodes: Sequence[Known]) -> Table:
     for node, versions in zip(nodes, shown, strict=True):
         name = node.name or f"unnamed, Flower's {node.number}"
         examples = "unknown" if node.examples is None else f"{node.examples:,}"
-        row = name, last_seen(node), examples, *([versions] if len(found) > 1 else [])
+        row = name, last_seen(node), *([examples] if sized else []), *([versions] if len(found) > 1 else [])
         table.add_row(*(Text(printable(cell)) for cell in row))  # not as markup: nodes choose their names
     return table
 

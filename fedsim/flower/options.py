@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from fedsim.base.catalogue import Spec
 from fedsim.base.reading import read_yaml
 from fedsim.errors import ConfigError
 from fedsim.flower import needs_flwr
@@ -85,14 +86,34 @@ def forgotten(path: Path, run: str) -> str:
     return f"forgot {gone.run}: {size_text(gone.bytes)}"
 
 
-def shown_nodes(folder: Path | None, address: str, ca: Path | None, insecure: bool) -> list["Known"]:
-    """The nodes that a SuperLink knows; with a run's folder, their numbers of examples. Raises ConfigError."""
+def shown_nodes(
+    folder: Path | None, superlink: str | None, ca: Path | None, insecure: bool
+) -> tuple[str, list["Known"]]:
+    """A SuperLink's address, and the nodes that it knows; raises ConfigError.
+
+    With a run's folder, their numbers of examples; and what is not given is as that run has it.
+    """
     needs_flwr("fedsim nodes")
     from fedsim.flower.node_list import known_nodes
     from fedsim.flower.run_connection import address_of
 
+    runtime = {} if folder is None else runtime_of(folder)
+    if ca is None and not insecure:
+        ca, insecure = runtime.get("ca"), runtime.get("insecure", False)
+    address = superlink or runtime.get("superlink", "127.0.0.1:8000")
     sizes = {} if folder is None else known_sizes(folder)
-    return [*known_nodes(address_of(address, ca, insecure, "--"), sizes)]
+    return address, [*known_nodes(address_of(address, ca and Path(ca), insecure, "--"), sizes)]
+
+
+def runtime_of(folder: Path) -> Spec:
+    """`runtime` in the config.yaml of a run on nodes; raises ConfigError."""
+    from fedsim.experiment.folder import read_config
+    from fedsim.runtimes import RUNTIMES
+
+    runtime = read_config(folder).get("runtime")
+    if not (isinstance(runtime, dict) and runtime.get("name") == "flower"):  # nothing else is looked up
+        raise ConfigError(f"{folder}: is no run on nodes")
+    return RUNTIMES.resolve(runtime, f"{folder / 'config.yaml'}: runtime")
 
 
 def known_sizes(folder: Path) -> dict[str, int]:
