@@ -44,7 +44,8 @@ def test_a_strategy_gives_what_it_declares(name):
         for n, report in zip(SIZES, reports, strict=True):
             steps = simulation.recipe.num_steps(n)
             assert report.weight == strategy.max_weight(n, steps)
-            assert report.metrics["steps"] == strategy.max_steps(steps)
+            epoch_steps = simulation.recipe.with_all_examples.epoch_of(n)[0]
+            assert report.metrics["steps"] == strategy.max_steps(steps, epoch_steps)
 
 
 @given(st.integers(0, 100), st.integers(1, 30), st.integers(1, 30))
@@ -78,7 +79,7 @@ class Twice(Wrapper):
 
 
 class DeclaredTwice(Twice):
-    def max_steps(self, num_steps):
+    def max_steps(self, num_steps, epoch_steps):
         return 2 * num_steps
 
 
