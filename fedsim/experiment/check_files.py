@@ -74,14 +74,19 @@ def check_nodes(runtime: Mapping[str, Any] | None, clients: int | None) -> str:
     """Which nodes a checkpoint needs, in words; raises ValueError where what it says of them cannot be."""
     if not runtime or runtime.get("name") != "flower":
         return ""
-    names, sizes = runtime.get("nodes"), runtime.get("sizes")
-    if not (isinstance(names, list) and isinstance(sizes, list)):
+    names: Any = runtime.get("nodes")
+    sizes: Any = runtime.get("sizes")
+    if not (_all(str, names) and _all(int, sizes)):
         raise ValueError("does not name its nodes")
     if not len(names) == len(sizes) == len({*map(str, names)}) == (len(names) if clients is None else clients):
         raise ValueError("does not name each node once, with its number of examples")
     if not NODE_RUN.fullmatch(str(runtime.get("run"))):
         raise ValueError("does not name the run as its nodes know it")
-    return f"; the states of {len(names)} nodes are theirs"
+    return f"; the states of {len(names)} nodes lie on the nodes, not checked"
+
+
+def _all(kind: type, values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is kind for value in values)
 
 
 def check_png(content: bytes) -> None:

@@ -118,6 +118,7 @@ def runtime_of(folder: Path) -> Spec:
 
 def known_sizes(folder: Path) -> dict[str, int]:
     """The number of examples of each node of a run, by its last checkpoint; raises ConfigError."""
+    from fedsim.experiment.check_files import check_nodes
     from fedsim.experiment.checkpoint import Checkpoints
     from fedsim.experiment.folder import CHECKPOINTS
 
@@ -125,4 +126,8 @@ def known_sizes(folder: Path) -> dict[str, int]:
     choice = (saved[0].runtime if saved else None) or {}
     if choice.get("name") != "flower":
         raise ConfigError(f"{folder}: has no checkpoint of a run on nodes")
+    try:
+        check_nodes(choice, None)
+    except ValueError as error:
+        raise ConfigError(f"{folder}: its newest checkpoint {error}") from None
     return dict(zip(choice["nodes"], choice["sizes"], strict=True))
