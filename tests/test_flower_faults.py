@@ -315,7 +315,10 @@ def test_a_node_whose_disk_was_lost_says_so(world):
     world.node(1)
     world.clear("hold", 0)
     said = world.ended(driver, status=1)
-    assert "client-01: state 1 of client 1 is not here; was its folder deleted?" in said
+    assert (
+        "client-01: state 1 of client 1 is not here; was it deleted, by --forget, keep: nothing or by hand?"
+        in said
+    )
 
 
 # Who may take part

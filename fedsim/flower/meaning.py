@@ -9,6 +9,7 @@ from fedsim.data.dataset import difference_of_classes
 from fedsim.errors import ConfigError
 from fedsim.flower.plan import Examples, names_digest
 
+SAME_LIST = "set data.classes to the same list on both sides"
 MOST_RATIO = 8.0  # of the largest values of two parts of one data set; that of 8 to 12 bits is 16
 
 
@@ -52,11 +53,14 @@ def _check_classes(own: FederatedData, form: Examples, given: bool) -> None:
     here, there = own.class_names, form.class_names
     if here and isinstance(there, str):
         if names_digest(here) != there:
-            raise ConfigError(f"data.classes: the names of the {len(here)} classes here are not the federation's")
+            other = f"the names of the {len(here)} classes here are not the federation's"
+            raise ConfigError(f"data.classes: {other}; {SAME_LIST}")
     elif here and there and (difference := difference_of_classes(here, there, "here", "in the federation")):
-        raise ConfigError(f"data.classes: {difference}, whose classes are {', '.join(there)}")
+        raise ConfigError(f"data.classes: {difference}, whose classes are {', '.join(there)}; {SAME_LIST}")
     if (here or given) and own.num_classes != form.classes:
-        raise ConfigError(f"data.classes: {own.num_classes} here, and {form.classes} in the federation")
+        raise ConfigError(
+            f"data.classes: {own.num_classes} here, and {form.classes} in the federation; {SAME_LIST}"
+        )
 
 
 def _check_normalisation(own: FederatedData, form: Examples) -> None:
@@ -66,6 +70,7 @@ def _check_normalisation(own: FederatedData, form: Examples) -> None:
     for name, here, there in zip(("mean", "std"), ours, theirs, strict=True):
         if here != there:
             way = "set the same on both sides, or leave data.mean and data.std out here"
+            way += "; a server's image_folder without them has ImageNet's"
             raise ConfigError(f"data.{name}: [{here}] here, and [{there}] in the federation; {way}")
 
 

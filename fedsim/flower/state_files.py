@@ -147,6 +147,7 @@ class StateFiles:
         self._measure()  # the owner may have deleted some
         if (held := sum(self._sizes.values())) + wanted > self.max_disk:
             most = f"allowed on this node: up to {self.max_disk:,}"
+            most += "; fedsim node NODE.yaml --runs lists them, and --forget RUN deletes one"
             raise ConfigError(f"allow.max_disk: {wanted:,} bytes do not fit beside {held:,} of its runs; {most}")
 
     def load(self, run: str, client: int, version: int, mark: int) -> StoredState:
@@ -159,7 +160,9 @@ class StateFiles:
                 raise ValueError("was replaced when its round was repeated")
             return StoredState(state, tuple(int(each) for each in about["earlier"].split()), found)
         except FileNotFoundError:
-            raise ValueError(f"state {version} of client {client} is not here; was its folder deleted?") from None
+            why = "was it deleted, by --forget, keep: nothing or by hand?"
+            way = "restore the folder `state` from a backup, or start another run"
+            raise ValueError(f"state {version} of client {client} is not here; {why} {way}") from None
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"state {version} of client {client} is broken: {one_line(error)}") from None
 
