@@ -33,5 +33,8 @@ class FedSGD(Strategy):
         g_k, _ = local.gradient(server["model"])
         return Update({"step": local.lr * g_k}, weight=local.num_examples)
 
+    def max_steps(self, num_steps: int, epoch_steps: int) -> int:
+        return epoch_steps
+
     def server_update(self, server: State, mean: State, info: RoundInfo) -> State:
         return {"model": server["model"] - mean["step"]}  # w - eta sum of n_k / n g_k

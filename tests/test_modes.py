@@ -62,7 +62,7 @@ class Noisy(FedAvg):
         update = super().client_update(server, client, local)
         return update._replace(message={"delta": y - server["model"] + 0.1 * draw(y)})
 
-    def max_steps(self, num_steps):
+    def max_steps(self, num_steps, epoch_steps):
         return 2 * num_steps
 
     def server_update(self, server, mean, info):

@@ -50,7 +50,7 @@ class Hungry(Wrapper):
         with self.memory:
             return super().client_update(server, client, local)
 
-    def max_steps(self, num_steps):
+    def max_steps(self, num_steps, epoch_steps):
         return 2 * num_steps
 
 

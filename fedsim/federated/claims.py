@@ -57,14 +57,14 @@ class Bounds(NamedTuple):
 def training_bounds(strategy: Strategy, recipe: Recipe, num_examples: int, dtype: torch.dtype) -> Bounds:
     """For a client with so many examples, and losses of that dtype; raises WrongReturnError."""
     num_steps = recipe.num_steps(num_examples)
-    epoch, largest_batch = recipe.with_all_examples.epoch_of(num_examples)
+    epoch_steps, largest_batch = recipe.with_all_examples.epoch_of(num_examples)
     weight = strategy.max_weight(num_examples, num_steps)
     if not (isinstance(weight, Real) and 0 <= weight <= WEIGHTS[1]):
         right = f"it should give a number from 0 to {WEIGHTS[1]:.2g}"
         raise WrongReturnError(f"max_weight gave {one_line(repr(weight))} for {num_examples} examples; {right}")
-    steps = strategy.max_steps(max(num_steps, epoch))  # the gradient of F_k takes an epoch's
+    steps = strategy.max_steps(num_steps, epoch_steps)
     if not (isinstance(steps, Integral) and steps >= 0):
-        made = f"{one_line(repr(steps))} for {num_steps} steps"
+        made = f"{one_line(repr(steps))} for {num_steps} steps and {epoch_steps} of an epoch"
         raise WrongReturnError(f"max_steps gave {made}; it should give a whole number >= 0")
     examples = int(steps) * largest_batch
     return Bounds(float(weight), int(steps), examples, _largest_loss(examples, dtype))

@@ -27,7 +27,8 @@ from fedsim.types import Job, State, Stream, Update, described, form_of, random
 
 RESERVED = ("buffers", "ema.model", "ema.buffers")  # entries of the server's state that no strategy may have
 
-DECLARED = {"weight": "max_weight", "steps": "max_steps", "examples": "max_steps"}  # by which methods
+MAX_STEPS = "max_steps; each mini-batch of local.gradient counts"
+DECLARED = {"weight": "max_weight", "steps": MAX_STEPS, "examples": MAX_STEPS}  # by which methods
 
 PRIVATE = "buffers."  # in a client's state, before the name of a buffer that `model.buffers` makes private
 

@@ -62,11 +62,11 @@ class Strategy(ABC):
         """
         return num_examples
 
-    def max_steps(self, num_steps: int) -> int:
-        """The most mini-batch gradients that a client computes in a round, if `train` takes `num_steps`.
+    def max_steps(self, num_steps: int, epoch_steps: int) -> int:
+        """The most mini-batch gradients that a client computes in a round; K_k by default.
 
-        By default as many; a strategy that trains twice gives 2 * num_steps. Where `local.steps` is less than a
-        pass over all examples, `num_steps` is such a pass, because `local.gradient` makes one.
+        `train` takes `num_steps` (K_k), and `gradient` of all examples `epoch_steps`. A strategy that trains twice
+        gives 2 * num_steps, and one that also computes the gradient of F_k num_steps + epoch_steps.
         """
         return num_steps
 
@@ -105,8 +105,8 @@ class Wrapper(Strategy):
     def max_weight(self, num_examples: int, num_steps: int) -> float:
         return self.inner.max_weight(num_examples, num_steps)
 
-    def max_steps(self, num_steps: int) -> int:
-        return self.inner.max_steps(num_steps)
+    def max_steps(self, num_steps: int, epoch_steps: int) -> int:
+        return self.inner.max_steps(num_steps, epoch_steps)
 
 
 def check_strategy(strategy: object) -> None:
