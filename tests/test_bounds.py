@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass, replace
 
 import pytest
+import torch
 from conftest import SIZES, make_data, make_simulation, make_strategy, trace
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,7 +24,8 @@ from fedsim.strategies import CATALOGUE
 
 DROP = Failures(policy="drop")
 STRATEGIES = [*CATALOGUE, "personal of scaffold"]
-RECIPES = [{"drop_last": True}, {"min_batch": 3, "epochs": 2}, {"steps": 1}]
+RECIPES = [{"drop_last": True}, {"min_batch": 3}, {"batch_size": "full"}, {"batch_size": 3, "drop_last": True}]
+LONGER = [{"steps": 1}, {"steps": 1, "drop_last": True}, {"epochs": 2, "min_batch": 3}]  # or shorter
 
 
 def strategy_of(name):
@@ -37,15 +39,13 @@ def strategy_of(name):
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_strategy_gives_what_it_declares(name):
     """Not less, either: so that the bound is as narrow as it can be."""
-    for recipe in RECIPES[:1] if "sgd" in name else RECIPES:
+    for recipe in RECIPES + (LONGER if "sgd" not in name else []):
         strategy, reports = strategy_of(name), []
         simulation = make_simulation(strategy, **recipe)
         simulation.round(reports.append)
         for n, report in zip(SIZES, reports, strict=True):
-            steps = simulation.recipe.num_steps(n)
-            assert report.weight == strategy.max_weight(n, steps)
-            epoch_steps = simulation.recipe.with_all_examples.epoch_of(n)[0]
-            assert report.metrics["steps"] == strategy.max_steps(steps, epoch_steps)
+            bounds = simulation.work.bounds(n, torch.float32)
+            assert (report.weight, report.metrics["steps"]) == (bounds.weight, bounds.steps)
 
 
 @given(st.integers(0, 100), st.integers(1, 30), st.integers(1, 30))
@@ -83,13 +83,31 @@ class DeclaredTwice(Twice):
         return 2 * num_steps
 
 
+@dataclass(frozen=True, kw_only=True)
+class Looks(Wrapper):
+    """Takes the gradient of F_k first."""
+
+    def client_update(self, server, client, local):
+        local.gradient(server["model"])
+        return super().client_update(server, client, local)
+
+
+class DeclaredLooks(Looks):
+    def max_steps(self, num_steps, epoch_steps):
+        return num_steps + epoch_steps
+
+
+STEPS = r"if more is right, override max_steps; each mini-batch of local\.gradient counts"
+
+
 @pytest.mark.parametrize("failures", [Failures(), DROP], ids=["raise", "drop"])
 @pytest.mark.parametrize("runtime", ["serial", {"name": "threads", "workers": 2}, "vectorized"], ids=str)
 @pytest.mark.parametrize(
     ("one", "declared", "said"),
     [
         (Heavy, Declared, r"Heavy\.client_update: gave the weight 5\.3.* from 0 to 4; .* override max_weight"),
-        (Twice, DeclaredTwice, r"Twice\.client_update: gave the steps 2; .* from 0 to 1; .* override max_steps.*"),
+        (Twice, DeclaredTwice, rf"Twice\.client_update: gave the steps 2; .* from 0 to 1; {STEPS}"),
+        (Looks, DeclaredLooks, rf"Looks\.client_update: gave the steps 2; .* from 0 to 1; {STEPS}"),
     ],
 )
 def test_who_gives_more_than_declared_is_told_what_to_override(runtime, failures, one, declared, said):
