@@ -20,6 +20,7 @@ import fedsim
 from fedsim import ConfigError, Hook
 from fedsim.base.files import locked
 from fedsim.base.own_code import Rule, own_code, unread
+from fedsim.cli.commands import COMMANDS, READ_CONFIGS
 from fedsim.experiment import model_file
 from fedsim.experiment.check import check_run
 from fedsim.strategies import CATALOGUE as STRATEGIES
@@ -143,8 +144,12 @@ def test_a_run_that_goes_on_is_said_to_and_not_disturbed(interrupted):
 
 
 def test_of_a_broken_checkpoint_the_one_before_is_named(fedsim_, run):
-    (run / "checkpoints" / "server-000004.safetensors").write_bytes(b"")
-    assert faults(run) == {"checkpoints/000004.json": "server-000004.safetensors has changed since it was written"}
+    server = run / "checkpoints" / "server-000004.safetensors"
+    size = server.stat().st_size
+    server.write_bytes(b"")
+    assert faults(run) == {
+        "checkpoints/000004.json": f"server-000004.safetensors has 0 bytes; it should have {size}"
+    }
     shown = fedsim_("check", run)
     assert (shown.status, shown.err) == (1, "")
     assert shown.out.splitlines()[-1].startswith("broken: checkpoints/000004.json is broken")
@@ -180,9 +185,9 @@ def test_a_round_that_cannot_be_is_named_by_its_line(run):
         assert faults(run)["rounds.jsonl"].startswith("line 3: ")
 
 
-def craft(run, change):
-    """Have the last checkpoint say something else, and be believed."""
-    path = run / "checkpoints" / "000004.json"
+def craft(run, change, name="000004.json"):
+    """Have a checkpoint say something else, and be believed."""
+    path = run / "checkpoints" / name
     change(values := json.loads(path.read_text())["checkpoint"])
     digest = hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
     path.write_text(json.dumps({"sha256": digest, "checkpoint": values}))
@@ -192,6 +197,41 @@ def test_a_checkpoint_of_other_settings_is_none_to_resume(run):
     craft(run, lambda values: values["config"]["local"].update(lr=0.5))
     assert "local.lr" in faults(run)["config.yaml"]
     assert check_run(run).resumable == [3]
+
+
+@pytest.mark.parametrize("line", ["2020-01-01: 3", "3: 3", "seed: 2020-01-01", "seed: .nan"])
+def test_a_config_of_what_json_does_not_have_is_broken(run, line):
+    path = run / "config.yaml"
+    path.write_text(
+        "\n".join(each for each in path.read_text().splitlines() if each[:4] != "seed") + f"\n{line}\n"
+    )
+    assert "config.yaml" in faults(run)
+
+
+def test_of_very_many_checkpoints_the_newest_are_read(run, monkeypatch):
+    monkeypatch.setattr("fedsim.experiment.check.MAX_CHECKPOINTS", 1)
+    found = check_run(run)
+    assert (found.faults, found.resumable) == ([], [4])
+    older = next(part for part in found.parts if part.state == "not checked")
+    assert older.name == "checkpoints/000003.json"
+
+
+def test_a_checkpoint_too_large_to_read_can_be_resumed_where_its_hashes_agree(run, monkeypatch):
+    monkeypatch.setattr("fedsim.experiment.check_files.memory", lambda: 2)
+    found = check_run(run)
+    assert (found.faults, found.resumable) == ([], [4, 3])
+    assert all(
+        "model was not compared" in part.about for part in found.parts if part.name.startswith("checkpoints/")
+    )
+
+
+def test_after_its_end_a_run_on_nodes_goes_on_from_its_end_alone(tmp_path):
+    """As nodes delete what they keep for earlier checkpoints."""
+    run = fedsim.run(ALL | {"strategy": "scaffold"}, out=tmp_path / "run").folder
+    for name in ("000004.json", "000003.json"):
+        about = {"name": "flower", "run": "0" * 32, "nodes": [*"abcde"], "sizes": [1] * 5}
+        craft(run, lambda values, about=about: values.update(runtime=about), name)
+    assert check_run(run).resumable == [4]
 
 
 @pytest.mark.parametrize(
@@ -250,7 +290,8 @@ def marker(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("key", NAMES)
 def test_no_code_of_a_config_is_imported_wherever_it_is_named(fedsim_, marker, key):
-    commands = [["serve"], ["partition"], ["bench"], ["app", "--out=app"], ["sweep", "seed=0,1"], ["run"]]
+    commands = [["serve"], ["partition"], ["app", "--out=app"], ["sweep", "seed=0,1"], ["run"]]
+    assert COMMANDS["bench"] in READ_CONFIGS  # to call it takes seconds
     for name in ("mine.code:Mine", "fedsim.strategies.fedavg:FedAvg", "os:getcwd"):
         value = json.dumps(NAMES[key]).replace("NAME", name)
         for command, *more in commands:

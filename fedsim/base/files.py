@@ -8,7 +8,7 @@ import shutil
 import signal
 import stat
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from io import BufferedReader
@@ -200,10 +200,16 @@ def read(folder: Path, file: File) -> bytes:
     return content
 
 
-def verify(folder: Path, file: File, known: dict[str, str] | None = None) -> None:
+def verify(
+    folder: Path,
+    file: File,
+    known: dict[str, str] | None = None,
+    progress: Callable[[int], None] = lambda count: None,
+) -> None:
     """Raise the same errors as `read`, without loading the file into memory.
 
-    With `known`, the digests of files by name, each file is read once, and may not have grown.
+    With `known`, the digests of files by name, each file is read once, and may not have grown. `progress` is told
+    how many bytes were read since the last time.
     """
     digests = {} if known is None else known
     with _checked(folder, file, whole=known is not None) as stream:
@@ -212,6 +218,7 @@ def verify(folder: Path, file: File, known: dict[str, str] | None = None) -> Non
             while block := stream.read(min(rest, 2**20)):
                 digest.update(block)
                 rest -= len(block)
+                progress(len(block))
             digests[file.name] = digest.hexdigest()
     _check_digest(file, digests[file.name])
 

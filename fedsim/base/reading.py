@@ -55,10 +55,10 @@ def open_regular(path: str | Path, *, links: bool = False) -> BufferedReader:
 def read_regular(path: str | Path, most: int, *, links: bool = False) -> bytes:
     """The content of a regular file of at most `most` bytes; raises OSError, for a longer one too."""
     with open_regular(path, links=links) as file:
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise OSError(errno.EFBIG, f"is larger than {most} bytes", str(path))
-    return content
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise OSError(errno.EFBIG, f"is larger than {most} bytes", str(path))
+        return file.read(size)  # a file that grows now is read as it was
 
 
 def read_yaml(path: Path, *, links: bool = True) -> dict[str, Any]:

@@ -7,7 +7,6 @@ It only reads. The folder may come from elsewhere: nothing is opened through a l
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property
@@ -18,28 +17,27 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 
-from fedsim.base.files import DRAFT, is_locked
+from fedsim.base.files import DRAFT, check_folder, is_locked
 from fedsim.base.own_code import unread
 from fedsim.base.reading import MAX_YAML_BYTES, parse, parse_json
 from fedsim.errors import ConfigError, one_line
 from fedsim.experiment import model_file
 from fedsim.experiment.check_files import (
+    FAULTS,
     MAX_ENTRIES,
     SHA256,
     NotCheckedError,
     check_nodes,
     check_png,
     check_record,
-    check_regular,
     content_of,
     count_events,
     entries,
     in_words,
-    opened,
 )
 from fedsim.experiment.checked import CheckedRun, Part, RunState
-from fedsim.experiment.checkpoint import NAME, Checkpoint, changes
-from fedsim.experiment.checkpoint import _read as read_checkpoint
+from fedsim.experiment.checkpoint import MAX_BYTES as MAX_CHECKPOINT_BYTES
+from fedsim.experiment.checkpoint import NAME, Checkpoint, Named, changes, read_checkpoint
 from fedsim.experiment.config import Config, load
 from fedsim.experiment.figures import repeated
 from fedsim.experiment.folder import CHECKPOINTS, Line
@@ -47,9 +45,8 @@ from fedsim.federated.simulation import fingerprint_of
 from fedsim.report.runs import MAX_BYTES, parse_record
 from fedsim.types import Count
 
-MAX_CHECKPOINTS = 1000
-MAX_JSON_BYTES = 2**28  # of all files N.json
-BLOCK = 2**20  # bytes that are hashed between two words about how far it is
+MAX_CHECKPOINTS = 1000  # that are read, the newest ones
+MAX_JSON_BYTES = 2**28  # of their files N.json
 MODEL, EMA, LOG, SUMMARY = "model.safetensors", "ema.safetensors", "rounds.jsonl", "summary.json"
 ON_NODES = ("flower", "ray")  # runtimes that need a package which may not be installed here
 
@@ -93,6 +90,7 @@ class _Check:
         self.folder, self.progress = folder, progress
         self.running = is_locked(folder)
         self.resumable = list[int]()
+        self.done = 0  # bytes of the checkpoints' files
 
     def checked(self) -> CheckedRun:
         """All parts, in the order in which a run writes them."""
@@ -131,7 +129,7 @@ class _Check:
         last = self.newest
         if not self.has(MODEL) or last is None or len(self.known_log) != last.log.bytes:
             return "killed"
-        with suppress(ValueError, OSError, NotCheckedError):
+        with suppress(*FAULTS, NotCheckedError):
             return "interrupted" if self.model == self.fingerprints.get(last.round) else "killed"
         return "interrupted"
 
@@ -153,7 +151,9 @@ class _Check:
     def values(self) -> Any:
         """What stands in config.yaml."""
         values = parse(content_of(self.folder / "config.yaml", MAX_YAML_BYTES).decode(), "config.yaml")
-        return json.loads(json.dumps(values, default=str))  # without what YAML has besides, such as dates
+        if json.loads(json.dumps(values)) != values:
+            raise ValueError("has keys or values that are none of a config")
+        return values
 
     @cached_property
     def config(self) -> Config:
@@ -167,7 +167,7 @@ class _Check:
     @cached_property
     def known_config(self) -> Config | None:
         """The config, if it can be read."""
-        with suppress(ValueError, OSError):
+        with suppress(*FAULTS, NotCheckedError):
             return self.config
         return None
 
@@ -218,7 +218,7 @@ class _Check:
     @cached_property
     def known_log(self) -> bytes:
         """The same, and nothing where it cannot be read."""
-        with suppress(ValueError, OSError):
+        with suppress(*FAULTS, NotCheckedError):
             return self.log
         return b""
 
@@ -230,7 +230,7 @@ class _Check:
             try:
                 record = Line.model_validate(parse_record(line)).model_dump()
                 check_record(record, number, self.clients, clock)
-            except ValueError as error:
+            except FAULTS as error:
                 return found, f"line {number}: {in_words(error)}"
             clock = record["clock"]
             found.append(record)
@@ -258,72 +258,71 @@ class _Check:
     def names(self) -> list[str]:
         """What lies in checkpoints/."""
         path = self.folder / CHECKPOINTS
-        if not stat.S_ISDIR(os.lstat(path).st_mode):
-            raise ValueError("is no folder")
+        check_folder(path)
         names = entries(path)
-        if len(names) > MAX_ENTRIES or sum(1 for name in names if NAME.fullmatch(name)) > MAX_CHECKPOINTS:
-            raise ValueError(f"has more than {MAX_CHECKPOINTS:,} checkpoints or {MAX_ENTRIES:,} files")
-        if sum(os.lstat(path / name).st_size for name in names if NAME.fullmatch(name)) > MAX_JSON_BYTES:
-            raise ValueError(f"has checkpoints of more than {MAX_JSON_BYTES:,} bytes")
+        if len(names) > MAX_ENTRIES:
+            raise NotCheckedError(f"has more than {MAX_ENTRIES:,} files")
         return names
 
     @cached_property
+    def numbered(self) -> list[str]:
+        """The names N.json, the newest first."""
+        with suppress(*FAULTS, NotCheckedError):
+            return sorted(filter(NAME.fullmatch, self.names), key=lambda name: -int(name.partition(".")[0]))
+        return []
+
+    @cached_property
     def read(self) -> dict[str, Checkpoint | Exception]:
-        """By the names N.json, the newest first, the checkpoint or why there is none."""
-        found = dict[str, Checkpoint | Exception]()
-        with suppress(ValueError, OSError):
-            for name in sorted(filter(NAME.fullmatch, self.names), key=lambda name: -int(name.partition(".")[0])):
-                try:
-                    check_regular(self.folder / CHECKPOINTS / name)
-                    found[name] = read_checkpoint(self.folder / CHECKPOINTS / name)
-                except (ValueError, OSError) as error:
-                    found[name] = error
-        return found
-
-    @cached_property
-    def newest(self) -> Checkpoint | None:
-        """The newest checkpoint that is one, whatever its files hold."""
-        return next((each for each in self.read.values() if isinstance(each, Checkpoint)), None)
-
-    @cached_property
-    def digests(self) -> dict[str, tuple[int, str] | Exception]:
-        """Length and SHA-256 of each file that checkpoints name, or why it cannot be read."""
-        whole = [each for each in self.read.values() if isinstance(each, Checkpoint)]
-        names = dict.fromkeys(file.name for each in whole for file in (each.server, *each.clients))
-        paths, found = [self.folder / CHECKPOINTS / name for name in names], dict[str, Any]()
-        total, done = sum(path.lstat().st_size for path in paths if path.exists()), 0
-        for name, path in zip(names, paths, strict=True):
+        """By these names the checkpoint, or why there is none; not the older ones of very many."""
+        found, room = dict[str, Checkpoint | Exception](), MAX_JSON_BYTES
+        for name in self.numbered[:MAX_CHECKPOINTS]:
+            path = self.folder / CHECKPOINTS / name
             try:
-                with opened(path) as file:
-                    digest = hashlib.sha256()
-                    while block := file.read(BLOCK):
-                        digest.update(block)
-                        done += len(block)
-                        self.progress(done, total)
-                    found[name] = file.tell(), digest.hexdigest()
-            except (ValueError, OSError) as error:
+                room -= min(os.lstat(path).st_size, MAX_CHECKPOINT_BYTES)
+                if room < 0:
+                    break
+                found[name] = read_checkpoint(path)
+            except FAULTS as error:
                 found[name] = error
         return found
 
     @cached_property
-    def log_digests(self) -> dict[int, str]:
-        """SHA-256 of the beginnings of rounds.jsonl that checkpoints know, by their length."""
-        digest, done, found = hashlib.sha256(), 0, dict[int, str]()
-        for length in sorted({each.log.bytes for each in self.read.values() if isinstance(each, Checkpoint)}):
-            digest.update(memoryview(self.known_log)[done:length])
-            done, found[length] = length, digest.hexdigest()
-        return found
+    def whole(self) -> list[Checkpoint]:
+        """Those that are whole, whatever their files hold, the newest first."""
+        return [each for each in self.read.values() if isinstance(each, Checkpoint)]
+
+    @cached_property
+    def newest(self) -> Checkpoint | None:
+        """The newest of them."""
+        return self.whole[0] if self.whole else None
+
+    @cached_property
+    def named(self) -> Named:
+        """The files that they name."""
+        folder = self.folder / CHECKPOINTS
+        return Named(folder, self.folder / LOG, [folder / name for name in self.read])
+
+    @cached_property
+    def total(self) -> int:
+        """The bytes of all of these."""
+        return sum(
+            {file.name: file.bytes for each in self.whole for file in (each.server, *each.clients)}.values()
+        )
+
+    def hashed(self, count: int) -> None:
+        """Say how far it is."""
+        self.done += count
+        self.progress(self.done, self.total)
 
     @cached_property
     def saved(self) -> dict[str, Saved | Exception]:
         """The fingerprints of the models in the servers' files, by the files' names."""
         found = dict[str, Saved | Exception]()
-        for each in self.read.values():
-            if isinstance(each, Checkpoint):
-                try:
-                    found[each.server.name] = self.saved_models(each)
-                except (ValueError, OSError, NotCheckedError) as error:
-                    found[each.server.name] = error
+        for each in self.whole:
+            try:
+                found[each.server.name] = self.saved_models(each)
+            except (*FAULTS, NotCheckedError) as error:
+                found[each.server.name] = error
         return found
 
     def saved_models(self, checkpoint: Checkpoint) -> Saved:
@@ -340,8 +339,8 @@ class _Check:
     def fingerprints(self) -> dict[int, str]:
         """That of the model after each round, by rounds.jsonl, by checkpoints where it has none."""
         found = dict[int, str]()
-        for each in self.read.values():
-            if isinstance(each, Checkpoint) and isinstance(saved := self.saved[each.server.name], Saved):
+        for each in self.whole:
+            if isinstance(saved := self.saved[each.server.name], Saved):
                 found[each.round] = saved.model
         return found | {record["round"]: record["fingerprint"] for record in self.known_records}
 
@@ -349,7 +348,10 @@ class _Check:
         """A part for each, then one for what belongs to none."""
         try:
             names = self.names
-        except (ValueError, OSError) as error:
+        except NotCheckedError as why:
+            yield Part(CHECKPOINTS, "not checked", str(why))
+            return
+        except FAULTS as error:
             if self.state == "finished" or not isinstance(error, FileNotFoundError):
                 yield _fault(CHECKPOINTS, error)
             return
@@ -360,11 +362,15 @@ class _Check:
             yield part
         if self.state == "finished" and not self.read:
             yield Part(CHECKPOINTS, "missing", "the run cannot be made longer")
-        readable = [each for each in self.read.values() if isinstance(each, Checkpoint)]
-        needed = {file.name for each in readable for file in (each.server, *each.clients)}
+        if older := self.numbered[len(self.read) :]:
+            yield Part(f"{CHECKPOINTS}/{older[0]}", "not checked", f"nor are {len(older) - 1:,} older ones")
+            return
+        needed = {file.name for each in self.whole for file in (each.server, *each.clients)}
         if not self.running and (others := sorted({*names} - needed - self.read.keys())):
             # A run that reaches its end leaves none; where a checkpoint cannot be read, they may be its files.
-            state: Any = "broken" if self.state == "finished" and len(readable) == len(self.read) else "left over"
+            state: Any = (
+                "broken" if self.state == "finished" and len(self.whole) == len(self.read) else "left over"
+            )
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             yield Part(f"{CHECKPOINTS}/{others[0]}{more}", state, "belongs to no checkpoint")
 
@@ -373,28 +379,23 @@ class _Check:
         found = self.read[name]
         if isinstance(found, Exception):
             raise found
-        for file in (found.server, *found.clients):
-            digest = self.digests[file.name]
-            if isinstance(digest, Exception):
-                raise ValueError(f"{file.name}: {in_words(digest)}")
-            if digest != (file.bytes, file.sha256):
-                raise ValueError(f"{file.name} has changed since it was written")
-        if len(self.known_log) < found.log.bytes or self.log_digests[found.log.bytes] != found.log.sha256:
-            raise ValueError(f"{LOG} is not what it was")
-        if self.known_log.count(b"\n", 0, found.log.bytes) + (found.last is not None) != found.round:
-            raise ValueError(f"{LOG} has another number of rounds")
-        saved = self.saved[found.server.name]
-        if isinstance(saved, Exception):
+        self.named.check(found, [found.server, *found.clients], self.hashed)
+        saved, about = self.saved[found.server.name], f"after round {found.round}"
+        last = found.last.model_dump()["fingerprint"] if found.last else self.fingerprints.get(found.round)
+        if isinstance(saved, NotCheckedError):
+            about += f"; its model was not compared: {found.server.name} {saved}"
+        elif isinstance(saved, Exception):
             raise saved
-        last = found.last.model_dump()["fingerprint"] if found.last else self.fingerprints[found.round]
-        if saved.model != last:
+        elif saved.model != last:
             raise ValueError(f"{found.server.name} holds another model than that of round {found.round}")
         nodes = check_nodes(found.runtime, self.clients)
         if self.known_config and (other := changes(found.config, self.values)[0]):
-            return f"after round {found.round}, with other settings: {other[0]}"
+            return f"{about}, with other settings: {other[0]}"
+        if nodes and found.clients and self.state == "finished" and found is not self.newest:
+            return f"{about}; at the end of a run its nodes delete their states of it"
         self.resumable.append(found.round)
         states = f"; {len(found.clients)} files of clients' states" if found.clients else ""
-        return f"after round {found.round}{states}{nodes}"
+        return f"{about}{states}{nodes}"
 
     # What is written at the end
 
@@ -452,9 +453,7 @@ class _Check:
 
     def check_events(self) -> str:
         """The check sums of its events, of which there is one a round after the first."""
-        folder = self.folder / "tensorboard"
-        if not stat.S_ISDIR(os.lstat(folder).st_mode):
-            raise ValueError("is no folder")
+        check_folder(folder := self.folder / "tensorboard")
         names = [name for name in entries(folder) if name.startswith("events.")]
         if len(names) != 1:
             raise ValueError(f"has {len(names)} files of events")
@@ -489,7 +488,7 @@ def _part(name: str, look: Callable[[], str]) -> Part:
         return Part(name, "whole", look())
     except NotCheckedError as why:
         return Part(name, "not checked", str(why))
-    except (ValueError, OSError) as error:
+    except FAULTS as error:
         return _fault(name, error)
 
 

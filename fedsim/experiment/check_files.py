@@ -1,11 +1,10 @@
-"""The files of a run, each looked at for itself; what is wrong with one is a ValueError, or an OSError."""
+"""The files of a run, each looked at for itself; what is wrong with one is one of FAULTS."""
 
+import errno
 import os
 import re
-import stat
 import struct
 from collections.abc import Mapping
-from io import BufferedReader
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,11 @@ from zlib import crc32
 
 from pydantic import ValidationError
 
-from fedsim.base.machine import gigabytes, memory
-from fedsim.base.reading import open_regular
+from fedsim.base.machine import memory
+from fedsim.base.reading import read_regular
 from fedsim.errors import one_line
 
+FAULTS = (ValueError, OSError, TypeError, KeyError, OverflowError, RecursionError)
 MAX_ENTRIES = 100_000  # of a folder
 
 SHA256, NODE_RUN = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{32}")
@@ -32,7 +32,8 @@ def in_words(error: Exception) -> str:
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         return one_line(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
-    return one_line(getattr(error, "strerror", None) or error)
+    kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+    return kind + one_line(getattr(error, "strerror", None) or error)
 
 
 def entries(folder: Path) -> list[str]:
@@ -41,26 +42,14 @@ def entries(folder: Path) -> list[str]:
         return [entry.name for entry in islice(found, MAX_ENTRIES + 1)]
 
 
-def check_regular(path: Path) -> None:
-    """Raise ValueError for a link, or anything else that is no file."""
-    mode = os.lstat(path).st_mode
-    if not stat.S_ISREG(mode):
-        raise ValueError("is a link, which is not followed" if stat.S_ISLNK(mode) else "is no regular file")
-
-
-def opened(path: Path) -> BufferedReader:
-    """A regular file, to read its bytes."""
-    check_regular(path)
-    return open_regular(path)
-
-
 def content_of(path: Path, most: int | None = None) -> bytes:
     """The bytes of a regular file, of at most `most` of them, by default of half of this machine's memory."""
-    most = memory() // 2 if most is None else most
-    with opened(path) as file:
-        if (size := os.fstat(file.fileno()).st_size) > most:
-            raise NotCheckedError(f"has {gigabytes(size)}, more than is read here")
-        return file.read(size)
+    try:
+        return read_regular(path, memory() // 2 if most is None else most)
+    except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise NotCheckedError(error.strerror) from None
+        raise
 
 
 def check_record(record: dict[str, Any], number: int, clients: int | None, clock: float) -> None:

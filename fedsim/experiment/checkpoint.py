@@ -12,7 +12,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -125,15 +125,11 @@ class Checkpoints:
         ConfigError where all are broken. A file is read once, however many checkpoints name it.
         """
         found = [path for path in self._found() if max_round is None or int(path.stem) <= max_round]
-        logs, digests, broken = _logs(log_folder / LOG, found), dict[str, str](), list[str]()
+        named, broken = Named(self.folder, log_folder / LOG, found), list[str]()
         for path in found:
             try:
-                checkpoint = _read(path)
-                _check_log(checkpoint, logs)
-                if sum(file.bytes for file in checkpoint.clients) > shutil.disk_usage(self.folder).total:
-                    raise ValueError("the files that it names are larger than the disk")
-                for file in checkpoint.clients:
-                    verify(self.folder, file, digests)
+                checkpoint = read_checkpoint(path)
+                named.check(checkpoint, checkpoint.clients)
                 server = load(read(self.folder, checkpoint.server))
                 return (checkpoint, server), [f"{line}; goes on after round {checkpoint.round}" for line in broken]
             except ConfigError:
@@ -152,7 +148,7 @@ class Checkpoints:
                 remove(path)
         for path in self._found():
             with suppress(ValueError):  # this one is broken too, and will not be read again
-                self._segments[path.name] = {file.name for file in _read(path).clients}
+                self._segments[path.name] = {file.name for file in read_checkpoint(path).clients}
         last = _last(checkpoint)
         self._restore_clients(simulation, checkpoint.clients, last.get("cohort", ()))
         simulation.server = {name: server[name].to(simulation.runtime.home) for name in simulation.server}
@@ -210,6 +206,30 @@ class Checkpoints:
         self._settle(simulation)
 
 
+class Named:
+    """The files that checkpoints name, in `folder` and at `log`; each is read once, however many name it.
+
+    Raises ConfigError where rounds.jsonl cannot be read, for then none of the checkpoints `found` can be used.
+    """
+
+    def __init__(self, folder: Path, log: Path, found: list[Path]):
+        self.folder, self._logs, self._digests = folder, _logs(log, found), dict[str, str]()
+
+    def check(
+        self, checkpoint: Checkpoint, files: list[File], progress: Callable[[int], None] = lambda count: None
+    ) -> None:
+        """Raise ValueError where rounds.jsonl, or one of these files of a checkpoint, is not what it was."""
+        rounds = checkpoint.round - (checkpoint.last is not None)
+        if rounds not in self._logs:
+            raise ValueError(f"{LOG} has fewer than {rounds} rounds")
+        if self._logs[rounds] != checkpoint.log:
+            raise ValueError(f"{LOG} has changed since it was written")
+        if sum(file.bytes for file in files) > shutil.disk_usage(self.folder).total:
+            raise ValueError("the files that it names are larger than the disk")
+        for file in files:
+            verify(self.folder, file, self._digests, progress)
+
+
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """The settings that differ: those that change the result, and those that do not."""
     a, b = dict(_flat(before)), dict(_flat(now))
@@ -257,7 +277,7 @@ def _last(checkpoint: Checkpoint) -> dict[str, Any]:
 def _logs(path: Path, found: list[Path]) -> dict[int, File]:
     """rounds.jsonl up to the end of some line, by the number of lines: all that these checkpoints may name.
 
-    Raises ConfigError where it cannot be read, for then no checkpoint can be used.
+    Raises ConfigError where it cannot be read.
     """
     logs = dict[int, File]()
     wanted = {int(each.stem) - more for each in found for more in (0, 1)}  # of one more there may be no line yet
@@ -282,16 +302,7 @@ def _logs(path: Path, found: list[Path]) -> dict[int, File]:
     return logs
 
 
-def _check_log(checkpoint: Checkpoint, logs: dict[int, File]) -> None:
-    """Raise ValueError where rounds.jsonl does not begin with the rounds of a checkpoint."""
-    rounds = checkpoint.round - (checkpoint.last is not None)
-    if rounds not in logs:
-        raise ValueError(f"{LOG} has fewer than {rounds} rounds")
-    if logs[rounds] != checkpoint.log:
-        raise ValueError(f"{LOG} has changed since it was written")
-
-
-def _read(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path) -> Checkpoint:
     """Read N.json; raises ValueError where it cannot be read, or is not whole."""
     try:
         signed = parse_json(read_regular(path, MAX_BYTES))

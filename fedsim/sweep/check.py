@@ -7,7 +7,6 @@ from pathlib import Path
 from fedsim.base.files import is_locked
 from fedsim.errors import one_line
 from fedsim.experiment.check import Progress, check_run
-from fedsim.experiment.check_files import check_regular
 from fedsim.experiment.checked import Checked, Part, RunState
 from fedsim.sweep.folder import FILE, Sweep
 
@@ -24,7 +23,6 @@ def check_sweep(folder: Path, progress: Progress) -> Checked:
 
 def _parts(folder: Path, finished: bool, progress: Progress) -> Iterator[Part]:
     try:
-        check_regular(folder / FILE)
         sweep = Sweep.read(folder)
     except ValueError as error:  # a ConfigError, too
         yield Part(FILE, "broken", one_line(error))
