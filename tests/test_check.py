@@ -185,9 +185,9 @@ def test_a_round_that_cannot_be_is_named_by_its_line(run):
         assert faults(run)["rounds.jsonl"].startswith("line 3: ")
 
 
-def craft(run, change):
-    """Have the last checkpoint say something else, and be believed."""
-    path = run / "checkpoints" / "000004.json"
+def craft(run, change, name="000004.json"):
+    """Have a checkpoint say something else, and be believed."""
+    path = run / "checkpoints" / name
     change(values := json.loads(path.read_text())["checkpoint"])
     digest = hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
     path.write_text(json.dumps({"sha256": digest, "checkpoint": values}))
@@ -197,6 +197,41 @@ def test_a_checkpoint_of_other_settings_is_none_to_resume(run):
     craft(run, lambda values: values["config"]["local"].update(lr=0.5))
     assert "local.lr" in faults(run)["config.yaml"]
     assert check_run(run).resumable == [3]
+
+
+@pytest.mark.parametrize("line", ["2020-01-01: 3", "3: 3", "seed: 2020-01-01", "seed: .nan"])
+def test_a_config_of_what_json_does_not_have_is_broken(run, line):
+    path = run / "config.yaml"
+    path.write_text(
+        "\n".join(each for each in path.read_text().splitlines() if each[:4] != "seed") + f"\n{line}\n"
+    )
+    assert "config.yaml" in faults(run)
+
+
+def test_of_very_many_checkpoints_the_newest_are_read(run, monkeypatch):
+    monkeypatch.setattr("fedsim.experiment.check.MAX_CHECKPOINTS", 1)
+    found = check_run(run)
+    assert (found.faults, found.resumable) == ([], [4])
+    older = next(part for part in found.parts if part.state == "not checked")
+    assert older.name == "checkpoints/000003.json"
+
+
+def test_a_checkpoint_too_large_to_read_can_be_resumed_where_its_hashes_agree(run, monkeypatch):
+    monkeypatch.setattr("fedsim.experiment.check_files.memory", lambda: 2)
+    found = check_run(run)
+    assert (found.faults, found.resumable) == ([], [4, 3])
+    assert all(
+        "model was not compared" in part.about for part in found.parts if part.name.startswith("checkpoints/")
+    )
+
+
+def test_after_its_end_a_run_on_nodes_goes_on_from_its_end_alone(tmp_path):
+    """As nodes delete what they keep for earlier checkpoints."""
+    run = fedsim.run(ALL | {"strategy": "scaffold"}, out=tmp_path / "run").folder
+    for name in ("000004.json", "000003.json"):
+        about = {"name": "flower", "run": "0" * 32, "nodes": [*"abcde"], "sizes": [1] * 5}
+        craft(run, lambda values, about=about: values.update(runtime=about), name)
+    assert check_run(run).resumable == [4]
 
 
 @pytest.mark.parametrize(
