@@ -25,7 +25,7 @@ Ref = Any  # a ray.ObjectRef
 MAX_FAILED_STARTS = 3  # of actors in a row; then no more are started
 POLL_SECONDS = 1.0  # between two checks of actors that do not start
 WARN_AFTER_SECONDS = 10.0  # without a place in the cluster for an actor
-MAX_WAIT_SECONDS = 60.0  # for a first actor's place in the cluster
+MAX_WAIT_SECONDS = 180.0  # for a first actor: its place in the cluster, and its imports on a busy machine
 POOLS = weakref.WeakSet["Pool"]()  # of this process
 
 
