@@ -106,6 +106,11 @@ class Update(NamedTuple):
     client: State = {}  # the client's state, kept until it is sampled again
     metrics: State = {}  # sums over examples; the division follows once, over the whole cohort
 
+    def numbers(self) -> tuple[float, dict[str, float]]:
+        """The weight and the metrics as plain numbers."""
+        weight = self.weight.detach() if isinstance(self.weight, Tensor) else self.weight
+        return float(weight), {name: float(value) for name, value in self.metrics.items()}
+
 
 Outcome = Update | BaseException  # what a client's work gave, or the error that it ended with
 

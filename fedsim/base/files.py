@@ -49,15 +49,14 @@ def write(path: Path, content: bytes, *, sync_name: bool = True) -> File:
     if os.path.lexists(draft):  # left by a kill, or a link
         remove(draft)
     try:
-        with draft.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except BaseException as error:
+        with naming(path):
+            with draft.open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(path)
+    except BaseException:
         draft.unlink(missing_ok=True)
-        if isinstance(error, OSError):  # which names no file, or the draft
-            error.filename = str(path)
         raise
     if sync_name:
         sync_folder(path.parent)
@@ -66,11 +65,11 @@ def write(path: Path, content: bytes, *, sync_name: bool = True) -> File:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Have an OSError of the block name the file: those of a write or of a synchronisation do not."""
+    """Have an OSError of the block name the file: those of a write name none, or a draft."""
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        error.filename = str(path)
         raise
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from fedsim.errors import ConfigError, one_line, printable
 
@@ -103,6 +104,12 @@ def parse_json(content: bytes | str) -> Any:
     if level:
         raise ValueError(TOO_DEEP)
     return value
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first thing that is wrong with what pydantic was given, and where."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def _no_number(text: str) -> float:

@@ -13,7 +13,7 @@ from zlib import crc32
 from pydantic import ValidationError
 
 from fedsim.base.machine import memory
-from fedsim.base.reading import read_regular
+from fedsim.base.reading import first_fault, read_regular
 from fedsim.errors import one_line
 
 FAULTS = (ValueError, OSError, TypeError, KeyError, OverflowError, RecursionError)
@@ -30,8 +30,7 @@ class NotCheckedError(Exception):
 def in_words(error: Exception) -> str:
     """What is wrong, in a line."""
     if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        return one_line(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+        return one_line(first_fault(error))
     kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
     return kind + one_line(getattr(error, "strerror", None) or error)
 

@@ -35,7 +35,7 @@ from fedsim.base.files import (
     write,
 )
 from fedsim.base.machine import memory
-from fedsim.base.reading import open_regular, parse_json, read_regular
+from fedsim.base.reading import first_fault, open_regular, parse_json, read_regular
 from fedsim.base.version import VERSION
 from fedsim.errors import ConfigError, one_line
 from fedsim.experiment.round_log import NAME as LOG
@@ -326,8 +326,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except OSError as error:
         raise ValueError(error.strerror) from None
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise ValueError(first_fault(error)) from None
     except (KeyError, TypeError, RecursionError):
         raise ValueError("is no checkpoint") from None
     if checkpoint.round != int(path.stem):

@@ -71,9 +71,8 @@ class Train:
         ArithmeticError, if the state has another form than before, or a number is not finite; WrongReturnError, if
         a number can never be right; UndeclaredError, if it is larger than the strategy declares.
         """
-        sums = {name: float(value) for name, value in update.metrics.items()}
+        weight, sums = update.numbers()
         check_finite(update.client, job.client or {}, sums)
-        weight = float(update.weight.detach() if isinstance(update.weight, Tensor) else update.weight)
         whose, where = type(self.strategy).__name__, f"round {job.round + 1}, client {job.client_id}"
         with border(f"{where}: {whose}", UndeclaredError):
             bounds = self.bounds(num_examples, dtype)

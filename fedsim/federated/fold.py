@@ -34,8 +34,7 @@ class Fold:
             return failure(job, error, perf_counter() - began)
 
     def _added(self, job: Job, update: Update, began: float) -> Report:
-        metrics = {name: float(value) for name, value in update.metrics.items()}
-        weight = float(update.weight.detach() if isinstance(update.weight, Tensor) else update.weight)
+        weight, metrics = update.numbers()
         client = {name: compact(value) for name, value in update.client.items()}
         size = sum(value.nbytes for value in update.message.values())
         self.partial = self.aggregator.fold([(job.client_id, update.message, weight)], self.partial)

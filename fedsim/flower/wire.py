@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_type_hints
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from fedsim.base.reading import MAX_YAML_BYTES
+from fedsim.base.reading import MAX_YAML_BYTES, first_fault
 from fedsim.errors import located, one_line
 from fedsim.flower.messages import FORMAT, Answer, Finished, Hello, Invitation, Joined, Order
 from fedsim.flower.transport import Coded, Encoded, decode, encode
@@ -67,8 +67,7 @@ def read(kind: type[Message], content: RecordDict) -> Message:
     except KeyError as error:
         raise ValueError(f"has no {error.args[0]!r:.40}; it is not from fedsim, or from another version") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(one_line(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")) from None
+        raise ValueError(one_line(first_fault(error))) from None
     except ValueError:
         raise
     except Exception as error:  # whatever bytes from an untrusted sender make Flower's code, or ours, raise
