@@ -739,7 +739,7 @@ def asked(port, ca, path):
         return int(opened.recv(4096).split()[1])
 
 
-def wait_until(condition, seconds=60):
+def wait_until(condition, seconds=300):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end

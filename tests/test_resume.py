@@ -548,7 +548,7 @@ def test_a_folder_without_a_run_is_refused(forks, folder, name):
 # One at a time
 
 
-def until(true, seconds=30):
+def until(true, seconds=120):
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end
