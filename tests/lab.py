@@ -67,7 +67,8 @@ def without(simulation, missing):
         reasons = {job.client_id: missing[job.round].get(str(job.client_id)) for job in jobs}
         yield from run(work, server, [job for job in jobs if not reasons[job.client_id]], aggregator)
         absent = [job for job in jobs if reasons[job.client_id]]
-        yield aggregator.fold([]), [failure(job, NodeError(reasons[job.client_id]), 0.0) for job in absent]
+        failed = {job.client_id: failure(job, NodeError(reasons[job.client_id]), 0.0) for job in absent}
+        yield aggregator.fold([]), [report._replace(error=reasons[k]) for k, report in failed.items()]
 
     simulation.runtime.run = some
     return simulation
