@@ -18,7 +18,7 @@ from small_run import CONFIG, contents, write
 
 import fedsim
 from fedsim import ConfigError, Hook
-from fedsim.base.files import locked
+from fedsim.base.files import create, locked
 from fedsim.base.own_code import Rule, own_code, unread
 from fedsim.cli.commands import COMMANDS, READ_CONFIGS
 from fedsim.experiment import model_file
@@ -536,6 +536,17 @@ def test_the_digest_of_a_model_s_file_is_the_same_everywhere():
     assert right.encode() in content
     values = b"n" + struct.pack("<q", 3) + b"w" + struct.pack("<4f", 0, 1, 2, 3)
     assert hashlib.sha256(said.encode() + values).hexdigest() == right
+
+
+def test_the_draft_of_a_folder_that_a_kill_left_is_deleted_by_the_next_run_beside_it(tmp_path):
+    old, young, other = (tmp_path / name for name in (".a.0123abcd.draft", ".b.0123abcd.draft", ".c.draft"))
+    for path in (old, young, other):
+        path.mkdir()
+        (path / "config.yaml").write_bytes(b"half")
+    os.utime(old, (0, 0))
+    os.utime(other, (0, 0))
+    create(tmp_path / "new", {"config.yaml": b""})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [young.name, other.name, "new"]
 
 
 # Sweeps
