@@ -2,12 +2,25 @@
 
 import hashlib
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated, Any
+
+from annotated_types import Ge, Lt
+from pydantic import ConfigDict, ValidationError, create_model
 
 from fedsim.base.files import File, naming, write
-from fedsim.errors import RoundError
+from fedsim.base.reading import first_fault
+from fedsim.errors import RoundError, one_line
+from fedsim.federated.simulation import Round
+from fedsim.report.runs import parse_record
 
 NAME = "rounds.jsonl"
+SHA256 = re.compile("[0-9a-f]{64}")
+BOUNDED: dict[Any, Any] = {int: Annotated[int, Ge(0), Lt(2**63)], float: Annotated[float, Ge(0), Lt(1e300)]}
+FIELDS: dict[str, Any] = {name: (BOUNDED.get(kind, kind), ...) for name, kind in Round.__annotations__.items()}
+Line: Any = create_model("Line", __config__=ConfigDict(extra="allow", strict=True), **FIELDS)  # tests, hooks add
 
 
 class RoundLog:
@@ -61,3 +74,39 @@ class RoundLog:
             return
         way = "a resume needs its lines up to a checkpoint as they were"
         raise RoundError(f"{self.path}: {what}; somebody else has changed it; {way}")
+
+
+def read_rounds(content: bytes, clients: int | None) -> Iterator[dict[str, Any]]:
+    """The records in whole lines of rounds.jsonl; raises ValueError that names the first line that cannot be.
+
+    `clients` is how many there are, where that is known.
+    """
+    clock = 0.0
+    for number, line in enumerate(content.split(b"\n")[:-1], 1):
+        try:
+            record = Line.model_validate(parse_record(line)).model_dump()
+            _check_record(record, number, clients, clock)
+        except ValidationError as error:
+            raise ValueError(f"line {number}: {one_line(first_fault(error))}") from None
+        except ValueError as error:
+            raise ValueError(f"line {number}: {one_line(error)}") from None
+        clock = record["clock"]
+        yield record
+
+
+def _check_record(record: dict[str, Any], number: int, clients: int | None, clock: float) -> None:
+    """Raise ValueError where a round does not follow the one before it, or is of clients that there are not."""
+    cohort = record["cohort"]
+    if record["round"] != number:
+        raise ValueError(f"is of round {record['round']}")
+    if len({*cohort}) < len(cohort) or not all(k >= 0 and (clients is None or k < clients) for k in cohort):
+        raise ValueError("cohort has a client twice, or one that there is not")
+    if not {*record["failed"], *record["absent"]} <= {*map(str, cohort)}:
+        raise ValueError("failed or absent has a client that is not in cohort")
+    if not SHA256.fullmatch(record["fingerprint"]):
+        raise ValueError("fingerprint is no SHA-256")
+    accuracy = record.get("test_accuracy", 0.0)
+    if not (isinstance(accuracy, int | float) and 0 <= accuracy <= 1):
+        raise ValueError("test_accuracy should be from 0 to 1")
+    if record["clock"] < clock:
+        raise ValueError("clock goes back")
