@@ -473,10 +473,7 @@ def marker(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("key", NAMES)
 def test_no_code_of_a_config_is_imported_wherever_it_is_named(fedsim_, marker, key):
-    commands = [["serve"], ["partition"], ["app", "--out=app"], ["sweep", "seed=0,1"], ["run"]]
-    assert {"bench", *(command for command, *_ in commands)} <= {
-        name for name, each in COMMANDS.items() if each in READ_CONFIGS
-    }  # importing bench takes seconds
+    commands = [["serve"], ["partition"], ["bench"], ["app", "--out=app"], ["sweep", "seed=0,1"], ["run"]]
     for name in ("mine.code:Mine", "fedsim.strategies.fedavg:FedAvg", "os:getcwd"):
         value = json.dumps(NAMES[key]).replace("NAME", name)
         for command, *more in commands:
@@ -507,6 +504,38 @@ def test_code_of_a_config_is_announced_before_it_is_imported(fedsim_, marker, tm
     assert fedsim_("resume", "run").err == told
     assert marker.read_text() == "pxpx"
     assert fedsim.run(yaml.safe_load(Path("c.yaml").read_text()), {"strategy": "mine.code:Mine"}).rounds
+
+
+@pytest.mark.parametrize(
+    "setting", [{"data": {"name": "mine.code:source"}}, {"allow": {"strategies": ["mine.code:Mine"]}}]
+)
+def test_no_code_of_a_node_s_file_is_imported(fedsim_, marker, tmp_path, setting):
+    pytest.importorskip("flwr")
+    data = {"name": "synthetic", "examples": 8, "test_examples": 2, "classes": 2}
+    write_settings = {"name": "a", "data": data, "state": "states", "insecure": True} | setting
+    (tmp_path / "node.yaml").write_text(json.dumps(write_settings))
+    refused = fedsim_("node", "node.yaml", "--no-code")
+    assert (refused.status, refused.out, refused.err.count("\n")) == (2, "", 1), refused
+    assert "is code that does not come with fedsim, and such code is refused" in refused.err
+    assert not marker.exists()
+
+
+def test_the_commands_without_the_option_import_nothing_that_a_run_names(fedsim_, marker, tmp_path):
+    """And `list` only what is named in its own arguments."""
+    values = {"strategy": "mine.code:Mine", "model": "mine.code:net"}
+    write(tmp_path, rounds=1, **values)
+    done = fedsim_("run", "c.yaml", "strategy=fedavg", "model=2nn", "--out=run")
+    assert done.status == 0
+    config = tmp_path / "run" / "config.yaml"
+    about = {"name": "flower", "superlink": "127.0.0.1:1", "insecure": True}
+    config.write_text(json.dumps(yaml.safe_load(config.read_text()) | values | {"runtime": about}))
+    without = {"nodes": ["run"], "compare": ["run"], "check": ["run"], "list": ["settings", "c.yaml"]}
+    assert {*without, "certificates"} == {name for name, each in COMMANDS.items() if each not in READ_CONFIGS}
+    for command, arguments in without.items():
+        assert fedsim_(command, *arguments).err.count("\n") <= 1
+    assert not marker.exists()
+    assert fedsim_("list", "strategies", "mine.code:Mine").status == 0
+    assert marker.read_text() == "px"
 
 
 def test_a_program_s_own_code_is_its_own(marker, capsys):
