@@ -1206,7 +1206,7 @@ def test_a_list_of_nodes_is_80_columns_wide_and_keeps_its_times():
         assert "examples" in shown
     assert len(nodes_table([node._replace(examples=None) for node in nodes]).columns) == 2
     why = f"refused its last invitation: data.classes: [red] {'long ' * 40}end"
-    console = Console(file=io.StringIO(), width=80)
+    console = Console(file=io.StringIO(), width=80, soft_wrap=True)
     console.print(nodes_table([nodes[2]._replace(reason=why), nodes[3]._replace(reason="x\x1b")]))
     text = console.file.getvalue()
     assert max(map(cell_len, text.splitlines())) <= 80

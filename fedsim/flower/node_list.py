@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from datetime import datetime
+from textwrap import fill
 from time import monotonic, sleep
 from typing import NamedTuple
 
@@ -67,7 +68,10 @@ def nodes_table(nodes: Sequence[Known]) -> Table:
         table.add_column("versions", max_width=32, overflow="fold")
     below = [f"all that answered: {printable(*found)}"] if len(found) == 1 else []
     below += [f"{_shown_name(node)}: {printable(node.reason)}" for node in nodes if node.reason]
-    table.caption = Text("\n".join(below), overflow="fold") if below else None
+    wrapped = (
+        fill(line, WIDTH, subsequent_indent="  ") for line in below
+    )  # a caption may be cut, and not wrapped
+    table.caption = Text("\n".join(wrapped))
     for node, versions in zip(nodes, shown, strict=True):
         name = _shown_name(node)
         examples = "unknown" if node.examples is None else f"{node.examples:,}"
