@@ -16,7 +16,7 @@ from fedsim.errors import ConfigError, RoundError
 from fedsim.flower import wire
 from fedsim.flower.app import flower_app
 from fedsim.flower.internals import Link, LinkError, Superlink, listed
-from fedsim.flower.messages import Finished, Invitation
+from fedsim.flower.messages import FINISHED_WAIT, Finished, Invitation
 from fedsim.flower.plan import digest
 from fedsim.flower.roster import Roster, Sizes, read_keys
 from fedsim.types import State
@@ -26,7 +26,6 @@ LOOK_PAUSE = 0.1  # seconds between two looks for nodes, while nothing else is d
 RETRY_PAUSE = 1.0  # seconds between two attempts to connect
 SILENT_WAIT = 2.0  # seconds; a longer wait is logged
 LOOK_PAUSE_TRAINING = 0.5  # the same while clients train
-FINISHED_WAIT = 20.0  # seconds that nodes have to hear of a run's end: Flower's SuperNodes take six to nine
 FINISHED_PAUSE = 0.05  # seconds between two looks for their answers
 MOST_FINISHED_BYTES = 2**16  # of an answer to it
 

@@ -78,7 +78,7 @@ class NodeLink:
         `key` is the file of a private EC key in OpenSSH or PEM format. Without a key the node registers itself,
         which a SuperLink with --enable-supernode-auth refuses.
         """
-        private, public = _key_pair(key)
+        private, public = key_pair(key)
         pem = public_key_to_bytes(public)
         client = connect(FleetHttpClient, superlink, "SuperNode", [NodeAuthHttpInterceptor(private, public)])
         try:
@@ -220,7 +220,8 @@ class NodeLink:
             self._client.close()
 
 
-def _key_pair(key: Path | None) -> tuple[ec.EllipticCurvePrivateKey, ec.EllipticCurvePublicKey]:
+def key_pair(key: Path | None) -> tuple[ec.EllipticCurvePrivateKey, ec.EllipticCurvePublicKey]:
+    """The keys of a node, new ones where it has no file; raises ConfigError."""
     if key is None:
         return generate_key_pairs()
     try:
