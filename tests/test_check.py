@@ -362,7 +362,7 @@ def test_what_is_no_file_is_neither_followed_nor_waited_for(run, name, kind):
 def test_a_round_that_cannot_be_is_named_by_its_line(run):
     lines = (run / "rounds.jsonl").read_text().splitlines()
     wrong = [("round", 7), ("cohort", [1, 1]), ("cohort", [9]), ("clock", -1.0), ("fingerprint", "x")]
-    for key, value in [*wrong, ("test_accuracy", None)]:
+    for key, value in [*wrong, ("test_accuracy", "x")]:
         third = json.dumps(json.loads(lines[2]) | {key: value})
         (run / "rounds.jsonl").write_text("\n".join([*lines[:2], third, lines[3], ""]))
         assert faults(run)["rounds.jsonl"].startswith("line 3: ")

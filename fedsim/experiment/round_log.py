@@ -105,8 +105,5 @@ def _check_record(record: dict[str, Any], number: int, clients: int | None, cloc
         raise ValueError("failed or absent has a client that is not in cohort")
     if not SHA256.fullmatch(record["fingerprint"]):
         raise ValueError("fingerprint is no SHA-256")
-    accuracy = record.get("test_accuracy", 0.0)
-    if not (isinstance(accuracy, int | float) and 0 <= accuracy <= 1):
-        raise ValueError("test_accuracy should be from 0 to 1")
     if record["clock"] < clock:
         raise ValueError("clock goes back")
