@@ -140,7 +140,7 @@ class NodeLink:
 
         The SuperLink gives a message once. If its answer was lost, a message may have been in it, whose sender
         would wait for as long as a round may take. So the node has to leave and join again, which tells the sender
-        that the message was not answered. It waits until the SuperLink can be reached, and so hears of the leaving.
+        that the message was not answered. It waits until the SuperLink can be reached and hears of it.
         """
         if self._unanswered:
             self._beat()
