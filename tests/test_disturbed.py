@@ -198,7 +198,10 @@ class Deployment(World):
             time.sleep(self._some(3, 10))
             gate.cut = 0.0
         number = len(self.lines())
-        over = lambda: not gate.due or len(self.lines()) > number + 1 or self.driver.poll() is not None  # noqa: E731
+
+        def over():
+            return not gate.due or len(self.lines()) > number + 1 or self.driver.poll() is not None
+
         until(over, f"models that pass gate {which}", LIMIT)
         gate.due = 0
         return f"{gate.cuts - all_cuts} times at {which}, {gate.inside - inside} inside of a model, "

@@ -20,6 +20,7 @@ from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     DeactivateNodeRequest,
     PullMessagesRequest,
+    PullMessagesResponse,
     PushMessagesRequest,
     RegisterNodeFleetRequest,
     UnregisterNodeFleetRequest,
@@ -70,6 +71,7 @@ class NodeLink:
         self._began = time.perf_counter()
         self._heartbeat = Heartbeat(self._beat, 0.6 * HEARTBEAT_INTERVAL)
         self._closed = False
+        self._unanswered = False  # whether an answer that may have held a message was lost
 
     @classmethod
     def open(cls, superlink: Superlink, key: Path | None) -> Self:
@@ -101,7 +103,7 @@ class NodeLink:
         A message of more than `most_bytes` is not read, and is answered with an error.
         """
         if self._arriving is None:
-            pulled = self._call(self._client.PullMessages, PullMessagesRequest(node=self._node))
+            pulled = self._pull()
             if not pulled.messages_list:
                 return None
             self._began = time.perf_counter()
@@ -132,6 +134,22 @@ class NodeLink:
             self._done(head)
             return message
         return None
+
+    def _pull(self) -> PullMessagesResponse:
+        """The next message's head; raises LinkError.
+
+        The SuperLink gives a message once. If its answer was lost, a message may have been in it, whose sender
+        would wait for as long as a round may take. So the node has to leave and join again, which tells the sender
+        that the message was not answered. It waits until the SuperLink can be reached and hears of it.
+        """
+        if self._unanswered:
+            self._beat()
+            raise LinkError("an answer of the SuperLink was cut off, and a message may be lost; joining again")
+        try:
+            return self._call(self._client.PullMessages, PullMessagesRequest(node=self._node))
+        except LinkError as error:
+            self._unanswered = error.unanswered
+            raise
 
     def _refuse(self, head: Message, reason: str) -> None:
         self._arriving = None
