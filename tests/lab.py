@@ -101,6 +101,7 @@ class Letter:
     due: float
     expires: float
     reply: Reply | None = None
+    wanted: bool = True  # whether somebody may still ask for the reply
 
 
 class Lab:
@@ -166,6 +167,14 @@ class Lab:
             letter = self.letters[to]
             if letter.node in self.ids:
                 letter.reply = self._replied(to, letter, self.ids[letter.node])
+                self.drop([] if letter.wanted else [to])
+
+    def drop(self, letters):
+        """Forget these letters, once the nodes have answered them."""
+        for to in {*letters} & self.letters.keys():
+            self.letters[to].wanted = False
+            if self.letters[to].reply:
+                del self.letters[to]
 
     def forgets(self, name):
         """Have a node lose the plan, in memory and on disk, but not its client's states."""
@@ -245,7 +254,9 @@ class Wire:
         return self.lab.random.sample(replies, len(replies))
 
     def abandon(self, messages):
+        self.lab.drop(self.mine & {*messages})
         self.mine -= {*messages}
 
     def close(self, error=None):
         self.ended = True
+        self.lab.drop(self.mine)

@@ -228,7 +228,7 @@ def test_a_signal_ends_all_of_it(faked, monkeypatch, number, group):
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as script:
         assert script.stdout.readline() == "serving\n"
         (os.killpg if group else os.kill)(script.pid, number)
-        assert script.wait(30) == 130
+        assert script.wait(120) == 130
 
 
 def test_a_node_that_ends_is_told(faked, monkeypatch):

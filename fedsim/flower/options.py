@@ -76,6 +76,7 @@ def work(path: Path, **given: Any) -> NoReturn:
     handler.setFormatter(logging.Formatter(f"%(asctime)s {settings.name}: %(message)s"))
     handler.addFilter(FewLines())
     log = logging.getLogger("fedsim")
+    level = log.level
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     try:
@@ -83,6 +84,9 @@ def work(path: Path, **given: Any) -> NoReturn:
     except KeyboardInterrupt:
         log.info("stopped")
         raise SystemExit(0) from None
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def kept(path: Path) -> tuple[list["KeptRun"], int]:
