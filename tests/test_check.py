@@ -426,7 +426,7 @@ def test_a_run_on_nodes_names_each_of_them(run, nodes, said):
     craft(run, lambda values: values.update(runtime=about))
     (part,) = (part for part in check_run(run).parts if part.name == "checkpoints/000004.json")
     assert (part.state, said in part.about) == ("broken" if said else "whole", True)
-    assert said or part.about.endswith("; the states of 5 nodes lie on the nodes, not checked")
+    assert said or part.about.endswith("; what 5 nodes keep of it lies there, not checked")
 
 
 def test_a_file_that_many_checkpoints_name_is_hashed_once(run):

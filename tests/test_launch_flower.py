@@ -713,6 +713,7 @@ def test_three_machines_as_the_readme_says(real):
         "run",
         "configs/quickstart.yaml",
         "rounds=3",
+        "cohort=all",
         "data.clients=2",
         "--out=one",
         "runtime=serial",

@@ -367,7 +367,7 @@ class _Check:
             about += f"; {len(found.clients)} files of clients' states"
             numbers["client_files"] = len(found.clients)
         if nodes:
-            about += f"; the states of {nodes} nodes lie on the nodes, not checked"
+            about += f"; what {nodes} nodes keep of it lies there, not checked"
             numbers["nodes"] = nodes
         return Seen(about, numbers)
 

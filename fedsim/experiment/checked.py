@@ -105,7 +105,7 @@ class CheckedRun(Checked):
         """What a resume does, in words."""
         resume, done = f"fedsim resume {self.folder}", self.resumable[:1]
         if any(part.name == "config.yaml" for part in faults):
-            return "it cannot be resumed"
+            return "it cannot be resumed as it is"
         if not done and self.state == "killed" and not any(part.name[:11] == "checkpoints" for part in self.parts):
             return f"{resume} starts with round 1"
         if not done:
