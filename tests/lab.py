@@ -170,10 +170,10 @@ class Lab:
                 self.drop([] if letter.wanted else [to])
 
     def drop(self, letters):
-        """Forget these letters, once the nodes have answered them."""
+        """Forget these letters, once the nodes have answered them, or never will."""
         for to in {*letters} & self.letters.keys():
             self.letters[to].wanted = False
-            if self.letters[to].reply:
+            if self.letters[to].reply or self.letters[to].due == LOST:
                 del self.letters[to]
 
     def forgets(self, name):

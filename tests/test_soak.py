@@ -3,6 +3,7 @@
 `python tests/test_soak.py RUNTIME [ROUNDS]` prints what serial, threads, vectorized, ray or flower holds.
 """
 
+import logging
 import os
 import sys
 import tempfile
@@ -96,6 +97,7 @@ def soak(runtime, rounds, folder):
     import lab
 
     with pytest.MonkeyPatch.context() as patch:
+        logging.disable(logging.ERROR)  # pytest keeps each line
         here = lab.Lab(folder / "lab", patch, **FAULTS)
         try:
             config = load(lab.CONFIG | long)
@@ -103,6 +105,7 @@ def soak(runtime, rounds, folder):
             return watch, execute(run, [*hooks, watch])
         finally:
             here.close()
+            logging.disable(logging.NOTSET)
 
 
 def shown(watch, rounds):
