@@ -118,7 +118,7 @@ def shown(watch, rounds):
 @pytest.mark.slow
 @pytest.mark.parametrize("runtime", [*RUNTIMES, "flower"])
 def test_thousands_of_rounds_hold_no_more_than_the_first(runtime, capsys):
-    """But for a record of each round, which may stay in memory: 5 kB; with three nodes in the same process 10 kB."""
+    """But for a record of each round, which may stay in memory: 5 kB, or 10 kB with three nodes in the process."""
     most = (10_000 if runtime == "flower" else 5000) * ROUNDS
     pytest.importorskip("sklearn" if runtime != "flower" else "flwr")
     pytest.importorskip("ray" if runtime == "ray" else "sklearn")
