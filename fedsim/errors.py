@@ -45,7 +45,12 @@ def border(
     """
     try:
         yield
-    except (fault, ClientError, KeyboardInterrupt):
+    except (
+        fault,
+        ClientError,
+        KeyboardInterrupt,
+        GeneratorExit,
+    ):  # the last where an interrupt came at the `with`
         raise
     except BaseException as error:
         if passes(error):
