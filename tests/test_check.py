@@ -597,3 +597,17 @@ def test_a_sweep_is_whole_with_all_its_runs(fedsim_, tmp_path, monkeypatch):
         1,
         ["broken: seed=1 is broken", "next: fedsim check s/seed=1 says more"],
     )
+
+
+def test_damage_to_a_sweep_that_a_run_does_without_or_that_a_resume_mends(fedsim_, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, rounds=2, checkpoint={"every": 1, "keep": 2})
+    assert fedsim_("sweep", "c.yaml", "seed=0,1", "--out=s", "--jobs=1").status == 0
+    (tmp_path / "s" / "results.csv").unlink()
+    assert fedsim_("check", "s").out.splitlines()[-1].endswith("; or fedsim resume s")
+    assert fedsim_("resume", "s").status == 0
+    (old,) = (tmp_path / "s" / "seed=0" / "checkpoints").glob("server-000001.*")
+    old.write_bytes(b"")
+    said = fedsim_("check", "s", "--json")
+    assert said.status == 0
+    assert [json.loads(said.out)[name] for name in ("usable", "whole")] == [True, False]

@@ -74,7 +74,11 @@ class Checked:
     def next(self) -> str:
         """What a person should do now, in a line."""
         if self.faults:
-            return f"fedsim check {self.folder / self.faults[0].name} says more"
+            first = self.folder / self.faults[0].name
+            if (first / "config.yaml").exists():
+                return f"fedsim check {first} says more"
+            copy = f"copy {first.name} again from where the sweep was"
+            return copy if first.suffix == ".yaml" else f"{copy}; or fedsim resume {self.folder}"
         return "nothing" if self.state in ("finished", "running") else f"fedsim resume {self.folder} goes on"
 
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from fedsim.base.files import DRAFT, is_locked
@@ -36,8 +37,10 @@ def _parts(folder: Path, running: bool, finished: bool, progress: Progress) -> I
             continue
         found = check_run(folder / name, progress)
         numbers = {"rounds": found.rounds} | ({} if found.planned is None else {"planned": found.planned})
-        about = found.verdict.removeprefix("whole: ").removeprefix("broken: ")
+        about = found.verdict.partition(": ")[2]
         yield Part(name, "broken" if found.faults else "whole", about, numbers)
+        for part in [] if found.faults else found.spares:
+            yield replace(part, name=f"{name}/{part.name}")
     for name in RESULTS if finished else ():
         path = folder / name
         whole = path.is_file() and not path.is_symlink()
