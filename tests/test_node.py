@@ -758,6 +758,7 @@ def test_a_check_shows_what_a_node_would_offer_and_leaves_nothing(shards, fedsim
         ({"key": "none"}, ".*none: No such file"),
         ({"ca": "0.yaml"}, "ca: .*0.yaml: is not a certificate"),
         ({"device": "no-such"}, "device: "),
+        ({"superlink": "lab", "ca": None}, "superlink: 'lab' should be HOST:PORT"),
     ],
     ids=str,
 )

@@ -48,8 +48,8 @@ def offer(settings: NodeSettings) -> Offer:
     from fedsim.flower.internals import key_pair
     from fedsim.flower.run_connection import address_of
 
-    if settings.ca or settings.insecure:  # or else they come with the command
-        address_of(settings.superlink, settings.ca, settings.insecure, "")
+    insecure = settings.insecure or settings.ca is None  # neither of them: one comes with the command
+    address_of(settings.superlink, settings.ca, insecure, "")
     if settings.key:
         key_pair(settings.key)
     free, runs = _free(settings.home), [*kept_runs(settings.home)]
