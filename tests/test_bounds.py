@@ -303,16 +303,22 @@ def changed(content, changes):
     return wire.record(answer._replace(metrics=answer.metrics | sums, **own))
 
 
-def test_a_training_that_cannot_be_is_refused_with_its_reason(lab):
-    """The round that failed is run again, and nodes give the answers that they have: each trains once or twice."""
-    simulation, honest = lab.simulation(load(CONFIG), wait=100.0), lab.spoil
-    assert (len(simulation.data.sizes), set(simulation.data.sizes)) == (3, {0})
-    for why, changes in TRAINED.items():
+def refused(lab, cases, where, ask):
+    """Ask again and again, with one lie of a node after the other, each of which is refused with its reason."""
+    honest = lab.spoil
+    for why, changes in cases.items():
         lab.spoil = lambda name, content, how=changes: changed(content, how) if name == "client-01" else content
-        with pytest.raises(ClientError, match="round 1, client 1: client-01: its answer has ") as caught:
-            simulation.round()
+        with pytest.raises(ClientError, match=f"{where}client 1: client-01: its answer has ") as caught:
+            ask()
         assert f"its answer has {why}" in str(caught.value)
     lab.spoil = honest
+
+
+def test_a_training_that_cannot_be_is_refused_with_its_reason(lab):
+    """The round that failed is run again, and nodes give the answers that they have: each trains once or twice."""
+    simulation = lab.simulation(load(CONFIG), wait=100.0)
+    assert (len(simulation.data.sizes), set(simulation.data.sizes)) == (3, {0})
+    refused(lab, TRAINED, "round 1, ", simulation.round)
     assert shown(simulation.round()) == shown(build(load(CONFIG)).round())
 
 
@@ -326,14 +332,9 @@ def test_a_training_that_is_refused_is_as_if_its_client_had_not_been_there(lab):
 
 
 def test_an_evaluation_that_cannot_be_is_refused_with_its_reason(lab):
-    simulation, honest = lab.simulation(load(CONFIG), wait=100.0), lab.spoil
+    simulation = lab.simulation(load(CONFIG), wait=100.0)
     expected = simulation.evaluate_clients()
-    for why, changes in EVALUATED.items():
-        lab.spoil = lambda name, content, how=changes: changed(content, how) if name == "client-01" else content
-        with pytest.raises(ClientError, match="client 1: client-01: its answer has ") as caught:
-            simulation.evaluate_clients()
-        assert f"its answer has {why}" in str(caught.value)
-    lab.spoil = honest
+    refused(lab, EVALUATED, "", simulation.evaluate_clients)
     assert simulation.evaluate_clients() == expected
 
 

@@ -95,8 +95,8 @@ def create(folder: Path, contents: Mapping[str, bytes]) -> None:
 def _remove_drafts(parent: Path, before: float) -> None:
     """Delete the drafts of folders that a kill left here, which are those that nobody has written to for long."""
     with suppress(OSError):  # such as one that another process deletes now
-        for path in parent.iterdir():
-            if DRAFT_FOLDER.fullmatch(path.name) and path.lstat().st_mtime < before:
+        for name in os.listdir(parent):  # perhaps of thousands of runs
+            if DRAFT_FOLDER.fullmatch(name) and (path := parent / name).lstat().st_mtime < before:
                 shutil.rmtree(path, ignore_errors=True)
 
 

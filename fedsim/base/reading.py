@@ -112,6 +112,14 @@ def first_fault(error: ValidationError) -> str:
     return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
+def in_words(error: Exception) -> str:
+    """What is wrong with something that was read, in a line."""
+    if isinstance(error, ValidationError):
+        return one_line(first_fault(error))
+    kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+    return kind + one_line(getattr(error, "strerror", None) or error)
+
+
 def _no_number(text: str) -> float:
     raise ValueError(f"{text[:30]} is no number that JSON has")
 

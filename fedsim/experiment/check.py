@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict
 
 from fedsim.base.files import DRAFT, check_folder, is_locked
 from fedsim.base.own_code import unread
-from fedsim.base.reading import MAX_YAML_BYTES, parse, parse_json
+from fedsim.base.reading import MAX_YAML_BYTES, in_words, parse, parse_json
 from fedsim.errors import ConfigError, one_line
 from fedsim.experiment import model_file
 from fedsim.experiment.check_checkpoints import FoundCheckpoints, Models, Progress, files_of
@@ -34,13 +34,12 @@ from fedsim.experiment.check_files import (
     content_of,
     count_events,
     entries,
-    in_words,
 )
-from fedsim.experiment.checked import CheckedRun, Numbers, Part, PartState, RunState
+from fedsim.experiment.checked import EVENTS, PICTURE, CheckedRun, Numbers, Part, PartState, RunState
 from fedsim.experiment.checkpoint import Checkpoint, changes
 from fedsim.experiment.config import Config, load
 from fedsim.experiment.figures import repeated
-from fedsim.experiment.folder import CHECKPOINTS, SUMMARY
+from fedsim.experiment.folder import CHECKPOINTS, CONFIG, EMA, MODEL, PARTITION, SUMMARY
 from fedsim.experiment.round_log import NAME as LOG
 from fedsim.experiment.round_log import SHA256, read_rounds
 from fedsim.experiment.run import Record
@@ -48,8 +47,6 @@ from fedsim.federated.simulation import fingerprint_of
 from fedsim.report.runs import MAX_BYTES
 from fedsim.types import Count
 
-CONFIG, PARTITION = "config.yaml", "partition.json"
-MODEL, EMA, PICTURE, EVENTS = "model.safetensors", "ema.safetensors", "curves.png", "tensorboard/"
 ON_NODES = ("flower", "ray")  # runtimes that need a package which may not be installed here
 
 
@@ -133,13 +130,16 @@ class _Check:
         """Add what `check` says of a part, or what it raises."""
         try:
             self.add(name, "whole", *check())
-        except NotCheckedError as why:
-            self.add(name, "not checked", str(why))
-        except UnusableError as why:
-            self.add(name, "unusable", str(why))
-        except FileNotFoundError:
+        except (*FAULTS, NotCheckedError, UnusableError) as error:
+            self.add_fault(name, error, spare)
+
+    def add_fault(self, name: str, error: Exception, spare: bool = False) -> None:
+        """Add a part that is not whole, or of which this is not known."""
+        if isinstance(error, NotCheckedError | UnusableError):
+            self.add(name, "not checked" if isinstance(error, NotCheckedError) else "unusable", str(error))
+        elif isinstance(error, FileNotFoundError):
             self.add(name, "missing", spare=spare)
-        except FAULTS as error:
+        else:
             self.add(name, "broken", in_words(error), spare=spare)
 
     def need(self, name: str) -> None:
@@ -311,7 +311,7 @@ class _Check:
         saved = self.saved
         if saved.fault:
             if self.finished or not isinstance(saved.fault, FileNotFoundError):
-                self.look(CHECKPOINTS, lambda: _raise(saved.fault))
+                self.add_fault(CHECKPOINTS, saved.fault)
             return
         for name, found in saved.read.items():
             spare = bool(self.resumable)  # from a newer one
@@ -455,11 +455,6 @@ class _Check:
             if key not in found or found[key] != value:
                 raise ValueError(f"{key} is {one_line(found.get(key))}, by {LOG} it is {one_line(value)}")
         return Seen(one_line(f"stopped: {found['stopped']}") if found["stopped"] else "", {"rounds": len(records)})
-
-
-def _raise(error: Exception | None) -> Seen:
-    assert error
-    raise error
 
 
 def _after(number: int) -> Seen:

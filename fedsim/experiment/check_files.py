@@ -10,11 +10,8 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-from pydantic import ValidationError
-
 from fedsim.base.machine import memory
-from fedsim.base.reading import first_fault, read_regular
-from fedsim.errors import one_line
+from fedsim.base.reading import read_regular
 
 FAULTS = (ValueError, OSError, TypeError, KeyError, OverflowError, RecursionError)
 MAX_ENTRIES = 100_000  # of a folder
@@ -29,14 +26,6 @@ class NotCheckedError(Exception):
 
 class UnusableError(Exception):
     """What is damaged that a checkpoint needs, which itself is whole."""
-
-
-def in_words(error: Exception) -> str:
-    """What is wrong, in a line."""
-    if isinstance(error, ValidationError):
-        return one_line(first_fault(error))
-    kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-    return kind + one_line(getattr(error, "strerror", None) or error)
 
 
 def entries(folder: Path) -> list[str]:

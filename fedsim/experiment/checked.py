@@ -10,16 +10,15 @@ from rich.table import Table
 from rich.text import Text
 
 from fedsim.errors import printable
+from fedsim.experiment.folder import CHECKPOINTS, CONFIG, EMA, MODEL, PARTITION, SUMMARY
 from fedsim.report.runs import WIDTH
 
 Numbers = Mapping[str, int]
 RunState = Literal["finished", "interrupted", "killed", "running"]  # interrupted: ended early, with all saved
 PartState = Literal["whole", "missing", "broken", "unusable", "left over", "not checked", "not written"]
 MAX_NAMED = 3  # faults that a line names
-REWRITTEN = (  # by each resume, even if all rounds are done
-    *("partition.json", "model.safetensors", "ema.safetensors"),
-    *("curves.png", "tensorboard/", "summary.json"),
-)
+PICTURE, EVENTS = "curves.png", "tensorboard/"  # of hooks
+REWRITTEN = PARTITION, MODEL, EMA, PICTURE, EVENTS, SUMMARY  # by each resume, even if all rounds are done
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class Checked:
         """What a person should do now, in a line."""
         if self.faults:
             first = self.folder / self.faults[0].name
-            if (first / "config.yaml").exists():
+            if (first / CONFIG).exists():
                 return f"fedsim check {first} says more"
             copy = f"copy {first.name} again from where the sweep was"
             return copy if first.suffix == ".yaml" else f"{copy}; or fedsim resume {self.folder}"
@@ -99,25 +98,25 @@ class CheckedRun(Checked):
     def next(self) -> str:
         if self.state == "running":
             return "nothing; it is running"
-        names, way = [part.name for part in self.faults], self._way_on(self.faults)
+        names, way = [part.name for part in self.faults], self._way_on()
         if not names:
             return f"nothing is needed; {way}" if self.state == "finished" else way
         more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
         return f"copy {', '.join(names[:MAX_NAMED])}{more} again from where the run was; without that, {way}"
 
-    def _way_on(self, faults: list[Part]) -> str:
+    def _way_on(self) -> str:
         """What a resume does, in words."""
         resume, done = f"fedsim resume {self.folder}", self.resumable[:1]
-        if any(part.name == "config.yaml" for part in faults):
+        if any(part.name == CONFIG for part in self.faults):
             return "it cannot be resumed as it is"
-        if not done and self.state == "killed" and not any(part.name[:11] == "checkpoints" for part in self.parts):
+        if not (done or any(part.name.startswith(CHECKPOINTS) for part in self.parts)) and self.state == "killed":
             return f"{resume} starts with round 1"
         if not done:
-            again = "" if self.state == "finished" else f"; fedsim run {self.folder / 'config.yaml'} trains again"
+            again = "" if self.state == "finished" else f"; fedsim run {self.folder / CONFIG} trains again"
             return f"it cannot be resumed: no checkpoint can be used{again}"
         if done[0] < self.rounds or (self.planned or 0) > self.rounds:
             return f"{resume} continues after round {done[0]}"
-        if rewritten := [part.name for part in faults if part.name in REWRITTEN]:
+        if rewritten := [part.name for part in self.faults if part.name in REWRITTEN]:
             return f"{resume} writes {', '.join(rewritten)} anew"
         return f"{resume} rounds=N makes it longer" if self.state == "finished" else f"{resume} writes its summary"
 

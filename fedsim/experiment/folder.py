@@ -24,7 +24,8 @@ from fedsim.experiment.round_log import NAME as LOG
 from fedsim.experiment.round_log import RoundLog, read_rounds
 from fedsim.training.layout import Order
 
-CHECKPOINTS, SUMMARY = "checkpoints", "summary.json"  # in a run's folder
+CONFIG, PARTITION, CHECKPOINTS = "config.yaml", "partition.json", "checkpoints"  # in a run's folder
+MODEL, EMA, SUMMARY = "model.safetensors", "ema.safetensors", "summary.json"  # at its end
 MAX_LISTED_CLASSES = 1000  # up to this number partition.json names them
 MAX_LISTED_CLIENTS = 1000  # up to this number partition.json counts the labels of each client
 
@@ -49,7 +50,7 @@ class RunFolder:
             raise ConfigError(f"{path}: exists, and a run is never overwritten; name another folder")
         check_name(path)
         try:
-            create(path, {"config.yaml": _yaml(config), "partition.json": (partition := _json(describe(data)))})
+            create(path, {CONFIG: _yaml(config), PARTITION: (partition := _json(describe(data)))})
         except OSError as error:
             raise ConfigError(f"{path}: cannot be made: {error.strerror}; name a folder with --out") from None
         folder = cls(path)
@@ -89,7 +90,7 @@ class RunFolder:
         self._log = RoundLog(self.path, content)
         partition = _json(describe(data))
         self.partition = hashlib.sha256(partition).hexdigest()
-        for name, wanted in (("config.yaml", _yaml(config)), ("partition.json", partition)):
+        for name, wanted in ((CONFIG, _yaml(config)), (PARTITION, partition)):
             if not _holds(self.path / name, wanted):
                 write(self.path / name, wanted)
         return records
@@ -126,9 +127,9 @@ class RunFolder:
         summary: dict[str, Any] | None,
     ) -> None:
         """The global model, its running mean if there is one, and where the run reached its end, summary.json."""
-        write(self.path / "model.safetensors", model_file.content(model, order))
+        write(self.path / MODEL, model_file.content(model, order))
         if ema is not None:
-            write(self.path / "ema.safetensors", model_file.content(ema, order))
+            write(self.path / EMA, model_file.content(ema, order))
         if summary is not None:
             write(self.path / SUMMARY, _json(summary))
 
@@ -149,7 +150,7 @@ def _holds(path: Path, content: bytes) -> bool:
 
 def read_config(path: Path) -> dict[str, Any]:
     """What config.yaml of a run's folder says; raises ConfigError."""
-    return read_yaml(path / "config.yaml", links=False)
+    return read_yaml(path / CONFIG, links=False)
 
 
 def finite(record: dict[str, Any]) -> dict[str, Any]:

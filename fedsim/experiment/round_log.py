@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Ge, Lt
-from pydantic import ConfigDict, ValidationError, create_model
+from pydantic import ConfigDict, create_model
 
 from fedsim.base.files import File, naming, write
-from fedsim.base.reading import first_fault
-from fedsim.errors import RoundError, one_line
+from fedsim.base.reading import in_words
+from fedsim.errors import RoundError
 from fedsim.federated.simulation import Round
 from fedsim.report.runs import parse_record
 
@@ -86,10 +86,8 @@ def read_rounds(content: bytes, clients: int | None) -> Iterator[dict[str, Any]]
         try:
             record = Line.model_validate(parse_record(line)).model_dump()
             _check_record(record, number, clients, clock)
-        except ValidationError as error:
-            raise ValueError(f"line {number}: {one_line(first_fault(error))}") from None
         except ValueError as error:
-            raise ValueError(f"line {number}: {one_line(error)}") from None
+            raise ValueError(f"line {number}: {in_words(error)}") from None
         clock = record["clock"]
         yield record
 

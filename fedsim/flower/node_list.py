@@ -68,10 +68,8 @@ def nodes_table(nodes: Sequence[Known]) -> Table:
         table.add_column("versions", max_width=32, overflow="fold")
     below = [f"all that answered: {printable(*found)}"] if len(found) == 1 else []
     below += [f"{_shown_name(node)}: {printable(node.reason)}" for node in nodes if node.reason]
-    wrapped = (
-        fill(line, WIDTH, subsequent_indent="  ") for line in below
-    )  # a caption may be cut, and not wrapped
-    table.caption = Text("\n".join(wrapped))
+    # A caption that is too wide is cut.
+    table.caption = Text("\n".join(fill(line, WIDTH, subsequent_indent="  ") for line in below))
     for node, versions in zip(nodes, shown, strict=True):
         name = _shown_name(node)
         examples = "unknown" if node.examples is None else f"{node.examples:,}"
