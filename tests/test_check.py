@@ -6,6 +6,7 @@ import os
 import shutil
 import struct
 import sys
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from fedsim.base.own_code import Rule, own_code, unread
 from fedsim.cli.commands import COMMANDS, READ_CONFIGS
 from fedsim.experiment import model_file
 from fedsim.experiment.check import check_run
+from fedsim.experiment.round_log import read_rounds
 from fedsim.strategies import CATALOGUE as STRATEGIES
 from fedsim.training.layout import Order
 
@@ -611,3 +613,18 @@ def test_damage_to_a_sweep_that_a_run_does_without_or_that_a_resume_mends(fedsim
     said = fedsim_("check", "s", "--json")
     assert said.status == 0
     assert [json.loads(said.out)[name] for name in ("usable", "whole")] == [True, False]
+
+
+def test_rounds_are_read_line_by_line():
+    """A stranger's file may be nothing but ends of lines."""
+    content = b"\n" * 2**22
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"^line 1: "):
+        next(read_rounds(content, None))
+    assert tracemalloc.get_traced_memory()[1] < len(content) / 4
+    tracemalloc.stop()
+
+
+def test_a_model_whose_header_has_no_metadata():
+    header = b'{"__metadata__":null,"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    assert model_file.vectors(len(header).to_bytes(8, "little") + header + bytes(4)) is None

@@ -496,6 +496,7 @@ def test_the_command_serves_and_shows_nodes(federation, fedsim_, tmp_path):
         ([], "runtime.ca: .* neither is set"),
         (["--ca", "no.crt"], "runtime.ca: no.crt: No such file or directory"),
         (["--ca", "c.yaml"], "runtime.ca: c.yaml: is not a certificate in PEM"),
+        (["--ca", "/dev/zero"], "runtime.ca: /dev/zero: Not a regular file"),
         (["--ca", "no.crt", "--insecure"], "runtime.ca: .* both are set"),
         (["--insecure", "--nodes", "a,b,a"], "--nodes: 'a,b,a' should be a number, or different names"),
         (["--insecure", "--nodes", "a,,b"], "--nodes: 'a,,b' should be a number, or different names"),

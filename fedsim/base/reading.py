@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from fedsim.errors import ConfigError, one_line, printable
 
+MAX_KEY_BYTES = 2**20  # of a certificate, or of a key
 MAX_YAML_BYTES = 2**20
 MAX_YAML_VALUES = 100_000  # in one file, with its aliases expanded
 MAX_YAML_DEPTH = 50
@@ -61,6 +62,11 @@ def read_regular(path: str | Path, most: int, *, links: bool = False) -> bytes:
         if size > most:
             raise OSError(errno.EFBIG, f"is larger than {most} bytes", str(path))
         return file.read(size)  # a file that grows now is read as it was
+
+
+def read_key(path: str | Path) -> bytes:
+    """The content of a file with a certificate or a key; raises OSError, as `read_regular`."""
+    return read_regular(path, MAX_KEY_BYTES, links=True)
 
 
 def read_yaml(path: Path, *, links: bool = True) -> dict[str, Any]:

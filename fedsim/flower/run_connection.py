@@ -12,6 +12,7 @@ from uuid import uuid4
 
 from fedsim.base.catalogue import Spec
 from fedsim.base.files import expanded
+from fedsim.base.reading import read_key
 from fedsim.errors import ConfigError, RoundError
 from fedsim.flower import wire
 from fedsim.flower.app import flower_app
@@ -52,7 +53,7 @@ def address_of(superlink: str, ca: Path | None, insecure: bool, at: str = "runti
         return Superlink(superlink, None)
     path = expanded(ca, f"{at}ca")
     try:
-        content = path.read_bytes()
+        content = read_key(path)
         ssl.create_default_context(cadata=content.decode("ascii"))
     except (ssl.SSLError, ValueError):  # the first is an OSError, too
         raise ConfigError(f"{at}ca: {ca}: is not a certificate in PEM format") from None

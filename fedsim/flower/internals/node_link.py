@@ -32,6 +32,7 @@ from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from fedsim.base.reading import read_key
 from fedsim.errors import ConfigError, one_line
 from fedsim.flower.internals.connection import (
     LEAVE_TIMEOUT,
@@ -243,7 +244,7 @@ def key_pair(key: Path | None) -> tuple[ec.EllipticCurvePrivateKey, ec.EllipticC
     if key is None:
         return generate_key_pairs()
     try:
-        content = key.read_bytes()
+        content = read_key(key)
         load = load_ssh_private_key if b"OPENSSH" in content else load_pem_private_key
         private = load(content, None)
     except OSError as error:

@@ -9,11 +9,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import floor
-from pathlib import Path
 from typing import Any
 
 from fedsim.base.machine import cores
 from fedsim.base.own_code import refuse_code
+from fedsim.base.reading import read_key
 from fedsim.errors import ConfigError, missing_extra, one_line
 
 try:
@@ -112,7 +112,7 @@ def _pem(variable: str) -> bytes:
     if not path:
         raise ConfigError(f"RAY_USE_TLS needs {variable}, the path of a PEM file")
     try:
-        return Path(path).read_bytes()
+        return read_key(path)
     except OSError as error:
         raise ConfigError(f"{variable}: {path} cannot be read: {error.strerror}") from None
 
