@@ -166,6 +166,7 @@ def test_of_two_files_that_disagree_the_one_whose_hash_holds_is_right(run):
     assert others == {
         "checkpoints/000004.json": ("unusable", "rounds.jsonl is broken"),
         "checkpoints/000003.json": ("unusable", "rounds.jsonl is broken"),
+        "tensorboard/": ("not checked", "rounds.jsonl is broken"),
         "summary.json": ("not checked", "rounds.jsonl is broken"),
     }
     assert found.next == (
@@ -187,9 +188,40 @@ def test_of_two_files_that_disagree_the_one_whose_hash_holds_is_right(run):
 def test_what_a_resume_is_said_to_write_anew_it_writes(run, name):
     path = next((run / name).iterdir()) if name.endswith("/") else run / name
     path.write_bytes(path.read_bytes()[:-3])
-    assert check_run(run).next.endswith(f"; without that, fedsim resume {run} writes {name} anew")
+    found, way = check_run(run), f"fedsim resume {run} writes {name} anew"
+    if name in ("curves.png", "tensorboard/"):  # they repeat rounds.jsonl
+        assert found.verdict == f"usable: 4 rounds, finished; {name} is broken, and not needed"
+        assert found.next == f"nothing is needed; {way}"
+    else:
+        assert found.next == f"copy {name} again from where the run was; without that, {way}"
     fedsim.resume(run)
     assert check_run(run).verdict == "whole: 4 rounds, finished"
+
+
+def test_a_picture_and_events_that_could_not_be_written_leave_the_run_usable(run):
+    """As on a full disk, or killed after the summary: the command's own status was 0."""
+    (run / "curves.png").unlink()
+    (events,) = (run / "tensorboard").iterdir()
+    events.write_bytes(events.read_bytes() + bytes(10_000))
+    found = check_run(run)
+    assert found.verdict == (
+        "usable: 4 rounds, finished; curves.png is missing; tensorboard/ is broken, and not needed"
+    )
+    assert found.next == f"nothing is needed; fedsim resume {run} writes curves.png, tensorboard/ anew"
+    about = {part.name: part.about for part in found.spares}["tensorboard/"]
+    assert about.endswith("more than the events of 4 rounds take")  # TensorBoard's check sum is slow
+    fedsim.resume(run)
+    assert check_run(run).verdict == "whole: 4 rounds, finished"
+
+
+def test_a_run_that_a_hook_ended_has_no_rounds_left(tmp_path):
+    hooks = [{"name": "early_stopping", "patience": 1, "min_delta": 0.9}]
+    run = fedsim.run(ALL | {"hooks": hooks, "evaluate": {"every": 1}}, out=tmp_path / "run").folder
+    found = check_run(run)
+    assert (found.rounds, found.planned, found.verdict) == (2, 4, "whole: 2 rounds, finished")
+    assert found.next == f"nothing is needed; fedsim resume {run} rounds=N makes it longer"
+    (run / "summary.json").unlink()
+    assert check_run(run).next == f"fedsim resume {run} writes its summary"
 
 
 def test_an_older_checkpoint_that_is_damaged_leaves_the_run_usable(fedsim_, run):
@@ -358,7 +390,8 @@ def test_what_is_no_file_is_neither_followed_nor_waited_for(run, name, kind):
         os.mkfifo(path)
     else:
         path.mkdir()
-    assert {part for part in faults(run) if part.rstrip("/") == name}
+    found = damaged(run) if (kind, name) == ("folder", "tensorboard") else faults(run)  # one that is its own
+    assert {part for part in found if part.rstrip("/") == name}
 
 
 def test_a_round_that_cannot_be_is_named_by_its_line(run):
@@ -613,6 +646,15 @@ def test_damage_to_a_sweep_that_a_run_does_without_or_that_a_resume_mends(fedsim
     said = fedsim_("check", "s", "--json")
     assert said.status == 0
     assert [json.loads(said.out)[name] for name in ("usable", "whole")] == [True, False]
+
+
+@pytest.mark.parametrize("failed", [1, [], {"0": 1}, {"5": "why"}, {"-1": "why"}, {"\u0661": "why"}])
+def test_a_line_that_names_failed_evaluations_which_cannot_be(run, failed):
+    line = (run / "rounds.jsonl").read_bytes().splitlines()[0]
+    record = json.loads(line) | {"evaluation_failed": failed}
+    with pytest.raises(ValueError, match=r"^line 1: evaluation_failed"):
+        next(read_rounds(json.dumps(record).encode() + b"\n", 5))
+    assert next(read_rounds(line + b"\n", 5)) == json.loads(line)
 
 
 def test_rounds_are_read_line_by_line():

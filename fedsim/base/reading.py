@@ -189,11 +189,13 @@ class Loader(yaml.SafeLoader):
             raise _refused(f"{str(node.value)[:60]!r} is not a valid {_type(node)}", node) from None
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> str:
-        """Refuse a number that takes long to read, and a list or mapping where a single value should be."""
+        """Refuse a number that takes long to read, a zero byte, and a list or mapping for a single value."""
         if not isinstance(node, yaml.ScalarNode):
             raise _refused(f"a list or mapping cannot be a value of type {_type(node)}", node)
         if _type(node) in ("int", "float") and len(node.value) > MAX_NUMBER_LENGTH:
             raise _refused(f"a number has more than {MAX_NUMBER_LENGTH} characters", node)
+        if "\0" in node.value:  # no path, address or name may have one
+            raise _refused("a value contains a zero byte", node)
         node.value.encode()  # raises ValueError for a lone surrogate, which UTF-8 cannot encode
         return super().construct_scalar(node)
 

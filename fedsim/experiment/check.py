@@ -114,7 +114,9 @@ class _Check:
             self.add(drafts[0], "left over", "of a process that was killed")
         planned = self.settings.rounds if self.settings else None
         resumable = [] if self.parts[CONFIG].damaged else self.resumable
-        return CheckedRun(self.folder, self.state, [*self.parts.values()], self.rounds, planned, resumable)
+        return CheckedRun(
+            self.folder, self.state, [*self.parts.values()], self.rounds, planned, self.over, resumable
+        )
 
     def has(self, name: str) -> bool:
         """Whether something of that name is there."""
@@ -404,9 +406,11 @@ class _Check:
         if self.settings and self.settings.ema is not None:
             self.look(EMA, self.check_ema)
         if "curves" in hooks:
-            self.look(PICTURE, self.check_picture)
+            self.look(PICTURE, self.check_picture, spare=True)  # it repeats the rounds, as do the events
         if "tensorboard" in hooks:
-            self.look(EVENTS, self.check_events)
+            events = self.folder / EVENTS
+            refused = events.is_symlink() or (events.exists() and not events.is_dir())  # by a resume
+            self.look(EVENTS, self.check_events, spare=not refused)
         if self.finished:
             self.look(SUMMARY, self.check_summary)
         elif self.over:
@@ -429,11 +433,12 @@ class _Check:
 
     def check_events(self) -> Seen:
         """The check sums of its events, of which there is one a round after the first."""
+        self.need(LOG)
         check_folder(folder := self.folder / EVENTS)
         names = [name for name in entries(folder) if name.startswith("events.")]
         if len(names) != 1:
             raise ValueError(f"has {len(names)} files of events")
-        count = count_events(content_of(folder / names[0], MAX_BYTES)) - 1
+        count = count_events(content_of(folder / names[0], MAX_BYTES), most=self.rounds + 1) - 1
         if self.finished and count != self.rounds:
             raise ValueError(f"has the events of {count} rounds")
         return Seen("", {"rounds": count})

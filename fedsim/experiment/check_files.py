@@ -15,6 +15,7 @@ from fedsim.base.reading import read_regular
 
 FAULTS = (ValueError, OSError, TypeError, KeyError, OverflowError, RecursionError)
 MAX_ENTRIES = 100_000  # of a folder
+MAX_EVENT_BYTES = 2048  # that the figures of a round take; TensorBoard's check sum is slow
 
 NODE_RUN = re.compile("[0-9a-f]{32}")
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -76,10 +77,15 @@ def check_png(content: bytes) -> None:
         raise ValueError("is no PNG")
 
 
-def count_events(content: bytes) -> int:
-    """How many events TensorBoard's file has; raises ValueError where one does not have its check sums."""
+def count_events(content: bytes, most: int) -> int:
+    """How many events TensorBoard's file has; raises ValueError where one does not have its check sums.
+
+    There are at most `most` of them.
+    """
     from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
+    if len(content) > most * MAX_EVENT_BYTES:
+        raise ValueError(f"has {len(content):,} bytes, more than the events of {most - 1} rounds take")
     at, count = 0, 0
     while at < len(content):
         length = content[at : at + 8]

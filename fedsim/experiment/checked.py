@@ -87,6 +87,7 @@ class CheckedRun(Checked):
 
     rounds: int
     planned: int | None  # rounds, by the config
+    over: bool  # whether there are no rounds left: they are done, or a hook ended the run
     resumable: list[int]  # the rounds after which `fedsim resume` can go on, the last one first
 
     @property
@@ -114,9 +115,9 @@ class CheckedRun(Checked):
         if not done:
             again = "" if self.state == "finished" else f"; fedsim run {self.folder / CONFIG} trains again"
             return f"it cannot be resumed: no checkpoint can be used{again}"
-        if done[0] < self.rounds or (self.planned or 0) > self.rounds:
+        if done[0] < self.rounds or not self.over:
             return f"{resume} continues after round {done[0]}"
-        if rewritten := [part.name for part in self.faults if part.name in REWRITTEN]:
+        if rewritten := [part.name for part in self.parts if part.damaged and part.name in REWRITTEN]:
             return f"{resume} writes {', '.join(rewritten)} anew"
         return f"{resume} rounds=N makes it longer" if self.state == "finished" else f"{resume} writes its summary"
 

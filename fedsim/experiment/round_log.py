@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Ge, Lt
-from pydantic import ConfigDict, create_model
+from pydantic import ConfigDict, StringConstraints, create_model
 
 from fedsim.base.files import File, naming, write
 from fedsim.base.reading import in_words
@@ -21,7 +21,13 @@ NAME = "rounds.jsonl"
 SHA256 = re.compile("[0-9a-f]{64}")
 BOUNDED: dict[Any, Any] = {int: Annotated[int, Ge(0), Lt(2**63)], float: Annotated[float, Ge(0), Lt(1e300)]}
 FIELDS: dict[str, Any] = {name: (BOUNDED.get(kind, kind), ...) for name, kind in Round.__annotations__.items()}
-Line: Any = create_model("Line", __config__=ConfigDict(extra="allow", strict=True), **FIELDS)  # tests, hooks add
+Client = Annotated[str, StringConstraints(pattern="^[0-9]{1,18}$")]
+Line: Any = create_model(
+    "Line",
+    __config__=ConfigDict(extra="allow", strict=True),  # tests and hooks add to it
+    evaluation_failed=(dict[Client, str], {}),
+    **FIELDS,
+)
 
 
 class RoundLog:
@@ -87,7 +93,7 @@ def read_rounds(content: bytes, clients: int | None) -> Iterator[dict[str, Any]]
         if not line.endswith(b"\n"):
             return
         try:
-            record = Line.model_validate(parse_record(line[:-1])).model_dump()
+            record = Line.model_validate(parse_record(line[:-1])).model_dump(exclude_unset=True)
             _check_record(record, number, clients, clock)
         except ValueError as error:
             raise ValueError(f"line {number}: {in_words(error)}") from None
@@ -104,6 +110,8 @@ def _check_record(record: dict[str, Any], number: int, clients: int | None, cloc
         raise ValueError("cohort has a client twice, or one that there is not")
     if not {*record["failed"], *record["absent"]} <= {*map(str, cohort)}:
         raise ValueError("failed or absent has a client that is not in cohort")
+    if clients is not None and any(int(k) >= clients for k in record.get("evaluation_failed", ())):
+        raise ValueError("evaluation_failed has a client that there is not")
     if not SHA256.fullmatch(record["fingerprint"]):
         raise ValueError("fingerprint is no SHA-256")
     if record["clock"] < clock:

@@ -30,8 +30,9 @@ def _parts(folder: Path, running: bool, finished: bool, progress: Progress) -> I
     except ValueError as error:  # a ConfigError, too
         yield Part(FILE, "broken", one_line(error))
         return
-    yield Part(FILE, "whole", f"{len(sweep.grid.names)} points", {"points": len(sweep.grid.names)})
-    for name in sweep.grid.names:
+    names = sweep.grid.names
+    yield Part(FILE, "whole", f"{len(names)} points", {"points": len(names)})
+    for name in names:
         if os.path.islink(folder / name) or not os.path.lexists(folder / name / "config.yaml"):
             yield Part(name, "missing") if finished else Part(name, "not checked", "not begun")
             continue
