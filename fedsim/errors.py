@@ -33,6 +33,15 @@ class WrongReturnError(TypeError):
     """A user's code gave what it should not. One line: what it gave, and what is right."""
 
 
+def is_interrupt(error: BaseException | None) -> bool:
+    """Whether it is Ctrl-C, or what Python's `threading` makes of one that comes while a lock is taken again.
+
+    That is a RuntimeError: the lock, which the interrupt kept from being taken, is then released.
+    """
+    lost = type(error) is RuntimeError and "release un" in str(error)
+    return isinstance(error.__context__ if error and lost else error, KeyboardInterrupt)
+
+
 class border:  # noqa: N801 - used as a function; an interrupt at the `with` would close a generator within it
     """Between fedsim and a user's code: whatever ends the code inside becomes one line that begins with `whose`.
 
@@ -52,7 +61,9 @@ class border:  # noqa: N801 - used as a function; an interrupt at the `with` wou
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is None or isinstance(error, (self.fault, ClientError, KeyboardInterrupt)) or self.passes(error):
+        if error is None or isinstance(error, (self.fault, ClientError)) or is_interrupt(error):
+            return
+        if self.passes(error):
             return
         plain = isinstance(error, ConfigError | RoundError | WrongReturnError)
         text = f"{self.whose}: {one_line(error) if plain else located(error)}"
