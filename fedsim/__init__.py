@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fedsim.training.objective import LocalObjective as LocalObjective
     from fedsim.training.objective import Loss as Loss
     from fedsim.training.objective import ObjectiveWrapper as ObjectiveWrapper
+    from fedsim.training.objective import StepRules as StepRules
     from fedsim.training.recipe import Recipe as Recipe
     from fedsim.training.task import Task as Task
     from fedsim.types import Batch as Batch
@@ -39,7 +40,7 @@ HOMES = {  # imported when first asked for, since torch takes seconds and `fedsi
     "federated.simulation": ("Simulation",),
     "federated.strategy": ("Buffers", "Strategy", "Wrapper"),
     "training.layout": ("Layout",),
-    "training.objective": ("Correction", "LocalObjective", "Loss", "ObjectiveWrapper"),
+    "training.objective": ("Correction", "LocalObjective", "Loss", "ObjectiveWrapper", "StepRules"),
     "training.recipe": ("Recipe",),
     "training.task": ("Task",),
     "types": ("Batch", "RoundInfo", "State", "Update"),

@@ -9,6 +9,7 @@ Differs: personal layers start from the initial model; in LG-FedAvg they start f
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -16,13 +17,12 @@ from torch import Tensor
 from fedsim import (
     Buffers,
     ConfigError,
-    Correction,
     Layout,
     LocalObjective,
-    Loss,
     ObjectiveWrapper,
     Recipe,
     State,
+    StepRules,
     Strategy,
     Update,
     Wrapper,
@@ -119,8 +119,8 @@ class RecordingObjective(ObjectiveWrapper):
         super().__init__(inner)
         self.last_iterates: list[Tensor] = []  # each (P,)
 
-    def train(self, start: Tensor, *, loss: Loss | None = None, correct: Correction | None = None) -> Tensor:
-        self.last_iterates.append(super().train(start, loss=loss, correct=correct))
+    def train(self, start: Tensor, **rules: Unpack[StepRules]) -> Tensor:
+        self.last_iterates.append(super().train(start, **rules))
         return self.last_iterates[-1]
 
 

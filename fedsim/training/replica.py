@@ -1,8 +1,9 @@
 """One worker's copy of the network, whose parameters are views of one flat vector."""
 
 import copy
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch.func import functional_call
 
 from fedsim.base.modes import own_thread_modes
 from fedsim.training.buffers import Handling, PowerVectors
-from fedsim.training.draws import KeyedDraws
+from fedsim.training.draws import DrawsState, KeyedDraws
+from fedsim.training.head import head_input
 from fedsim.training.pooling import pool_faster
 from fedsim.training.probe import heads
 from fedsim.training.recompute import Recompute
@@ -23,6 +25,14 @@ CASTABLE: set[type] = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d}  # layers who
 CACHE_BLOCK = 2**17  # entries, which fit in a core's cache
 
 Snapshot = tuple[Tensor, dict[str, Tensor]]  # batch-norm statistics (Q,), and the other buffers by name
+
+
+@dataclass
+class Passes:
+    """What the training passes of a model change besides its weights."""
+
+    buffers: Snapshot
+    draws: DrawsState
 
 
 class Replica:
@@ -127,6 +137,16 @@ class Replica:
         """Copies of the buffers that are handled in this way, which are not among the statistics, by name."""
         return {name: b.clone() for name, b in self._counters.items() if self.task.handling.get(name) == handling}
 
+    def named_buffers(self) -> State:
+        """Copies of all buffers of the network, by name."""
+        return {name: buffer.clone() for name, buffer in self.network.named_buffers()}
+
+    def restore_buffers(self, named: State) -> None:
+        """Set all buffers of the network, by name."""
+        with torch.no_grad():
+            for name, buffer in self.network.named_buffers():
+                buffer.copy_(named[name])
+
     def restore(self, snapshot: Snapshot) -> None:
         """Set statistics and other buffers back to a snapshot."""
         buffers, counters = snapshot
@@ -134,6 +154,35 @@ class Replica:
             self.buffers.copy_(buffers)
             for name, counter in counters.items():
                 self._counters[name].copy_(counter)
+
+    def passes(self) -> Passes:
+        """Statistics, other buffers and random numbers as they are now."""
+        return Passes(self.snapshot(), self.draws.state)
+
+    def first_passes(self, buffers: Tensor, private: Mapping[str, Tensor], seed: int) -> Passes:
+        """Those of a model before its first pass."""
+        now = self.passes()
+        self.restore((buffers, self._initial_counters | dict(private)))
+        self.draws.begin(seed)
+        first = self.passes()
+        self._resume(now)
+        return first
+
+    @contextmanager
+    def with_passes(self, other: Passes) -> Iterator[None]:
+        """Have those of another model meanwhile, and write to `other` what becomes of them."""
+        now = self.passes()
+        self._resume(other)
+        try:
+            yield
+        finally:
+            after = self.passes()
+            other.buffers, other.draws = after.buffers, after.draws
+            self._resume(now)
+
+    def _resume(self, passes: Passes) -> None:
+        self.restore(passes.buffers)
+        self.draws.state = passes.draws
 
     @property
     def changing(self) -> list[Tensor]:
@@ -174,6 +223,10 @@ class Replica:
         own = weights | statistics | counters | self._power_vectors.at(weights)
         with self._draws:
             return heads(functional_call(self.network, own, (self._input(x),)))
+
+    def head_input(self) -> AbstractContextManager[list[Tensor]]:
+        """A list that gets the input of the network's head in each pass meanwhile. Raises ConfigError."""
+        return head_input(self.network, self.task.head)
 
     def teacher_logits(self, x: Tensor) -> Tensor:
         """(B, classes) of the task's teacher network, in eval mode, without gradients."""

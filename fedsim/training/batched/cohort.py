@@ -7,7 +7,8 @@ Shapes: C clients, K steps of the longest of them, B examples of the largest bat
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from fedsim.data import FederatedData
 from fedsim.training.example_loss import batch_rows
 from fedsim.training.losses import class_weights
-from fedsim.training.objective import exact
+from fedsim.training.objective import exact, key_of
 from fedsim.training.recipe import Recipe
 from fedsim.types import Batch, Job, Stream, random
 
@@ -63,13 +64,26 @@ class Cohort:
         self.rows = [data.rows(m.job.client_id) for m in client_jobs]
         self.sizes = [len(rows) for rows in self.rows]
         self.num_steps = [self.recipe.num_steps(n) for n in self.sizes]
-        self.generators = [
-            torch.Generator(self.device).manual_seed(int(self._random(m, Stream.NETWORK).integers(2**63)))
-            for m in client_jobs
-        ]
+        self._generators: dict[tuple[Stream, tuple[str, ...]], list[torch.Generator]] = {}
         self.tensors: dict[tuple[str, int | None], Tensor] = {}  # on the device, by name and schedule
         self._schedules: dict[int | None, list[list[Tensor]]] = {}  # by client and step, (b,) rows
         self._steps: dict[int | None, list[Step]] = {}
+
+    def generators(self, stream: Stream, path: tuple[str, ...] = ()) -> list[torch.Generator]:
+        """The generator of each client for a stream, of the model with this path of names."""
+        key = stream, path
+        if key not in self._generators:
+            names = [key_of(name) for name in path]
+            self._generators[key] = [
+                torch.Generator(self.device).manual_seed(int(self._random(m, stream, *names).integers(2**63)))
+                for m in self.client_jobs
+            ]
+        return self._generators[key]
+
+    @property
+    def all_generators(self) -> list[torch.Generator]:
+        """All that were used so far."""
+        return [generator for own in self._generators.values() for generator in own]
 
     def tensor(self, name: str, schedule: int | None = None, step: int | None = None) -> Tensor:
         """(C, ...) on the device, made at the first call; with `step`, the part for this step."""
@@ -87,8 +101,13 @@ class Cohort:
             return torch.arange(int(counts.max())) < counts.unsqueeze(-1)  # (K, C, B)
         if name == "class_weights":
             return self._class_weights()
-        if name in ("num_examples", "num_steps"):
-            return exact(self.sizes if name == "num_examples" else self.num_steps, self.like)
+        if name == "rounds":
+            return torch.tensor([m.job.round for m in self.client_jobs])
+        if name == "num_examples":
+            return exact(self.sizes, self.like)
+        if name == "num_steps":
+            epochs: dict[str, Any] = {"epochs": schedule, "steps": None} if schedule else {}
+            return exact([replace(self.recipe, **epochs).num_steps(n) for n in self.sizes], self.like)
         numbers: dict[str, Callable[[], object]] = {
             "clients": lambda: [m.job.client_id for m in self.client_jobs],
             "counts": lambda: [step.counts for step in self.steps(schedule)],
@@ -122,8 +141,9 @@ class Cohort:
         """Overwrite all tensors made so far with those of another cohort, and seed the generators as its own."""
         for key, tensor in self.tensors.items():
             tensor.copy_(other.host_tensor(*key), non_blocking=True)
-        for mine, theirs in zip(self.generators, other.generators, strict=True):
-            mine.manual_seed(theirs.initial_seed())
+        for source, own in self._generators.items():
+            for mine, theirs in zip(own, other.generators(*source), strict=True):
+                mine.manual_seed(theirs.initial_seed())
 
     def batch(self, step: Step, augmented: bool) -> Batch:
         """The batch of a step, (C, B, ...) on the device."""

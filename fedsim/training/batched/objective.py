@@ -7,10 +7,12 @@ Shapes: C clients, K steps of the longest of them, B examples of the largest bat
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
+from types import MappingProxyType
 from typing import TypeVar, cast
 
 import torch
@@ -18,18 +20,31 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 
 from fedsim.training.batched.cohort import ALL_EXAMPLES, IN_ORDER, Cohort, Step
-from fedsim.training.batched.layers import BatchedDraws, BatchedLayers, ConvMethod, RaggedError
+from fedsim.training.batched.layers import BatchedDraws, BatchedLayers, ConvMethod, Padding, RaggedError
 from fedsim.training.batched.optim import VmapOps
 from fedsim.training.batched.per_client import per_client_row, per_client_value
 from fedsim.training.buffers import COUNTER, PowerVectors
 from fedsim.training.example_loss import ExampleLoss
-from fedsim.training.objective import Correction, LocalObjective, Loss
+from fedsim.training.head import head_input
+from fedsim.training.objective import (
+    AfterStep,
+    BatchMap,
+    Correction,
+    Gradient,
+    LocalObjective,
+    Loss,
+    changed_batch,
+    check_rules,
+    checked_gradient,
+    checked_vector,
+)
 from fedsim.training.optim import Optimizer, Rate, clipped
+from fedsim.training.part import part_of
 from fedsim.training.precision import AUTOCAST
 from fedsim.training.probe import heads
 from fedsim.training.replica import depthwise, in_own_precision
 from fedsim.training.task import Task
-from fedsim.types import Batch, State
+from fedsim.types import Batch, State, Stream
 
 
 class Network:
@@ -38,6 +53,7 @@ class Network:
     def __init__(self, task: Task, device: torch.device, conv: ConvMethod):
         self.task, self.device, self.conv = task, device, conv
         self.draws = task.draws  # whether a client draws random numbers, in the network or in the strategy
+        self.streams = set[tuple[Stream, tuple[str, ...]]]()  # from which clients have drawn, or may draw
         self.network = copy.deepcopy(task.network).to(device).train()
         if device.type == "cpu":
             for module in depthwise(self.network):
@@ -63,9 +79,34 @@ class Network:
             statistics[name] = own[name].detach().to(statistics[name].dtype)
         return heads(output)
 
+    def head_input(self) -> AbstractContextManager[list[Tensor]]:
+        """A list that gets the input of the network's head in each pass meanwhile. Raises ConfigError."""
+        return head_input(self.network, self.task.head)
+
 
 Weights = Tensor | State  # a model, (P,) or by name
 W = TypeVar("W", Tensor, State)
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})
+
+
+@dataclass
+class Passes:
+    """What the training passes of a model change besides its weights, and where they are."""
+
+    statistics: State  # and counters, by name
+    layers: BatchedLayers
+    at: Weights | None = None  # the iterate; a training pass there updates statistics
+    step: "GivenStep | None" = None
+    start: tuple[Tensor, Tensor] | None = None  # (P,) and (Q,), if the start model is the teacher
+
+
+@dataclass
+class GivenStep:
+    """A step whose gradient the strategy gives: its iterate (P,), and the clients' generators at its beginning."""
+
+    at: Tensor
+    draws: list[Tensor]
+    moved: State  # the statistics after a pass at the iterate
 
 
 class BatchedObjective(LocalObjective):
@@ -82,18 +123,36 @@ class BatchedObjective(LocalObjective):
         self._cohort, self._client_index, self._network = cohort, client_index, network
         self.recipe, self.layout = cohort.recipe, network.task.layout
         self.client_id, self.num_examples = self._own_value("clients"), self._own_value("num_examples")
-        self.num_steps = self._own_value("num_steps")
+        self.round, self.num_steps = self._own_value("rounds"), self._own_value("num_steps")
         self.lr = self._rate(cohort.lr(), "lr")
         weights = self._own_value("class_weights") if self.recipe.class_weights else None
         self._example_loss = ExampleLoss(self.recipe, network.task, weights)
-        self._start: tuple[Tensor, Tensor] | None = None  # (P,) and (Q,), if the start model is the teacher
-        layout = self._network.task.buffer_layout
-        others = {name: self._of_each_client(b) for name, b in (network.others | private_buffers).items()}
-        self._statistics: State = layout.split(self._of_each_client(buffers)) | others | self._network.counters
-        self._at: Weights | None = None  # the iterate; a training pass there updates statistics
-        self._layers = BatchedLayers(client_index, cohort.generators, self._network.conv)
-        self.draws = BatchedDraws(client_index, cohort.generators, (sum(self.layout.sizes),))
+        self._received, self._padding = (buffers, private_buffers), Padding()
+        self._change: BatchMap | None = None
+        self.draws = self._draws_from(Stream.NETWORK)
         self._metrics: State = {}
+        # Of `separate`:
+        self._path: tuple[str, ...] = ()
+        self._recorded_as: str | None = ""
+        self._epochs: int | None = None
+        self._constant_lr = False
+        self._passes = self._first_passes(buffers)
+
+    def _first_passes(self, buffers: Tensor) -> Passes:
+        network, private = self._network, self._received[1]
+        layout = network.task.buffer_layout
+        others = {name: self._of_each_client(b) for name, b in (network.others | private).items()}
+        statistics = layout.split(self._of_each_client(buffers)) | others | network.counters
+        generators = self._generators(Stream.NETWORK)
+        return Passes(statistics, BatchedLayers(self._client_index, generators, self._padding, network.conv))
+
+    def _generators(self, stream: Stream) -> list[torch.Generator]:
+        self._network.streams.add((stream, self._path))
+        return self._cohort.generators(stream, self._path)
+
+    def _draws_from(self, stream: Stream) -> BatchedDraws:
+        size = sum(self.layout.sizes)
+        return BatchedDraws(self._client_index, self._generators(stream), self._padding, (size,))
 
     @property
     def metrics(self) -> State:
@@ -101,21 +160,51 @@ class BatchedObjective(LocalObjective):
 
     @property
     def buffers(self) -> Tensor:
-        parts = [self._statistics[name].reshape(-1) for name in self._network.task.buffer_layout.shapes]
+        found = self._passes.statistics
+        parts = [found[name].reshape(-1) for name in self._network.task.buffer_layout.shapes]
         return torch.cat(parts) if parts else self._network.like.new_zeros(0)
 
     @property
     def private_buffers(self) -> State:
-        return {name: self._statistics[name].clone() for name in self._network.task.initial_of("private")}
+        return {name: self._passes.statistics[name].clone() for name in self._network.task.initial_of("private")}
 
     def batches(self, epochs: int | None = None) -> Iterator[Batch]:
-        for step, batch in self._batches(epochs):
+        for step, batch in self._batches(epochs or self._epochs):
             if step.padded:
                 raise RaggedError
             yield batch
 
-    def logits(self, w: Tensor, x: Tensor, *, train: bool = True) -> Tensor:
-        return self._heads(w, x, train)[0]
+    def with_batches(self, change: BatchMap) -> LocalObjective:
+        other = copy.copy(self)
+        other._change = partial(changed_batch, change, self._change)
+        return other
+
+    def separate(
+        self,
+        name: str,
+        *,
+        buffers: Tensor | None = None,
+        epochs: int | None = None,
+        lr: float | Tensor | None = None,
+        record: bool = True,
+    ) -> LocalObjective:
+        other = copy.copy(self)
+        if epochs:
+            other.recipe, other._epochs = replace(self.recipe, epochs=epochs, steps=None), epochs
+            other.num_steps = self._own_value("num_steps", epochs)
+        if lr is not None:
+            other.lr, other._constant_lr = lr, True
+        other._path, other._recorded_as = (*self._path, name), f"{name}." if record else None
+        other._passes = other._first_passes(self._received[0] if buffers is None else buffers)
+        return other
+
+    def logits(self, w: Tensor, x: Tensor, *, train: bool | None = None) -> Tensor:
+        return self._heads(w, x, w.requires_grad if train is None else train)[0]
+
+    def features(self, w: Tensor, x: Tensor, *, train: bool | None = None) -> tuple[Tensor, Tensor]:
+        with self._network.head_input() as found:
+            logits = self.logits(w, x, train=train)
+        return found[0].to(w.dtype), logits
 
     def loss(self, w: Tensor, batch: Batch | None = None) -> Tensor:
         if batch is not None:
@@ -128,56 +217,121 @@ class BatchedObjective(LocalObjective):
                 total = total + (losses if part.mask is None else torch.where(part.mask, losses, 0)).sum()
         return (total / self.num_examples).to(total.dtype)
 
+    def losses(self, w: Tensor, batch: Batch, *, train: bool | None = None) -> Tensor:
+        return self._losses(w, batch, w.requires_grad if train is None else train)
+
+    def label_losses(self, logits: Tensor, batch: Batch) -> Tensor:
+        return self._example_loss.of_labels(logits.to(self._network.like.dtype), batch)
+
+    def normal(self, like: Tensor) -> Tensor:
+        with self._noise:
+            return torch.randn_like(like)
+
+    def uniform(self, like: Tensor) -> Tensor:
+        with self._noise:
+            return torch.rand_like(like)
+
+    @property
+    def _noise(self) -> BatchedDraws:
+        self._network.draws = True  # a captured graph must know
+        return self._draws_from(Stream.STRATEGY)
+
     def gradient(self, w: Tensor, batch: Batch | None = None) -> tuple[Tensor, Tensor]:
-        self._statistics = self._statistics | self._power_vectors(w)
-        if batch is not None:
-            g, f, self._statistics = self._differentiated(self.loss, w, batch)
-            self._record(f.double() * len(batch.y), len(batch.y), 1)
+        passes = self._passes
+        if step := passes.step:
+            before = passes.statistics
+            for generator, state in zip(self._generators(Stream.NETWORK), step.draws, strict=True):
+                generator.set_state(state)
+            g, f, *_ = self._gradient_at(w, batch)
+            if w is step.at and batch is not None:
+                step.moved = passes.statistics
+            passes.statistics = before
             return g, f
+        g, f, total, examples, steps = self._gradient_at(w, batch)
+        self._record(total, examples, steps)
+        return g, f
+
+    def _gradient_at(
+        self, w: Tensor, batch: Batch | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | float, Tensor | float]:
+        """(P,) the gradient, () the loss, the sum of the losses, and how many examples and batches."""
+        passes = self._passes
+        passes.statistics = passes.statistics | self._power_vectors(w)
+        if batch is not None:
+            g, f, passes.statistics = self._differentiated(self.loss, w, batch)
+            return g, f, f.double() * len(batch.y), len(batch.y), 1
         g_k, total, steps = torch.zeros_like(w), w.new_zeros((), dtype=torch.double), w.new_zeros(())
         for step, part in self._batches(ALL_EXAMPLES):
             g, f, moved = self._differentiated(self.loss, w, part)
             n = self._count(step)
             g_k, total = g_k + g * n, total + f.double() * n
-            self._statistics = self._statistics_after(step, moved)
+            passes.statistics = self._statistics_after(step, moved)
             steps = steps + (n > 0)
-        self._record(total, self.num_examples, steps)
-        return (g_k / self.num_examples).to(w.dtype), (total / self.num_examples).to(w.dtype)
+        n_k = self.num_examples
+        return (g_k / n_k).to(w.dtype), (total / n_k).to(w.dtype), total, n_k, steps
 
-    def train(self, start: Tensor, *, loss: Loss | None = None, correct: Correction | None = None) -> Tensor:
-        recipe, total = self.recipe, start.new_zeros((), dtype=torch.double)
+    def train(
+        self,
+        start: Tensor,
+        *,
+        loss: Loss | None = None,
+        gradient: Gradient | None = None,
+        correct: Correction | None = None,
+        after_step: AfterStep | None = None,
+        only: Tensor | None = None,
+    ) -> Tensor:
+        check_rules(self.recipe, loss, gradient)
+        recipe, passes, total = self.recipe, self._passes, start.new_zeros((), dtype=torch.double)
         examples = torch.zeros_like(total)
         if recipe.distillation and recipe.distillation.teacher == "global":
-            self._start = start, self.buffers
-        self._statistics = self._statistics | self._power_vectors(start)
+            passes.start = start, self.buffers
+        passes.statistics = passes.statistics | self._power_vectors(start)
+        part = None if only is None else part_of(only, self._network.task)
+        before = passes.statistics
         optimizer, names = recipe.make_optimizer(self.layout, VmapOps()), list(self.layout.shapes)
-        flat_gradient = loss is not None or correct is not None  # these need the flat vector (P,)
+        flat_gradient = bool(loss or gradient or correct or after_step)  # these need the flat vector (P,)
+        split = recipe.by_layer or gradient is not None
         w, pieces, shared = start, list(self.layout.split(start).values()), True
-        for step, batch in self._batches():
+        for step, batch in self._batches(self._epochs):
             if flat_gradient:
-                g, f, moved = self._differentiated(loss or self.loss, w, batch)
+                if gradient:
+                    g, f, moved = self._given(gradient, w, batch)
+                else:
+                    g, f, moved = self._differentiated(loss or self.loss, w, batch)
                 g = correct(g, w) if correct else g
-                gradients = list(self.layout.split(g).values()) if recipe.by_layer else [g]
+                g = part.of(g, torch.zeros_like(g)) if part else g
+                gradients = list(self.layout.split(g).values()) if split else [g]
             else:
                 by_name = dict(zip(names, pieces, strict=True))
-                parts, f, moved = self._differentiated(self._mean, by_name, batch)
-                gradients = list(parts.values())
+                fixed = {n: v for n, v in by_name.items() if part and n not in part.parameters}
+                parts, f, moved = self._differentiated(self._mean, by_name, batch, fixed)
+                gradients = [parts[n] if n in parts else torch.zeros_like(v) for n, v in by_name.items()]
+                if part:
+                    entries = self.layout.split(part.entries).values()
+                    gradients = [torch.where(e, g, 0) for e, g in zip(entries, gradients, strict=True)]
             if shared:  # from here on each client has its own weights, updated in place
                 w, shared = gradients[0].new_empty(start.shape).copy_(start), False
-                pieces = [w] if flat_gradient and not recipe.by_layer else list(self.layout.split(w).values())
+                pieces = [w] if flat_gradient and not split else list(self.layout.split(w).values())
                 optimizer.begin(pieces)
             if recipe.clip_norm:
                 gradients = clipped(gradients, recipe.clip_norm, optimizer.ops)
             self._step(optimizer, pieces, gradients, step)
             n = self._count(step)
             total, examples = total + f.double() * n, examples + n
-            self._statistics = self._statistics_after(step, moved)
+            if after_step:
+                self._replaced(w, checked_vector(after_step(w), w, "after_step"), step)
+            if part:
+                w.copy_(part.of(w, start))
+                moved = moved | part.of_buffers(
+                    {name: moved[name] for name in self._network.task.handling}, before
+                )
+            passes.statistics = self._statistics_after(step, moved)
         self._record(total, examples, self.num_steps)
         return w
 
     def _step(self, optimizer: Optimizer, weights: list[Tensor], gradients: list[Tensor], step: Step) -> None:
         """One step of the optimiser; a client that has no step left does not change."""
-        lr = self._lr(step) if self.recipe.lr_every == "step" else self.lr
+        lr = self._lr(step) if self.recipe.lr_every == "step" and not self._constant_lr else self.lr
         if not step.may_be_idle:
             optimizer.step(weights, gradients, lr)
         elif not optimizer.copies:
@@ -188,6 +342,10 @@ class BatchedObjective(LocalObjective):
             optimizer.step(weights, gradients, lr)
             for after, old in zip(changing, before, strict=True):
                 after.copy_(torch.where(active, after, old))
+
+    def _replaced(self, w: Tensor, by: Tensor, step: Step) -> None:
+        """Replace the weights (P,) of the clients that have this step."""
+        w.copy_(torch.where(self._active(step), by, w) if step.may_be_idle else by)
 
     def _losses(self, w: Weights, batch: Batch, train: bool) -> Tensor:
         """(B,) the losses that the recipe defines."""
@@ -204,42 +362,63 @@ class BatchedObjective(LocalObjective):
         try:
             for step in self._cohort.steps(schedule):
                 batch = self._client_batch(step, augmented=True)
-                self._layers.counts = self.draws.counts = step.counts if step.padded else None
-                self._layers.mask = batch.mask
+                self._padding.counts, self._padding.mask = step.counts if step.padded else None, batch.mask
                 yield step, batch
         finally:
-            self._layers.counts = self._layers.mask = self.draws.counts = None
+            self._padding.counts = self._padding.mask = None
 
     def _client_batch(self, step: Step, augmented: bool) -> Batch:
         stacked = self._cohort.batch(step, augmented)._asdict()
-        return Batch(**{n: per_client_row(self._client_index, t) for n, t in stacked.items() if t is not None})
+        own = Batch(**{n: per_client_row(self._client_index, t) for n, t in stacked.items() if t is not None})
+        return self._change(own) if self._change else own
 
-    def _differentiated(self, loss: Callable[[W, Batch], Tensor], w: W, batch: Batch) -> tuple[W, Tensor, State]:
-        """The gradient, () the loss, and the statistics and counters after a training pass at `w`."""
-        before = self._statistics
+    def _differentiated(
+        self,
+        loss: Callable[[W, Batch], Tensor],
+        w: W,
+        batch: Batch,
+        fixed: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> tuple[W, Tensor, State]:
+        """The gradient, () the loss, and the statistics and counters after a training pass at `w`.
+
+        There is none for the tensors that are `fixed`, if `w` is by name.
+        """
+        before = self._passes.statistics
 
         def value(w: W) -> tuple[Tensor, State]:
-            self._at, self._statistics = w, {name: value.clone() for name, value in before.items()}
-            return loss(w, batch), self._statistics
+            at = {**fixed, **w} if isinstance(w, dict) else w
+            self._passes.at, self._passes.statistics = at, {name: value.clone() for name, value in before.items()}
+            return loss(at, batch), self._passes.statistics
 
+        moving = {n: v for n, v in w.items() if n not in fixed} if isinstance(w, dict) else w
         try:
-            g, (f, moved) = grad_and_value(value, has_aux=True)(w)
+            g, (f, moved) = grad_and_value(value, has_aux=True)(moving)
         finally:
-            self._at, self._statistics = None, before
+            self._passes.at, self._passes.statistics = None, before
         return g, f, moved
+
+    def _given(self, gradient: Gradient, w: Tensor, batch: Batch) -> tuple[Tensor, Tensor, State]:
+        """What a strategy's `gradient` gives, and the statistics and counters after it."""
+        states = [generator.get_state() for generator in self._generators(Stream.NETWORK)]
+        step = self._passes.step = GivenStep(w, states, self._passes.statistics)
+        try:
+            g, f = checked_gradient(gradient(w, batch), w)
+        finally:
+            self._passes.step = None
+        return g, f, step.moved
 
     def _statistics_after(self, step: Step, moved: State) -> State:
         """Statistics and counters after a step; counters are equal for all clients that take it."""
         if not step.may_be_idle:
             return moved
         active, names = self._active(step), self._network.task.handling
-        return moved | {name: torch.where(active, moved[name], self._statistics[name]) for name in names}
+        return moved | {name: torch.where(active, moved[name], self._passes.statistics[name]) for name in names}
 
     def _heads(self, w: Weights, x: Tensor, train: bool) -> tuple[Tensor, ...]:
-        statistics = self._statistics
-        if train and w is not self._at:
+        statistics = self._passes.statistics
+        if train and w is not self._passes.at:
             statistics = {name: value.clone() for name, value in statistics.items()}
-        if w is not self._at:
+        if w is not self._passes.at:
             statistics = statistics | self._power_vectors(w)
         with self._compute_mode():
             return self._network(self.layout.split(w) if isinstance(w, Tensor) else w, statistics, x, train)
@@ -247,13 +426,15 @@ class BatchedObjective(LocalObjective):
     def _teacher_logits(self, x: Tensor) -> Tensor | None:
         """(B, classes) the teacher's logits, if there is a teacher."""
         distillation, network = self.recipe.distillation, self._network
-        if distillation is None or (distillation.teacher == "global" and self._start is None):
+        if distillation is None or (distillation.teacher == "global" and self._passes.start is None):
             return None
         with torch.no_grad(), self._compute_mode():
-            if self._start is None:
+            if self._passes.start is None:
                 return cast(Tensor, cast(nn.Module, network.teacher)(x.to(network.like.dtype)))
-            start, buffers = self._start
-            statistics = self._statistics | network.task.buffer_layout.split(buffers) | self._power_vectors(start)
+            start, buffers = self._passes.start
+            statistics = (
+                self._passes.statistics | network.task.buffer_layout.split(buffers) | self._power_vectors(start)
+            )
             return network(self.layout.split(start), statistics, x, train=False)[0]
 
     def _power_vectors(self, w: Weights) -> State:
@@ -271,7 +452,7 @@ class BatchedObjective(LocalObjective):
     def _compute_mode(self) -> Iterator[None]:
         dtype = AUTOCAST.get(self.recipe.precision)
         device = self._network.device.type
-        with self._layers, torch.autocast(device, dtype, cache_enabled=False) if dtype else nullcontext():
+        with self._passes.layers, torch.autocast(device, dtype, cache_enabled=False) if dtype else nullcontext():
             yield
 
     def _own_value(self, name: str, schedule: int | None = None, step: int | None = None) -> Tensor:
@@ -295,5 +476,8 @@ class BatchedObjective(LocalObjective):
 
     def _record(self, total: Tensor, examples: Tensor | float, steps: Tensor | float) -> None:
         """Add to the sums over all mini-batch gradients, as `ClientObjective` does."""
-        for name, value in {"loss": total, "examples": examples, "steps": steps}.items():
+        if self._recorded_as is None:
+            return
+        for key, value in {"loss": total, "examples": examples, "steps": steps}.items():
+            name = self._recorded_as + key
             self._metrics[name] = self._metrics.get(name, torch.zeros_like(total, dtype=torch.double)) + value
