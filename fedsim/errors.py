@@ -1,8 +1,7 @@
 """The exceptions of fedsim, and functions that put an error into one line."""
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from sysconfig import get_path
@@ -34,26 +33,42 @@ class WrongReturnError(TypeError):
     """A user's code gave what it should not. One line: what it gave, and what is right."""
 
 
-@contextmanager
-def border(
-    whose: str, fault: type[ConfigError | RoundError], passes: Callable[[BaseException], bool] = lambda _: False
-) -> Iterator[None]:
+def is_interrupt(error: BaseException | None) -> bool:
+    """Whether it is Ctrl-C, or what Python's `threading` makes of one that comes while a lock is taken again.
+
+    That is a RuntimeError: the lock, which the interrupt kept from being taken, is then released.
+    """
+    lost = type(error) is RuntimeError and "release un" in str(error)
+    return isinstance(error.__context__ if error and lost else error, KeyboardInterrupt)
+
+
+class border:  # noqa: N801 - used as a function; an interrupt at the `with` would close a generator within it
     """Between fedsim and a user's code: whatever ends the code inside becomes one line that begins with `whose`.
 
     `fault` is ConfigError at the start and RoundError in a run. Errors of that kind pass as they are, for they say
     enough by themselves; so do a ClientError, an interrupt, and what `passes` accepts.
     """
-    try:
-        yield
-    except (fault, ClientError, KeyboardInterrupt):
-        raise
-    except BaseException as error:
-        if passes(error):
-            raise
+
+    def __init__(
+        self,
+        whose: str,
+        fault: type[ConfigError | RoundError],
+        passes: Callable[[BaseException], bool] = lambda _: False,
+    ):
+        self.whose, self.fault, self.passes = whose, fault, passes
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None or isinstance(error, (self.fault, ClientError)) or is_interrupt(error):
+            return
+        if self.passes(error):
+            return
         plain = isinstance(error, ConfigError | RoundError | WrongReturnError)
-        text = f"{whose}: {one_line(error) if plain else located(error)}"
+        text = f"{self.whose}: {one_line(error) if plain else located(error)}"
         # contextlib takes an error caused by a StopIteration for that StopIteration.
-        raise fault(text) from (None if isinstance(error, StopIteration) else error)
+        raise self.fault(text) from (None if isinstance(error, StopIteration) else error)
 
 
 def is_own(target: object) -> bool:

@@ -18,6 +18,7 @@ from rich.table import Table
 from torch import nn
 
 from fedsim.base.catalogue import Catalogue, Options, allowed, options_of, unknown
+from fedsim.base.reading import read_yaml
 from fedsim.data import AUGMENTATIONS, DATASETS, PARTITIONS
 from fedsim.errors import ConfigError
 from fedsim.experiment.hooks import HOOKS
@@ -116,6 +117,8 @@ def _matching(kind: str | None, pattern: str) -> Iterator[tuple[str, Catalogue, 
         catalogue = KINDS[name]
         own = [pattern] if ":" in pattern and kind is not None else []  # package.module:Name
         matches = own or [entry for entry in catalogue if fnmatch(entry, pattern)]
+        if not matches and catalogue is SETTINGS and Path(pattern).suffix in (".yaml", ".yml"):
+            matches = ["NODE.yaml" if "name" in read_yaml(Path(pattern)) else "CONFIG.yaml"]  # the file's own keys
         if not matches:
             raise ConfigError(f"list: none of the {name} matches {pattern!r}; there are {', '.join(catalogue)}")
         yield name, catalogue, matches

@@ -21,7 +21,7 @@ QUIET = {
     "COLUMNS": "200",
     "PYTHONUNBUFFERED": "1",
 }
-START_TIMEOUT = 180  # seconds that a process may take to start
+START_TIMEOUT = 600  # seconds that a process may take to start, on a busy machine
 
 
 def until(there, what, seconds=START_TIMEOUT, process=None):

@@ -343,7 +343,7 @@ def main(path):
     from fedsim.flower.run_connection import address_of
 
     settings, honest, liar = NodeSettings.read(Path(path)), node_process.respond, Liar(ON_A_WIRE)
-    before, trick = [], []
+    before, trick, as_it_is = [], [], node_process._deliver
 
     def respond(node, content):
         answer = honest(node, content)
@@ -360,11 +360,11 @@ def main(path):
             trick.append(TRICKS[name].told)
         return answer
 
-    def deliver(link, message, content):
+    def deliver(link, message, content, lost):
         if trick:
             trick[0](link, message, content, before)
         else:
-            link.answer(message, content)
+            as_it_is(link, message, content, lost)
         before[:] = message, content
 
     node_process.respond, node_process._deliver = respond, deliver

@@ -98,15 +98,20 @@ class Hosts(Federation):
 
 
 class Gate:
-    """A way to a port of this machine that delays what passes, and cuts connections now and then.
+    """A way to a port of this machine that delays what passes, and cuts connections.
 
     For where Linux has no netem: `delay` is in seconds, each way; `cut` the chance of a cut each time that
-    something passes, of which a part still does. Both may be set anew.
+    something passes, of which a part still does. `due` is how many connections are to be cut inside of a model:
+    each as soon as more than LARGE bytes come at once, after some of them. All may be set anew.
     """
+
+    LARGE = 4000  # bytes: a model, or a part of it, and no heartbeat, look or handshake
 
     def __init__(self, port, delay=0.0, cut=0.0, seed=0):
         self.to, self.delay, self.cut, self.random = port, delay, cut, random.Random(seed)
         self.passed, self.cuts = 0, 0
+        self.due, self.inside = 0, 0
+        self._choosing = threading.Lock()
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.port = self._listening.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
@@ -127,13 +132,23 @@ class Gate:
         with suppress(OSError):
             while content := one.recv(2**16):
                 time.sleep(self.delay)
-                if self.random.random() < self.cut:
-                    self.cuts += 1
-                    other.sendall(content[: self.random.randrange(len(content))])
+                length = self._passes(len(content))
+                other.sendall(content[:length])
+                if length < len(content):
                     break
-                other.sendall(content)
                 self.passed += 1
         self._end(pair)
+
+    def _passes(self, length):
+        """How many of the bytes; the connection is cut after them if these are not all."""
+        with self._choosing:
+            if self.due and length > self.LARGE:
+                self.due, self.inside, self.cuts = self.due - 1, self.inside + 1, self.cuts + 1
+                return self.random.randrange(1, length)
+            if self.random.random() < self.cut:
+                self.cuts += 1
+                return self.random.randrange(length)
+            return length
 
     def _end(self, pair):
         for end in pair:

@@ -67,7 +67,8 @@ def without(simulation, missing):
         reasons = {job.client_id: missing[job.round].get(str(job.client_id)) for job in jobs}
         yield from run(work, server, [job for job in jobs if not reasons[job.client_id]], aggregator)
         absent = [job for job in jobs if reasons[job.client_id]]
-        yield aggregator.fold([]), [failure(job, NodeError(reasons[job.client_id]), 0.0) for job in absent]
+        failed = {job.client_id: failure(job, NodeError(reasons[job.client_id]), 0.0) for job in absent}
+        yield aggregator.fold([]), [report._replace(error=reasons[k]) for k, report in failed.items()]
 
     simulation.runtime.run = some
     return simulation
@@ -100,6 +101,7 @@ class Letter:
     due: float
     expires: float
     reply: Reply | None = None
+    wanted: bool = True  # whether somebody may still ask for the reply
 
 
 class Lab:
@@ -165,6 +167,14 @@ class Lab:
             letter = self.letters[to]
             if letter.node in self.ids:
                 letter.reply = self._replied(to, letter, self.ids[letter.node])
+                self.drop([] if letter.wanted else [to])
+
+    def drop(self, letters):
+        """Forget these letters, once the nodes have answered them, or never will."""
+        for to in {*letters} & self.letters.keys():
+            self.letters[to].wanted = False
+            if self.letters[to].reply or self.letters[to].due == LOST:
+                del self.letters[to]
 
     def forgets(self, name):
         """Have a node lose the plan, in memory and on disk, but not its client's states."""
@@ -244,7 +254,9 @@ class Wire:
         return self.lab.random.sample(replies, len(replies))
 
     def abandon(self, messages):
+        self.lab.drop(self.mine & {*messages})
         self.mine -= {*messages}
 
     def close(self, error=None):
         self.ended = True
+        self.lab.drop(self.mine)

@@ -404,7 +404,9 @@ def test_who_reports_and_fails_counts_no_more_than_who_is_absent(runtime):
     assert done.fingerprint == make(None, "scaffold", cohort=fixed(0, 2, 4, 5)).round().fingerprint
     before = simulation.number, simulation.clock, simulation.fingerprint(), dict(simulation.clients)
     strategy.bad.add(0)
-    with pytest.raises(RoundError, match=r"round 2: 3 clients answered, failures\.min_clients is 4; client 0: "):
+    with pytest.raises(
+        RoundError, match=r"round 2: 3 of 5 clients are left, and failures\.min_clients is 4; client 0: "
+    ):
         simulation.round()
     assert (simulation.number, simulation.clock, simulation.fingerprint(), dict(simulation.clients)) == before
 

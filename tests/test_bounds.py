@@ -232,6 +232,17 @@ def test_the_server_bounds_the_examples_of_a_node():
     assert "b: has 21 examples; allowed: 1 to 20 (failures.max_examples)" in roster.shown(2)
 
 
+def test_a_node_of_too_many_examples_is_told_so(lab, caplog):
+    """In its own log, with both numbers; the server says the same."""
+    caplog.set_level(logging.INFO)
+    assert not lab.simulation(load(CONFIG | {"failures": {"max_examples": 12}}), wait=100.0).round().failed
+    lab.clock.sleep(100.0)
+    said = "failures.max_examples: this node has 12 training examples; allowed in this run: up to 11"
+    with pytest.raises(RoundError, match=f"too few have joined: .*client-02: {said}"):
+        lab.simulation(load(CONFIG | {"failures": {"max_examples": 11}}), wait=100.0).round()
+    assert caplog.text.count(f"refused: {said}") == 3
+
+
 @pytest.mark.parametrize("name", ["", " a", "a\n", "a" * 65, "\x1b[2J", "../a", "ä"])
 def test_a_name_that_is_none_does_not_join(name):
     roster, room = Roster(), Room(x=(20, 5))
@@ -292,37 +303,38 @@ def changed(content, changes):
     return wire.record(answer._replace(metrics=answer.metrics | sums, **own))
 
 
-def without_client_1(rounds):
-    """What a simulation shows in which client 1 never takes part."""
-    config = {"cohort": {"name": "fixed", "clients": [0, 2]}}
-    simulation = build(load(CONFIG | config))
-    return [simulation.round().fingerprint for _ in range(rounds)]
+def refused(lab, cases, where, ask):
+    """Ask again and again, with one lie of a node after the other, each of which is refused with its reason."""
+    honest = lab.spoil
+    for why, changes in cases.items():
+        lab.spoil = lambda name, content, how=changes: changed(content, how) if name == "client-01" else content
+        with pytest.raises(ClientError, match=f"{where}client 1: client-01: its answer has ") as caught:
+            ask()
+        assert f"its answer has {why}" in str(caught.value)
+    lab.spoil = honest
 
 
 def test_a_training_that_cannot_be_is_refused_with_its_reason(lab):
-    simulation = lab.simulation(load(CONFIG | {"failures": {"policy": "drop"}}), wait=100.0)
-    cases, records = [*TRAINED.items()], []
+    """The round that failed is run again, and nodes give the answers that they have: each trains once or twice."""
+    simulation = lab.simulation(load(CONFIG), wait=100.0)
     assert (len(simulation.data.sizes), set(simulation.data.sizes)) == (3, {0})
-    lab.spoil = lambda name, content: (
-        changed(content, cases[simulation.number][1]) if name == "client-01" else content
-    )
-    for why, _ in cases:
-        records.append(simulation.round())
-        assert records[-1].failed.keys() == {"1"}, why
-        assert records[-1].failed["1"].startswith(f"client-01: its answer has {why}")
-    assert [record.fingerprint for record in records] == without_client_1(len(cases))
-    assert all(record.steps == 6 for record in records)
+    refused(lab, TRAINED, "round 1, ", simulation.round)
+    assert shown(simulation.round()) == shown(build(load(CONFIG)).round())
+
+
+def test_a_training_that_is_refused_is_as_if_its_client_had_not_been_there(lab):
+    simulation = lab.simulation(load(CONFIG | {"failures": {"policy": "drop"}}), wait=100.0)
+    lab.spoil = lambda name, content: changed(content, {"weight": 1e300}) if name == "client-01" else content
+    records = [simulation.round() for _ in range(2)]
+    others = build(load(CONFIG | {"cohort": {"name": "fixed", "clients": [0, 2]}}))
+    assert [record.fingerprint for record in records] == [others.round().fingerprint for _ in records]
+    assert all((record.failed.keys(), record.steps) == ({"1"}, 6) for record in records)
 
 
 def test_an_evaluation_that_cannot_be_is_refused_with_its_reason(lab):
-    simulation, honest = lab.simulation(load(CONFIG), wait=100.0), lab.spoil
+    simulation = lab.simulation(load(CONFIG), wait=100.0)
     expected = simulation.evaluate_clients()
-    for why, changes in EVALUATED.items():
-        lab.spoil = lambda name, content, how=changes: changed(content, how) if name == "client-01" else content
-        with pytest.raises(ClientError, match="client 1: client-01: its answer has ") as caught:
-            simulation.evaluate_clients()
-        assert f"its answer has {why}" in str(caught.value)
-    lab.spoil = honest
+    refused(lab, EVALUATED, "", simulation.evaluate_clients)
     assert simulation.evaluate_clients() == expected
 
 

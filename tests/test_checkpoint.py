@@ -511,6 +511,17 @@ def test_rounds_of_other_numbers_are_refused(run):
         refused(run, "rounds.jsonl: broken")
 
 
+def test_rounds_of_clients_that_there_are_not_are_refused(run):
+    """By the rules of `fedsim check`, though the checkpoint says that they are right."""
+    lines = (run / "rounds.jsonl").read_bytes().splitlines(keepends=True)
+    third = json.loads(lines[2])
+    for wrong in ({"cohort": [1, 1]}, {"cohort": [99]}, {"fingerprint": "x"}, {"failed": {"98": "why"}}):
+        lines[2] = json.dumps(third | wrong).encode() + b"\n"
+        (run / "rounds.jsonl").write_bytes(b"".join(lines))
+        crafted(lambda v: v.update(log=file(run / "rounds.jsonl")))(run)
+        refused(run, "rounds.jsonl: broken: line 3: ")
+
+
 # While the run goes on
 
 

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,9 +15,12 @@ import torch
 import yaml
 from rich.cells import cell_len
 from rich.console import Console
+from typer.main import get_command
 
 from fedsim.base.catalogue import options_of
+from fedsim.base.version import VERSION
 from fedsim.cli import runs
+from fedsim.cli.commands import COMMANDS, app
 from fedsim.experiment.progress import Bar
 from fedsim.listing import KINDS
 
@@ -110,7 +114,7 @@ def test_a_place_that_is_read_only(fedsim_):
     ("arguments", "message"),
     [
         (["rnu"], "'rnu' is unknown; did you mean 'run'? allowed: run, serve,"),
-        (["--version"], "--version: is no option of fedsim\n"),
+        (["--verson"], "--verson: is no option of fedsim; did you mean --version?\n"),
         (["run"], "CONFIG: missing; fedsim run --help shows what there is\n"),
         (["compare"], "RUN...: missing; fedsim compare --help"),
         (["run", "c.yaml", "--outt", "x"], "--outt: is no option of fedsim run; did you mean --out?\n"),
@@ -130,6 +134,38 @@ def test_wrong_usage_is_one_line(fedsim_, place, arguments, message):
     assert done.err.startswith(f"fedsim: {message}")
     assert done.err.count("\n") == 1
     assert [path.name for path in place.iterdir()] == ["c.yaml"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_says_what_each_argument_and_option_is(fedsim_, name):
+    parameters = get_command(app).commands[name].params
+    assert all(parameter.help for parameter in parameters)
+    shown = " ".join(re.sub(r"[│\s]+", " ", fedsim_(name, "--help").out).split())
+    for parameter in parameters:
+        assert parameter.help[:20] in shown
+
+
+def test_the_version_is_one_line_with_those_of_what_results_depend_on(fedsim_, monkeypatch):
+    def installed(package):
+        if package == "ray":
+            raise PackageNotFoundError
+        return "7"
+
+    monkeypatch.setattr("fedsim.cli.commands.version", installed)
+    done = fedsim_("--version")
+    python = ".".join(map(str, sys.version_info[:3]))
+    assert (done.status, done.out, done.err) == (0, f"fedsim {VERSION} (Python {python}, torch 7, flwr 7)\n", "")
+
+
+def test_the_version_is_told_without_importing_what_takes_seconds():
+    script = """
+import atexit, sys
+atexit.register(lambda: print(sorted({"torch", "flwr", "ray", "numpy", "pydantic"} & {*sys.modules})))
+from fedsim.cli import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", script, "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.splitlines()[1]) == (0, "[]")
 
 
 def test_no_command_shows_what_there_is(fedsim_):
@@ -301,6 +337,20 @@ def test_one_entry_shows_its_options(fedsim_, kind):
         assert not [noise for noise in ("typing", "Union", "<class", "Ge(", "None", "PosixPath") if noise in shown]
         for option in options_of(KINDS[kind].load(entry)).model_fields:
             assert f" {option} " in shown
+
+
+def test_a_file_of_settings_shows_the_keys_that_it_may_have(fedsim_):
+    """As does the name that stands for it in the documentation; what the file sets is not looked at."""
+    Path("hospital-a.yaml").write_text("name: hospital-a\ndata: {name: nothing:there}\n")
+    for file, entry in (("hospital-a.yaml", "NODE.yaml"), ("c.yaml", "CONFIG.yaml")):
+        shown = fedsim_("list", "settings", file)
+        assert (shown.status, shown.out) == (0, fedsim_("list", "settings", entry).out)
+        assert json.loads(fedsim_("list", "settings", file, "--json").out)["settings"][0]["name"] == entry
+    no_file = fedsim_("list", "settings", "hospital-b.yaml")
+    assert (no_file.status, no_file.err) == (
+        2,
+        "fedsim: hospital-b.yaml: cannot be read: No such file or directory\n",
+    )
 
 
 def test_an_option_is_told_in_words(fedsim_):

@@ -331,6 +331,7 @@ def test_an_override_without_a_key_is_refused(pair):
         (b"\xff\xfe\x00\x01", "is not text in UTF-8"),
         (b"\x89PNG\r\n\x1a\n", "is not text in UTF-8"),
         (b"a\x00b: 1", "is not YAML: unacceptable character"),
+        (b'name: "a\\0b"', "is not YAML: a value contains a zero byte"),
         (b"rounds: 3\nseed: 0\nrounds: 4\n", "line 3: is not YAML: key 'rounds' appears twice"),
         (b"local: {lr: 1, lr: 1}\n", "is not YAML: key 'lr' appears twice"),
         (b"rounds: 3\nlocal: {lr: 0.1\n", "line 3: is not YAML: expected ',' or '}'"),

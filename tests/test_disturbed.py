@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from flowers import Federation, descendants, tail
+from flowers import Federation, descendants, tail, until
 from hosts import Gate
 from lab import CONFIG
 from small_run import records, rounds_logged, write
@@ -116,6 +116,10 @@ class Deployment(World):
             known = (self.out / "config.yaml").exists()
             self.driver = self.resume() if known else self.serve(*self.settings)
 
+    def cut_inside(self):
+        """How many connections were cut inside of a model so far."""
+        return sum(gate.inside for gate in self.gates)
+
     def nodes_are_there(self):
         for k, process in self.nodes.items():
             assert "Traceback" not in tail(process, 10**5), tail(process)
@@ -185,12 +189,22 @@ class Deployment(World):
         self.driver.wait(60)
 
     def do_cut(self):
+        """Inside of models; now and then for some seconds elsewhere, too."""
         which = self.random.randrange(4)
-        before = self.gates[which].cuts
-        self.gates[which].cut = self.random.uniform(0.02, 0.4)
-        time.sleep(self._some(3, 10))
-        self.gates[which].cut = 0.0
-        return f"{self.gates[which].cuts - before} times at {which} "
+        gate, inside, all_cuts = self.gates[which], self.gates[which].inside, self.gates[which].cuts
+        gate.due = self.random.randint(1, 3)
+        if self.random.random() < 0.5:
+            gate.cut = self.random.uniform(0.02, 0.4)
+            time.sleep(self._some(3, 10))
+            gate.cut = 0.0
+        number = len(self.lines())
+
+        def over():
+            return not gate.due or len(self.lines()) > number + 1 or self.driver.poll() is not None
+
+        until(over, f"models that pass gate {which}", LIMIT)
+        gate.due = 0
+        return f"{gate.cuts - all_cuts} times at {which}, {gate.inside - inside} inside of a model, "
 
     def do_delay(self):
         which = self.random.randrange(4)
@@ -213,7 +227,7 @@ def test_a_federation_that_is_disturbed_has_the_same_end(block, tmp_path):
 
 def flower(first, last):
     """Try these seeds: a tally."""
-    kinds, ended = Counter(), Counter()
+    kinds, ended, inside = Counter(), Counter(), 0
     deployment, stack = None, ExitStack()
     with tempfile.TemporaryDirectory() as place:
         for seed in range(first, last):
@@ -221,9 +235,10 @@ def flower(first, last):
                 stack.close()
                 (folder := Path(place, str(seed))).mkdir()
                 deployment = Deployment(folder, stack, auth=seed // BLOCK % 2 == 0)
-            began = time.monotonic()
+            began, before = time.monotonic(), deployment.cut_inside()
             try:
                 done, ends = deployment.disturbed(seed)
+                inside += deployment.cut_inside() - before
                 kinds.update(each.split()[0] for each in done)
                 how = "same end" if not ends else "same end after a resume"
                 print(f"seed {seed}: {time.monotonic() - began:.0f} s: {done} {ends}", flush=True)
@@ -233,35 +248,37 @@ def flower(first, last):
                 deployment = None
             ended[how] += 1
         stack.close()
-    print(dict(ended), dict(kinds))
+    print(dict(ended), dict(kinds), f"{inside} cuts inside of a model")
 
 
 # Ray
 
 RUN = [sys.executable, "-P", "-c", "from fedsim.cli import main; main()"]
 ON_RAY = ["runtime=ray", "runtime.actors=2", f"runtime.cpus={SMALL}"]
+RAY_ROUNDS = 40
 OF_RAY = ("ray::Actor", "gcs_server", "raylet")
 
 
 def lose_cluster(seed, folder):
     """A run on a local cluster, whose processes are killed or stopped; returns what was done, and how it ended."""
     rng, done, ends = random.Random(seed), [], []
-    write(folder, rounds=40)
-    left, command = rng.randint(1, 3), [*RUN, "run", "c.yaml", "--out=run", *ON_RAY]
+    write(folder, rounds=RAY_ROUNDS)
+    new, again = [*RUN, "run", "c.yaml", "--out=run", *ON_RAY], [*RUN, "resume", "run"]
+    due = sorted(rng.randrange(-1, RAY_ROUNDS) for _ in range(rng.randint(1, 4)))  # rounds
     while True:
+        known = (folder / "run" / "config.yaml").exists()
         with (folder / "err").open("wb") as err:
-            driver = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=err)
+            driver = subprocess.Popen(again if known else new, cwd=folder, stdout=subprocess.DEVNULL, stderr=err)
         try:
             last, before = time.monotonic(), rounds_logged(folder / "run")
-            wait = rng.uniform(0, 10)
             while driver.poll() is None:
                 time.sleep(0.02)
                 if before < (now := rounds_logged(folder / "run")):
                     last, before = time.monotonic(), now
                 assert time.monotonic() < last + LIMIT, f"hangs: {(folder / 'err').read_text()}"
-                if left and before and time.monotonic() > last + wait:
-                    done.append(f"{_lose(rng, driver)}, round {before}")
-                    left, wait = left - 1, rng.uniform(0, 10)
+                if due and before >= due[0]:
+                    time.sleep(rng.uniform(0, 15 if due.pop(0) < 0 else 1))
+                    done.append(f"{_lose(rng, driver)}, round {rounds_logged(folder / 'run')}")
         finally:
             family = descendants(driver.pid)
             driver.kill()
@@ -270,13 +287,11 @@ def lose_cluster(seed, folder):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         said = (folder / "err").read_text()
-        assert "Traceback" not in said, said
         if driver.returncode == 0:
+            assert "Traceback" not in said, said
             return done, ends
-        ends.append(f"{driver.returncode}: {said.splitlines()[-1] if said else ''}"[:300])
+        ends.append(one_line(driver.returncode, said))
         assert len(ends) < 10, ends
-        known = (folder / "run" / "config.yaml").exists()
-        command = [*RUN, "resume", "run"] if known else [*RUN, "run", "c.yaml", "--out=run", *ON_RAY]
 
 
 def _lose(rng, driver):
@@ -323,7 +338,7 @@ def ray(first, last):
         with tempfile.TemporaryDirectory() as place:
             try:
                 done, ends = on_ray(seed, Path(place))
-                kinds.update(each.partition(",")[0].removesuffix(" s").rstrip("0123456789. ") for each in done)
+                kinds.update(" ".join(each.partition(",")[0].split()[:2]) for each in done)
                 how = "same end" if not ends else "same end after a resume"
                 print(f"seed {seed}: {time.monotonic() - began:.0f} s: {done} {ends}", flush=True)
             except Exception as error:

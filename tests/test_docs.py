@@ -3,6 +3,7 @@
 The commands in `bash` blocks are run, those in `sh` blocks and within sentences are only parsed.
 """
 
+import json
 import re
 import runpy
 import shlex
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 import fedsim.listing
 from fedsim.base.catalogue import options_of
 from fedsim.cli.commands import app
+from fedsim.errors import RoundError
 from fedsim.experiment.config import Config, load, parse_overrides, resolve
 from fedsim.export.formats import FORMATS
 from fedsim.flower.node import NodeSettings
@@ -142,6 +144,22 @@ def test_a_strategy_of_your_own(checkout, monkeypatch):
     line = next(line for block in blocks("bash", README) for line in block.splitlines() if "my_strategy" in line)
     assert len(code.splitlines()) <= 30
     assert fedsim_(line.removeprefix("PYTHONPATH=. ")).exit_code == 0
+
+
+def test_a_strategy_with_bounds_of_its_own(checkout, monkeypatch):
+    """Which it needs; and all weights twice as large are the same weights."""
+    code = next(block for block in blocks("python", PAGES["docs/strategies.md"]) if "my_twice.py" in block)
+    (checkout / "my_twice.py").write_text(code)
+    (checkout / "my_once.py").write_text(code.replace("weight=2 * ", "weight="))
+    (checkout / "my_fault.py").write_text(code.replace("def max_steps", "def _unused"))
+    monkeypatch.syspath_prepend(checkout)
+    for module in ("my_twice", "my_once"):
+        line = f"fedsim run configs/quickstart.yaml runtime=serial strategy={module}:Twice --out {module}"
+        assert fedsim_(line).exit_code == 0
+    twice, once = (json.loads(Path(name, "summary.json").read_text()) for name in ("my_twice", "my_once"))
+    assert twice["fingerprint"] == once["fingerprint"]
+    with pytest.raises(RoundError, match="override max_steps"):
+        fedsim_("fedsim run configs/quickstart.yaml runtime=serial strategy=my_fault:Twice --out my_fault")
 
 
 def test_a_hook_of_your_own(checkout, monkeypatch):

@@ -12,12 +12,14 @@ from time import sleep
 
 import pytest
 import torch
-from conftest import SIZES, make_simulation, make_strategy, trace
+from conftest import SIZES, make_data, make_simulation, make_strategy, trace
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedsim import ClientError, ConfigError, RoundError, Strategy, Update, Wrapper
 from fedsim.errors import located
+from fedsim.experiment.config import Evaluate
+from fedsim.experiment.figures import evaluate
 from fedsim.federated.fold import Fold
 from fedsim.federated.runtime import Runtime
 from fedsim.federated.simulation import Failures
@@ -141,7 +143,7 @@ def test_who_is_dropped_leaves_no_trace(runtime, name):
 def test_too_few_answers_fail_the_round(runtime):
     simulation = make_simulation(faulty(0, 1, 2), runtime=runtime, failures=Failures(policy="drop", min_clients=4))
     with pytest.raises(
-        RoundError, match=r"round 1: 3 clients answered.*min_clients is 4; client 0: OSError: no space"
+        RoundError, match=r"round 1: 3 of 6 clients are left.*min_clients is 4; client 0: OSError: no space"
     ):
         simulation.round()
     enough = make_simulation(faulty(0, 1, 2), runtime=runtime, failures=Failures(policy="drop", min_clients=3))
@@ -150,8 +152,79 @@ def test_too_few_answers_fail_the_round(runtime):
 
 @runtimes
 def test_nobody_is_too_few(runtime):
-    with pytest.raises(RoundError, match="0 clients answered"):
+    with pytest.raises(RoundError, match="0 of 6 clients are left"):
         make_simulation(faulty(*range(len(SIZES))), runtime=runtime, failures=DROP).round()
+
+
+def test_a_round_ends_as_soon_as_too_few_clients_are_left():
+    """Nobody trains where too few are asked, and nobody after the one that was needed has failed."""
+    trained = []
+
+    def ended(strategy, **failures):
+        trained.clear()
+        simulation = make_simulation(strategy, failures=Failures(policy="drop", **failures))
+        before = state(simulation)
+        with pytest.raises(RoundError) as caught:
+            simulation.round(lambda report: trained.append(report.client_id))
+        assert state(simulation) == before
+        return str(caught.value)
+
+    said = "round 1: 4 of 6 clients are left, and failures.min_clients is 5; "
+    above = [f"client {k}: has {SIZES[k]} examples, and failures.max_examples is 7" for k in (1, 3)]
+    assert ended(faulty(), min_clients=5, max_examples=7) == said + "; ".join(above)
+    assert trained == []
+    assert ended(faulty(0, 2), min_clients=5).startswith(
+        said + "client 0: OSError: no space left (test_failures.py"
+    )
+    assert trained == [0, 1, 2]
+
+
+def test_the_error_of_a_round_has_the_reason_of_each_client_that_failed():
+    """Also of those whose message does not fit, since no record has them. Of very many it counts the rest."""
+    odd = Odd(inner=faulty(0, 2, 3), change=ODD["shorter"], bad={5})
+    with pytest.raises(RoundError) as caught:
+        make_simulation(odd, failures=Failures(policy="drop", min_clients=3)).round()
+    start, *causes = str(caught.value).split("; client ")
+    assert start == "round 1: 2 of 6 clients are left, and failures.min_clients is 3"
+    assert [cause[:11] for cause in causes] == ["0: OSError:", "2: OSError:", "3: OSError:", "5: sent buf"]
+    many = make_simulation(faulty(*range(30)), data=make_data([2] * 30), failures=DROP)
+    with pytest.raises(RoundError) as caught:
+        many.round()
+    assert str(caught.value).count("OSError") == 20
+    assert str(caught.value).endswith("; and 10 more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unseen(Wrapper):
+    """Some clients cannot say what their own model is."""
+
+    bad: set[int] = field(default_factory=set)
+
+    def client_model(self, server, client, layout):
+        if int(client["number"]) in self.bad:
+            raise OSError("no space left")
+        return super().client_model(server, client, layout)
+
+    def init_client(self, model, layout):
+        return super().init_client(model, layout) | {"number": torch.tensor(-1)}
+
+    def client_update(self, server, client, local):
+        update = super().client_update(server, client, local)
+        return update._replace(client=update.client | {"number": torch.tensor(local.client_id)})
+
+
+@both
+def test_a_client_that_cannot_be_evaluated_is_left_out_with_its_reason(runtime):
+    strategy = Unseen(inner=make_strategy("fedavg"), bad={1, 4})
+    simulation = make_simulation(strategy, runtime=runtime, failures=DROP)
+    simulation.round()
+    found = evaluate(simulation, Evaluate(clients=True))
+    assert [*found["evaluation_failed"]] == ["1", "4"]
+    assert all(why.startswith("OSError: no space left (test_") for why in found["evaluation_failed"].values())
+    strategy.bad.clear()
+    others = simulation.evaluate_clients([0, 2, 3, 5])
+    assert found["client_accuracy_mean"] == pytest.approx(sum(each.accuracy for each in others.values()) / 4)
+    assert evaluate(simulation, Evaluate(clients=True))["evaluation_failed"] == {}
 
 
 @runtimes
@@ -449,7 +522,7 @@ def test_odd_clients_are_none_that_answered(runtime):
         if floor == 4:
             assert set(simulation.round().failed) == {"1", "4"}
             continue
-        with pytest.raises(RoundError, match=r"4 clients answered.*; client 1: sent .*; client 4: sent "):
+        with pytest.raises(RoundError, match=r"4 of 6 clients are left.*; client 1: sent .*; client 4: sent "):
             simulation.round()
 
 

@@ -282,6 +282,22 @@ def test_a_round_in_which_all_nodes_leave_waits_for_one(lab):
     assert 20 < here.clock.now - began < 30
 
 
+def test_no_node_trains_where_too_few_are_there(lab):
+    """So many nodes are away that the round cannot count: the others are sent no order."""
+    here = lab()
+    config = load(CONFIG | {"failures": {"policy": "drop", "min_clients": 2}})
+    simulation = here.simulation(config, wait=100.0)
+    simulation.round()
+    for node in [*here.ids][1:]:
+        here.leaves(node, 1e5)
+    here.letters.clear()
+    with pytest.raises(
+        RoundError, match=r"round 2: 1 of 3 clients are left, and failures\.min_clients is 2; client "
+    ):
+        simulation.round()
+    assert not [letter for letter in here.letters.values() if wire.kind(letter.content) == "Order"]
+
+
 class Room:
     """A link to nodes that only say who they are: names, or None for what no node of fedsim says."""
 
@@ -480,6 +496,7 @@ def test_the_command_serves_and_shows_nodes(federation, fedsim_, tmp_path):
         ([], "runtime.ca: .* neither is set"),
         (["--ca", "no.crt"], "runtime.ca: no.crt: No such file or directory"),
         (["--ca", "c.yaml"], "runtime.ca: c.yaml: is not a certificate in PEM"),
+        (["--ca", "/dev/zero"], "runtime.ca: /dev/zero: Not a regular file"),
         (["--ca", "no.crt", "--insecure"], "runtime.ca: .* both are set"),
         (["--insecure", "--nodes", "a,b,a"], "--nodes: 'a,b,a' should be a number, or different names"),
         (["--insecure", "--nodes", "a,,b"], "--nodes: 'a,,b' should be a number, or different names"),

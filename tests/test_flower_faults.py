@@ -111,7 +111,7 @@ class World:
         """Wait for the line of a round, and give it."""
         return until(lambda: self.lines()[number - 1 : number], f"round {number}", process=process)[0]
 
-    def ended(self, process, status=0, seconds=120):
+    def ended(self, process, status=0, seconds=600):
         assert process.wait(seconds) == status, tail(process)
         return tail(process)
 

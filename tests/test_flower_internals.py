@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import formatdate
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -683,6 +684,39 @@ def test_who_is_gone_or_late_is_an_error(federation, link):
     with closing(NodeLink.open(at(federation), key(federation, "a"))) as silent:
         (reply,) = collect(link, link.send({silent.node_id: content()}, "train", group="", ttl=0.3)).values()
         assert "expired" in reply.error
+
+
+def test_a_message_in_an_answer_that_was_cut_off_is_told_to_its_sender(federation, link, monkeypatch):
+    """The SuperLink gives it once: the node leaves and joins again, so that it is sent again."""
+
+    def cut(pull, request):
+        pull(request)
+        raise httpx.ReadError("cut", request=httpx.Request("POST", "https://127.0.0.1:1"))
+
+    with closing(NodeLink.open(at(federation), key(federation, "a"))) as member:
+        sent = link.send({member.node_id: content()}, "train", group="", ttl=60)
+        with monkeypatch.context() as patch:
+            patch.setattr(member._client, "PullMessages", partial(cut, member._client.PullMessages))
+            with pytest.raises(LinkError) as caught:
+                member.receive(most_bytes=ROOM)
+        assert caught.value.again
+        with pytest.raises(LinkError, match="cut off, and a message may be lost") as caught:
+            member.receive(most_bytes=ROOM)
+        assert not caught.value.again
+    (reply,) = collect(link, sent).values()
+    assert (reply.node, reply.gone) == (member.node_id, True)
+
+
+def test_a_node_that_could_not_reach_the_superlink_stays(federation, monkeypatch):
+    def refuse(request):
+        raise httpx.ConnectError("refused", request=httpx.Request("POST", "https://127.0.0.1:1"))
+
+    with closing(NodeLink.open(at(federation), key(federation, "a"))) as member:
+        with monkeypatch.context() as patch:
+            patch.setattr(member._client, "PullMessages", refuse)
+            with pytest.raises(LinkError):
+                member.receive(most_bytes=ROOM)
+        assert member.receive(most_bytes=ROOM) is None
 
 
 def test_a_reply_that_nobody_waits_for_is_dropped(federation, link):

@@ -25,6 +25,7 @@ from fedsim.experiment.execute import run
 from fedsim.flower import wire
 from fedsim.flower.app import checked, values_of, write_app
 from fedsim.flower.client_app import app
+from fedsim.flower.flower_strategies import tell_finished
 from fedsim.flower.messages import Answer, Finished, Invitation, Joined, Order
 from fedsim.flower.plan import digest, initial_of, plan_of
 from fedsim.flower.server_app import begin
@@ -169,6 +170,23 @@ def test_flowers_fedavg_over_fedsims_clients_is_fedavg(node):
         if value.is_floating_point():
             torch.testing.assert_close(model[name], value, rtol=1e-5, atol=1e-6, check_dtype=False)
     assert 0 <= result.evaluate_metrics_clientapp[2]["accuracy"] <= 1
+
+
+def test_a_run_of_a_flower_strategy_tells_its_nodes_that_it_has_ended(node):
+    """And no other run: they keep of it what their owners want."""
+    config = CONFIG | {"strategy": "fedavg"}
+    kept = [node(0), node(1, keep="nothing")]
+    grid = Here([context(path, k, experiment=yaml.safe_dump(config)) for k, path in enumerate(kept)])
+    start = ArrayRecord((ours := build(load(config))).task.state_dict(ours.server))
+    FedAvg().start(grid, start, num_rounds=1, timeout=60)
+
+    def left():
+        return [sorted(each.name for each in path.parent.glob(f"{path.stem}/*/*")) for path in kept]
+
+    tell_finished(grid, 2)
+    assert left() == [["initial.safetensors", "plan.json"]] * 2
+    tell_finished(grid, 1)
+    assert left() == [["finished", "plan.json"], []]
 
 
 @pytest.mark.parametrize(
@@ -361,6 +379,8 @@ def test_what_a_node_refuses_is_a_failure_in_flowers_strategies(federation, tmp_
 @pytest.mark.slow
 def test_flowers_fedadam_trains_with_fedsims_nodes(federation, tmp_path):
     shutil.copytree(EXAMPLE, tmp_path / "foreign")
+    ended_runs = "*.state/*/*/finished"
+    before = {*federation.folder.glob(ended_runs)}
     shape = ",".join(map(str, build(load(CONFIG)).data.shape))
     experiment = "model: {name: cnn_bn, widths: [3, 4]}"
     said, ended = flwr_run(
@@ -371,3 +391,4 @@ def test_flowers_fedadam_trains_with_fedsims_nodes(federation, tmp_path):
     assert ended["status"] == "finished:completed", said
     assert "Received 2 results and 0 failures" in said
     assert (tmp_path / "model.safetensors").exists()
+    assert len({*federation.folder.glob(ended_runs)} - before) == 2

@@ -75,7 +75,7 @@ for client in chosen:
     assert store[client]["c"].equal(state(client, version[client])["c"])
 figures["peak"] = peak()
 leave_page_cache()
-figures["verify_seconds"], _ = timed(lambda: [verify(folder, file) for file in files])
+figures["verify_seconds"], _ = timed(lambda: [verify(folder, file, {}) for file in files])
 figures["peak_with_verification"] = peak()
 print(json.dumps(figures))
 """

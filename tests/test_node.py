@@ -368,6 +368,8 @@ def test_a_state_that_is_not_what_it_was_is_refused(shards):
         with pytest.raises(ClientError, match=f"state 1 of client 1 {why}"):
             simulation.round()
         nodes.restart()
+    assert not path.parent.exists()  # there was nothing more to go on from
+    path.parent.mkdir()
     path.write_bytes(whole)
     simulation.round()
 
@@ -664,8 +666,12 @@ def test_a_node_keeps_of_a_finished_run_what_its_owner_wants(shards, keep, left)
         assert node.finish(Finished(nodes.run_id, version)) is None
         assert (names(home) if home.exists() else None) == left
     if keep == "nothing":
-        with pytest.raises(ClientError, match="is not here"):
-            simulation.round()
+        for invited in (False, True):  # as where the run is made longer
+            if invited:
+                assert node.join(Invitation(nodes.run_id, nodes.plan, nodes.initial)).error is None
+            with pytest.raises(ClientError, match="state 3 of client 0 is not here"):
+                simulation.round()
+            assert not home.exists()
         return
     expected = build(config("scaffold", cohort="all"))
     [expected.round() for _ in range(3)]
@@ -708,6 +714,64 @@ def test_the_owner_lists_and_deletes_runs_while_the_node_works(shards, fedsim_, 
     assert json.loads(fedsim_("node", path, "--runs", "--json").out)["runs"] == []
     with pytest.raises(ClientError, match="state 1 of client 0 is not here"):
         simulation.round()
+    assert json.loads(fedsim_("node", path, "--runs", "--json").out)["runs"] == []
+
+
+def test_a_check_shows_what_a_node_would_offer_and_leaves_nothing(shards, fedsim_, tmp_path):
+    """Also while the node works, whose folder it does not need for itself."""
+    values = yaml.safe_load((shards / "0.yaml").read_text()) | {"state": str(shards / "state"), "device": "cpu"}
+    values |= {"allow": {"strategies": ["fedavg"]}, "insecure": True}
+    path = shards / "own.yaml"
+    path.write_text(yaml.safe_dump(values))
+    before = names(shards)
+    shown = fedsim_("node", path, "--check")
+    assert (shown.status, shown.err) == (0, "")
+    assert max(map(len, shown.out.splitlines())) <= 80
+    data = build_data(config())
+    n, tested = int(data.sizes[0]), int(data.own_sizes[0])
+    for what in (
+        f"{n} to train on, {tested} others for tests; uint8 [1, 8, 8]",
+        "strategies +fedavg",
+        "plain HTTP",
+    ):
+        assert re.search(what.replace("[", r"\["), shown.out)
+    assert names(shards) == before
+    nodes = Nodes(shards)
+    simulated(nodes, cohort="all").round()
+    found = json.loads(fedsim_("node", path, "--check", "--json").out)
+    assert (found["examples"], found["tested"], found["classes"], found["runs"]) == (n, tested, 3, 1)
+    assert found["allow"]["strategies"] == ["fedavg"]
+    assert found["disk_used"] == size(nodes.node(0).state_files.folder / nodes.run_id)
+    without = {name: value for name, value in values["data"].items() if name not in ("mean", "std")}
+    path.write_text(yaml.safe_dump(values | {"data": without}))
+    assert json.loads(fedsim_("node", path, "--check", "--json").out)["mean"] is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data": {"name": "npz", "path": "none.npz"}}, "data.path: "),
+        ({"data": "no-such"}, "data.name: "),
+        ({"allow": {"strategies": ["no-such"]}}, "allow.strategies"),
+        ({"allow": {"strategies": ["no_such_module:Mine"]}}, "allow.strategies"),
+        ({"state": "0.npz/x"}, "state: "),
+        ({"key": "none"}, ".*none: No such file"),
+        ({"key": "/dev/zero"}, "/dev/zero: Not a regular file"),
+        ({"ca": "0.yaml"}, "ca: .*0.yaml: is not a certificate"),
+        ({"ca": "/dev/zero"}, "ca: /dev/zero: Not a regular file"),
+        ({"device": "no-such"}, "device: "),
+        ({"superlink": "lab", "ca": None}, "superlink: 'lab' should be HOST:PORT"),
+    ],
+    ids=str,
+)
+def test_a_check_says_in_a_line_why_a_node_could_not_start(shards, fedsim_, changes, said):
+    values = yaml.safe_load((shards / "0.yaml").read_text()) | {"state": "state"} | changes
+    (shards / "own.yaml").write_text(yaml.safe_dump(values))
+    before = names(shards)
+    wrong = fedsim_("node", shards / "own.yaml", "--check")
+    assert (wrong.status, wrong.out, wrong.err.count("\n")) == (2, "", 1)
+    assert re.match(f"fedsim: {said}", wrong.err), wrong.err
+    assert names(shards) == before
 
 
 def test_paths_are_relative_to_where_they_are_given(tmp_path, monkeypatch):
@@ -929,6 +993,8 @@ def test_a_hostile_plan_is_refused_in_a_line(node, path, value, new_key):
         (("format",), 2, "plan.format: 2 should be 1"),
         (("seed",), -1, "plan.seed"),
         (("time_limit",), 0, "plan.time_limit"),
+        (("max_examples",), 0, "plan.max_examples"),
+        (("max_examples",), 1, "failures.max_examples: this node has "),
     ],
 )
 def test_a_plan_that_is_not_allowed_names_the_key(node, path, value, why):
@@ -1142,3 +1208,32 @@ def test_a_list_of_nodes_is_80_columns_wide_and_keeps_its_times():
         assert ("all that answered: fedsim 0.2.0, torch 2.9.1+cu128" in shown) == (not other)
         assert "examples" in shown
     assert len(nodes_table([node._replace(examples=None) for node in nodes]).columns) == 2
+    why = f"refused its last invitation: data.classes: [red] {'long ' * 40}end"
+    console = Console(file=io.StringIO(), width=80, soft_wrap=True)
+    console.print(nodes_table([nodes[2]._replace(reason=why), nodes[3]._replace(reason="x\x1b")]))
+    text = console.file.getvalue()
+    assert max(map(cell_len, text.splitlines())) <= 80
+    assert f"c: {why}" in " ".join(text.split())
+    assert "unnamed, Flower's 9223372036854775809: x\\x1b" in text
+
+
+def test_a_node_that_refused_says_so_until_it_joins(shards):
+    pytest.importorskip("flwr")
+    from fedsim.flower import wire
+    from fedsim.flower.messages import Hello, Joined
+    from fedsim.flower.node_process import respond
+
+    nodes = Nodes(shards)
+    simulated(nodes)
+    node = nodes.node(0)
+
+    def said():
+        joined = wire.read(Joined, respond(node, wire.record(Hello())))
+        assert joined.error is None  # for it may well take part in another run
+        return joined.notes
+
+    assert said() == ()
+    why = node.join(Invitation(uuid4().hex, "{", nodes.initial)).error
+    assert said() == (f"refused its last invitation: {why}",)
+    assert node.join(Invitation(uuid4().hex, nodes.plan, nodes.initial)).error is None
+    assert said() == ()

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 import torch
 from conftest import SIZES, make_data, make_simulation, make_strategy, make_task, trace
 from covering import sampled
+from flowers import descendants
 from small_run import CONFIG, records, rounds_done, write
 from test_failures import (
     DROP,
@@ -51,7 +53,7 @@ from fedsim.types import Job
 
 ray = pytest.importorskip("ray")
 grpc = pytest.importorskip("grpc")
-from fedsim.runtimes.ray import Ray  # noqa: E402
+from fedsim.runtimes.ray import Ray, watch  # noqa: E402
 from fedsim.runtimes.ray.cluster import join  # noqa: E402
 from fedsim.runtimes.ray.packing import pack, unpack  # noqa: E402
 
@@ -420,6 +422,60 @@ def test_a_run_that_was_killed_under_ray_goes_on_under_serial(tmp_path, fedsim_,
     assert records(tmp_path / "killed") == records(tmp_path / "whole")
     assert len(below) > 4
     soon(lambda: not marked(mark))  # Ray ends with the process that started it
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("process", ["raylet", "gcs_server"])
+def test_a_driver_whose_ray_dies_ends_in_one_line_and_its_resume_as_if_nothing_had_been(
+    process, tmp_path, fedsim_, monkeypatch
+):
+    """Of its own: Ray would end it without a word, or with lines of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "20")
+    write(tmp_path, rounds=300)
+    command = [sys.executable, "-P", "-c", "from fedsim.cli import main; main()", "run", "c.yaml", "--out=left"]
+    command += ["runtime=ray", "runtime.actors=2", f"runtime.cpus={SMALL}"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as driver:
+        while rounds_done(tmp_path / "left") < 2 and driver.poll() is None:
+            time.sleep(0.01)
+        (pid,) = [
+            pid for pid in descendants(driver.pid) if Path(f"/proc/{pid}/comm").read_text() == f"{process}\n"
+        ]
+        os.kill(pid, signal.SIGKILL)
+        said = driver.stderr.read()
+    assert driver.returncode == 1, said
+    assert re.fullmatch("fedsim: runtime: .*(raylet|head).*; a resume goes on after the last checkpoint\n", said)
+    assert 2 <= rounds_done(tmp_path / "left") < 300
+    assert fedsim_("resume", "left", "runtime=serial").status == 0
+    assert fedsim_("run", "c.yaml", "--out=whole").status == 0
+    assert records(tmp_path / "left") == records(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("lost", "said"), [("raylet", "the raylet, has ended"), ("head", "the head .* for 0 s")])
+def test_a_process_that_ray_would_end_says_why(lost, said, monkeypatch, capfd):
+    status = []
+    monkeypatch.setattr("os._exit", status.append)
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr(watch, "LOOK", 0.01)
+    monkeypatch.setattr(watch, "PATIENCE", 0.1)
+    here, there = socket.socketpair()
+    with there:
+        if lost == "raylet":
+            there.close()
+        watch.watching(here, lambda: lost != "head")
+    assert status == [1]
+    assert re.fullmatch(
+        f"fedsim: runtime: .*{said}; a resume goes on after the last checkpoint\n", capfd.readouterr().err
+    )
+
+
+def test_a_process_that_has_left_its_cluster_is_not_ended(monkeypatch, capfd):
+    monkeypatch.setattr("os._exit", pytest.fail)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    here, there = socket.socketpair()
+    there.close()
+    watch.watching(here, lambda: False)
+    assert capfd.readouterr().err == ""
 
 
 def marked(mark):

@@ -155,6 +155,7 @@ def test_a_resume_killed_before_or_within_many_changes_to_its_files_has_the_same
 @pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["serial", "vectorized"])
 def test_a_sweep_killed_before_or_within_any_change_to_its_files_has_the_same_end(forks, folder, runtime):
+    """To rounding, if its points are rows of one batch: one that is a round ahead is then no row of it."""
     write(folder, rounds=2)
     command = ["sweep", "c.yaml", "local.lr=0.05,0.1", f"runtime={runtime}", "--jobs=1"]
 
@@ -164,6 +165,13 @@ def test_a_sweep_killed_before_or_within_any_change_to_its_files_has_the_same_en
         names = sorted(path.name for path in (folder / name).iterdir() if not path.name.endswith(".draft"))
         return names, [left(path) for path in sorted((folder / name).glob("lr=*"))]
 
+    def in_batch(end):
+        """What is equal, and what to rounding."""
+        names, points = end
+        records = [dict(record) for point in points for record in point["rounds"]]
+        losses = [record[name] for record in records for name in ("train_loss", "test_loss") if name in record]
+        return names, [(p["files"], p["config"]) for p in points], [r["cohort"] for r in records], losses
+
     expected = end("whole")
     (folder / "at").mkdir()
     done = forks.run(*command, "--out=sweep", cwd=folder, prepare=["snapshots", "sweep", "at"])
@@ -172,7 +180,11 @@ def test_a_sweep_killed_before_or_within_any_change_to_its_files_has_the_same_en
     assert len(moments) > 100
     with ThreadPoolExecutor(3) as pool:
         for moment, found in zip(moments, pool.map(end, moments), strict=True):
-            assert found == expected, moment
+            if runtime == "serial":
+                assert found == expected, moment
+            else:
+                *same, losses = in_batch(expected)
+                assert in_batch(found) == (*same, pytest.approx(losses, rel=1e-5)), moment
 
 
 def test_a_run_that_lost_power_has_the_same_end_and_the_rounds_of_its_last_checkpoint(forks, folder):
@@ -548,7 +560,7 @@ def test_a_folder_without_a_run_is_refused(forks, folder, name):
 # One at a time
 
 
-def until(true, seconds=30):
+def until(true, seconds=120):
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end

@@ -3,6 +3,7 @@
 `python tests/test_soak.py RUNTIME [ROUNDS]` prints what serial, threads, vectorized, ray or flower holds.
 """
 
+import logging
 import os
 import sys
 import tempfile
@@ -96,6 +97,7 @@ def soak(runtime, rounds, folder):
     import lab
 
     with pytest.MonkeyPatch.context() as patch:
+        logging.disable(logging.ERROR)  # pytest keeps each line
         here = lab.Lab(folder / "lab", patch, **FAULTS)
         try:
             config = load(lab.CONFIG | long)
@@ -103,6 +105,7 @@ def soak(runtime, rounds, folder):
             return watch, execute(run, [*hooks, watch])
         finally:
             here.close()
+            logging.disable(logging.NOTSET)
 
 
 def shown(watch, rounds):
@@ -115,7 +118,8 @@ def shown(watch, rounds):
 @pytest.mark.slow
 @pytest.mark.parametrize("runtime", [*RUNTIMES, "flower"])
 def test_thousands_of_rounds_hold_no_more_than_the_first(runtime, capsys):
-    """But for a record of each round, which may stay in memory: 5 kB."""
+    """But for a record of each round, which may stay in memory: 5 kB, or 10 kB with three nodes in the process."""
+    most = (10_000 if runtime == "flower" else 5000) * ROUNDS
     pytest.importorskip("sklearn" if runtime != "flower" else "flwr")
     pytest.importorskip("ray" if runtime == "ray" else "sklearn")
     with tempfile.TemporaryDirectory(dir=IN_MEMORY) as name:
@@ -123,8 +127,8 @@ def test_thousands_of_rounds_hold_no_more_than_the_first(runtime, capsys):
     first, last = watch.around(200), watch.around(ROUNDS)
     with capsys.disabled():
         print(f"\n{runtime}: {result.summary['test_accuracy']:.1%}\n{shown(watch, ROUNDS)}")
-    assert last["memory"] < first["memory"] + 5000 * ROUNDS
-    assert last["others"] < first["others"] + 5000 * ROUNDS
+    assert last["memory"] < first["memory"] + most
+    assert last["others"] < first["others"] + most
     for name in ("threads", "handles", "processes", "files"):
         assert last[name] < 1.1 * first[name] + 1, name
     assert last["bytes"] < 1.1 * first["bytes"]

@@ -29,7 +29,7 @@ from fedsim.errors import ConfigError
 from fedsim.experiment.build import build_data
 from fedsim.experiment.config import load, parse_overrides
 from fedsim.sweep.folder import Sweep
-from fedsim.sweep.grid import parse_grid, shown_value
+from fedsim.sweep.grid import MAX_NAME_LENGTH, Grid, parse_grid, shown_value
 
 COMMAND = [sys.executable, "-P", "-c", "from fedsim.cli import main; main()"]
 ROWS = "vectorized"
@@ -104,6 +104,15 @@ def test_a_grid_is_read_as_it_is_written(axes):
     assert [list(point.values()) for point in grid.points] == [list(each) for each in product(*swept.values())]
     assert len(set(grid.names)) == len(grid.names) == len(grid.points)
     assert not any("/" in name or name.startswith(".") for name in grid.names)
+
+
+def test_a_long_value_is_written_and_cut_once_and_not_for_each_point(monkeypatch):
+    """Each of 10,000 names made of all of it would take minutes."""
+    written = []
+    monkeypatch.setattr("fedsim.sweep.grid.shown_value", lambda value: written.append(value) or shown_value(value))
+    names = Grid({"seed": list(range(5000)), "text": ["a" * 200_000, "b"]}, {}).names
+    assert (len(names), len(written)) == (len({*names}), 5002) == (10_000, 5002)
+    assert max(map(len, names)) <= MAX_NAME_LENGTH
 
 
 def test_ranges_lists_and_quotes():

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import signal
 import stat
@@ -27,6 +28,8 @@ from fedsim.base.reading import open_regular
 from fedsim.errors import ConfigError, printable
 
 DRAFT = ".draft"  # the suffix of a file or folder that is being written
+DRAFT_FOLDER = re.compile(r"\..+\.[0-9a-f]{8}" + re.escape(DRAFT), re.DOTALL)
+DRAFT_SECONDS = 3600  # after which one of another process is of one that was killed
 LOOK_SECONDS = 0.05  # for which someone who looks whether a folder is locked may hold its lock
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
@@ -79,6 +82,7 @@ def create(folder: Path, contents: Mapping[str, bytes]) -> None:
     draft.mkdir(parents=True)
     made = draft
     try:
+        _remove_drafts(folder.parent, before=draft.stat().st_mtime - DRAFT_SECONDS)
         for name, content in contents.items():
             write(draft / name, content)
         made = draft.rename(folder)
@@ -86,6 +90,14 @@ def create(folder: Path, contents: Mapping[str, bytes]) -> None:
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)
         raise
+
+
+def _remove_drafts(parent: Path, before: float) -> None:
+    """Delete the drafts of folders that a kill left here, which are those that nobody has written to for long."""
+    with suppress(OSError):  # such as one that another process deletes now
+        for name in os.listdir(parent):  # perhaps of thousands of runs
+            if DRAFT_FOLDER.fullmatch(name) and (path := parent / name).lstat().st_mtime < before:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def remove(path: Path) -> None:
@@ -200,26 +212,22 @@ def read(folder: Path, file: File) -> bytes:
 
 
 def verify(
-    folder: Path,
-    file: File,
-    known: dict[str, str] | None = None,
-    progress: Callable[[int], None] = lambda count: None,
+    folder: Path, file: File, known: dict[str, str], progress: Callable[[int], None] = lambda count: None
 ) -> None:
-    """Raise the same errors as `read`, without loading the file into memory.
+    """Raise the same errors as `read`, without loading the file into memory, and where it has grown.
 
-    With `known`, the digests of files by name, each file is read once, and may not have grown. `progress` is
-    called with the number of bytes that were read.
+    `known` has the digests of files by name, so that each is read once. `progress` is called with the number of
+    bytes that were read.
     """
-    digests = {} if known is None else known
-    with _checked(folder, file, whole=known is not None) as stream:
-        if file.name not in digests:
-            digest, rest = hashlib.sha256(), file.bytes  # a log may have grown, and only its beginning counts
+    with _checked(folder, file, whole=True) as stream:
+        if file.name not in known:
+            digest, rest = hashlib.sha256(), file.bytes
             while block := stream.read(min(rest, 2**20)):
                 digest.update(block)
                 rest -= len(block)
                 progress(len(block))
-            digests[file.name] = digest.hexdigest()
-    _check_digest(file, digests[file.name])
+            known[file.name] = digest.hexdigest()
+    _check_digest(file, known[file.name])
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from fedsim.errors import ConfigError, one_line, printable
 
+MAX_KEY_BYTES = 2**20  # of a certificate, or of a key
 MAX_YAML_BYTES = 2**20
 MAX_YAML_VALUES = 100_000  # in one file, with its aliases expanded
 MAX_YAML_DEPTH = 50
@@ -61,6 +62,11 @@ def read_regular(path: str | Path, most: int, *, links: bool = False) -> bytes:
         if size > most:
             raise OSError(errno.EFBIG, f"is larger than {most} bytes", str(path))
         return file.read(size)  # a file that grows now is read as it was
+
+
+def read_key(path: str | Path) -> bytes:
+    """The content of a file with a certificate or a key; raises OSError, as `read_regular`."""
+    return read_regular(path, MAX_KEY_BYTES, links=True)
 
 
 def read_yaml(path: Path, *, links: bool = True) -> dict[str, Any]:
@@ -110,6 +116,14 @@ def first_fault(error: ValidationError) -> str:
     """The first thing that is wrong with what pydantic was given, and where."""
     first = error.errors()[0]
     return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+
+
+def in_words(error: Exception) -> str:
+    """What is wrong with something that was read, in a line."""
+    if isinstance(error, ValidationError):
+        return one_line(first_fault(error))
+    kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+    return kind + one_line(getattr(error, "strerror", None) or error)
 
 
 def _no_number(text: str) -> float:
@@ -175,11 +189,13 @@ class Loader(yaml.SafeLoader):
             raise _refused(f"{str(node.value)[:60]!r} is not a valid {_type(node)}", node) from None
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> str:
-        """Refuse a number that takes long to read, and a list or mapping where a single value should be."""
+        """Refuse a number that takes long to read, a zero byte, and a list or mapping for a single value."""
         if not isinstance(node, yaml.ScalarNode):
             raise _refused(f"a list or mapping cannot be a value of type {_type(node)}", node)
         if _type(node) in ("int", "float") and len(node.value) > MAX_NUMBER_LENGTH:
             raise _refused(f"a number has more than {MAX_NUMBER_LENGTH} characters", node)
+        if "\0" in node.value:  # no path, address or name may have one
+            raise _refused("a value contains a zero byte", node)
         node.value.encode()  # raises ValueError for a lone surrogate, which UTF-8 cannot encode
         return super().construct_scalar(node)
 

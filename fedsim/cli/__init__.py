@@ -12,7 +12,7 @@ def main() -> None:
     """The console script."""
     exit_on_interrupt()
     from fedsim.cli.commands import app  # which takes a moment, in which a signal may arrive
-    from fedsim.errors import ClientError, ConfigError, RoundError, out_of_memory, reason
+    from fedsim.errors import ClientError, ConfigError, RoundError, is_interrupt, out_of_memory, reason
 
     try:
         app()
@@ -21,6 +21,8 @@ def main() -> None:
     except (Interrupted, KeyboardInterrupt):
         _leave("interrupted", STATUS)
     except Exception as error:
+        if is_interrupt(error):
+            _leave("interrupted", STATUS)
         known = isinstance(error, ClientError | RoundError)
         if out_of_memory(error):
             _leave(f"{error if known else f'out of memory: {reason(error)}'}; {LESS_MEMORY}", 1)

@@ -1,15 +1,19 @@
 """All commands by name, in the order of `fedsim --help`; wrong usage is one line, as a wrong config is."""
 
 import inspect
+import platform
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
+from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any, NoReturn
 
 import click
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperArgument, TyperCommand, TyperGroup
 
+from fedsim.base.version import VERSION
 from fedsim.cli.federations import certificates, flower_app, node, nodes, serve
 from fedsim.cli.inspection import check, list_, partition
 from fedsim.cli.interrupts import Interrupted
@@ -35,6 +39,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "certificates": certificates,
 }
 READ_CONFIGS = (run, serve, node, flower_app, resume, sweep, partition, bench, profile, export)
+SHOWN_VERSIONS = ("torch", "flwr", "ray")
 NoCode = Annotated[
     bool, typer.Option("--no-code", help="refuse a config that names code which does not come with fedsim")
 ]
@@ -64,6 +69,18 @@ class Commands(TyperGroup):
 
             raise ConfigError(unknown(args[0], self.commands))
         return super().resolve_command(ctx, args)
+
+
+class Command(TyperCommand):
+    """A command whose arguments have their help: typer 0.20, at which flwr holds it, loses it with click 8.5."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        assert self.callback is not None
+        declared = inspect.signature(self.callback).parameters
+        for parameter in self.params:
+            if isinstance(parameter, TyperArgument) and parameter.name and not parameter.help:
+                parameter.help = declared[parameter.name].annotation.__metadata__[0].help
 
 
 def _words(error: click.UsageError) -> str:
@@ -106,6 +123,26 @@ app = typer.Typer(
 )
 
 
+def _show_version(asked: bool) -> None:
+    """Print one line: the version of fedsim, of Python, and of the packages on which most depends."""
+    if asked:
+        found = [f"Python {platform.python_version()}"]
+        for package in SHOWN_VERSIONS:
+            with suppress(PackageNotFoundError):  # an extra that is not installed
+                found.append(f"{package} {version(package)}")
+        print(f"fedsim {VERSION} ({', '.join(found)})")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show versions and exit.")
+    ] = False,
+) -> None:
+    """Options of `fedsim` itself."""
+
+
 def _interruptible(function: Callable[..., None]) -> Callable[..., None]:
     """The same command, which an interrupt ends with `Interrupted`: typer's own status has no message."""
 
@@ -137,4 +174,6 @@ def _with_no_code(function: Callable[..., None]) -> Callable[..., None]:
 
 
 for name, function in COMMANDS.items():
-    app.command(name)(_interruptible(_with_no_code(function) if function in READ_CONFIGS else function))
+    app.command(name, cls=Command)(
+        _interruptible(_with_no_code(function) if function in READ_CONFIGS else function)
+    )

@@ -42,6 +42,10 @@ def node(
     ca: Annotated[Path | None, typer.Option(help="the certificate of the SuperLink's authority")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="plain HTTP, without a certificate")] = False,
     key: Annotated[Path | None, typer.Option(help="the node's private key, if the SuperLink asks for one")] = None,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="only load the data, and show what the node would offer; needs no server"),
+    ] = False,
     runs: Annotated[bool, typer.Option("--runs", help="only list the runs that the node keeps")] = False,
     forget: Annotated[
         str | None,
@@ -50,11 +54,23 @@ def node(
     as_json: AsJson = False,
 ) -> None:
     """Take part in a federation as a client, with the data of this machine, until interrupted."""
-    from fedsim.flower.options import forgotten, kept, work
+    from fedsim.flower.options import checked_node, forgotten, kept, work
 
-    if as_json and not runs:
-        raise ConfigError("--json: goes with --runs")
+    if as_json and not (runs or check):
+        raise ConfigError("--json: goes with --runs or --check")
+    if check and (runs or forget is not None):
+        raise ConfigError("--check: goes without --runs and --forget")
     raise_on_interrupt()
+    given = {"superlink": superlink, "ca": ca, "insecure": insecure or None, "key": key}
+    if check:
+        offer = checked_node(settings, **given)
+        if as_json:
+            print_json(offer._asdict())
+        else:
+            from fedsim.flower.offer import offer_table
+
+            console.print(offer_table(offer))
+        return
     if forget is not None:
         console.out(forgotten(settings, forget), highlight=False)
     if runs:
@@ -67,7 +83,7 @@ def node(
             console.print(kept_table(found, max_disk))
     if runs or forget is not None:
         return
-    work(settings, superlink=superlink, ca=ca, insecure=insecure or None, key=key)
+    work(settings, **given)
 
 
 def nodes(

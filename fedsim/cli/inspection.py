@@ -77,7 +77,7 @@ def check(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a run, or of a sweep")],
     as_json: AsJson = False,
 ) -> None:
-    """Say what a run's folder holds, whether that is whole, and where the run can be resumed; changes nothing."""
+    """Say what a run's folder holds, whether that is whole, and what to do next; changes nothing."""
     from dataclasses import asdict
 
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
@@ -94,9 +94,10 @@ def check(
         look = check_sweep if is_sweep(folder) else check_run
         found = look(folder, lambda done, total: progress.update(bar, completed=done, total=total))
     if as_json:
-        print_json(asdict(found) | {"whole": not found.faults, "verdict": found.verdict})
+        about = {"whole": not (found.faults or found.spares), "usable": not found.faults}
+        print_json(asdict(found) | about | {"verdict": found.verdict, "next": found.next})
     else:
         console.print(parts_table(found))
-        console.out(printable(found.verdict), highlight=False)
+        console.out(f"{printable(found.verdict)}\nnext: {printable(found.next)}", highlight=False)
     if found.faults:
         raise typer.Exit(1)

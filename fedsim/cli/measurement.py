@@ -31,12 +31,13 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Time a config's client steps against plain PyTorch loops and other simulators, in turn, and print ratios."""
-    from fedsim.bench import bench as measure
-    from fedsim.bench.figures import document
     from fedsim.experiment.config import load, parse_overrides
 
     loaded = load(config, parse_overrides(settings or []))
     raise_on_interrupt()
+    from fedsim.bench import bench as measure  # which takes seconds, and a wrong config none
+    from fedsim.bench.figures import document
+
     found = measure(
         loaded,
         repeats,

@@ -255,7 +255,8 @@ def _class_names(array: Array | None, classes: int | list[str] | None) -> tuple[
     if isinstance(classes, int) and classes != len(names):
         raise ConfigError(f"class_names has {len(names)} names, and data.classes is {classes}")
     if given and (difference := difference_of_classes(given, names, "in data.classes", "in the file")):
-        raise ConfigError(difference)
+        way = "leave data.classes out, or write the file's labels and class_names in that order"
+        raise ConfigError(f"{difference}; {way}")
     return names
 
 

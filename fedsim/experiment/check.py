@@ -1,7 +1,11 @@
 """What a run's folder holds, and whether that is whole: `fedsim check`.
 
 It only reads. The folder may come from elsewhere: nothing is opened through a link, and what the config names as
-`package.module:attribute` is not imported. Every file is hashed once, however many checkpoints refer to it.
+`package.module:attribute` is not imported.
+
+Of two files that disagree, the one whose own SHA-256 holds is right: a checkpoint decides on config.yaml,
+partition.json, rounds.jsonl and the files that it names, and rounds.jsonl on summary.json. What cannot be
+compared, because the other file is damaged, is not checked: each damage is one fault.
 """
 
 import hashlib
@@ -9,48 +13,41 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 
 from fedsim.base.files import DRAFT, check_folder, is_locked
 from fedsim.base.own_code import unread
-from fedsim.base.reading import MAX_YAML_BYTES, parse, parse_json
+from fedsim.base.reading import MAX_YAML_BYTES, in_words, parse, parse_json
 from fedsim.errors import ConfigError, one_line
 from fedsim.experiment import model_file
+from fedsim.experiment.check_checkpoints import FoundCheckpoints, Models, Progress, files_of
 from fedsim.experiment.check_files import (
     FAULTS,
-    MAX_ENTRIES,
-    SHA256,
     NotCheckedError,
+    UnusableError,
     check_nodes,
     check_png,
-    check_record,
     content_of,
     count_events,
     entries,
-    in_words,
 )
-from fedsim.experiment.checked import CheckedRun, Part, RunState
-from fedsim.experiment.checkpoint import MAX_BYTES as MAX_CHECKPOINT_BYTES
-from fedsim.experiment.checkpoint import NAME, Checkpoint, Named, changes, read_checkpoint
+from fedsim.experiment.checked import EVENTS, PICTURE, CheckedRun, Numbers, Part, PartState, RunState
+from fedsim.experiment.checkpoint import Checkpoint, changes
 from fedsim.experiment.config import Config, load
 from fedsim.experiment.figures import repeated
-from fedsim.experiment.folder import CHECKPOINTS, Line
+from fedsim.experiment.folder import CHECKPOINTS, CONFIG, EMA, MODEL, PARTITION, SUMMARY
+from fedsim.experiment.round_log import NAME as LOG
+from fedsim.experiment.round_log import SHA256, read_rounds
+from fedsim.experiment.run import Record
 from fedsim.federated.simulation import fingerprint_of
-from fedsim.report.runs import MAX_BYTES, parse_record
+from fedsim.report.runs import MAX_BYTES
 from fedsim.types import Count
 
-MAX_CHECKPOINTS = 1000  # that are read, the newest ones
-MAX_JSON_BYTES = 2**28  # of their files N.json
-MODEL, EMA, LOG, SUMMARY = "model.safetensors", "ema.safetensors", "rounds.jsonl", "summary.json"
 ON_NODES = ("flower", "ray")  # runtimes that need a package which may not be installed here
-
-Progress = Callable[[int, int], None]  # bytes that are hashed, and how many will be
 
 
 class Partition(BaseModel):
@@ -68,69 +65,108 @@ class Partition(BaseModel):
     labels_by_client: list[list[int]] | None = None
 
 
-class Saved(NamedTuple):
-    """The fingerprints of the models in a checkpoint."""
+class Seen(NamedTuple):
+    """What a whole part holds, in words, and the numbers among them."""
 
-    model: str
-    ema: str | None
+    about: str = ""
+    numbers: Numbers | None = None
+
+
+class Log(NamedTuple):
+    """What rounds.jsonl holds."""
+
+    records: list[Record]  # of the lines before the first that is wrong
+    fault: Exception | None  # what is wrong, or why it was not read
+    tail: int  # bytes of a last line that is not whole
 
 
 def check_run(folder: Path, progress: Progress = lambda done, total: None) -> CheckedRun:
     """Look at a run's folder; raises ConfigError where there is none."""
-    if not (folder.is_dir() and os.path.lexists(folder / "config.yaml")):
-        raise ConfigError(f"{folder}: is no folder of a run; it has no config.yaml")
+    if not (folder.is_dir() and os.path.lexists(folder / CONFIG)):
+        raise ConfigError(f"{folder}: is no folder of a run; it has no {CONFIG}")
     with unread():
         return _Check(folder, progress).checked()
 
 
 class _Check:
-    """One look at a folder. What several parts need is read once; what cannot be read raises in each of them."""
+    """One look at a folder, at one part after the other. Later ones are compared with earlier ones."""
 
     def __init__(self, folder: Path, progress: Progress):
-        self.folder, self.progress = folder, progress
-        self.running = is_locked(folder)
+        self.folder, self.running = folder, is_locked(folder)
+        self.finished = not self.running and self.has(SUMMARY)
+        self.saved = FoundCheckpoints(folder, self.finished, self.running, progress)
+        self.newest = self.saved.newest
+        self.parts = dict[str, Part]()
         self.resumable = list[int]()
-        self.done = 0  # bytes of the checkpoints' files
 
     def checked(self) -> CheckedRun:
         """All parts, in the order in which a run writes them."""
-        parts = [
-            _part("config.yaml", self.check_config),
-            _part("partition.json", self.check_partition),
-            _part(LOG, self.check_log),
-            *self.checkpoint_parts(),
-        ]
+        self.look(CONFIG, self.check_config)
+        self.look(PARTITION, self.check_partition)
+        self.look(LOG, self.check_log)
+        self.look_at_checkpoints()
         if self.ended or self.has(MODEL):
-            parts.append(_part(MODEL, self.check_model))
+            self.look(MODEL, self.check_model)
         if self.ended:
-            parts += self.end_parts()
-        if self.state == "finished":
-            parts.append(_part(SUMMARY, self.check_summary))
-        elif self.state == "interrupted" and self.over:
-            parts.append(Part(SUMMARY, "missing", "all rounds are done; a resume writes it"))
+            self.look_at_end()
         drafts = sorted(name for name in entries(self.folder) if name.endswith(DRAFT))
         if drafts and not self.running:
-            parts.append(Part(drafts[0], "left over", "of a process that was killed"))
-        planned = self.known_config.rounds if self.known_config else None
-        resumable = self.resumable if self.known_config else []
-        return CheckedRun(self.folder, self.state, parts, len(self.known_records), planned, resumable)
+            self.add(drafts[0], "left over", "of a process that was killed")
+        planned = self.settings.rounds if self.settings else None
+        resumable = [] if self.parts[CONFIG].damaged else self.resumable
+        return CheckedRun(
+            self.folder, self.state, [*self.parts.values()], self.rounds, planned, self.over, resumable
+        )
 
     def has(self, name: str) -> bool:
         """Whether something of that name is there."""
         return os.path.lexists(self.folder / name)
 
+    def add(
+        self, name: str, state: PartState, about: str = "", numbers: Numbers | None = None, spare: bool = False
+    ) -> None:
+        """Add what was found."""
+        self.parts[name] = Part(name, state, about, numbers or {}, spare)
+
+    def look(self, name: str, check: Callable[[], Seen], spare: bool = False) -> None:
+        """Add what `check` says of a part, or what it raises."""
+        try:
+            self.add(name, "whole", *check())
+        except (*FAULTS, NotCheckedError, UnusableError) as error:
+            self.add_fault(name, error, spare)
+
+    def add_fault(self, name: str, error: Exception, spare: bool = False) -> None:
+        """Add a part that is not whole, or of which this is not known."""
+        if isinstance(error, NotCheckedError | UnusableError):
+            self.add(name, "not checked" if isinstance(error, NotCheckedError) else "unusable", str(error))
+        elif isinstance(error, FileNotFoundError):
+            self.add(name, "missing", spare=spare)
+        else:
+            self.add(name, "broken", in_words(error), spare=spare)
+
+    def need(self, name: str) -> None:
+        """Raise NotCheckedError unless another part is whole."""
+        if (state := self.parts[name].state) != "whole":
+            raise NotCheckedError(f"{name} is {state}")
+
+    def need_newest(self) -> Checkpoint | None:
+        """The newest checkpoint, None where there is none; raises NotCheckedError where it is damaged."""
+        if self.newest is None and self.saved.numbered:
+            raise NotCheckedError(f"{CHECKPOINTS}/{self.saved.numbered[0]} is damaged")
+        return None if self.running else self.newest  # a run may write a newer one now
+
+    # How the run ended
+
     @cached_property
     def state(self) -> RunState:
         """How the run ended; a model of another round than the last is of an earlier stop."""
-        if self.running:
-            return "running"
-        if self.has(SUMMARY):
-            return "finished"
-        last = self.newest
-        if not self.has(MODEL) or last is None or len(self.known_log) != last.log.bytes:
+        if self.running or self.finished:
+            return "running" if self.running else "finished"
+        known = self.newest.log.bytes if self.newest else self.log_bytes
+        if not self.has(MODEL) or not self.saved.numbered or self.log_bytes > known:
             return "killed"
         with suppress(*FAULTS, NotCheckedError):
-            return "interrupted" if self.model == self.fingerprints.get(last.round) else "killed"
+            return "interrupted" if self.model == self.last_model[1] else "killed"
         return "interrupted"
 
     @property
@@ -139,264 +175,203 @@ class _Check:
         return self.state in ("finished", "interrupted")
 
     @property
+    def rounds(self) -> int:
+        """How many are done."""
+        records, fault, _ = self.log
+        return self.newest.logged if fault and self.newest else len(records)
+
+    @property
     def over(self) -> bool:
         """Whether there are no rounds left."""
-        config, last = self.known_config, self.newest
-        stopped = last is not None and last.stopped is not None
-        return stopped or (config is not None and len(self.known_records) >= config.rounds)
+        stopped = self.newest is not None and self.newest.stopped is not None
+        return stopped or (self.settings is not None and self.rounds >= self.settings.rounds)
 
     # The config and the data
 
     @cached_property
     def values(self) -> Any:
         """What stands in config.yaml."""
-        values = parse(content_of(self.folder / "config.yaml", MAX_YAML_BYTES).decode(), "config.yaml")
+        values = parse(content_of(self.folder / CONFIG, MAX_YAML_BYTES).decode(), CONFIG)
         if json.loads(json.dumps(values)) != values:
             raise ValueError("has keys or values that are none of a config")
         return values
 
-    @cached_property
-    def config(self) -> Config:
-        """The config, with what it names as package.module:attribute left as it is."""
-        if not isinstance(self.values, dict):
-            raise ValueError("is not a mapping")
-        runtime = self.values.get("runtime")
-        elsewhere = isinstance(runtime, dict) and runtime.get("name") in ON_NODES
-        return load(self.values | ({"runtime": "serial"} if elsewhere else {}))
+    def check_config(self) -> Seen:
+        """Against the schema, and against what the last checkpoint says."""
+        config, about = _loaded(self.values), list[str]()
+        if newest := self.need_newest():
+            result, free = changes(newest.config, self.values)
+            if not (result or free) and self.values != newest.config:
+                result = ["a mapping is empty"]
+            if result:
+                raise ValueError(f"is not the run's: {result[0]}")
+            about += [f"changed since the last checkpoint: {change}" for change in free[:1]]  # as by a resume
+        if own := [*dict.fromkeys(_own_names(config.model_dump(mode="json")))]:
+            about.append(f"names {', '.join(own)}, which was not imported")
+        return Seen("; ".join(about))
 
     @cached_property
-    def known_config(self) -> Config | None:
-        """The config, if it can be read."""
+    def settings(self) -> Config | None:
+        """The run's config, if it is known: where config.yaml is damaged, it is in the newest checkpoint."""
         with suppress(*FAULTS, NotCheckedError):
-            return self.config
+            return _loaded(self.newest.config if self.newest and self.parts[CONFIG].damaged else self.values)
         return None
 
-    def check_config(self) -> str:
-        """Against the schema, and against what the last checkpoint says."""
-        config, last = self.config, self.newest
-        if last and not self.running and self.values != last.config:  # a resume changes the config first
-            result, free = changes(last.config, self.values)
-            if wrong := result + (free or ["a mapping is empty"] if self.ended else []):
-                raise ValueError(f"is not the run's: {wrong[0]}")
-        own = [*dict.fromkeys(_own_names(config.model_dump(mode="json")))]
-        return f"names {', '.join(own)}, which was not imported" if own else ""
+    @property
+    def clients(self) -> int | None:
+        """How many there are, by the config."""
+        return self.settings.data["clients"] if self.settings else None
 
-    def check_partition(self) -> str:
+    def check_partition(self) -> Seen:
         """Its sums, and its hash in the last checkpoint."""
-        content = content_of(self.folder / "partition.json", MAX_BYTES)
+        content = content_of(self.folder / PARTITION, MAX_BYTES)
         found = Partition.model_validate(parse_json(content))
         labels, table = found.labels, found.labels_by_client
         sums = [] if table is None else [sum(column) for column in zip(*table, strict=True)]
+        newest = self.need_newest()
+        known = newest.partition if newest else None
         faults = {
+            "has changed since it was written": known not in (None, hashlib.sha256(content).hexdigest()),
             f"has {found.clients} clients": self.clients not in (None, found.clients),
             "hash is no SHA-256": not SHA256.fullmatch(found.hash),
             "labels are not as many as classes": labels and len(labels) != found.classes,
             "labels are not as many as examples": labels and sum(labels) + found.public != found.examples,
             "labels_by_client has other sums": table is not None and sums != labels,
-            "has changed since it was written": self.newest
-            and not self.running
-            and self.newest.partition not in (None, hashlib.sha256(content).hexdigest()),
         }
         for fault, holds in faults.items():
             if holds:
                 raise ValueError(fault)
-        examples = "" if found.examples is None else f", {found.examples:,} examples"
-        return f"{found.clients:,} clients{examples}"
-
-    @property
-    def clients(self) -> int | None:
-        """How many there are, by the config."""
-        return self.known_config.data["clients"] if self.known_config else None
+        numbers = {"clients": found.clients}
+        if found.examples is None:
+            return Seen(f"{found.clients:,} clients", numbers)
+        return Seen(
+            f"{found.clients:,} clients, {found.examples:,} examples", numbers | {"examples": found.examples}
+        )
 
     # The rounds
 
     @cached_property
-    def log(self) -> bytes:
+    def log(self) -> Log:
         """What rounds.jsonl holds."""
-        return content_of(self.folder / LOG, MAX_BYTES)
-
-    @cached_property
-    def known_log(self) -> bytes:
-        """The same, and nothing where it cannot be read."""
-        with suppress(*FAULTS, NotCheckedError):
-            return self.log
-        return b""
-
-    @cached_property
-    def rounds(self) -> tuple[list[dict[str, Any]], str | None]:
-        """The whole lines of rounds.jsonl up to the first that is wrong, and what is wrong there."""
-        found, clock = list[dict[str, Any]](), 0.0
-        for number, line in enumerate(self.known_log.split(b"\n")[:-1], 1):
-            try:
-                record = Line.model_validate(parse_record(line)).model_dump()
-                check_record(record, number, self.clients, clock)
-            except FAULTS as error:
-                return found, f"line {number}: {in_words(error)}"
-            clock = record["clock"]
-            found.append(record)
-        return found, None
-
-    @property
-    def known_records(self) -> list[dict[str, Any]]:
-        """The lines of rounds.jsonl before one that is wrong."""
-        return self.rounds[0]
-
-    def check_log(self) -> str:
-        """Every line, and that the last checkpoint knows all of them where the run has ended."""
-        tail, (records, wrong) = self.log.rpartition(b"\n")[2], self.rounds
-        if wrong:
-            raise ValueError(wrong)
-        if self.ended and tail:
-            raise ValueError(f"its last line is cut after {len(tail)} bytes")
-        if self.state == "finished" and self.newest and len(self.log) != self.newest.log.bytes:
-            raise ValueError(f"has {len(self.log)} bytes; the last checkpoint knows {self.newest.log.bytes}")
-        return f"{len(records)} rounds{', and a part of a line' if tail else ''}"
-
-    # The checkpoints
-
-    @cached_property
-    def names(self) -> list[str]:
-        """What lies in checkpoints/."""
-        path = self.folder / CHECKPOINTS
-        check_folder(path)
-        names = entries(path)
-        if len(names) > MAX_ENTRIES:
-            raise NotCheckedError(f"has more than {MAX_ENTRIES:,} files")
-        return names
-
-    @cached_property
-    def numbered(self) -> list[str]:
-        """The names N.json, the newest first."""
-        with suppress(*FAULTS, NotCheckedError):
-            return sorted(filter(NAME.fullmatch, self.names), key=lambda name: -int(name.partition(".")[0]))
-        return []
-
-    @cached_property
-    def read(self) -> dict[str, Checkpoint | Exception]:
-        """By these names the checkpoint, or why there is none; not the older ones of very many."""
-        found, room = dict[str, Checkpoint | Exception](), MAX_JSON_BYTES
-        for name in self.numbered[:MAX_CHECKPOINTS]:
-            path = self.folder / CHECKPOINTS / name
-            try:
-                room -= min(os.lstat(path).st_size, MAX_CHECKPOINT_BYTES)
-                if room < 0:
-                    break
-                found[name] = read_checkpoint(path)
-            except FAULTS as error:
-                found[name] = error
-        return found
-
-    @cached_property
-    def whole(self) -> list[Checkpoint]:
-        """Those that are whole, whatever their files hold, the newest first."""
-        return [each for each in self.read.values() if isinstance(each, Checkpoint)]
-
-    @cached_property
-    def newest(self) -> Checkpoint | None:
-        """The newest of them."""
-        return self.whole[0] if self.whole else None
-
-    @cached_property
-    def named(self) -> Named:
-        """The files that they name."""
-        folder = self.folder / CHECKPOINTS
-        return Named(folder, self.folder / LOG, [folder / name for name in self.read])
-
-    @cached_property
-    def total(self) -> int:
-        """The bytes of all of these."""
-        return sum(
-            {file.name: file.bytes for each in self.whole for file in (each.server, *each.clients)}.values()
-        )
-
-    def hashed(self, count: int) -> None:
-        """Say how far it is."""
-        self.done += count
-        self.progress(self.done, self.total)
-
-    @cached_property
-    def saved(self) -> dict[str, Saved | Exception]:
-        """The fingerprints of the models in the servers' files, by the files' names."""
-        found = dict[str, Saved | Exception]()
-        for each in self.whole:
-            try:
-                found[each.server.name] = self.saved_models(each)
-            except (*FAULTS, NotCheckedError) as error:
-                found[each.server.name] = error
-        return found
-
-    def saved_models(self, checkpoint: Checkpoint) -> Saved:
-        """The fingerprints in one server's file."""
-        content = content_of(self.folder / CHECKPOINTS / checkpoint.server.name)
+        records, tail = list[Record](), 0
+        fault: Exception | None = None
         try:
-            server = load_tensors(content)
-            ema = {name: server[f"ema.{name}"] for name in ("model", "buffers")} if "ema.model" in server else None
-            return Saved(fingerprint_of(server), None if ema is None else fingerprint_of(ema))
-        except (KeyError, TypeError, SafetensorError) as error:
-            raise ValueError(f"{checkpoint.server.name}: is no server's state: {one_line(error)}") from None
+            content = content_of(self.folder / LOG, MAX_BYTES)
+            tail = len(content) - content.rfind(b"\n") - 1
+            for record in read_rounds(content, self.clients):
+                records.append(record)
+        except (*FAULTS, NotCheckedError) as error:
+            fault = error
+        if wrong := self.saved.log_fault:
+            records = records[: self.saved.log_lines]
+            fault = fault if isinstance(fault, FAULTS) else ValueError(wrong)
+        return Log(records, fault, tail)
+
+    @cached_property
+    def log_bytes(self) -> int:
+        """The length of rounds.jsonl."""
+        with suppress(OSError):
+            return os.lstat(self.folder / LOG).st_size
+        return 0
+
+    def check_log(self) -> Seen:
+        """Every line, its hash in each checkpoint, and that the last one knows all of a finished run."""
+        records, fault, tail = self.log
+        if isinstance(fault, NotCheckedError):
+            raise NotCheckedError(f"{fault}; its lines were not read, and checkpoints agree with it")
+        if fault:
+            raise fault
+        if self.ended and tail:
+            raise ValueError(f"its last line is cut after {tail} bytes")
+        newest = self.need_newest()
+        if self.finished and newest and self.log_bytes > newest.log.bytes:
+            raise ValueError(f"has {len(records)} rounds; the last checkpoint knows {newest.logged}")
+        more = {"bytes_of_a_part": tail} if tail else {}
+        return Seen(
+            f"{len(records)} rounds{', and a part of a line' if tail else ''}", {"rounds": len(records), **more}
+        )
 
     @cached_property
     def fingerprints(self) -> dict[int, str]:
-        """That of the model after each round, by rounds.jsonl, by checkpoints where it has none."""
-        found = dict[int, str]()
-        for each in self.whole:
-            if isinstance(saved := self.saved[each.server.name], Saved):
-                found[each.round] = saved.model
-        return found | {record["round"]: record["fingerprint"] for record in self.known_records}
+        """That of the model after each round, by checkpoints and by the right lines of rounds.jsonl."""
+        models = {each.round: self.saved.models[each.server] for each in self.saved.whole}
+        known = {number: found.model for number, found in models.items() if isinstance(found, Models)}
+        return known | {record["round"]: record["fingerprint"] for record in self.log.records}
 
-    def checkpoint_parts(self) -> Iterator[Part]:
-        """A part for each, then one for what belongs to none."""
-        try:
-            names = self.names
-        except NotCheckedError as why:
-            yield Part(CHECKPOINTS, "not checked", str(why))
-            return
-        except FAULTS as error:
-            if self.state == "finished" or not isinstance(error, FileNotFoundError):
-                yield _fault(CHECKPOINTS, error)
-            return
-        for name in self.read:
-            part = _part(f"{CHECKPOINTS}/{name}", lambda name=name: self.check_checkpoint(name))  # type: ignore[misc]
-            if self.running and not self.has(f"{CHECKPOINTS}/{name}"):
-                continue  # the run has deleted it meanwhile
-            yield part
-        if self.state == "finished" and not self.read:
-            yield Part(CHECKPOINTS, "missing", "the run cannot be made longer")
-        if older := self.numbered[len(self.read) :]:
-            yield Part(f"{CHECKPOINTS}/{older[0]}", "not checked", f"nor are {len(older) - 1:,} older ones")
-            return
-        needed = {file.name for each in self.whole for file in (each.server, *each.clients)}
-        if not self.running and (others := sorted({*names} - needed - self.read.keys())):
-            # A run that reaches its end leaves none; where a checkpoint cannot be read, they may be its files.
-            state: Any = (
-                "broken" if self.state == "finished" and len(self.whole) == len(self.read) else "left over"
-            )
-            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-            yield Part(f"{CHECKPOINTS}/{others[0]}{more}", state, "belongs to no checkpoint")
+    @property
+    def last_model(self) -> tuple[int, str]:
+        """The round in which the run ended, and the fingerprint after it; raises NotCheckedError."""
+        number = self.newest.round if self.newest else len(self.log.records)
+        if (self.newest is None and self.log.fault) or number not in self.fingerprints:
+            raise NotCheckedError(f"{LOG} is damaged")
+        return number, self.fingerprints[number]
 
-    def check_checkpoint(self, name: str) -> str:
+    # The checkpoints
+
+    def look_at_checkpoints(self) -> None:
+        """A part for each N.json, one for each damaged file that they name, and one for the rest."""
+        saved = self.saved
+        if saved.fault:
+            if self.finished or not isinstance(saved.fault, FileNotFoundError):
+                self.add_fault(CHECKPOINTS, saved.fault)
+            return
+        for name, found in saved.read.items():
+            spare = bool(self.resumable)  # from a newer one
+            self.look(f"{CHECKPOINTS}/{name}", partial(self.check_checkpoint, found), spare)
+        needed = files_of(saved.whole)
+        spare = self.newest is not None and self.newest.round in self.resumable
+        for file in filter(saved.damaged.get, needed):
+            state: PartState = "broken" if self.has(f"{CHECKPOINTS}/{file.name}") else "missing"
+            self.add(f"{CHECKPOINTS}/{file.name}", state, saved.damaged[file], spare=spare)
+        if self.finished and not saved.numbered:
+            self.add(CHECKPOINTS, "missing", "the run cannot be made longer")
+        if older := saved.numbered[len(saved.read) :]:
+            about, numbers = f"nor are {len(older) - 1:,} older ones", {"checkpoints": len(older)}
+            self.add(f"{CHECKPOINTS}/{older[0]}", "not checked", about, numbers)
+        elif not self.running:
+            self.add_rest(sorted({*saved.names} - {file.name for file in needed} - {*saved.numbered}))
+
+    def add_rest(self, names: list[str]) -> None:
+        """What belongs to no checkpoint, or to one that is damaged."""
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            whole = len(self.saved.whole) == len(self.saved.read)
+            about = "belongs to no checkpoint" if whole else "belongs to no whole checkpoint"
+            self.add(f"{CHECKPOINTS}/{names[0]}{more}", "left over", about, {"files": len(names)})
+
+    def check_checkpoint(self, found: Checkpoint | Exception) -> Seen:
         """Its files, and what they say beside each other; the run can be resumed where nothing is wrong."""
-        found = self.read[name]
         if isinstance(found, Exception):
             raise found
-        self.named.check(found, [found.server, *found.clients], self.hashed)
-        saved, about = self.saved[found.server.name], f"after round {found.round}"
-        if isinstance(saved, NotCheckedError):
-            about += f"; its model was not compared: {found.server.name} {saved}"
-        elif isinstance(saved, Exception):
-            raise saved
-        elif saved.model != (
-            found.last.model_dump()["fingerprint"] if found.last else self.fingerprints[found.round]
-        ):
+        log, damaged = self.parts[LOG], self.saved.damaged
+        if found in self.saved.log_differs and found.logged <= self.saved.log_lines:
+            raise ValueError(f"is of other rounds than {LOG}")
+        if log.damaged and (found in self.saved.log_differs or found.logged > len(self.log.records)):
+            raise UnusableError(f"{LOG} is {log.state}")
+        if needed := [file.name for file in files_of([found]) if file in damaged]:
+            raise UnusableError(f"{needed[0]} is damaged")
+        about, numbers = f"after round {found.round}", {"round": found.round}
+        models = self.saved.models[found.server]
+        model = found.last.model_dump()["fingerprint"] if found.last else self.fingerprints.get(found.round)
+        if isinstance(models, ValueError):
+            raise models
+        if isinstance(models, Exception):
+            about += f"; its model was not compared: {found.server.name} {models}"
+        elif models.model != model:
             raise ValueError(f"{found.server.name} holds another model than that of round {found.round}")
         nodes = check_nodes(found.runtime, self.clients)
-        if self.known_config and (other := changes(found.config, self.values)[0]):
-            return f"{about}, with other settings: {other[0]}"
-        if nodes and found.clients and self.state == "finished" and found is not self.newest:
-            return f"{about}; at the end of a run its nodes delete their states of it"
+        if not self.parts[CONFIG].damaged and (other := changes(found.config, self.values)[0]):
+            return Seen(f"{about}, with other settings: {other[0]}", numbers)
+        if nodes and found.clients and self.finished and found is not self.newest:
+            return Seen(f"{about}; at the end of a run its nodes delete their states of it", numbers)
         self.resumable.append(found.round)
-        states = f"; {len(found.clients)} files of clients' states" if found.clients else ""
-        return f"{about}{states}{nodes}"
+        if found.clients:
+            about += f"; {len(found.clients)} files of clients' states"
+            numbers["client_files"] = len(found.clients)
+        if nodes:
+            about += f"; what {nodes} nodes keep of it lies there, not checked"
+            numbers["nodes"] = nodes
+        return Seen(about, numbers)
 
     # What is written at the end
 
@@ -414,87 +389,90 @@ class _Check:
             raise NotCheckedError("it does not say where its tensors lie; an older version wrote it")
         return fingerprint_of(vectors)
 
-    def check_model(self) -> str:
-        """Its fingerprint against those of the rounds."""
-        last = self.newest.round if self.newest else len(self.known_records)
-        if self.model == self.fingerprints.get(last):
-            return f"after round {last}"
+    def check_model(self) -> Seen:
+        """Its own hash, and its fingerprint against those of the rounds."""
+        found, (number, last) = self.model, self.last_model
+        if found == last:
+            return _after(number)
         if self.ended:
-            raise ValueError(f"is not the model after round {last}")
-        earlier = [number for number, each in self.fingerprints.items() if each == self.model]
-        return f"after round {max(earlier)}, from an earlier stop" if earlier else "from an earlier stop"
+            raise ValueError(f"is not the model after round {number}")
+        earlier = [number for number, each in self.fingerprints.items() if each == found]
+        about, numbers = _after(max(earlier)) if earlier else Seen()
+        return Seen(f"{about}, from an earlier stop".lstrip(", "), numbers)
 
-    def check_ema(self) -> str:
-        """Its fingerprint against that in the last checkpoint."""
-        found, last = self.fingerprint_in(EMA), self.newest
-        saved = self.saved[last.server.name] if last else None
-        if last is None or not isinstance(saved, Saved):
-            raise NotCheckedError("there is no checkpoint to compare it with")
-        if found != saved.ema:
-            raise ValueError(f"is not the mean after round {last.round}")
-        return f"after round {last.round}"
-
-    def end_parts(self) -> Iterator[Part]:
-        """What the config and its hooks ask for besides."""
-        config = self.known_config
-        if config is None:
-            return
-        if config.ema is not None:
-            yield _part(EMA, self.check_ema)
-        hooks = [hook["name"] for hook in config.hooks if isinstance(hook, dict)]
+    def look_at_end(self) -> None:
+        """What the config and its hooks ask for, and the summary."""
+        hooks = [hook["name"] for hook in self.settings.hooks if isinstance(hook, dict)] if self.settings else []
+        if self.settings and self.settings.ema is not None:
+            self.look(EMA, self.check_ema)
         if "curves" in hooks:
-            yield _part("curves.png", self.check_picture)
+            self.look(PICTURE, self.check_picture, spare=True)  # it repeats the rounds, as do the events
         if "tensorboard" in hooks:
-            yield _part("tensorboard/", self.check_events)
+            events = self.folder / EVENTS
+            refused = events.is_symlink() or (events.exists() and not events.is_dir())  # by a resume
+            self.look(EVENTS, self.check_events, spare=not refused)
+        if self.finished:
+            self.look(SUMMARY, self.check_summary)
+        elif self.over:
+            self.add(SUMMARY, "not written", "all rounds are done; a resume writes it")
 
-    def check_picture(self) -> str:
+    def check_ema(self) -> Seen:
+        """Its own hash, and its fingerprint against that in the last checkpoint."""
+        found, newest = self.fingerprint_in(EMA), self.need_newest()
+        models = self.saved.models[newest.server] if newest and newest.server not in self.saved.damaged else None
+        if newest is None or not isinstance(models, Models):
+            raise NotCheckedError("there is no checkpoint to compare it with")
+        if found != models.ema:
+            raise ValueError(f"is not the mean after round {newest.round}")
+        return _after(newest.round)
+
+    def check_picture(self) -> Seen:
         """The check sums of its chunks."""
-        check_png(content_of(self.folder / "curves.png", MAX_BYTES))
-        return ""
+        check_png(content_of(self.folder / PICTURE, MAX_BYTES))
+        return Seen()
 
-    def check_events(self) -> str:
+    def check_events(self) -> Seen:
         """The check sums of its events, of which there is one a round after the first."""
-        check_folder(folder := self.folder / "tensorboard")
+        self.need(LOG)
+        check_folder(folder := self.folder / EVENTS)
         names = [name for name in entries(folder) if name.startswith("events.")]
         if len(names) != 1:
             raise ValueError(f"has {len(names)} files of events")
-        count = count_events(content_of(folder / names[0], MAX_BYTES))
-        if self.state == "finished" and count != len(self.known_records) + 1:
-            raise ValueError(f"has the events of {count - 1} rounds")
-        return ""
+        count = count_events(content_of(folder / names[0], MAX_BYTES), most=self.rounds + 1) - 1
+        if self.finished and count != self.rounds:
+            raise ValueError(f"has the events of {count} rounds")
+        return Seen("", {"rounds": count})
 
-    def check_summary(self) -> str:
+    def check_summary(self) -> Seen:
         """What follows from the rounds, and that the rest is numbers."""
         found = parse_json(content_of(self.folder / SUMMARY, MAX_BYTES))
-        records, last = self.known_records, self.newest
         if not isinstance(found, Mapping):
             raise ValueError("is not a mapping")
-        ema = self.known_config is not None and self.known_config.ema is not None
-        known = repeated(records, ema=ema) | {"fingerprint": self.fingerprints.get(len(records))}
-        if last:
-            known["stopped"] = last.stopped
-        for key, value in known.items():
-            if key not in found or found[key] != value:
-                raise ValueError(f"{key} is {one_line(found.get(key))}, by {LOG} it is {one_line(value)}")
         measured = [found.get(key) for key in ("seconds", "peak_memory_bytes")]
         if not all(isinstance(each, int | float) and each is not True and each >= 0 for each in measured):
             raise ValueError("seconds and peak_memory_bytes should be numbers")
-        if not self.over and self.known_config:
-            raise ValueError(f"has {len(records)} rounds, and the config {self.known_config.rounds}")
-        return one_line(f"stopped: {found['stopped']}") if found["stopped"] else ""
+        self.need(LOG)
+        records, ema = self.log.records, self.settings is not None and self.settings.ema is not None
+        known = repeated(records, ema=ema) | {"fingerprint": self.fingerprints.get(len(records))}
+        if self.newest:
+            known["stopped"] = self.newest.stopped
+        for key, value in known.items():
+            if key not in found or found[key] != value:
+                raise ValueError(f"{key} is {one_line(found.get(key))}, by {LOG} it is {one_line(value)}")
+        return Seen(one_line(f"stopped: {found['stopped']}") if found["stopped"] else "", {"rounds": len(records)})
 
 
-def _part(name: str, look: Callable[[], str]) -> Part:
-    try:
-        return Part(name, "whole", look())
-    except NotCheckedError as why:
-        return Part(name, "not checked", str(why))
-    except FAULTS as error:
-        return _fault(name, error)
+def _after(number: int) -> Seen:
+    return Seen(f"after round {number}", {"round": number})
 
 
-def _fault(name: str, error: Exception) -> Part:
-    return Part(name, "missing") if isinstance(error, FileNotFoundError) else Part(name, "broken", in_words(error))
+def _loaded(values: Any) -> Config:
+    """The config, with what it names as package.module:attribute left as it is."""
+    if not isinstance(values, dict):
+        raise ValueError("is not a mapping")
+    runtime = values.get("runtime")
+    elsewhere = isinstance(runtime, dict) and runtime.get("name") in ON_NODES
+    return load(values | ({"runtime": "serial"} if elsewhere else {}))
 
 
 def _own_names(values: Any) -> Iterator[str]:

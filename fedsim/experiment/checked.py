@@ -1,6 +1,7 @@
-"""What was found in a folder: its parts, a verdict in a line, and a table."""
+"""What was found in a folder: its parts, a verdict in a line, what to do next, and a table."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -9,9 +10,15 @@ from rich.table import Table
 from rich.text import Text
 
 from fedsim.errors import printable
+from fedsim.experiment.folder import CHECKPOINTS, CONFIG, EMA, MODEL, PARTITION, SUMMARY
 from fedsim.report.runs import WIDTH
 
+Numbers = Mapping[str, int]
 RunState = Literal["finished", "interrupted", "killed", "running"]  # interrupted: ended early, with all saved
+PartState = Literal["whole", "missing", "broken", "unusable", "left over", "not checked", "not written"]
+MAX_NAMED = 3  # faults that a line names
+PICTURE, EVENTS = "curves.png", "tensorboard/"  # of hooks
+REWRITTEN = PARTITION, MODEL, EMA, PICTURE, EVENTS, SUMMARY  # by each resume, even if all rounds are done
 
 
 @dataclass(frozen=True)
@@ -19,8 +26,15 @@ class Part:
     """A file or folder of a run: what it holds, or what is wrong with it."""
 
     name: str
-    state: Literal["whole", "missing", "broken", "left over", "not checked"]
+    state: PartState
     about: str = ""
+    numbers: Numbers = field(default_factory=dict)  # those in `about`
+    spare: bool = False  # whether the run does without it
+
+    @property
+    def damaged(self) -> bool:
+        """Whether it is not as it was written. What could only not be compared with such a part is not."""
+        return self.state in ("missing", "broken")
 
 
 @dataclass(frozen=True)
@@ -33,16 +47,22 @@ class Checked:
 
     @property
     def faults(self) -> list[Part]:
-        """What is broken, or missing where it should be."""
-        return [part for part in self.parts if part.state in ("missing", "broken")]
+        """What is damaged and needed."""
+        return [part for part in self.parts if part.damaged and not part.spare]
+
+    @property
+    def spares(self) -> list[Part]:
+        """What is damaged, and the run does without."""
+        return [part for part in self.parts if part.damaged and part.spare]
 
     @property
     def verdict(self) -> str:
         """All of it in a line."""
-        if not (faults := [f"{part.name} is {part.state}" for part in self.faults]):
-            return f"whole: {self.extent}, {self.state}{self.way_on}"
-        more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
-        return f"broken: {'; '.join(faults[:3])}{more}{self.way_on}"
+        if self.faults:
+            return f"broken: {_listed(self.faults)}"
+        if self.spares:
+            return f"usable: {self.extent}, {self.state}; {_listed(self.spares)}, and not needed"
+        return f"whole: {self.extent}, {self.state}"
 
     @property
     def extent(self) -> str:
@@ -50,9 +70,15 @@ class Checked:
         return f"{len(self.parts)} parts"
 
     @property
-    def way_on(self) -> str:
-        """How it can go on, in words."""
-        return ""
+    def next(self) -> str:
+        """What a person should do now, in a line."""
+        if self.faults:
+            first = self.folder / self.faults[0].name
+            if (first / CONFIG).exists():
+                return f"fedsim check {first} says more"
+            copy = f"copy {first.name} again from where the sweep was"
+            return copy if first.suffix == ".yaml" else f"{copy}; or fedsim resume {self.folder}"
+        return "nothing" if self.state in ("finished", "running") else f"fedsim resume {self.folder} goes on"
 
 
 @dataclass(frozen=True)
@@ -61,7 +87,8 @@ class CheckedRun(Checked):
 
     rounds: int
     planned: int | None  # rounds, by the config
-    resumable: list[int]  # the rounds after which it can go on, the last one first
+    over: bool  # whether there are no rounds left: they are done, or a hook ended the run
+    resumable: list[int]  # the rounds after which `fedsim resume` can go on, the last one first
 
     @property
     def extent(self) -> str:
@@ -69,12 +96,36 @@ class CheckedRun(Checked):
         return f"{self.rounds}{of} rounds"
 
     @property
-    def way_on(self) -> str:
+    def next(self) -> str:
         if self.state == "running":
-            return ""
-        if not self.resumable:
-            return "; has no whole checkpoint"
-        return f"; can be resumed after round {self.resumable[0]}"
+            return "nothing; it is running"
+        names, way = [part.name for part in self.faults], self._way_on()
+        if not names:
+            return f"nothing is needed; {way}" if self.state == "finished" else way
+        more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+        return f"copy {', '.join(names[:MAX_NAMED])}{more} again from where the run was; without that, {way}"
+
+    def _way_on(self) -> str:
+        """What a resume does, in words."""
+        resume, done = f"fedsim resume {self.folder}", self.resumable[:1]
+        if any(part.name == CONFIG for part in self.faults):
+            return "it cannot be resumed as it is"
+        if not (done or any(part.name.startswith(CHECKPOINTS) for part in self.parts)) and self.state == "killed":
+            return f"{resume} starts with round 1"
+        if not done:
+            again = "" if self.state == "finished" else f"; fedsim run {self.folder / CONFIG} trains again"
+            return f"it cannot be resumed: no checkpoint can be used{again}"
+        if done[0] < self.rounds or not self.over:
+            return f"{resume} continues after round {done[0]}"
+        if rewritten := [part.name for part in self.parts if part.damaged and part.name in REWRITTEN]:
+            return f"{resume} writes {', '.join(rewritten)} anew"
+        return f"{resume} rounds=N makes it longer" if self.state == "finished" else f"{resume} writes its summary"
+
+
+def _listed(parts: list[Part]) -> str:
+    """What is wrong with parts, in words."""
+    more = f"; and {len(parts) - MAX_NAMED} more" if len(parts) > MAX_NAMED else ""
+    return "; ".join(f"{part.name} is {part.state}" for part in parts[:MAX_NAMED]) + more
 
 
 def parts_table(found: Checked) -> Table:

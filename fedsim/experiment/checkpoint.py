@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -38,6 +38,7 @@ from fedsim.base.machine import memory
 from fedsim.base.reading import first_fault, open_regular, parse_json, read_regular
 from fedsim.base.version import VERSION
 from fedsim.errors import ConfigError, one_line
+from fedsim.experiment.round_log import FIELDS
 from fedsim.experiment.round_log import NAME as LOG
 from fedsim.federated.simulation import Round, Simulation
 from fedsim.federated.store import SEGMENT_NAME
@@ -53,8 +54,6 @@ HARMLESS_SETTINGS = (  # that do not change what is learned, or only from now on
 )
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-BOUNDED: dict[Any, Any] = {int: Annotated[int, Ge(0), Lt(2**63)], float: Annotated[float, Ge(0), Lt(1e300)]}
-FIELDS: dict[str, Any] = {name: (BOUNDED.get(kind, kind), ...) for name, kind in Round.__annotations__.items()}
 Line: Any = create_model("Line", __config__=STRICT, **FIELDS)
 
 
@@ -77,6 +76,11 @@ class Checkpoint(BaseModel):
     clients: list[File]  # the oldest first
     runtime: dict[str, Any] | None = None  # what `auto` chose, or the nodes of `flower`
     partition: str | None = None  # SHA-256 of partition.json; older versions did not write it
+
+    @property
+    def logged(self) -> int:
+        """How many rounds rounds.jsonl had a line of."""
+        return self.round - (self.last is not None)
 
 
 class Checkpoints:
@@ -128,7 +132,7 @@ class Checkpoints:
         for path in found:
             try:
                 checkpoint = read_checkpoint(path)
-                named.check(checkpoint, checkpoint.clients)
+                named.check(checkpoint)
                 server = load(read(self.folder, checkpoint.server))
                 return (checkpoint, server), [f"{line}; goes on after round {checkpoint.round}" for line in broken]
             except ConfigError:
@@ -214,17 +218,18 @@ class Named:
     def __init__(self, folder: Path, log: Path, found: list[Path]):
         self.folder, self._logs, self._digests = folder, _logs(log, found), dict[str, str]()
 
-    def check(
-        self, checkpoint: Checkpoint, files: list[File], progress: Callable[[int], None] = lambda count: None
-    ) -> None:
-        """Raise ValueError where rounds.jsonl, or one of these files of a checkpoint, is not what it was."""
-        rounds = checkpoint.round - (checkpoint.last is not None)
-        if rounds not in self._logs:
-            raise ValueError(f"{LOG} has fewer than {rounds} rounds")
-        if self._logs[rounds] != checkpoint.log:
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Raise ValueError where rounds.jsonl, or a file of clients' states, is not what it was."""
+        self.check_log(checkpoint)
+        for file in checkpoint.clients:
+            verify(self.folder, file, self._digests)
+
+    def check_log(self, checkpoint: Checkpoint) -> None:
+        """Raise ValueError where the lines that there were at a checkpoint are not what they were."""
+        if checkpoint.logged not in self._logs:
+            raise ValueError(f"{LOG} has fewer than {checkpoint.logged} rounds")
+        if self._logs[checkpoint.logged] != checkpoint.log:
             raise ValueError(f"{LOG} has changed since it was written")
-        for file in files:
-            verify(self.folder, file, self._digests, progress)
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:

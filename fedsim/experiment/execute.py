@@ -10,7 +10,7 @@ from typing import Any
 
 from fedsim.base.files import uninterrupted
 from fedsim.base.modes import own_modes
-from fedsim.errors import ConfigError, RoundError, located
+from fedsim.errors import ConfigError, RoundError, is_interrupt, located
 from fedsim.experiment.config import load
 from fedsim.experiment.figures import evaluate, summarize
 from fedsim.experiment.folder import finite
@@ -124,7 +124,7 @@ def execute(run: Run, hooks: Iterable[Hook] = ()) -> Result:
             checkpoint.after_round()
             show_record(late, "after_round", run, record, add=False)
     except BaseException as error:
-        run.failure = error
+        run.failure = KeyboardInterrupt() if is_interrupt(error) else error
     try:
         with suppress(KeyboardInterrupt), uninterrupted():
             run.summary = summarize(run)

@@ -15,13 +15,15 @@ def evaluate(simulation: Simulation, settings: Evaluate) -> Record:
     """Loss and accuracy of the global model, of its running mean if there is one, and over clients if wanted."""
     size, train = settings.batch_size, settings.mode == "train"
     test = simulation.evaluate(size, train=train)
-    found = {"test_loss": test.loss, "test_accuracy": test.accuracy}
+    found: Record = {"test_loss": test.loss, "test_accuracy": test.accuracy}
     if simulation.ema:
         mean = simulation.evaluate(size, simulation.ema, train=train)
         found |= {"ema_test_loss": mean.loss, "ema_test_accuracy": mean.accuracy}
     if settings.clients:
-        clients = simulation.evaluate_clients(batch_size=size, train=train)
+        failed = dict[int, str]()
+        clients = simulation.evaluate_clients(batch_size=size, train=train, after_failure=failed.__setitem__)
         found |= spread([each.accuracy for each in clients.values()]) if clients else {}
+        found["evaluation_failed"] = {str(client): why for client, why in sorted(failed.items())}
     return found
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from glob import escape
 from math import isfinite
 from pathlib import Path
@@ -9,24 +10,22 @@ from typing import Any, Self
 
 import numpy as np
 import yaml
-from pydantic import ConfigDict, create_model
 from torch import Tensor
 
-from fedsim.base.files import File, check_name, create, locked, read, remove, write
+from fedsim.base.files import File, check_name, create, locked, read, remove, sync_folder, write
 from fedsim.base.reading import read_regular, read_yaml
 from fedsim.data import FederatedData
 from fedsim.data.partition import content_hash, label_counts
 from fedsim.errors import ConfigError, RoundError, one_line
 from fedsim.experiment import model_file
-from fedsim.experiment.checkpoint import FIELDS, Checkpoints
+from fedsim.experiment.checkpoint import Checkpoints
 from fedsim.experiment.config import Config
 from fedsim.experiment.round_log import NAME as LOG
-from fedsim.experiment.round_log import RoundLog
-from fedsim.report.runs import parse_record
+from fedsim.experiment.round_log import RoundLog, read_rounds
 from fedsim.training.layout import Order
 
-Line: Any = create_model("Line", __config__=ConfigDict(extra="allow", strict=True), **FIELDS)  # of rounds.jsonl
-CHECKPOINTS = "checkpoints"  # in a run's folder
+CONFIG, PARTITION, CHECKPOINTS = "config.yaml", "partition.json", "checkpoints"  # in a run's folder
+MODEL, EMA, SUMMARY = "model.safetensors", "ema.safetensors", "summary.json"  # at its end
 MAX_LISTED_CLASSES = 1000  # up to this number partition.json names them
 MAX_LISTED_CLIENTS = 1000  # up to this number partition.json counts the labels of each client
 
@@ -51,7 +50,7 @@ class RunFolder:
             raise ConfigError(f"{path}: exists, and a run is never overwritten; name another folder")
         check_name(path)
         try:
-            create(path, {"config.yaml": _yaml(config), "partition.json": (partition := _json(describe(data)))})
+            create(path, {CONFIG: _yaml(config), PARTITION: (partition := _json(describe(data)))})
         except OSError as error:
             raise ConfigError(f"{path}: cannot be made: {error.strerror}; name a folder with --out") from None
         folder = cls(path)
@@ -83,28 +82,37 @@ class RunFolder:
         """Write a resumed run's config, cut rounds.jsonl to `log`, and return its records; raises ConfigError."""
         content = read(self.path, log) if log else b""
         try:
-            records = [Line.model_validate(parse_record(line)).model_dump() for line in content.split(b"\n")[:-1]]
-            if [record["round"] for record in records] != list(range(1, len(records) + 1)):
-                raise ValueError("its rounds are not 1, 2, 3 and so on")
+            records = list(read_rounds(content, data.num_clients))
         except ValueError as error:
             raise ConfigError(f"{self.path / LOG}: broken: {one_line(error)}") from None
+        if log and (self.path / LOG).stat().st_size > log.bytes:
+            self._forget_end()
         self._log = RoundLog(self.path, content)
         partition = _json(describe(data))
         self.partition = hashlib.sha256(partition).hexdigest()
-        for name, wanted in (("config.yaml", _yaml(config)), ("partition.json", partition)):
+        for name, wanted in ((CONFIG, _yaml(config)), (PARTITION, partition)):
             if not _holds(self.path / name, wanted):
                 write(self.path / name, wanted)
-        remove(self.path / "summary.json")
         return records
 
     def round(self, record: dict[str, Any]) -> None:
-        """Add a line to rounds.jsonl; raises RoundError where somebody else has changed it."""
+        """Add a line to rounds.jsonl; raises RoundError where somebody else has changed it.
+
+        From then on a run that is made longer is not finished; where that fails earlier, it still is.
+        """
         assert self._log
         try:
             line = json.dumps(record, allow_nan=False).encode() + b"\n"
         except (TypeError, ValueError) as error:  # because of what a hook added
             raise RoundError(f"round {record['round']}: rounds.jsonl cannot hold it: {error}") from None
+        self._forget_end()
         self._log.add(line)
+
+    def _forget_end(self) -> None:
+        """Delete summary.json, which is of other rounds than there will be."""
+        if os.path.lexists(self.path / SUMMARY):
+            remove(self.path / SUMMARY)
+            sync_folder(self.path)
 
     def log(self) -> File:
         """The length and hash of rounds.jsonl so far, which is on disk then; raises what `round` raises."""
@@ -119,11 +127,11 @@ class RunFolder:
         summary: dict[str, Any] | None,
     ) -> None:
         """The global model, its running mean if there is one, and where the run reached its end, summary.json."""
-        write(self.path / "model.safetensors", model_file.content(model, order))
+        write(self.path / MODEL, model_file.content(model, order))
         if ema is not None:
-            write(self.path / "ema.safetensors", model_file.content(ema, order))
+            write(self.path / EMA, model_file.content(ema, order))
         if summary is not None:
-            write(self.path / "summary.json", _json(summary))
+            write(self.path / SUMMARY, _json(summary))
 
     def close(self) -> None:
         """Unlock it for other processes."""
@@ -142,7 +150,7 @@ def _holds(path: Path, content: bytes) -> bool:
 
 def read_config(path: Path) -> dict[str, Any]:
     """What config.yaml of a run's folder says; raises ConfigError."""
-    return read_yaml(path / "config.yaml", links=False)
+    return read_yaml(path / CONFIG, links=False)
 
 
 def finite(record: dict[str, Any]) -> dict[str, Any]:

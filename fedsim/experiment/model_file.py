@@ -49,7 +49,7 @@ def vectors(content: bytes) -> State | None:
         tensors = load(content)
         end = HEADER_LENGTH + int.from_bytes(content[:HEADER_LENGTH], "little")
         header = parse_json(content[HEADER_LENGTH:end])
-        said: Any = header.get("__metadata__", {}).get("fedsim")
+        said: Any = (header.get("__metadata__") or {}).get("fedsim")
         if said is None:
             return None
         about = About.model_validate_json(said)

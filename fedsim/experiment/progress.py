@@ -67,10 +67,12 @@ class Plain(Hook):
         self.dropped.add(client)
 
     def drop_others(self, record: dict[str, Any]) -> None:
-        """The same for clients whose message did not match the others', which is known at the end of the round."""
+        """The same for clients whose message did not match the others', and for those that were not evaluated."""
         for client, cause in record["failed"].items():
             if int(client) not in self.dropped:
                 self.drop(int(client), cause)
+        for client, cause in record.get("evaluation_failed", {}).items():
+            self.console.out(f"client {client} not evaluated: {cause}", highlight=False)
         self.dropped.clear()
 
     def after_run(self, run: Run) -> None:

@@ -2,12 +2,32 @@
 
 import hashlib
 import os
+import re
+from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
+from typing import Annotated, Any
+
+from annotated_types import Ge, Lt
+from pydantic import ConfigDict, StringConstraints, create_model
 
 from fedsim.base.files import File, naming, write
+from fedsim.base.reading import in_words
 from fedsim.errors import RoundError
+from fedsim.federated.simulation import Round
+from fedsim.report.runs import parse_record
 
 NAME = "rounds.jsonl"
+SHA256 = re.compile("[0-9a-f]{64}")
+BOUNDED: dict[Any, Any] = {int: Annotated[int, Ge(0), Lt(2**63)], float: Annotated[float, Ge(0), Lt(1e300)]}
+FIELDS: dict[str, Any] = {name: (BOUNDED.get(kind, kind), ...) for name, kind in Round.__annotations__.items()}
+Client = Annotated[str, StringConstraints(pattern="^[0-9]{1,18}$")]
+Line: Any = create_model(
+    "Line",
+    __config__=ConfigDict(extra="allow", strict=True),  # tests and hooks add to it
+    evaluation_failed=(dict[Client, str], {}),
+    **FIELDS,
+)
 
 
 class RoundLog:
@@ -61,3 +81,38 @@ class RoundLog:
             return
         way = "a resume needs its lines up to a checkpoint as they were"
         raise RoundError(f"{self.path}: {what}; somebody else has changed it; {way}")
+
+
+def read_rounds(content: bytes, clients: int | None) -> Iterator[dict[str, Any]]:
+    """The records in whole lines of rounds.jsonl; raises ValueError that names the first line that cannot be.
+
+    `clients` is how many there are, where that is known.
+    """
+    clock = 0.0
+    for number, line in enumerate(BytesIO(content), 1):  # one after the other: millions may be empty
+        if not line.endswith(b"\n"):
+            return
+        try:
+            record = Line.model_validate(parse_record(line[:-1])).model_dump(exclude_unset=True)
+            _check_record(record, number, clients, clock)
+        except ValueError as error:
+            raise ValueError(f"line {number}: {in_words(error)}") from None
+        clock = record["clock"]
+        yield record
+
+
+def _check_record(record: dict[str, Any], number: int, clients: int | None, clock: float) -> None:
+    """Raise ValueError where a round does not follow the one before it, or is of clients that there are not."""
+    cohort = record["cohort"]
+    if record["round"] != number:
+        raise ValueError(f"is of round {record['round']}")
+    if len({*cohort}) < len(cohort) or not all(k >= 0 and (clients is None or k < clients) for k in cohort):
+        raise ValueError("cohort has a client twice, or one that there is not")
+    if not {*record["failed"], *record["absent"]} <= {*map(str, cohort)}:
+        raise ValueError("failed or absent has a client that is not in cohort")
+    if clients is not None and any(int(k) >= clients for k in record.get("evaluation_failed", ())):
+        raise ValueError("evaluation_failed has a client that there is not")
+    if not SHA256.fullmatch(record["fingerprint"]):
+        raise ValueError("fingerprint is no SHA-256")
+    if record["clock"] < clock:
+        raise ValueError("clock goes back")

@@ -80,9 +80,9 @@ def resumed_run(
         notes += _changed_settings(checkpoint.config, config, others, force)
         folder.checkpoints.restore(simulation, checkpoint, server)
         notes += _changed_runtime(checkpoint, simulation, RUNTIMES.resolve(config.runtime))
-        records = folder.go_on(config, simulation.data, checkpoint.log)
         notes += _changed_versions(checkpoint.versions)
         notes += _notes(config, simulation, checkpoint)
+        records = folder.go_on(config, simulation.data, checkpoint.log)  # last: what was refused changes nothing
         same_end = all(getattr(config, key) == checkpoint.config.get(key) for key in ("rounds", "hooks"))
         stopped = checkpoint.stopped if same_end else None
         return Run(config, simulation, folder, records, checkpoint.seconds, notes, stopped), hooks

@@ -50,6 +50,9 @@ class Train:
     time_limit: float | None = None  # seconds
     wait_for_absent: bool = True
     config: Spec | None = field(default=None, compare=False, repr=False)
+    _bounds: dict[tuple[int, torch.dtype], Bounds] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
 
     def __call__(self, replica: Replica, data: FederatedData, server: State, job: Job) -> Update:
         client = job.client or {}
@@ -63,7 +66,10 @@ class Train:
 
     def bounds(self, num_examples: int, dtype: torch.dtype) -> Bounds:
         """What a client with so many examples may give beside its message; losses have that dtype."""
-        return training_bounds(self.strategy, self.recipe, num_examples, dtype)
+        key = num_examples, dtype  # the same for many clients
+        if key not in self._bounds:
+            self._bounds[key] = training_bounds(self.strategy, self.recipe, num_examples, dtype)
+        return self._bounds[key]
 
     def check_update(self, update: Update, job: Job, num_examples: int, dtype: torch.dtype) -> None:
         """Raise if the update of a client cannot be used.

@@ -75,9 +75,9 @@ from fedsim.types import (
 class Failures:
     """What happens if a client fails: `raise` stops the run, `drop` continues without it.
 
-    With `drop`, a round needs answers from `min_clients` clients. A client fails if it raises an exception, if its
-    message or state is not finite or has other tensors than those of most clients, or if it takes longer than
-    `time_limit` seconds, which is checked before each batch and at the end.
+    With `drop`, a round needs answers from `min_clients` clients, and fails as soon as fewer are left. A client
+    fails if it raises an exception, if its message or state is not finite or has other tensors than those of most
+    clients, or if it takes longer than `time_limit` seconds, which is checked before each batch and at the end.
 
     No client may hold more than `max_examples` training examples, by which most strategies weight it. A node with
     more cannot join; in a simulation such clients end the start of the run, or with `drop` are left out.
@@ -106,6 +106,7 @@ class Round(NamedTuple):
 
 
 Metrics = dict[str, float]  # sums over examples
+MOST_CAUSES = 20  # that the error of a round names
 
 
 class Evaluation(NamedTuple):
@@ -283,12 +284,17 @@ class Simulation:
 
     @own_modes()
     def evaluate_clients(
-        self, clients: Iterable[int] | None = None, batch_size: int = 500, *, train: bool = False
+        self,
+        clients: Iterable[int] | None = None,
+        batch_size: int = 500,
+        *,
+        train: bool = False,
+        after_failure: Callable[[int, str], None] = lambda client, why: None,
     ) -> dict[int, Evaluation]:
         """Evaluate the own model of each client, or of the given `clients`, on its own examples; by client.
 
         These are its held-out examples, or its training examples if none are held out. With failures.policy=drop,
-        clients that fail are left out.
+        clients that fail are left out, and `after_failure` is called with each of them and the reason.
         """
         chosen = range(self.data.num_clients) if clients is None else list(clients)
         drop = self.failures.policy == "drop"
@@ -302,6 +308,8 @@ class Simulation:
                     sums[job.client_id] = {name: float(value) for name, value in outcome.metrics.items()}
                 elif not drop:
                     raise self._client_error(job.round, job.client_id, cause(outcome), outcome) from outcome
+                else:
+                    after_failure(job.client_id, cause(outcome))
         check_once(self.runtime, "map", "client", done, chosen)
         return {client: _mean(sums[client]) for client in chosen if client in sums}
 
@@ -339,15 +347,16 @@ class Simulation:
 
     def _train(
         self,
-        cohort: list[int],
+        selected: list[int],
         sent: State,
         after_client: Callable[[Report], None],
         before_client: Callable[[int], None],
     ) -> tuple[State, list[Report], dict[int, str]]:
         """The new server's state, the reports, and the failed clients; clients' new states are staged."""
         total, reports = self.aggregator.fold([]), list[Report]()
-        failed = {client: self.left_out[client] for client in cohort if client in self.left_out}
-        cohort = [client for client in cohort if client not in failed]
+        failed = {client: self.left_out[client] for client in selected if client in self.left_out}
+        cohort = [client for client in selected if client not in failed]
+        self._check_min_clients(len(cohort), failed)
         # Results that are equal only up to rounding may depend on the order, so this must not depend on time.
         by_pace = self.runtime.workers > 1 and self.runtime.exact
         steps = self._steps(cohort) if by_pace else {}
@@ -364,18 +373,20 @@ class Simulation:
                 for report in finished:
                     self._raise_if_failed(report)
                     forget_variables(report.exception)  # of a client that is dropped
+                    if report.error is not None:
+                        failed[report.client_id] = report.error
                     if report.client:
                         self.clients.stage(report.client_id, report.client)
                     if report.error is None and by_pace:
                         self.pace.measured(report.client_id, steps[report.client_id], report.seconds)
                     reports.append(report._replace(client={}, exception=None))
                     after_client(report)
+                self._check_min_clients(len(selected) - len(failed), failed)
         reports.sort(key=lambda report: report.client_id)
         check_once(self.runtime, "run", "client", [report.client_id for report in reports], cohort)
         if written := [name for name, value in sent.items() if not same_values(value, self.server[name])]:
             wrote = f"client_update wrote server[{written[0]!r}] in place, through .data or .numpy()"
             raise RoundError(f"round {self.number + 1}: {wrote}; states are only read")
-        failed |= {r.client_id: r.error for r in reports if r.error is not None}
         mismatched = self.aggregator.mismatched(total)
         if mismatched and self.failures.policy == "raise":
             client, why = min(mismatched.items())
@@ -384,7 +395,7 @@ class Simulation:
             self.clients.discard(client)
         failed = dict(sorted((failed | mismatched).items()))
         answered = [client for client in cohort if client not in failed]
-        self._check_min_clients(answered, failed)
+        self._check_min_clients(len(answered), failed)
         try:
             mean = self.aggregator.result(total)
         except RoundError as error:
@@ -470,12 +481,14 @@ class Simulation:
         if "model" in update and not isfinite(largest(update["model"])):
             raise WrongReturnError("gave a model that is not finite")
 
-    def _check_min_clients(self, answered: list[int], failed: dict[int, str]) -> None:
-        if len(answered) < self.failures.min_clients:
-            causes = "; ".join(f"client {k}: {cause}" for k, cause in list(failed.items())[:3])
+    def _check_min_clients(self, left: int, failed: dict[int, str]) -> None:
+        """Raise RoundError where so few clients have answered or still can that the round will not count."""
+        if left < self.failures.min_clients:
+            causes = "".join(f"; client {k}: {why}" for k, why in sorted(failed.items())[:MOST_CAUSES])
+            more = f"; and {len(failed) - MOST_CAUSES} more" if len(failed) > MOST_CAUSES else ""
             raise RoundError(
-                f"round {self.number + 1}: {len(answered)} clients answered, "
-                f"failures.min_clients is {self.failures.min_clients}; {causes}"
+                f"round {self.number + 1}: {left} of {left + len(failed)} clients are left, and "
+                f"failures.min_clients is {self.failures.min_clients}{causes}{more}"
             )
 
 

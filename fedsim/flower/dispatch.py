@@ -145,8 +145,12 @@ class Dispatch:
             self.federation.abandon(self.flights)
 
     def _step(self) -> Iterator[Answered]:
-        """Send the orders that can be sent, and yield the answers that have come, one at a time."""
+        """Send the orders that can be sent, and yield the answers that have come, one at a time.
+
+        The clients whose nodes are not waited for come first, because there may then be too few for the others.
+        """
         self.federation.look()
+        yield from self._absent()
         self._send()
         replies = self.federation.link().receive(self.flights, most_bytes=self.most) if self.flights else []
         while replies:
@@ -155,7 +159,7 @@ class Dispatch:
                 del reply
                 yield answered
             del answered
-        yield from self._given_up()
+        yield from self._unanswered()
 
     def _send(self) -> None:
         roster = self.federation.roster
@@ -270,11 +274,24 @@ class Dispatch:
         self._wait_for([flight.job], self.federation.timing.wait)
         return None
 
-    def _given_up(self) -> Iterator[Answered]:
-        """Yield a failure for each client that will not answer any more."""
-        timing, roster = self.federation.timing, self.federation.roster
-        late = self._left() <= 0
-        away = {m for m, flight in self.flights.items() if flight.node not in roster.online}
+    def _absent(self) -> Iterator[Answered]:
+        """Yield a failure for each client whose order will not be sent any more."""
+        roster, late, now = self.federation.roster, self._left() <= 0, monotonic()
+        there = {each.job.client_id for each in self.todo if roster.node(each.job.client_id) is not None}
+        others = there or self.flights or self.reported
+        for each in [*self.todo]:
+            client = each.job.client_id
+            refusal = None if client in there else roster.refusal(client)
+            over = client not in there and now >= (each.until if others else each.at_most_until)
+            if late or refusal or over:
+                self.todo.remove(each)
+                why = refusal or each.why or roster.absence(client)
+                yield self._failed(Flight(each.job, 0, perf_counter()), why)
+
+    def _unanswered(self) -> Iterator[Answered]:
+        """Yield a failure for each client whose answer is not waited for any more."""
+        timing, late = self.federation.timing, self._left() <= 0
+        away = {m for m, flight in self.flights.items() if flight.node not in self.federation.roster.online}
         over = [*self.flights] if late else [*away]
         self.federation.abandon(over)
         for flight in [self.flights.pop(message) for message in over]:
@@ -282,13 +299,6 @@ class Dispatch:
                 yield self._failed(flight, f"has not answered within {timing.round_timeout:g} s")
             else:
                 self._gone(flight, "its node is gone")
-        others, now = self.flights or self.reported, monotonic()
-        for each in [*self.todo]:
-            refusal = roster.refusal(each.job.client_id)
-            if late or refusal or now > (each.until if others else each.at_most_until):
-                self.todo.remove(each)
-                why = refusal or each.why or roster.absence(each.job.client_id)
-                yield self._failed(Flight(each.job, 0, perf_counter()), why)
 
     def _failed(self, flight: Flight, why: str) -> Answered:
         return Answered(flight.job, flight.since, NodeError(f"{self._name(flight.job)}: {why}"))

@@ -4,11 +4,12 @@ They send a network's state_dict as "arrays" and numbers as "config", and expect
 The app's config says what a node does: `experiment` has `model`, `local`, `seed` and `strategy` as any config, and
 may have `examples` with `classes`, `scale`, `shift` and `crop`, which replace those of the node's own data, and
 `class_names`, which should be those of the node's own data. All of it is checked against what the node allows.
+After its `start`, the ServerApp calls `tell_finished`.
 """
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,12 +22,15 @@ from fedsim.errors import ConfigError, located
 from fedsim.experiment.build import build_recipe, build_task
 from fedsim.flower import wire
 from fedsim.flower.app import values_of
-from fedsim.flower.messages import Answer, Invitation, Order
+from fedsim.flower.messages import FINISHED_WAIT, Answer, Finished, Invitation, Order
 from fedsim.flower.node import Node
 from fedsim.flower.plan import Plan, digest, initial_of
 from fedsim.flower.transport import decode
 from fedsim.training.task import Task
 from fedsim.types import Count
+
+if TYPE_CHECKING:
+    from flwr.serverapp import Grid
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"  # names of records in Flower's strategies
 EXAMPLES = "num-examples"
@@ -71,6 +75,20 @@ def evaluate(node: Node, message: Message, context: Context) -> RecordDict:
     return RecordDict({METRICS: MetricRecord({**about})})
 
 
+def tell_finished(grid: "Grid", run_id: int) -> None:
+    """Tell the nodes that this Flower run has reached its end; they then keep of it what their owners want."""
+    ended = Finished(_run(run_id), 0)
+    grid.send_and_receive(
+        [Message(wire.record(ended), dst_node_id=node, message_type="query") for node in grid.get_node_ids()],
+        timeout=FINISHED_WAIT,
+    )
+
+
+def _run(run_id: int) -> str:
+    """The id under which nodes keep what they have of a Flower run."""
+    return hashlib.sha256(f"Flower run {run_id}".encode()).hexdigest()[:32]
+
+
 def _work(node: Node, message: Message, context: Context, what: Any) -> tuple[dict[str, Tensor], Task, Answer]:
     """The state_dict that was sent, a task with these weights, and the node's answer to an equivalent order."""
     sent = _tensors(message.content, node.settings.allow.max_bytes)
@@ -78,7 +96,7 @@ def _work(node: Node, message: Message, context: Context, what: Any) -> tuple[di
     task = _task(plan, sent, node.shard(plan.examples).trial_examples())
     if task.initial_of("weights"):
         raise ConfigError("model: has spectral norms, whose vectors Flower's strategies would average")
-    run, text = hashlib.sha256(f"Flower run {context.run_id}".encode()).hexdigest()[:32], plan.json_text()
+    run, text = _run(context.run_id), plan.json_text()
     initial = initial_of(task)
     if error := node.join(Invitation(run, text, initial)).error:
         raise ConfigError(error)

@@ -8,6 +8,7 @@ from fedsim.types import State
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of a node
 FORMAT = 2  # of all these messages; server and node must have the same
+FINISHED_WAIT = 20.0  # seconds that nodes have to hear of a run's end: Flower's SuperNodes take six to nine
 
 
 class Hello(NamedTuple):

@@ -115,6 +115,14 @@ class NodeSettings(Options):
         return default / "fedsim" / self.name
 
 
+def opened(settings: NodeSettings) -> tuple[torch.device, Dataset]:
+    """A node's device and data; raises ConfigError where its settings cannot be used."""
+    settings.allow.check_importable()
+    device, dataset = devices(settings.device, "device")[0], DATASETS.make(settings.data, Dataset)
+    dataset.check_parts("train")
+    return device, dataset
+
+
 @dataclass
 class Role:
     """A node's part in a run: `initial_client` is the state it starts from, `sent` the form of orders."""
@@ -140,10 +148,7 @@ class Node:
 
     def __init__(self, settings: NodeSettings, lock_wait: float = 0.0):
         self.settings = settings
-        self.device = devices(settings.device, "device")[0]
-        settings.allow.check_importable()
-        self.dataset = DATASETS.make(settings.data, Dataset)
-        self.dataset.check_parts("train")
+        self.device, self.dataset = opened(settings)
         self.state_files = StateFiles(
             settings.home,
             settings.forget_after,
@@ -152,6 +157,7 @@ class Node:
             max_new_runs=settings.allow.max_new_runs,
         )
         self.role: Role | None = None  # of the run that it worked for last
+        self.refusal: str | None = None  # why it does not take part in the run that it was invited to last
 
     def close(self) -> None:
         """Unlock the folder, so that another process can be this node."""
@@ -175,8 +181,9 @@ class Node:
                 role = self._role(run, plan, initial)
             self.state_files.join(run, plan, initial)
         except Exception as error:
-            return Joined(self.settings.name, versions(), _error_line(error))
-        self.role = role
+            self.refusal = _error_line(error)
+            return Joined(self.settings.name, versions(), self.refusal)
+        self.role, self.refusal = role, None
         n = len(self.dataset.y_train)
         return Joined(self.settings.name, versions(), None, n, len(self.dataset.y_test) or n, role.notes)
 
@@ -202,6 +209,8 @@ class Node:
     def _work(self, order: Order, began: float) -> Answer:
         role = self._known(order)
         if role is None:
+            if order.version:  # an invitation would not bring back a state that is not here
+                self.state_files.load(order.run, order.client, order.version, order.mark)
             return failure("does not know the plan", lost=True)
         self._check(order, role)
         if role.done and _same(order, role.done[0]):  # of which the answer was lost on its way
@@ -253,6 +262,9 @@ class Node:
         allow, plan = self.settings.allow, Plan.read(text)
         allow.check_names(plan)
         allow.check_bytes(initial)
+        if (n := len(self.dataset.y_train)) > (plan.max_examples or n):
+            most = f"allowed in this run: up to {plan.max_examples}"
+            raise ConfigError(f"failures.max_examples: this node has {n} training examples; {most}")
         data = self.shard(plan.examples)
         allow.check_numbers(plan, initial)
         parts = parts_of(plan, initial, data.trial_examples())
@@ -303,7 +315,11 @@ class Node:
             return StoredState(_above("client", role.initial_client))
         if role.last is None or (role.last[0], role.last[1].mark) != (order.version, order.mark):
             role.last = None
-            kept = self.state_files.load(order.run, order.client, order.version, order.mark)
+            try:
+                kept = self.state_files.load(order.run, order.client, order.version, order.mark)
+            except ValueError:
+                self.state_files.forget_stateless(order.run)
+                raise
             found, wanted = form_of(_below("client", kept.state)), form_of(role.initial_client)
             if found != wanted:
                 raise ValueError(f"state {order.version} is {described(found)}, and should be {described(wanted)}")

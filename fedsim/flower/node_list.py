@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from datetime import datetime
+from textwrap import fill
 from time import monotonic, sleep
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from fedsim.flower import wire
 from fedsim.flower.app import flower_app
 from fedsim.flower.internals import Link, LinkError, Listed, Superlink, listed
 from fedsim.flower.messages import Hello, Joined
-from fedsim.flower.roster import COMPARED
+from fedsim.flower.roster import COMPARED, MAX_NOTES
 from fedsim.report.runs import WIDTH
 
 ANSWER_TIME = 12.0  # seconds that nodes have to answer: Flower's SuperNodes take six, or more while they work
@@ -31,6 +32,7 @@ class Known(NamedTuple):
     examples: int | None
     versions: dict[str, str]
     number: int  # Flower's
+    reason: str | None = None  # why it does not take part in the run that it was invited to last, or cannot start
 
 
 def known_nodes(superlink: Superlink, sizes: Mapping[str, int]) -> Iterator[Known]:
@@ -46,13 +48,14 @@ def known_nodes(superlink: Superlink, sizes: Mapping[str, int]) -> Iterator[Know
         state = ("here" if joined else "silent") if node.status == "online" else node.status
         seen = {"here": now, "registered": None}.get(state, node.online_until or node.since)
         versions = {each: one_line(joined.versions.get(each, "?")) for each in COMPARED} if joined else {}
-        yield Known(name or None, state, seen, sizes.get(name) or None, versions, number)
+        examples, reason = sizes.get(name) or None, _reason(joined) if joined else None
+        yield Known(name or None, state, seen, examples, versions, number, reason)
 
 
 def nodes_table(nodes: Sequence[Known]) -> Table:
     """A row for each node, 80 columns wide; where all have the same versions, these stand below.
 
-    Without a run no numbers of examples are known, and there is no column for them.
+    Without a run no numbers of examples are known, and there is no column for them. Reasons of nodes stand below.
     """
     shown = [", ".join(f"{each} {version}" for each, version in node.versions.items()) for node in nodes]
     found = {versions for versions in shown if versions}
@@ -63,10 +66,12 @@ def nodes_table(nodes: Sequence[Known]) -> Table:
         table.add_column("examples", justify="right", no_wrap=True)
     if len(found) > 1:
         table.add_column("versions", max_width=32, overflow="fold")
-    elif found:
-        table.caption = Text(f"all that answered: {printable(*found)}")
+    below = [f"all that answered: {printable(*found)}"] if len(found) == 1 else []
+    below += [f"{_shown_name(node)}: {printable(node.reason)}" for node in nodes if node.reason]
+    # A caption that is too wide is cut.
+    table.caption = Text("\n".join(fill(line, WIDTH, subsequent_indent="  ") for line in below))
     for node, versions in zip(nodes, shown, strict=True):
-        name = node.name or f"unnamed, Flower's {node.number}"
+        name = _shown_name(node)
         examples = "unknown" if node.examples is None else f"{node.examples:,}"
         row = name, last_seen(node), *([examples] if sized else []), *([versions] if len(found) > 1 else [])
         table.add_row(*(Text(printable(cell)) for cell in row))  # not as markup: nodes choose their names
@@ -84,6 +89,16 @@ def last_seen(node: Known) -> str:
     except (ValueError, OverflowError):
         return "unknown"
     return f"{time:%H:%M:%S}" if time.date() == datetime.now().date() else f"{time:%Y-%m-%d %H:%M}"
+
+
+def _shown_name(node: Known) -> str:
+    return printable(node.name or f"unnamed, Flower's {node.number}")
+
+
+def _reason(joined: Joined) -> str | None:
+    """What a node says of itself, besides its name: it has answered no invitation, so that is what is wrong."""
+    said = [text for text in (joined.error, *joined.notes[:MAX_NOTES]) if text]
+    return "; ".join(map(one_line, said)) or None
 
 
 def _name(answers: Mapping[int, Joined], node: Listed) -> str:

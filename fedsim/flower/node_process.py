@@ -30,7 +30,8 @@ def respond(node: Node, content: RecordDict) -> RecordDict:
     """The node's answer to a message; raises ValueError, in one line, if the message is not one of fedsim's."""
     kind = wire.kind(content)
     if kind == Hello.__name__:
-        return wire.record(Joined(node.settings.name, versions()))
+        notes = (f"refused its last invitation: {node.refusal}",) if node.refusal else ()
+        return wire.record(Joined(node.settings.name, versions(), notes=notes))
     if kind == Invitation.__name__:
         joined = node.join(wire.read(Invitation, content))
         log.info("%s", f"refused: {joined.error}" if joined.error else "joined a run")

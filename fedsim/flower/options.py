@@ -12,7 +12,9 @@ from fedsim.flower import needs_flwr
 
 if TYPE_CHECKING:
     from fedsim.flower.kept_runs import KeptRun
+    from fedsim.flower.node import NodeSettings
     from fedsim.flower.node_list import Known
+    from fedsim.flower.offer import Offer
 
 
 def on_nodes(
@@ -45,20 +47,36 @@ def on_nodes(
     return overrides | {"runtime.nodes": names, "data.clients": len(names)}
 
 
+def node_settings(path: Path, **given: Any) -> "NodeSettings":
+    """The settings of a node's file, with what is `given` on the command line; raises ConfigError."""
+    from fedsim.flower.node import NodeSettings
+
+    overrides = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+    return NodeSettings.read(path, {name: value for name, value in overrides.items() if value is not None})
+
+
+def checked_node(path: Path, **given: Any) -> "Offer":
+    """What a node would offer a federation, without a server; raises ConfigError where it could not start."""
+    needs_flwr("fedsim node")
+    from fedsim.flower.offer import offer
+
+    return offer(node_settings(path, **given))
+
+
 def work(path: Path, **given: Any) -> NoReturn:
     """Run a node until it is interrupted."""
     needs_flwr("fedsim node")
-    from fedsim.flower.node import Node, NodeSettings
+    from fedsim.flower.node import Node
     from fedsim.flower.node_process import FewLines, serve
     from fedsim.flower.run_connection import address_of
 
-    overrides = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
-    settings = NodeSettings.read(path, {name: value for name, value in overrides.items() if value is not None})
+    settings = node_settings(path, **given)
     superlink = address_of(settings.superlink, settings.ca, settings.insecure, "")
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter(f"%(asctime)s {settings.name}: %(message)s"))
     handler.addFilter(FewLines())
     log = logging.getLogger("fedsim")
+    level = log.level
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     try:
@@ -66,6 +84,9 @@ def work(path: Path, **given: Any) -> NoReturn:
     except KeyboardInterrupt:
         log.info("stopped")
         raise SystemExit(0) from None
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def kept(path: Path) -> tuple[list["KeptRun"], int]:

@@ -97,6 +97,7 @@ class Plan(Options):
     strategy: Moderate
     local: Moderate
     time_limit: Positive | None = None  # seconds that a client may take
+    max_examples: Count | None = None  # n_k of a node that may join
     examples: Examples
     own: dict[str, str] = {}  # SHA-256 of the files of modules that are not fedsim's
 
@@ -132,6 +133,7 @@ def plan_of(config: Mapping[str, Any], data: FederatedData) -> Plan:
         "strategy": config["strategy"],
         "local": config["local"] | {"distillation": distillation},
         "time_limit": config["failures"]["time_limit"],
+        "max_examples": config["failures"]["max_examples"],
         "examples": data.form
         | {
             "classes": data.num_classes,

@@ -12,11 +12,12 @@ from uuid import uuid4
 
 from fedsim.base.catalogue import Spec
 from fedsim.base.files import expanded
+from fedsim.base.reading import read_key
 from fedsim.errors import ConfigError, RoundError
 from fedsim.flower import wire
 from fedsim.flower.app import flower_app
 from fedsim.flower.internals import Link, LinkError, Superlink, listed
-from fedsim.flower.messages import Finished, Invitation
+from fedsim.flower.messages import FINISHED_WAIT, Finished, Invitation
 from fedsim.flower.plan import digest
 from fedsim.flower.roster import Roster, Sizes, read_keys
 from fedsim.types import State
@@ -26,7 +27,6 @@ LOOK_PAUSE = 0.1  # seconds between two looks for nodes, while nothing else is d
 RETRY_PAUSE = 1.0  # seconds between two attempts to connect
 SILENT_WAIT = 2.0  # seconds; a longer wait is logged
 LOOK_PAUSE_TRAINING = 0.5  # the same while clients train
-FINISHED_WAIT = 20.0  # seconds that nodes have to hear of a run's end: Flower's SuperNodes take six to nine
 FINISHED_PAUSE = 0.05  # seconds between two looks for their answers
 MOST_FINISHED_BYTES = 2**16  # of an answer to it
 
@@ -53,7 +53,7 @@ def address_of(superlink: str, ca: Path | None, insecure: bool, at: str = "runti
         return Superlink(superlink, None)
     path = expanded(ca, f"{at}ca")
     try:
-        content = path.read_bytes()
+        content = read_key(path)
         ssl.create_default_context(cadata=content.decode("ascii"))
     except (ssl.SSLError, ValueError):  # the first is an OSError, too
         raise ConfigError(f"{at}ca: {ca}: is not a certificate in PEM format") from None

@@ -212,6 +212,12 @@ class StateFiles:
             os.utime(home)
         self._measure([run])
 
+    def forget_stateless(self, run: str) -> None:
+        """Delete a run of which there is no state, because the node cannot take part in it. Raises OSError."""
+        if not states(self._home(run)):
+            forget(self.folder, run)
+            self._measure([run])
+
     def _forget(self) -> None:
         for run in runs(self.folder):
             with suppress(OSError):  # its owner deletes it now, too

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -36,7 +37,8 @@ class Grid:
     def names(self) -> list[str]:
         """A name for each point, such as lr=0.1,seed=2, that is good for a folder; no two are the same."""
         short = short_keys(self.axes)
-        shown = [_name(point, short) for point in self.points]
+        axes = [[_part(short[key], value) for value in values] for key, values in self.axes.items()]
+        shown = [",".join(parts).strip("-.")[:MAX_NAME_LENGTH] for parts in product(*axes)]
         if len(set(shown)) < len(shown):
             shown = [f"{number}-{name}" for number, name in enumerate(shown, 1)]
         return shown
@@ -68,8 +70,7 @@ def parse_grid(pairs: Sequence[str]) -> Grid:
         else:
             axes[key] = values
     for key, values in axes.items():
-        shown = [_shown(value) for value in values]
-        if again := [value for number, value in enumerate(shown) if value in shown[:number]]:
+        if again := [shown for shown, times in Counter(map(_shown, values)).items() if times > 1]:
             raise ConfigError(f"{key}: {again[0]} is given twice")
     _check_overlap([*axes, *fixed], axes)
     if not axes:
@@ -133,10 +134,9 @@ def _check_overlap(keys: Sequence[str], axes: Mapping[str, Any]) -> None:
                 raise ConfigError(f"{key}: {above} is swept too; {way}")
 
 
-def _name(point: Point, short: Mapping[str, str]) -> str:
-    name = ",".join(f"{short[key]}={shown_value(value)}" for key, value in point.items())
-    name = re.sub(r"[^\w.,=+\[\]:-]+", "-", name).strip("-.")
-    return name if len(name) <= MAX_NAME_LENGTH else name[:MAX_NAME_LENGTH]
+def _part(key: str, value: Any) -> str:
+    """What a point's name says of one key; cut, for a value may be as long as a file."""
+    return re.sub(r"[^\w.,=+\[\]:-]+", "-", f"{key}={shown_value(value)}")[: MAX_NAME_LENGTH + 1]
 
 
 def _shown(value: Any) -> str:

@@ -15,7 +15,7 @@ try:
     from fedsim.flower.internals.connection import LinkError, Superlink
     from fedsim.flower.internals.control import Listed, listed, public_key_bytes, register, unregister
     from fedsim.flower.internals.link import Kind, Link, Reply, build_fab
-    from fedsim.flower.internals.node_link import NodeLink
+    from fedsim.flower.internals.node_link import NodeLink, key_pair
 except ImportError as error:
     raise ConfigError(f"flower: flwr is incomplete: {error}; pip install --force-reinstall '{FLWR}'") from error
 
@@ -28,6 +28,7 @@ __all__ = [
     "Reply",
     "Superlink",
     "build_fab",
+    "key_pair",
     "listed",
     "public_key_bytes",
     "register",

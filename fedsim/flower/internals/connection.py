@@ -41,15 +41,19 @@ Request = TypeVar("Request")
 Response = TypeVar("Response")
 
 
+NOT_SENT = httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError  # nothing of a request
+
+
 class LinkError(ConnectionError):
     """The SuperLink cannot be reached, refuses the call, or has ended the run; in one line.
 
-    `again` says whether the same call on the same object may succeed later.
+    `again` says whether the same call on the same object may succeed later; `unanswered` whether the SuperLink may
+    have done what was asked, and its answer is lost.
     """
 
-    def __init__(self, message: str, *, again: bool = False):
+    def __init__(self, message: str, *, again: bool = False, unanswered: bool = False):
         super().__init__(one_line(message))
-        self.again = again
+        self.again, self.unanswered = again, unanswered
 
 
 class RunEndedError(LinkError):
@@ -194,7 +198,9 @@ def _call(method: Callable[[Request], Response], request: Request) -> Response:
     except httpx.TransportError as error:
         if hasattr(_limit, "limit"):  # an answer that broke off does not count
             _limit.limit.take(-_limit.taken)
-        raise _broken(error) from None
+        broken = _broken(error)
+        broken.unanswered = not isinstance(error, NOT_SENT)
+        raise broken from None
     except TooLargeError as error:
         if hasattr(_limit, "limit"):  # the caller's limit
             raise

@@ -13,6 +13,7 @@ from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, Unregi
 from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, uses_nist_ec_curve
 
+from fedsim.base.reading import read_key
 from fedsim.errors import ConfigError
 from fedsim.flower.internals.connection import Request, Response, Superlink, call, connect
 
@@ -71,7 +72,7 @@ def unregister(superlink: Superlink, node: int) -> None:
 def public_key_bytes(path: Path) -> bytes:
     """An OpenSSH public key in PEM format, as a SuperLink stores it; raises ConfigError."""
     try:
-        key = load_ssh_public_key(path.read_bytes())
+        key = load_ssh_public_key(read_key(path))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except (ValueError, UnsupportedAlgorithm) as error:

@@ -20,6 +20,7 @@ from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     DeactivateNodeRequest,
     PullMessagesRequest,
+    PullMessagesResponse,
     PushMessagesRequest,
     RegisterNodeFleetRequest,
     UnregisterNodeFleetRequest,
@@ -31,6 +32,7 @@ from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from fedsim.base.reading import read_key
 from fedsim.errors import ConfigError, one_line
 from fedsim.flower.internals.connection import (
     LEAVE_TIMEOUT,
@@ -70,6 +72,7 @@ class NodeLink:
         self._began = time.perf_counter()
         self._heartbeat = Heartbeat(self._beat, 0.6 * HEARTBEAT_INTERVAL)
         self._closed = False
+        self._unanswered = False  # whether an answer that may have held a message was lost
 
     @classmethod
     def open(cls, superlink: Superlink, key: Path | None) -> Self:
@@ -78,7 +81,7 @@ class NodeLink:
         `key` is the file of a private EC key in OpenSSH or PEM format. Without a key the node registers itself,
         which a SuperLink with --enable-supernode-auth refuses.
         """
-        private, public = _key_pair(key)
+        private, public = key_pair(key)
         pem = public_key_to_bytes(public)
         client = connect(FleetHttpClient, superlink, "SuperNode", [NodeAuthHttpInterceptor(private, public)])
         try:
@@ -101,7 +104,7 @@ class NodeLink:
         A message of more than `most_bytes` is not read, and is answered with an error.
         """
         if self._arriving is None:
-            pulled = self._call(self._client.PullMessages, PullMessagesRequest(node=self._node))
+            pulled = self._pull()
             if not pulled.messages_list:
                 return None
             self._began = time.perf_counter()
@@ -132,6 +135,22 @@ class NodeLink:
             self._done(head)
             return message
         return None
+
+    def _pull(self) -> PullMessagesResponse:
+        """The next message's head; raises LinkError.
+
+        The SuperLink gives a message once. If its answer was lost, a message may have been in it, whose sender
+        would wait for as long as a round may take. So the node has to leave and join again, which tells the sender
+        that the message was not answered. It waits until the SuperLink can be reached and hears of it.
+        """
+        if self._unanswered:
+            self._beat()
+            raise LinkError("an answer of the SuperLink was cut off, and a message may be lost; joining again")
+        try:
+            return self._call(self._client.PullMessages, PullMessagesRequest(node=self._node))
+        except LinkError as error:
+            self._unanswered = error.unanswered
+            raise
 
     def _refuse(self, head: Message, reason: str) -> None:
         self._arriving = None
@@ -220,11 +239,12 @@ class NodeLink:
             self._client.close()
 
 
-def _key_pair(key: Path | None) -> tuple[ec.EllipticCurvePrivateKey, ec.EllipticCurvePublicKey]:
+def key_pair(key: Path | None) -> tuple[ec.EllipticCurvePrivateKey, ec.EllipticCurvePublicKey]:
+    """The keys of a node, new ones where it has no file; raises ConfigError."""
     if key is None:
         return generate_key_pairs()
     try:
-        content = key.read_bytes()
+        content = read_key(key)
         load = load_ssh_private_key if b"OPENSSH" in content else load_pem_private_key
         private = load(content, None)
     except OSError as error:

@@ -9,16 +9,18 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import floor
-from pathlib import Path
 from typing import Any
 
 from fedsim.base.machine import cores
 from fedsim.base.own_code import refuse_code
+from fedsim.base.reading import read_key
 from fedsim.errors import ConfigError, missing_extra, one_line
 
 try:
     import grpc
     import ray
+
+    from fedsim.runtimes.ray.watch import watch
 except ModuleNotFoundError as error:
     raise missing_extra("runtime.name: ray", "Ray", "ray") from error
 
@@ -45,6 +47,8 @@ def join(address: str | None) -> None:
             raise ConfigError(
                 f"runtime.address: {address or 'null'}: Ray cannot be started or joined: {first_line(error)}"
             ) from error
+    head = ray.get_runtime_context().gcs_address
+    watch(lambda: _silence(head) is None)
 
 
 def room(cpus: float, gpus: float) -> int:
@@ -74,20 +78,24 @@ def first_line(error: Exception) -> str:
 def _reach(address: str) -> str:
     """The address as host:port. Raises ConfigError where no Ray answers, for which Ray would wait for minutes."""
     found = _located(address)
+    if reason := _silence(found):
+        by = "RAY_ADDRESS" if os.environ.get("RAY_ADDRESS") else "the last Ray of this machine"
+        what = f"auto: {found}, {by}," if address == "auto" else address
+        raise ConfigError(f"runtime.address: {what} cannot be reached ({reason}); {START}")
+    return found
+
+
+def _silence(address: str) -> str | None:
+    """Why no Ray answers at host:port, or None where one does."""
     try:
-        with _channel(found) as channel:
+        with _channel(address) as channel:
             channel.unary_unary("/fedsim/Ask")(b"", timeout=WAIT)
     except grpc.RpcError as error:  # a gRPC server answers at least that it has no such method
         if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-            reason = f"no answer in {WAIT:g} s"
-        elif error.code() is grpc.StatusCode.UNAVAILABLE:
-            reason = one_line(error.details().rpartition("last error: ")[2])
-        else:
-            return found
-        by = "RAY_ADDRESS" if os.environ.get("RAY_ADDRESS") else "the last Ray of this machine"
-        what = f"auto: {found}, {by}," if address == "auto" else address
-        raise ConfigError(f"runtime.address: {what} cannot be reached ({reason}); {START}") from error
-    return found
+            return f"no answer in {WAIT:g} s"
+        if error.code() is grpc.StatusCode.UNAVAILABLE:
+            return one_line(error.details().rpartition("last error: ")[2])
+    return None
 
 
 def _channel(address: str) -> grpc.Channel:
@@ -104,7 +112,7 @@ def _pem(variable: str) -> bytes:
     if not path:
         raise ConfigError(f"RAY_USE_TLS needs {variable}, the path of a PEM file")
     try:
-        return Path(path).read_bytes()
+        return read_key(path)
     except OSError as error:
         raise ConfigError(f"{variable}: {path} cannot be read: {error.strerror}") from None
 
