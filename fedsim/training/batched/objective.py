@@ -129,10 +129,10 @@ class BatchedObjective(LocalObjective):
         self._example_loss = ExampleLoss(self.recipe, network.task, weights)
         self._received, self._padding = (buffers, private_buffers), Padding()
         self._change: BatchMap | None = None
+        self._path: tuple[str, ...] = ()  # the names of models by `separate`
         self.draws = self._draws_from(Stream.NETWORK)
         self._metrics: State = {}
         # Of `separate`:
-        self._path: tuple[str, ...] = ()
         self._recorded_as: str | None = ""
         self._epochs: int | None = None
         self._constant_lr = False
