@@ -408,7 +408,7 @@ def test_orders_that_cannot_be_are_refused(shards):
 MINE = """
 import sys, torch
 from fedsim import Update
-from fedsim.strategies.fedavg import FedAvg
+from fedsim.strategies.averaging.fedavg import FedAvg
 
 class Raises(FedAvg):
     def client_update(self, server, client, local):
@@ -1044,7 +1044,7 @@ def test_initial_tensors_have_to_fit(node):
 
 def test_only_what_is_listed_is_imported(node, tmp_path, monkeypatch):
     (tmp_path / "mine_of_the_node.py").write_text(
-        "from fedsim.strategies.fedavg import FedAvg\nclass Mine(FedAvg):\n    'Mine.'\n"
+        "from fedsim.strategies.averaging.fedavg import FedAvg\nclass Mine(FedAvg):\n    'Mine.'\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     name = "mine_of_the_node:Mine"

@@ -501,7 +501,7 @@ def soon(condition, seconds=20):
 def test_a_strategy_beside_the_config_reaches_the_actors(tmp_path, monkeypatch):
     """Where its folder was on the path when they started; and who cannot import it says so at the start."""
     (tmp_path / "my_strategy.py").write_text(
-        "from fedsim.strategies.fedavg import FedAvg\n\n\nclass Mine(FedAvg):\n    pass\n"
+        "from fedsim.strategies.averaging.fedavg import FedAvg\n\n\nclass Mine(FedAvg):\n    pass\n"
     )
     actors(2)
     monkeypatch.syspath_prepend(tmp_path)

@@ -33,7 +33,7 @@ from fedsim.runtimes.vectorized import Vectorized
 from fedsim.runtimes.vectorized.compute import Client, client_jobs, compute, inputs, updates
 from fedsim.runtimes.vectorized.graph import Graphs
 from fedsim.strategies import CATALOGUE
-from fedsim.strategies.fedavg import FedAvg
+from fedsim.strategies.averaging.fedavg import FedAvg
 from fedsim.training.batched.cohort import Cohort, rounded_up
 from fedsim.training.batched.objective import Network
 from fedsim.types import Job

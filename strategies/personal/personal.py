@@ -29,7 +29,7 @@ from fedsim import (
     matching,
 )
 
-from .fedsgd import FedSGD
+from ..averaging.fedsgd import FedSGD
 
 ClientUpdate = Callable[[State, State, LocalObjective], Update]  # as Strategy.client_update
 
