@@ -13,6 +13,8 @@ CATALOGUE = Catalogue(
         "fedsgd": "averaging.fedsgd:FedSGD",
         "fedprox": "drift.fedprox:FedProx",
         "scaffold": "drift.scaffold:Scaffold",
+        "mime": "drift.mime:Mime",
+        "fedlin": "drift.fedlin:FedLin",
         "fedadam": "adaptive.fedadam:FedAdam",
         "fedyogi": "adaptive.fedadam:FedYogi",
         "fedadagrad": "adaptive.fedadam:FedAdagrad",

@@ -27,8 +27,6 @@ from fedsim.types import Job, State, Stream, Update, described, form_of, random
 
 RESERVED = ("buffers", "ema.model", "ema.buffers")  # entries of the server's state that no strategy may have
 
-MAX_STEPS = "max_steps; each mini-batch of local.gradient counts"
-DECLARED = {"weight": "max_weight", "steps": MAX_STEPS, "examples": MAX_STEPS}  # by which methods
 
 PRIVATE = "buffers."  # in a client's state, before the name of a buffer that `model.buffers` makes private
 
@@ -55,14 +53,22 @@ class Train:
     )
 
     def __call__(self, replica: Replica, data: FederatedData, server: State, job: Job) -> Update:
-        client = job.client or {}
-        home = client if self.strategy.buffers == "private" else server
-        own = private_buffers(client, replica.task)
-        local = ClientObjective(replica, data, job, home["buffers"], self.recipe, self.seed, self.time_limit, own)
-        update = self.client_update(server, client, local, replica.draws if self.own_code else None)
+        local = self.objective(replica, data, server, job)
+        update = self.client_update(server, job.client or {}, local, replica.draws if self.own_code else None)
         local.check_time()
         self.check_update(update, job, len(data.rows(job.client_id)), server["model"].dtype)
         return update
+
+    def objective(
+        self, replica: Replica, data: FederatedData, server: State, job: Job, path: tuple[str, ...] = ()
+    ) -> ClientObjective:
+        """The client of a job; `path` is the part of the round, by which its random numbers differ."""
+        client = job.client or {}
+        home = client if self.strategy.buffers == "private" else server
+        own = private_buffers(client, replica.task)
+        return ClientObjective(
+            replica, data, job, home["buffers"], self.recipe, self.seed, self.time_limit, own, path
+        )
 
     def bounds(self, num_examples: int, dtype: torch.dtype) -> Bounds:
         """What a client with so many examples may give beside its message; losses have that dtype."""
@@ -77,16 +83,11 @@ class Train:
         ArithmeticError, if the state has another form than before, or a number is not finite; WrongReturnError, if
         a number can never be right; UndeclaredError, if it is larger than the strategy declares.
         """
-        weight, sums = update.numbers()
-        check_finite(update.client, job.client or {}, sums)
+        check_finite(update.client, job.client or {}, update.numbers()[1])
         whose, where = type(self.strategy).__name__, f"round {job.round + 1}, client {job.client_id}"
         with border(f"{where}: {whose}", UndeclaredError):
             bounds = self.bounds(num_examples, dtype)
-        if wrong := first_wrong(training_claims(weight, sums, bounds)):
-            said = f"{whose}.client_update: gave the {wrong}"
-            if wrong.name in DECLARED and wrong.most < wrong.value <= WEIGHTS[1]:
-                raise UndeclaredError(f"{where}: {said}; if more is right, override {DECLARED[wrong.name]}")
-            raise WrongReturnError(said)
+        _check_claims(update, bounds, where, f"{whose}.client_update", "max_steps")
 
     @property
     def own_code(self) -> list[str]:
@@ -98,11 +99,8 @@ class Train:
         self, server: State, client: State, local: LocalObjective, draws: TorchFunctionMode | None
     ) -> Update:
         """The update of the strategy, which draws from `draws`, with metrics and batch-norm statistics."""
-        if draws is None:
-            made = self.strategy.client_update(server, client, local)
-        else:
-            with draws:
-                made = self.strategy.client_update(server, client, KeyedObjective(local, draws))
+        with draws or nullcontext():
+            made = self.strategy.client_update(server, client, KeyedObjective(local, draws) if draws else local)
         update = checked_update(self.strategy, made)._replace(metrics=local.metrics)
         if own := local.private_buffers:
             update = update._replace(client=update.client | _private_entries(own))
@@ -111,6 +109,55 @@ class Train:
         if self.strategy.buffers == "private":
             return update._replace(client=update.client | {"buffers": local.buffers})
         return update
+
+
+@dataclass(frozen=True)
+class Survey:
+    """One client's answer to what a strategy asks before the training of the same round."""
+
+    train: Train
+
+    def __call__(self, replica: Replica, data: FederatedData, server: State, job: Job) -> Update:
+        strategy, dtype = self.train.strategy, server["model"].dtype
+        local = self.train.objective(replica, data, server, job, ("survey",))
+        draws = replica.draws if self.own_code else None
+        with draws or nullcontext():
+            made = strategy.survey(server, job.client or {}, KeyedObjective(local, draws) if draws else local)
+        local.check_time()
+        update = checked_update(strategy, made, "survey")._replace(metrics=local.metrics)
+        whose = f"{type(strategy).__name__}.survey"
+        if update.client:
+            raise WrongReturnError(f"{whose}: gave a client state; what a client keeps comes from client_update")
+        check_finite({}, {}, update.numbers()[1])
+        bounds = self.bounds(len(data.rows(job.client_id)), dtype)
+        where = f"round {job.round + 1}, client {job.client_id}"
+        _check_claims(update, bounds, where, whose, "survey_steps")
+        return update
+
+    def bounds(self, num_examples: int, dtype: torch.dtype) -> Bounds:
+        """As in Train."""
+        return training_bounds(self.train.strategy, self.train.recipe, num_examples, dtype, "survey_steps")
+
+    @property
+    def own_code(self) -> list[str]:
+        """As in Train."""
+        return self.train.own_code
+
+    @property
+    def wait_for_absent(self) -> bool:
+        """As in Train."""
+        return self.train.wait_for_absent
+
+
+def _check_claims(update: Update, bounds: Bounds, where: str, method: str, steps: str) -> None:
+    """Raise if a number of an update is not in its bounds; `steps` is the method that declares the steps."""
+    wrong = first_wrong(training_claims(*update.numbers(), bounds))
+    if wrong is None:
+        return
+    if wrong.value <= wrong.most or wrong.value > WEIGHTS[1] or wrong.name == "loss":
+        raise WrongReturnError(f"{method}: gave the {wrong}")
+    more = "max_weight" if wrong.name == "weight" else f"{steps}; each mini-batch of local.gradient counts"
+    raise UndeclaredError(f"{where}: {method}: gave the {wrong}; if more is right, override {more}")
 
 
 def initial_server_state(strategy: Strategy, task: Task, home: torch.device | None = None, seed: int = 0) -> State:

@@ -17,6 +17,7 @@ from fedsim.base.files import uninterrupted
 from fedsim.base.global_draws import keyed_globals
 from fedsim.base.modes import own_modes
 from fedsim.data import FederatedData
+from fedsim.data.dataset import Ints
 from fedsim.data.federated import batch_sizes
 from fedsim.errors import (
     NO_STATE,
@@ -38,6 +39,7 @@ from fedsim.federated.client import (
     EvaluateClient,
     EvaluateGlobal,
     EvaluationChunk,
+    Survey,
     Train,
     download,
     initial_client_state,
@@ -50,7 +52,7 @@ from fedsim.federated.pace import Pace
 from fedsim.federated.recalibration import Recalibrate, Recalibration, check_recalibration
 from fedsim.federated.runtime import Runtime, check_once, check_runtime, outcomes, results
 from fedsim.federated.store import ClientStore
-from fedsim.federated.strategy import Strategy, check_state, check_strategy
+from fedsim.federated.strategy import Strategy, check_state, check_strategy, surveys
 from fedsim.training.recipe import Recipe
 from fedsim.training.small_batches import clients_to_leave_out
 from fedsim.training.task import Task
@@ -114,6 +116,17 @@ class Evaluation(NamedTuple):
 
     loss: float
     accuracy: float  # from 0 to 1
+
+
+class Trained(NamedTuple):
+    """What a round has changed, up to where it is."""
+
+    server: State
+    reports: list[Report] = []
+    failed: dict[int, str] = {}
+    absent: dict[int, str] = {}  # who answered the survey, and did not train
+    surveyed: list[Report] = []
+    bytes_down: int = 0  # after the survey
 
 
 class Simulation:
@@ -225,24 +238,25 @@ class Simulation:
             goal = self.sample()
             self.recipe.check_schedule(self.number)
         selected, attempt = self._attempt(goal)
-        sent = self._download()
-        server, reports, failed = self.server, list[Report](), dict[int, str]()
+        trained = Trained(self.server)
         try:
             if attempt.reporting:
                 with one_thread():
-                    server, reports, failed = self._train(attempt.reporting, sent, after_client, before_client)
+                    trained = self._train(attempt.reporting, after_client, before_client)
+            server, reports, failed = trained.server, trained.reports, trained.failed
             sums = _sums(report.metrics for report in reports if report.client_id not in failed)
+            asked = _sums(report.metrics for report in trained.surveyed)
             done = Round(
                 round=self.number + 1,
                 cohort=selected,
                 train_loss=sums["loss"] / sums["examples"] if sums.get("examples") else None,
                 fingerprint=fingerprint_of(server),
                 seconds=perf_counter() - start,
-                steps=int(sums.get("steps", 0)),
-                bytes_up=sum(r.bytes_up for r in reports),
-                bytes_down=sum(tensor.nbytes for tensor in sent.values()) * len(selected),
+                steps=int(sums.get("steps", 0) + asked.get("steps", 0)),
+                bytes_up=sum(r.bytes_up for r in [*reports, *trained.surveyed]),
+                bytes_down=self._size(self.server) * len(selected) + trained.bytes_down,
                 failed={str(client): cause for client, cause in failed.items()},
-                absent={str(client): cause for client, cause in attempt.absent.items()},
+                absent={str(client): cause for client, cause in sorted((attempt.absent | trained.absent).items())},
                 clock=self.clock + attempt.seconds,
             )
             with uninterrupted():
@@ -301,7 +315,7 @@ class Simulation:
         work = EvaluateClient(self.strategy, batch_size, train, wait_for_absent=not drop, seed=self.seed)
         sums, done = dict[int, Metrics](), list[int]()
         jobs = (self._job(k, self.number - 1) for k in chosen)
-        with closing(outcomes(self.runtime, work, self._download(), jobs)) as tested:
+        with closing(outcomes(self.runtime, work, self._download(self.server), jobs)) as tested:
             for job, outcome in tested:
                 done.append(job.client_id)
                 if not isinstance(outcome, BaseException):
@@ -326,9 +340,13 @@ class Simulation:
         """SHA-256 of the global model's bytes, batch-norm statistics included."""
         return fingerprint_of(self.server)
 
-    def _download(self) -> State:
+    def _download(self, server: State) -> State:
         """The entries of the server's state that clients download, as copies."""
-        return {name: value.clone() for name, value in download(self.strategy, self.server).items()}
+        return {name: value.clone() for name, value in download(self.strategy, server).items()}
+
+    def _size(self, server: State) -> int:
+        """How many bytes a client downloads."""
+        return sum(tensor.nbytes for tensor in download(self.strategy, server).values())
 
     def _attempt(self, cohort: list[int]) -> tuple[list[int], Attempt]:
         """The selected clients, and which of them report."""
@@ -336,8 +354,7 @@ class Simulation:
             return cohort, Attempt(cohort, {}, 0.0)
         about = self.seed, self.number
         selected = self.availability.select(cohort, self.data.num_clients, *about)
-        steps = np.array(list(self._steps(selected).values()))
-        attempt = self.availability.attempt(selected, steps, len(cohort), *about)
+        attempt = self.availability.attempt(selected, self._all_steps(selected), len(cohort), *about)
         if attempt.absent and len(attempt.reporting) < self.failures.min_clients:
             left, floor = len(attempt.reporting), self.failures.min_clients
             few = f"round given up: {left} left, and failures.min_clients is {floor}"
@@ -348,17 +365,56 @@ class Simulation:
     def _train(
         self,
         selected: list[int],
-        sent: State,
         after_client: Callable[[Report], None],
         before_client: Callable[[int], None],
-    ) -> tuple[State, list[Report], dict[int, str]]:
-        """The new server's state, the reports, and the failed clients; clients' new states are staged."""
-        total, reports = self.aggregator.fold([]), list[Report]()
+    ) -> "Trained":
+        """What a round has changed; clients' new states are staged."""
         failed = {client: self.left_out[client] for client in selected if client in self.left_out}
         cohort = [client for client in selected if client not in failed]
         self._check_min_clients(len(cohort), failed)
+        before = Trained(self.server, failed=failed)
+        if surveys(self.strategy):
+            before = self._survey(cohort, failed)
+            cohort = [client for client in cohort if client not in before.failed | before.absent]
+        mean, reports, failed = self._answers(
+            self.work, before.server, cohort, before.failed, before_client, after_client
+        )
+        answered = [client for client in cohort if client not in failed]
+        server = self._with_ema_and_recalibration(self._server_update(before.server, mean, answered))
+        return before._replace(server=server, reports=reports, failed=failed)
+
+    def _survey(self, cohort: list[int], failed: dict[int, str]) -> "Trained":
+        """What the survey has changed, and which clients do not train."""
+        mean, reports, failed = self._answers(Survey(self.work), self.server, cohort, failed)
+        answered = [client for client in cohort if client not in failed]
+        server = self._server_update(self.server, mean, answered, "surveyed")
+        own = {name: value.clone() for name, value in server.items() if name not in RESERVED}
+        with border(f"round {self.number + 1}: {type(self.strategy).__name__}.select", RoundError):
+            with keyed_globals(self.seed, Stream.SERVER, self.number, 2):
+                selected = self.strategy.select(own, mean, self._info(answered, 2))
+            chosen = ids(selected, self.data.num_clients)
+            if strange := {*chosen} - {*answered}:
+                raise WrongReturnError(f"gave client {min(strange)}, which has not answered the survey")
+        if len(chosen) < self.failures.min_clients:
+            floor = f"failures.min_clients is {self.failures.min_clients}"
+            raise RoundError(f"round {self.number + 1}: {len(chosen)} clients were selected, and {floor}")
+        others = dict.fromkeys(sorted({*answered} - {*chosen}), "not selected after the survey")
+        return Trained(server, [], failed, others, reports, self._size(server) * len(chosen))
+
+    def _answers(
+        self,
+        work: Train | Survey,
+        server: State,
+        cohort: list[int],
+        failed: dict[int, str],
+        before_client: Callable[[int], None] = lambda client: None,
+        after_client: Callable[[Report], None] = lambda report: None,
+    ) -> tuple[State, list[Report], dict[int, str]]:
+        """The mean of the cohort's messages, the reports by client, and all that have `failed` so far."""
+        total, reports, asked = self.aggregator.fold([]), list[Report](), len(cohort) + len(failed)
+        sent, failed = self._download(server), dict(failed)
         # Results that are equal only up to rounding may depend on the order, so this must not depend on time.
-        by_pace = self.runtime.workers > 1 and self.runtime.exact
+        by_pace = self.runtime.workers > 1 and self.runtime.exact and isinstance(work, Train)
         steps = self._steps(cohort) if by_pace else {}
         order = self.pace.order(steps) if by_pace else cohort
 
@@ -367,7 +423,7 @@ class Simulation:
                 before_client(client)
                 yield self._job(client)
 
-        with closing(results(self.runtime, self.work, sent, jobs(), self.aggregator)) as running:
+        with closing(results(self.runtime, work, sent, jobs(), self.aggregator)) as running:
             for partial, finished in running:
                 total = self.aggregator.merge(total, partial)
                 for report in finished:
@@ -381,11 +437,12 @@ class Simulation:
                         self.pace.measured(report.client_id, steps[report.client_id], report.seconds)
                     reports.append(report._replace(client={}, exception=None))
                     after_client(report)
-                self._check_min_clients(len(selected) - len(failed), failed)
+                self._check_min_clients(asked - len(failed), failed)
         reports.sort(key=lambda report: report.client_id)
         check_once(self.runtime, "run", "client", [report.client_id for report in reports], cohort)
-        if written := [name for name, value in sent.items() if not same_values(value, self.server[name])]:
-            wrote = f"client_update wrote server[{written[0]!r}] in place, through .data or .numpy()"
+        if written := [name for name, value in sent.items() if not same_values(value, server[name])]:
+            method = "client_update" if isinstance(work, Train) else "survey"
+            wrote = f"{method} wrote server[{written[0]!r}] in place, through .data or .numpy()"
             raise RoundError(f"round {self.number + 1}: {wrote}; states are only read")
         mismatched = self.aggregator.mismatched(total)
         if mismatched and self.failures.policy == "raise":
@@ -394,14 +451,11 @@ class Simulation:
         for client in mismatched:
             self.clients.discard(client)
         failed = dict(sorted((failed | mismatched).items()))
-        answered = [client for client in cohort if client not in failed]
-        self._check_min_clients(len(answered), failed)
+        self._check_min_clients(asked - len(failed), failed)
         try:
-            mean = self.aggregator.result(total)
+            return self.aggregator.result(total), reports, failed
         except RoundError as error:
             raise RoundError(f"round {self.number + 1}: {error}") from error
-        server = self._server_update(mean, answered)
-        return self._with_ema_and_recalibration(server), reports, failed
 
     def _raise_if_failed(self, report: Report) -> None:
         """Raise ClientError if a client failed and `failures.policy` is `raise`."""
@@ -422,17 +476,39 @@ class Simulation:
         sizes = self.data.sizes[clients].tolist()
         return {k: self.recipe.num_steps(n) for k, n in zip(clients, sizes, strict=True)}
 
-    def _server_update(self, mean: State, answered: list[int]) -> State:
-        buffers = {"buffers": mean.pop("buffers")} if "buffers" in mean else {}
-        sizes, noise = self.data.sizes, torch_generator(self.seed, Stream.SERVER, self.number)
+    def _all_steps(self, clients: list[int]) -> Ints:
+        """(C,) the steps of each client, with those of its answer to a survey."""
+        epoch = self.recipe.with_all_examples.epoch_of
+        sizes = self.data.sizes[clients].tolist()
+        return np.array(
+            [
+                steps + self.strategy.survey_steps(steps, epoch(n)[0])
+                for n, steps in zip(sizes, self._steps(clients).values(), strict=True)
+            ]
+        )
+
+    def _info(self, answered: list[int], *key: int) -> RoundInfo:
+        sizes, noise = self.data.sizes, torch_generator(self.seed, Stream.SERVER, self.number, *key)
         total_examples = int(sizes.sum()) if sizes.all() else None
         cohort_examples = int(sizes[answered].sum())
-        info = RoundInfo(self.number, answered, self.data.num_clients, noise, cohort_examples, total_examples)
-        own = {name: value for name, value in self.server.items() if name not in RESERVED}
+        return RoundInfo(self.number, answered, self.data.num_clients, noise, cohort_examples, total_examples)
+
+    def _server_update(
+        self,
+        server: State,
+        mean: State,
+        answered: list[int],
+        method: Literal["server_update", "surveyed"] = "server_update",
+    ) -> State:
+        """The server's state after this method of the strategy."""
+        buffers = {"buffers": mean.pop("buffers")} if "buffers" in mean else {}
+        key = () if method == "server_update" else (1,)
+        info = self._info(answered, *key)
+        own = {name: value for name, value in server.items() if name not in RESERVED}
         copy = {name: value.clone() for name, value in own.items()}  # which the strategy may write to
-        with border(f"round {self.number + 1}: {type(self.strategy).__name__}.server_update", RoundError):
-            with keyed_globals(self.seed, Stream.SERVER, self.number):
-                update = self.strategy.server_update(copy, mean, info)
+        with border(f"round {self.number + 1}: {type(self.strategy).__name__}.{method}", RoundError):
+            with keyed_globals(self.seed, Stream.SERVER, self.number, *key):
+                update = getattr(self.strategy, method)(copy, mean, info)
             check_state(update)
             self._check_update(update, own)
             kept = {name: value for name, value in copy.items() if name not in update}
@@ -443,7 +519,7 @@ class Simulation:
                     f"changed server[{lost[0]!r}] and did not return it; return {{{lost[0]!r}: ...}}"
                 )
             update = {name: value.detach().to(own[name].device) for name, value in ordinary(update).items()}
-        return self.server | update | buffers
+        return server | update | buffers
 
     def _with_ema_and_recalibration(self, server: State) -> State:
         """The server's state with recalibrated statistics and an updated running mean, if these are on."""

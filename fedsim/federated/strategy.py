@@ -51,6 +51,22 @@ class Strategy(ABC):
     def server_update(self, server: State, mean: State, info: RoundInfo) -> State:
         """The entries of the server's state that change; `mean` is the weighted mean of the messages."""
 
+    def survey(self, server: State, client: State, local: LocalObjective) -> Update:
+        """What the server asks each client of the cohort before the training of the same round.
+
+        By default there is no such exchange. It changes no state of a client. Its random numbers and batch-norm
+        statistics are its own, so that the training does not depend on it.
+        """
+        return Update({}, weight=0.0)
+
+    def surveyed(self, server: State, mean: State, info: RoundInfo) -> State:
+        """The entries of the server's state that change before the training; `mean` is that of the answers."""
+        return {}
+
+    def select(self, server: State, mean: State, info: RoundInfo) -> list[int]:
+        """The ids of those clients of `info.cohort`, which have answered the survey, that train."""
+        return info.cohort
+
     def client_model(self, server: State, client: State, layout: Layout) -> Tensor:
         """(P,) the model that a client uses for its own examples; personalised strategies override it."""
         return server["model"]
@@ -69,6 +85,10 @@ class Strategy(ABC):
         gives 2 * num_steps, and one that also computes the gradient of F_k num_steps + epoch_steps.
         """
         return num_steps
+
+    def survey_steps(self, num_steps: int, epoch_steps: int) -> int:
+        """As `max_steps`, for a survey; they take as long on the virtual clock. 0 by default."""
+        return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +119,15 @@ class Wrapper(Strategy):
     def server_update(self, server: State, mean: State, info: RoundInfo) -> State:
         return self.inner.server_update(server, mean, info)
 
+    def survey(self, server: State, client: State, local: LocalObjective) -> Update:
+        return checked_update(self.inner, self.inner.survey(server, client, local), "survey")
+
+    def surveyed(self, server: State, mean: State, info: RoundInfo) -> State:
+        return self.inner.surveyed(server, mean, info)
+
+    def select(self, server: State, mean: State, info: RoundInfo) -> list[int]:
+        return self.inner.select(server, mean, info)
+
     def client_model(self, server: State, client: State, layout: Layout) -> Tensor:
         return self.inner.client_model(server, client, layout)
 
@@ -107,6 +136,16 @@ class Wrapper(Strategy):
 
     def max_steps(self, num_steps: int, epoch_steps: int) -> int:
         return self.inner.max_steps(num_steps, epoch_steps)
+
+    def survey_steps(self, num_steps: int, epoch_steps: int) -> int:
+        return self.inner.survey_steps(num_steps, epoch_steps)
+
+
+def surveys(strategy: Strategy) -> bool:
+    """Whether there is an exchange before the training: whether the strategy, or one in it, defines `survey`."""
+    if type(strategy).survey not in (Strategy.survey, Wrapper.survey):
+        return True
+    return isinstance(strategy, Wrapper) and surveys(strategy.inner)
 
 
 def check_strategy(strategy: object) -> None:
@@ -134,9 +173,9 @@ def check_state(state: object, noun: str = "state", whose: str = "") -> None:
             raise WrongReturnError(f"{whose}gave {made} as {name!r} in its {noun}; it should be a dense tensor")
 
 
-def checked_update(strategy: Strategy, update: object) -> Update:
-    """The update that `client_update` of the strategy gave; raises WrongReturnError where it is none."""
-    whose = f"{type(strategy).__name__}.client_update: "
+def checked_update(strategy: Strategy, update: object, method: str = "client_update") -> Update:
+    """The update that a method of the strategy gave; raises WrongReturnError where it is none."""
+    whose = f"{type(strategy).__name__}.{method}: "
     if not isinstance(update, Update):
         made = type(update).__name__
         raise WrongReturnError(f"{whose}gave {made}; it should give fedsim.Update(message, weight)")

@@ -90,6 +90,7 @@ class ClientObjective(LocalObjective):
         seed: int = 0,
         time_limit: float | None = None,
         private_buffers: Mapping[str, Tensor] = {},
+        path: tuple[str, ...] = (),
     ):
         self.replica, self.data, self.recipe = replica, data, recipe
         self.layout = replica.task.layout
@@ -110,7 +111,7 @@ class ClientObjective(LocalObjective):
         )
         self._noise: KeyedDraws | None = None
         # Of `separate`:
-        self._path: tuple[str, ...] = ()
+        self._path = path  # names in the key of its random numbers
         self._recorded_as: str | None = ""
         self._constant_lr = False
         self._passes: Passes | None = None

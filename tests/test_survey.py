@@ -1,0 +1,236 @@
+"""An exchange with the cohort before it trains: `survey`, `surveyed` and `select` of a strategy."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from conftest import make_data, make_simulation, make_task
+from torch import nn
+
+from fedsim import ConfigError, Update
+from fedsim.errors import ClientError, RoundError
+from fedsim.federated.availability import Availability
+from fedsim.federated.simulation import Failures
+from fedsim.strategies.averaging.fedavg import FedAvg
+from fedsim.strategies.averaging.fedsgd import FedSGD
+from fedsim.strategies.drift.fedlin import FedLin
+from fedsim.strategies.drift.mime import Mime
+
+EQUAL = (6, 6, 6, 6)
+
+
+def mlp():
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def on_equal_clients(strategy, rounds=3, **recipe):
+    """The model (P,) after some rounds, in float64, where all clients have as many examples."""
+    task = make_task(mlp, dtype=torch.float64)
+    data = make_data(EQUAL, dtype=torch.float64)
+    simulation = make_simulation(strategy, task=task, data=data, **recipe)
+    for _ in range(rounds):
+        simulation.round()
+    return simulation.server["model"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asks(FedAvg):
+    """FedAvg whose survey computes, draws and trains, to no avail."""
+
+    def survey(self, server, client, local):
+        x = server["model"]
+        local.gradient(x)
+        y = local.train(x + torch.randn_like(x) + local.normal(x))
+        return Update({"delta": y - x}, weight=local.num_examples)
+
+    def survey_steps(self, num_steps, epoch_steps):
+        return num_steps + epoch_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selects(FedAvg):
+    """FedAvg of the clients whose id is in `chosen`; the server keeps the mean loss that it asked for."""
+
+    chosen: tuple[int, ...] = (1, 3)
+
+    def init_server(self, model):
+        return {"model": model, "loss": model.new_zeros(())}
+
+    def survey(self, server, client, local):
+        return Update({"loss": local.loss(server["model"])}, weight=1.0)
+
+    def surveyed(self, server, mean, info):
+        return {"loss": mean["loss"]}
+
+    def select(self, server, mean, info):
+        assert server["loss"] == mean["loss"]
+        return [*self.chosen]
+
+
+@pytest.mark.parametrize("runtime", ["serial", {"name": "threads", "workers": 3}])
+def test_a_survey_does_not_disturb_the_training(runtime):
+    """Neither its draws, nor its batch-norm statistics: the same bits as without it."""
+    plain, asked = (make_simulation(strategy, runtime=runtime) for strategy in (FedAvg(), Asks()))
+    for _ in range(2):
+        before, after = plain.round(), asked.round()
+        assert (after.fingerprint, after.train_loss) == (before.fingerprint, before.train_loss)
+        assert after.steps > 2 * before.steps
+
+
+def test_those_who_are_selected_train():
+    simulation, other = (
+        make_simulation(Selects()),
+        make_simulation(FedAvg(), cohort={"name": "fixed", "clients": [1, 3]}),
+    )
+    done, expected = simulation.round(), other.round()
+    assert (done.fingerprint, done.train_loss) == (expected.fingerprint, expected.train_loss)
+    assert done.cohort == [0, 1, 2, 3, 4, 5]
+    assert done.absent == dict.fromkeys("0245", "not selected after the survey")
+    sent = sum(value.nbytes for name, value in simulation.server.items() if name in ("model", "buffers"))
+    assert done.bytes_down == (6 + 2) * sent
+    assert done.bytes_up == 6 * 4 + expected.bytes_up
+    losses = [simulation.server["loss"]]
+    assert 0 < losses[0] < 10
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ((), "gave \\[\\]"),
+        ((1, 1), "an id occurs twice"),
+        ((9,), "ids from 0 to 5"),
+        ((0, 2), "client 2, which has not"),
+    ],
+)
+def test_a_selection_that_cannot_be_ends_the_round(chosen, message):
+    cohort = {"name": "fixed", "clients": [0, 1]}
+    with pytest.raises(RoundError, match=rf"^round 1: Selects\.select: .*{message}"):
+        make_simulation(Selects(chosen=chosen), cohort=cohort).round()
+
+
+def test_too_few_who_are_selected_end_the_round():
+    failures = Failures(min_clients=3)
+    with pytest.raises(RoundError, match=r"^round 1: 2 clients were selected, and failures\.min_clients is 3"):
+        make_simulation(Selects(), failures=failures).round()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fails(Asks):
+    """Whose client 2 fails in the survey, or gives what it should not."""
+
+    how: str = "raise"
+
+    def survey(self, server, client, local):
+        if local.client_id != 2:
+            return super().survey(server, client, local)
+        if self.how == "raise":
+            raise OSError("no sensor")
+        if self.how == "nan":
+            return Update({"delta": server["model"] * torch.nan}, 1.0)
+        if self.how == "state":
+            return Update({"delta": server["model"]}, 1.0, client={"e": server["model"]})
+        server["model"].add_(1)
+        return super().survey(server, client, local)
+
+
+@pytest.mark.parametrize("how", ["raise", "nan", "state"])
+def test_who_fails_in_the_survey_does_not_train(how):
+    others = {"name": "fixed", "clients": [0, 1, 3, 4, 5]}
+    dropped = make_simulation(Fails(how=how), failures=Failures(policy="drop")).round()
+    expected = make_simulation(FedAvg(), cohort=others).round()
+    assert dropped.fingerprint == expected.fingerprint
+    assert [*dropped.failed] == ["2"]
+    with pytest.raises(ClientError, match=r"^round 1, client 2: "):
+        make_simulation(Fails(how=how)).round()
+
+
+def test_a_survey_that_writes_to_the_servers_state_ends_the_round():
+    with pytest.raises(RoundError, match=r"wrote server\['model'\]"):
+        make_simulation(Fails(how="write"), failures=Failures(policy="drop")).round()
+
+
+def test_more_steps_than_a_survey_declares_end_the_round():
+    @dataclass(frozen=True, kw_only=True)
+    class Undeclared(Asks):
+        def survey_steps(self, num_steps, epoch_steps):
+            return 0
+
+    with pytest.raises(RoundError, match=r"Undeclared\.survey: gave the steps .* override survey_steps"):
+        make_simulation(Undeclared()).round()
+
+
+def test_the_virtual_clock_counts_a_survey():
+    data = make_data()
+    clocks = []
+    for strategy in (FedAvg(), Asks()):
+        simulation = make_simulation(strategy, data=data)
+        simulation.availability = Availability(step_seconds=1.0)
+        clocks.append(simulation.round().clock)
+    assert clocks == [4, 4 + 4 + 4]  # of the client of 13 examples: one epoch, and in the survey two more
+
+
+# Algorithms that survey
+
+
+def test_mime_of_full_batches_without_momentum_is_fedlin():
+    recipe = {"batch_size": "full", "epochs": 4, "lr": 0.2}
+    assert torch.allclose(
+        on_equal_clients(Mime(beta=0.0), **recipe), on_equal_clients(FedLin(), **recipe), rtol=0, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("strategy", [Mime(beta=0.0), FedLin()])
+def test_one_step_of_the_full_batch_is_fedsgd(strategy):
+    recipe = {"batch_size": "full", "epochs": 1, "lr": 0.2}
+    expected = on_equal_clients(FedSGD(), **recipe)
+    assert torch.allclose(on_equal_clients(strategy, **recipe), expected, rtol=0, atol=1e-12)
+
+
+def test_fedlin_goes_where_the_mean_gradient_vanishes():
+    """FedAvg with many local steps does not: its fixed point is another one."""
+
+    def linear():
+        return nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+
+    task, data = make_task(linear, dtype=torch.float64), make_data(EQUAL, dtype=torch.float64)
+    norms = []
+    for strategy in (FedLin(), FedAvg()):
+        recipe = {"batch_size": "full", "epochs": 10, "lr": 0.2, "weight_decay": 0.1}
+        simulation = make_simulation(strategy, task=task, data=data, **recipe)
+        for _ in range(40):
+            simulation.round()
+        w = simulation.server["model"].requires_grad_()
+        x, y = data.batch(torch.arange(sum(EQUAL)))
+        loss = nn.functional.cross_entropy(torch.func.functional_call(task.network, task.layout.split(w), x), y)
+        norms.append((torch.autograd.grad(loss, w)[0] + 0.1 * w.detach()).norm().item())
+    assert norms[0] < 1e-6 < 1e-3 < norms[1]
+
+
+def test_mime_is_its_algorithm():
+    """Two rounds by hand, on clients whose batches are all their examples."""
+    beta, lr, steps = 0.5, 0.1, 3
+    task, data = make_task(mlp, dtype=torch.float64), make_data(EQUAL, dtype=torch.float64)
+
+    def gradient(w, client):
+        w = w.detach().clone().requires_grad_()
+        x, y = data.batch(torch.from_numpy(data.rows(client)))
+        output = torch.func.functional_call(task.network, task.layout.split(w), x)
+        return torch.autograd.grad(nn.functional.cross_entropy(output, y), w)[0]
+
+    x, s = task.initial_model.clone(), torch.zeros_like(task.initial_model)
+    for _ in range(2):
+        own, ends = [gradient(x, k) for k in range(4)], []
+        c = sum(own) / 4
+        for k in range(4):
+            y = x.clone()
+            for _ in range(steps):
+                y -= lr * ((1 - beta) * (gradient(y, k) - own[k] + c) + beta * s)
+            ends.append(y)
+        x, s = sum(ends) / 4, (1 - beta) * c + beta * s
+    made = on_equal_clients(Mime(beta=beta), rounds=2, batch_size="full", epochs=steps, lr=lr)
+    assert torch.allclose(made, x, rtol=0, atol=1e-12)
+
+
+def test_mime_has_no_momentum_of_the_recipes():
+    with pytest.raises(ConfigError, match=r"^local\.momentum: mime "):
+        make_simulation("mime", momentum=0.9)
