@@ -458,7 +458,7 @@ def on(federation, **options):
 SHORT = CONFIG | {"rounds": 2, "cohort": {"name": "uniform", "size": 2}, "evaluate": {"clients": True}}
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "scaffold", "fedbn", "fedadam"])
+@pytest.mark.parametrize("strategy", ["fedavg", "scaffold", "fedbn", "fedadam", "mime"])
 def test_nodes_give_the_records_of_a_simulation(federation, strategy):
     """Round by round: cohort, losses, steps, fingerprint, tests, and each client's own accuracy."""
     config = SHORT | {"strategy": strategy}

@@ -62,8 +62,5 @@ class Mime(Strategy):
     def max_weight(self, num_examples: int, num_steps: int) -> float:
         return num_examples if self.weights == "examples" else 1.0
 
-    def max_steps(self, num_steps: int, epoch_steps: int) -> int:
-        return 2 * num_steps
-
     def survey_steps(self, num_steps: int, epoch_steps: int) -> int:
         return epoch_steps
