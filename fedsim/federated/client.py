@@ -17,7 +17,7 @@ from fedsim.data import FederatedData
 from fedsim.errors import ConfigError, RoundError, WrongReturnError, border, is_own, name_of
 from fedsim.federated.aggregate import WEIGHTS, largest
 from fedsim.federated.claims import Bounds, first_wrong, training_bounds, training_claims
-from fedsim.federated.strategy import Strategy, check_state, checked_update
+from fedsim.federated.strategy import Strategy, check_state, checked_update, personalises
 from fedsim.training.local import ClientObjective
 from fedsim.training.objective import KeyedObjective, LocalObjective
 from fedsim.training.recipe import Recipe
@@ -314,35 +314,52 @@ def check_finite(state: State, before: State, sums: Mapping[str, float]) -> None
 class EvaluateClient:
     """The client's own model on its held-out examples, or on its training examples if none are held out.
 
-    With `train`, a last batch of one example joins the one before: batch norm needs two.
+    With `train`, a last batch of one example joins the one before: batch norm needs two. The `training` is that of
+    the rounds, for strategies whose clients train their own model.
     """
 
-    strategy: Strategy
+    training: Train
     batch_size: int
     train: bool = False
     wait_for_absent: bool = True  # as in Train
-    seed: int = 0
 
     @property
     def own_code(self) -> list[str]:
         """As in Train."""
-        return own_code(self.strategy)
+        return self.training.own_code
 
     def __call__(self, replica: Replica, data: FederatedData, server: State, job: Job) -> Update:
-        client = job.client or {}
-        key = self.seed, Stream.NETWORK, job.round + 1, job.client_id  # the round is -1 before the first one
-        replica.draws.begin(int(random(*key).integers(2**63)))
-        with replica.draws if self.own_code else nullcontext():
-            model = self.strategy.client_model(server, client, replica.task.layout)
-        if not (isinstance(model, Tensor) and model.shape == server["model"].shape):
-            made = tuple(model.shape) if isinstance(model, Tensor) else type(model).__name__
-            right = tuple(server["model"].shape)
-            raise WrongReturnError(
-                f"{type(self.strategy).__name__}.client_model: gave {made}; it should give {right}"
-            )
+        model, buffers, own = self._model(replica, data, server, job)
         batches = data.own_batches(job.client_id, self.batch_size, 1 + self.train)
-        own = private_buffers(client, replica.task)
-        return _evaluate(replica, model, client.get("buffers", server["buffers"]), batches, self.train, own)
+        return _evaluate(replica, model, buffers, batches, self.train, own)
+
+    def _model(
+        self, replica: Replica, data: FederatedData, server: State, job: Job
+    ) -> tuple[Tensor, Tensor, State]:
+        """(P,) the client's own model, (Q,) its statistics, and its private buffers by name."""
+        strategy, client = self.training.strategy, job.client or {}
+        if personalises(strategy):
+            job = job._replace(round=max(job.round, 0))  # it is -1 before the first one
+            local = self.training.objective(replica, data, server, job, ("personalise",))
+            draws = replica.draws if self.own_code else None
+            with draws or nullcontext():
+                found = strategy.personalise(server, client, KeyedObjective(local, draws) if draws else local)
+            local.check_time()
+            model, buffers = found if isinstance(found, tuple) and len(found) == 2 else (found, local.buffers)
+            own, method = local.private_buffers, "personalise"
+        else:
+            key = self.training.seed, Stream.NETWORK, job.round + 1, job.client_id
+            replica.draws.begin(int(random(*key).integers(2**63)))
+            with replica.draws if self.own_code else nullcontext():
+                model = strategy.client_model(server, client, replica.task.layout)
+            buffers, own = client.get("buffers", server["buffers"]), private_buffers(client, replica.task)
+            method = "client_model"
+        for made, like in ((model, server["model"]), (buffers, server["buffers"])):
+            if not (isinstance(made, Tensor) and made.shape == like.shape):
+                gave = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
+                right = f"it should give {tuple(like.shape)}"
+                raise WrongReturnError(f"{type(strategy).__name__}.{method}: gave {gave}; {right}")
+        return model, buffers, own
 
 
 class EvaluationChunk(NamedTuple):

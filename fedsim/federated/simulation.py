@@ -312,7 +312,7 @@ class Simulation:
         """
         chosen = range(self.data.num_clients) if clients is None else list(clients)
         drop = self.failures.policy == "drop"
-        work = EvaluateClient(self.strategy, batch_size, train, wait_for_absent=not drop, seed=self.seed)
+        work = EvaluateClient(self.work, batch_size, train, wait_for_absent=not drop)
         sums, done = dict[int, Metrics](), list[int]()
         jobs = (self._job(k, self.number - 1) for k in chosen)
         with closing(outcomes(self.runtime, work, self._download(self.server), jobs)) as tested:

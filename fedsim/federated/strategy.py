@@ -71,6 +71,14 @@ class Strategy(ABC):
         """(P,) the model that a client uses for its own examples; personalised strategies override it."""
         return server["model"]
 
+    def personalise(self, server: State, client: State, local: LocalObjective) -> Tensor | tuple[Tensor, Tensor]:
+        """As `client_model`, where it is trained for the evaluation; on the client's training examples only.
+
+        (P,) the model, or that and (Q,) its batch-norm statistics, by default those of `local`. It changes no
+        state, and has random numbers of its own. The learning rate is that of the last round.
+        """
+        return self.client_model(server, client, local.layout)
+
     def max_weight(self, num_examples: int, num_steps: int) -> float:
         """The largest weight of an update from a client of n_k examples and K_k steps; n_k by default.
 
@@ -131,6 +139,11 @@ class Wrapper(Strategy):
     def client_model(self, server: State, client: State, layout: Layout) -> Tensor:
         return self.inner.client_model(server, client, layout)
 
+    def personalise(self, server: State, client: State, local: LocalObjective) -> Tensor | tuple[Tensor, Tensor]:
+        if type(self).client_model is Wrapper.client_model:
+            return self.inner.personalise(server, client, local)
+        return self.client_model(server, client, local.layout)
+
     def max_weight(self, num_examples: int, num_steps: int) -> float:
         return self.inner.max_weight(num_examples, num_steps)
 
@@ -142,10 +155,20 @@ class Wrapper(Strategy):
 
 
 def surveys(strategy: Strategy) -> bool:
-    """Whether there is an exchange before the training: whether the strategy, or one in it, defines `survey`."""
-    if type(strategy).survey not in (Strategy.survey, Wrapper.survey):
+    """Whether there is an exchange before the training."""
+    return _defines(strategy, "survey")
+
+
+def personalises(strategy: Strategy) -> bool:
+    """Whether clients train the model that they use themselves."""
+    return _defines(strategy, "personalise")
+
+
+def _defines(strategy: Strategy, method: str) -> bool:
+    """Whether the strategy, or one in it, defines this method."""
+    if getattr(type(strategy), method) not in (getattr(Strategy, method), getattr(Wrapper, method)):
         return True
-    return isinstance(strategy, Wrapper) and surveys(strategy.inner)
+    return isinstance(strategy, Wrapper) and _defines(strategy.inner, method)
 
 
 def check_strategy(strategy: object) -> None:

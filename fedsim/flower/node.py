@@ -220,13 +220,13 @@ class Node:
         self.state_files.touch(order.run)
         kept = self._stored_state(order, role)
         role.client = order.client
-        training, strategy = order.task == "train", role.parts.strategy
+        training = order.task == "train"
         stores = training and (role.initial_client or order.transport in ROUNDED)
         if stores:
             kept = self._make_room(order, kept)
         work: Survey | Train | EvaluateClient = role.train if training else Survey(role.train)
         if order.task == "evaluate":
-            work = EvaluateClient(strategy, order.batch_size, order.train_mode, seed=role.train.seed)
+            work = EvaluateClient(role.train, order.batch_size, order.train_mode)
         server = {name: value.to(self.device) for name, value in order.server.items()}
         job = Job(order.client, order.round, _below("client", kept.state))
         update = role.worker.run(work, server, job)

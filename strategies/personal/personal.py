@@ -31,6 +31,7 @@ from fedsim import (
 
 from ..averaging.fedsgd import FedSGD
 
+PERSONAL = "client_model", "personalise"  # methods of a strategy with models of clients
 ClientUpdate = Callable[[State, State, LocalObjective], Update]  # as Strategy.client_update
 
 
@@ -53,7 +54,8 @@ class Personal(Wrapper):
         for each in _with_inner(self.inner):
             if isinstance(each, FedSGD):
                 raise ConfigError("strategy.inner: fedsgd trains no layers at the client; use fedavg")
-            if type(each).client_model not in (Strategy.client_model, Wrapper.client_model):
+            own = type(each).client_model, type(each).personalise
+            if not {*own} <= {getattr(kind, m) for kind in (Strategy, Wrapper) for m in PERSONAL}:
                 raise ConfigError(f"strategy.inner: {type(each).__name__} has personal models of its own")
         ones = torch.ones(sum(layout.sizes))
         if any(v.shape == ones.shape and v.any() for v in self.inner.init_client(ones, layout).values()):
