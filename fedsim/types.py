@@ -132,11 +132,12 @@ class RoundInfo(NamedTuple):
     """What the server knows about a round, apart from the aggregate."""
 
     number: int  # from 0
-    cohort: list[int]  # ids of the clients whose updates are in the aggregate
+    cohort: list[int]  # ids of the clients whose updates are in the aggregate, ascending
     num_clients: int  # N
     generator: torch.Generator  # for server-side noise
     cohort_examples: int  # the sum of n_k over the cohort
     total_examples: int | None  # n, over all clients; None until every node has joined
+    weights: Tensor = torch.empty(0, dtype=torch.float64)  # (C,) of their updates, in the order of `cohort`
 
     @property
     def held(self) -> int:

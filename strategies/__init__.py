@@ -16,6 +16,8 @@ CATALOGUE = Catalogue(
         "fedadam": "adaptive.fedadam:FedAdam",
         "fedyogi": "adaptive.fedadam:FedYogi",
         "fedadagrad": "adaptive.fedadam:FedAdagrad",
+        "median": "robust.median:Median",
+        "krum": "robust.krum:Krum",
         "fedbn": "personal.fedbn:FedBN",
         "personal": "personal.personal:Personal",
     },

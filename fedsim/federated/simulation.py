@@ -10,6 +10,8 @@ from time import perf_counter
 from typing import Literal, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from fedsim.base.catalogue import Spec
 from fedsim.base.devices import one_thread
@@ -30,7 +32,7 @@ from fedsim.errors import (
     is_own,
     name_of,
 )
-from fedsim.federated.aggregate import Aggregator, WeightedMean, largest
+from fedsim.federated.aggregate import Aggregator, largest
 from fedsim.federated.availability import Attempt, Availability
 from fedsim.federated.claims import clients_above, training_bounds
 from fedsim.federated.client import (
@@ -48,6 +50,7 @@ from fedsim.federated.cohort import Cohort, ids
 from fedsim.federated.fold import cause
 from fedsim.federated.pace import Pace
 from fedsim.federated.recalibration import Recalibrate, Recalibration, check_recalibration
+from fedsim.federated.rows import Rows
 from fedsim.federated.runtime import Runtime, check_once, check_runtime, outcomes, results
 from fedsim.federated.store import ClientStore
 from fedsim.federated.strategy import Strategy, check_state, check_strategy
@@ -170,7 +173,7 @@ class Simulation:
         self.config = config
         with border(f"runtime: {type(runtime).__name__}.check", ConfigError, lambda _: not is_own(runtime)):
             runtime.check(self.work)
-        self.aggregator = aggregator or WeightedMean()
+        self.aggregator = strategy.aggregator if aggregator is None else aggregator
         self.recalibrate, self.decay = recalibrate, ema
         self.server: State = initial_server_state(strategy, task, runtime.home, seed)
         if ema is not None:
@@ -184,6 +187,11 @@ class Simulation:
         if failures.min_clients > cohort_size:
             raise ConfigError(
                 f"failures.min_clients: {failures.min_clients}, and a cohort has {cohort_size} clients"
+            )
+        if strategy.min_clients > cohort_size:
+            raise ConfigError(
+                f"strategy: {self._needs[1]}, and a cohort has {cohort_size} clients; make the cohort larger, or "
+                "change the strategy's options"
             )
 
     @property
@@ -326,6 +334,14 @@ class Simulation:
         """SHA-256 of the global model's bytes, batch-norm statistics included."""
         return fingerprint_of(self.server)
 
+    @property
+    def _needs(self) -> tuple[int, str]:
+        """The least number of clients whose messages a round needs, and what says so."""
+        wanted, needed = self.failures.min_clients, self.strategy.min_clients
+        if needed > wanted:
+            return needed, f"{type(self.strategy).__name__} needs {needed}"
+        return wanted, f"failures.min_clients is {wanted}"
+
     def _download(self) -> State:
         """The entries of the server's state that clients download, as copies."""
         return {name: value.clone() for name, value in download(self.strategy, self.server).items()}
@@ -338,9 +354,9 @@ class Simulation:
         selected = self.availability.select(cohort, self.data.num_clients, *about)
         steps = np.array(list(self._steps(selected).values()))
         attempt = self.availability.attempt(selected, steps, len(cohort), *about)
-        if attempt.absent and len(attempt.reporting) < self.failures.min_clients:
-            left, floor = len(attempt.reporting), self.failures.min_clients
-            few = f"round given up: {left} left, and failures.min_clients is {floor}"
+        least, says = self._needs
+        if attempt.absent and len(attempt.reporting) < least:
+            few = f"round given up: {len(attempt.reporting)} left, and {says}"
             absent = attempt.absent | dict.fromkeys(attempt.reporting, few)
             attempt = attempt._replace(reporting=[], absent=dict(sorted(absent.items())))
         return selected, attempt
@@ -394,13 +410,14 @@ class Simulation:
         for client in mismatched:
             self.clients.discard(client)
         failed = dict(sorted((failed | mismatched).items()))
-        answered = [client for client in cohort if client not in failed]
+        answered = sorted(client for client in cohort if client not in failed)
         self._check_min_clients(len(answered), failed)
         try:
             mean = self.aggregator.result(total)
         except RoundError as error:
             raise RoundError(f"round {self.number + 1}: {error}") from error
-        server = self._server_update(mean, answered)
+        weights = {report.client_id: report.weight for report in reports}
+        server = self._server_update(mean, {client: weights[client] for client in answered})
         return self._with_ema_and_recalibration(server), reports, failed
 
     def _raise_if_failed(self, report: Report) -> None:
@@ -422,17 +439,24 @@ class Simulation:
         sizes = self.data.sizes[clients].tolist()
         return {k: self.recipe.num_steps(n) for k, n in zip(clients, sizes, strict=True)}
 
-    def _server_update(self, mean: State, answered: list[int]) -> State:
-        buffers = {"buffers": mean.pop("buffers")} if "buffers" in mean else {}
+    def _server_update(self, aggregate: State, weights: dict[int, float]) -> State:
+        """The new server's state, after an aggregate of messages with these weights, by client."""
+        aggregate, answered = {name: value.to(self.runtime.home) for name, value in aggregate.items()}, [*weights]
+        rows = isinstance(self.aggregator, Rows)
+        if rows and (wrong := {len(value) for value in aggregate.values()} - {len(answered)}):
+            ran = f"runtime: {type(self.runtime).__name__}.run gave messages of {min(wrong)} clients"
+            raise RoundError(f"round {self.number + 1}: {ran}, and reports on {len(answered)}")
+        buffers = {"buffers": aggregate.pop("buffers")} if "buffers" in aggregate and not rows else {}
         sizes, noise = self.data.sizes, torch_generator(self.seed, Stream.SERVER, self.number)
         total_examples = int(sizes.sum()) if sizes.all() else None
         cohort_examples = int(sizes[answered].sum())
-        info = RoundInfo(self.number, answered, self.data.num_clients, noise, cohort_examples, total_examples)
+        about = self.number, answered, self.data.num_clients, noise, cohort_examples, total_examples
+        info = RoundInfo(*about, torch.tensor([*weights.values()], dtype=torch.float64))
         own = {name: value for name, value in self.server.items() if name not in RESERVED}
         copy = {name: value.clone() for name, value in own.items()}  # which the strategy may write to
         with border(f"round {self.number + 1}: {type(self.strategy).__name__}.server_update", RoundError):
             with keyed_globals(self.seed, Stream.SERVER, self.number):
-                update = self.strategy.server_update(copy, mean, info)
+                update = self.strategy.server_update(copy, aggregate, info)
             check_state(update)
             self._check_update(update, own)
             kept = {name: value for name, value in copy.items() if name not in update}
@@ -443,7 +467,21 @@ class Simulation:
                     f"changed server[{lost[0]!r}] and did not return it; return {{{lost[0]!r}: ...}}"
                 )
             update = {name: value.detach().to(own[name].device) for name, value in ordinary(update).items()}
+        if rows and "buffers" in aggregate:
+            buffers = self._server_buffers(aggregate["buffers"], info)
         return self.server | update | buffers
+
+    def _server_buffers(self, rows: Tensor, info: RoundInfo) -> State:
+        """The statistics that the strategy makes of the clients' rows (C, Q)."""
+        with border(f"round {self.number + 1}: {type(self.strategy).__name__}.server_buffers", RoundError):
+            with keyed_globals(self.seed, Stream.SERVER, self.number):
+                made = {"buffers": self.strategy.server_buffers(rows, info)}
+            check_state(made)
+            if form_of(made) != (right := form_of({"buffers": self.server["buffers"]})):
+                raise WrongReturnError(f"gave {described(form_of(made))}; it should give {described(right)}")
+            if not isfinite(largest(made["buffers"])):
+                raise WrongReturnError("gave statistics that are not finite")
+            return {name: value.detach().to(self.runtime.home) for name, value in ordinary(made).items()}
 
     def _with_ema_and_recalibration(self, server: State) -> State:
         """The server's state with recalibrated statistics and an updated running mean, if these are on."""
@@ -483,13 +521,12 @@ class Simulation:
 
     def _check_min_clients(self, left: int, failed: dict[int, str]) -> None:
         """Raise RoundError where so few clients have answered or still can that the round will not count."""
-        if left < self.failures.min_clients:
+        least, says = self._needs
+        if left < least:
             causes = "".join(f"; client {k}: {why}" for k, why in sorted(failed.items())[:MOST_CAUSES])
             more = f"; and {len(failed) - MOST_CAUSES} more" if len(failed) > MOST_CAUSES else ""
-            raise RoundError(
-                f"round {self.number + 1}: {left} of {left + len(failed)} clients are left, and "
-                f"failures.min_clients is {self.failures.min_clients}{causes}{more}"
-            )
+            few = f"{left} of {left + len(failed)} clients are left, and {says}"
+            raise RoundError(f"round {self.number + 1}: {few}{causes}{more}")
 
 
 def fingerprint_of(server: State) -> str:
