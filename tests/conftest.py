@@ -111,6 +111,7 @@ def make_task(network=conv_net, *, dtype=torch.float32, shape=SHAPE, classes=CLA
         return Task(network().to(dtype), shape, classes, **options)
 
 
+FEW = {"krum": {"attackers": 0}}  # settings of strategies whose defaults are for larger cohorts than these
 NEEDED = {"inner": "fedavg", "layers": ["fc*"]}  # what options without a default get
 
 
@@ -118,7 +119,7 @@ def make_strategy(name, **settings) -> Strategy:
     """By its name, as a config does."""
     fields = options_of(CATALOGUE.load(name)).model_fields
     needed = {key: value for key, value in NEEDED.items() if key in fields and fields[key].is_required()}
-    return CATALOGUE.bind({"name": name} | needed | settings)()
+    return CATALOGUE.bind({"name": name} | FEW.get(name, {}) | needed | settings)()
 
 
 def make_simulation(

@@ -151,10 +151,15 @@ class Nodes(Runtime):
             yield job, Update(decode(answer.message), answer.weight, kept, metrics)
 
 
+FEW = {"krum": {"attackers": 0}}  # what it needs in cohorts as small as these
+
+
 def config(strategy="fedavg", **settings):
+    if strategy in FEW:
+        settings = {"cohort": "all"} | settings
     fields = options_of(CATALOGUE.load(strategy)).model_fields
     needed = {key: value for key, value in NEEDED.items() if key in fields and fields[key].is_required()}
-    return load(CONFIG | {"strategy": {"name": strategy} | needed} | settings)
+    return load(CONFIG | {"strategy": {"name": strategy} | FEW.get(strategy, {}) | needed} | settings)
 
 
 @cache

@@ -31,11 +31,10 @@ from fedsim.errors import (
     is_own,
     name_of,
 )
-from fedsim.federated.aggregate import Aggregator, WeightedMean, largest
+from fedsim.federated.aggregate import Aggregator, largest
 from fedsim.federated.availability import Attempt, Availability
 from fedsim.federated.claims import clients_above, training_bounds
 from fedsim.federated.client import (
-    RESERVED,
     EvaluateClient,
     EvaluateGlobal,
     EvaluationChunk,
@@ -44,15 +43,24 @@ from fedsim.federated.client import (
     download,
     initial_client_state,
     initial_server_state,
-    ordinary,
 )
 from fedsim.federated.cohort import Cohort, ids
 from fedsim.federated.fold import cause
 from fedsim.federated.pace import Pace
 from fedsim.federated.recalibration import Recalibrate, Recalibration, check_recalibration
+from fedsim.federated.rows import Rows
 from fedsim.federated.runtime import Runtime, check_once, check_runtime, outcomes, results
+from fedsim.federated.server_half import (
+    AGGREGATE,
+    Facts,
+    Method,
+    ServerHalf,
+    check_public,
+    check_rows,
+    split_statistics,
+)
 from fedsim.federated.store import ClientStore
-from fedsim.federated.strategy import Strategy, check_state, check_strategy, surveys
+from fedsim.federated.strategy import Strategy, check_strategy, surveys
 from fedsim.training.recipe import Recipe
 from fedsim.training.small_batches import clients_to_leave_out
 from fedsim.training.task import Task
@@ -61,15 +69,11 @@ from fedsim.types import (
     Job,
     Positive,
     Report,
-    RoundInfo,
     State,
     Stream,
-    described,
-    form_of,
     hash_into,
     random,
     same_values,
-    torch_generator,
 )
 
 
@@ -116,6 +120,14 @@ class Evaluation(NamedTuple):
 
     loss: float
     accuracy: float  # from 0 to 1
+
+
+class Answers(NamedTuple):
+    """What clients have answered: in a survey, or in a training."""
+
+    aggregate: State
+    reports: list[Report]  # by client
+    failed: dict[int, str]  # the reason, by client
 
 
 class Trained(NamedTuple):
@@ -175,6 +187,7 @@ class Simulation:
                 )
             availability.check(data.num_clients)
         check_recalibration(recalibrate, strategy.buffers, task, data)
+        check_public(strategy, data)
         drop = failures.policy == "drop"
         self.left_out = clients_to_leave_out(task, data, recipe, drop=drop)  # and why
         self.left_out |= clients_above(failures.max_examples, data, drop=drop)
@@ -183,7 +196,7 @@ class Simulation:
         self.config = config
         with border(f"runtime: {type(runtime).__name__}.check", ConfigError, lambda _: not is_own(runtime)):
             runtime.check(self.work)
-        self.aggregator = aggregator or WeightedMean()
+        self.aggregator = strategy.aggregator if aggregator is None else aggregator
         self.recalibrate, self.decay = recalibrate, ema
         self.server: State = initial_server_state(strategy, task, runtime.home, seed)
         if ema is not None:
@@ -197,6 +210,11 @@ class Simulation:
         if failures.min_clients > cohort_size:
             raise ConfigError(
                 f"failures.min_clients: {failures.min_clients}, and a cohort has {cohort_size} clients"
+            )
+        if strategy.min_clients > cohort_size:
+            raise ConfigError(
+                f"strategy: {self._needs[1]}, and a cohort has {cohort_size} clients; make the cohort larger, or "
+                "change the strategy's options"
             )
 
     @property
@@ -340,6 +358,14 @@ class Simulation:
         """SHA-256 of the global model's bytes, batch-norm statistics included."""
         return fingerprint_of(self.server)
 
+    @property
+    def _needs(self) -> tuple[int, str]:
+        """The least number of clients whose messages a round needs, and what says so."""
+        wanted, needed = self.failures.min_clients, self.strategy.min_clients
+        if needed > wanted:
+            return needed, f"{type(self.strategy).__name__} needs {needed}"
+        return wanted, f"failures.min_clients is {wanted}"
+
     def _download(self, server: State) -> State:
         """The entries of the server's state that clients download, as copies."""
         return {name: value.clone() for name, value in download(self.strategy, server).items()}
@@ -355,9 +381,9 @@ class Simulation:
         about = self.seed, self.number
         selected = self.availability.select(cohort, self.data.num_clients, *about)
         attempt = self.availability.attempt(selected, self._all_steps(selected), len(cohort), *about)
-        if attempt.absent and len(attempt.reporting) < self.failures.min_clients:
-            left, floor = len(attempt.reporting), self.failures.min_clients
-            few = f"round given up: {left} left, and failures.min_clients is {floor}"
+        least, says = self._needs
+        if attempt.absent and len(attempt.reporting) < least:
+            few = f"round given up: {len(attempt.reporting)} left, and {says}"
             absent = attempt.absent | dict.fromkeys(attempt.reporting, few)
             attempt = attempt._replace(reporting=[], absent=dict(sorted(absent.items())))
         return selected, attempt
@@ -376,30 +402,24 @@ class Simulation:
         if surveys(self.strategy):
             before = self._survey(cohort, failed)
             cohort = [client for client in cohort if client not in before.failed | before.absent]
-        mean, reports, failed = self._answers(
-            self.work, before.server, cohort, before.failed, before_client, after_client
-        )
-        answered = [client for client in cohort if client not in failed]
-        server = self._with_ema_and_recalibration(self._server_update(before.server, mean, answered))
-        return before._replace(server=server, reports=reports, failed=failed)
+        called = before_client, after_client
+        found = self._answers(self.work, before.server, cohort, before.failed, self.aggregator, *called)
+        server = self._after("server_update", before.server, found, self.aggregator)
+        server = self._with_ema_and_recalibration(server)
+        return before._replace(server=server, reports=found.reports, failed=found.failed)
 
     def _survey(self, cohort: list[int], failed: dict[int, str]) -> "Trained":
         """What the survey has changed, and which clients do not train."""
-        mean, reports, failed = self._answers(Survey(self.work), self.server, cohort, failed)
-        answered = [client for client in cohort if client not in failed]
-        server = self._server_update(self.server, mean, answered, "surveyed")
-        own = {name: value.clone() for name, value in server.items() if name not in RESERVED}
-        with border(f"round {self.number + 1}: {type(self.strategy).__name__}.select", RoundError):
-            with keyed_globals(self.seed, Stream.SERVER, self.number, 2):
-                selected = self.strategy.select(own, mean, self._info(answered, 2))
-            chosen = ids(selected, self.data.num_clients)
-            if strange := {*chosen} - {*answered}:
-                raise WrongReturnError(f"gave client {min(strange)}, which has not answered the survey")
-        if len(chosen) < self.failures.min_clients:
-            floor = f"failures.min_clients is {self.failures.min_clients}"
-            raise RoundError(f"round {self.number + 1}: {len(chosen)} clients were selected, and {floor}")
-        others = dict.fromkeys(sorted({*answered} - {*chosen}), "not selected after the survey")
-        return Trained(server, [], failed, others, reports, self._size(server) * len(chosen))
+        aggregator = self.strategy.survey_aggregator
+        found = self._answers(Survey(self.work), self.server, cohort, failed, aggregator)
+        server = self._after("surveyed", self.server, found, aggregator)
+        chosen = self._half("select", found).selected(server, found.aggregate)
+        least, says = self._needs
+        if len(chosen) < least:
+            raise RoundError(f"round {self.number + 1}: {len(chosen)} clients were selected, and {says}")
+        others = [client for client in cohort if client not in found.failed and client not in {*chosen}]
+        absent = dict.fromkeys(others, "not selected after the survey")
+        return Trained(server, [], found.failed, absent, found.reports, self._size(server) * len(chosen))
 
     def _answers(
         self,
@@ -407,11 +427,12 @@ class Simulation:
         server: State,
         cohort: list[int],
         failed: dict[int, str],
+        aggregator: Aggregator,
         before_client: Callable[[int], None] = lambda client: None,
         after_client: Callable[[Report], None] = lambda report: None,
-    ) -> tuple[State, list[Report], dict[int, str]]:
-        """The mean of the cohort's messages, the reports by client, and all that have `failed` so far."""
-        total, reports, asked = self.aggregator.fold([]), list[Report](), len(cohort) + len(failed)
+    ) -> "Answers":
+        """What the clients of a cohort have answered; `failed` are those that will not be asked."""
+        total, reports, asked = aggregator.fold([]), list[Report](), len(cohort) + len(failed)
         sent, failed = self._download(server), dict(failed)
         # Results that are equal only up to rounding may depend on the order, so this must not depend on time.
         by_pace = self.runtime.workers > 1 and self.runtime.exact and isinstance(work, Train)
@@ -423,9 +444,9 @@ class Simulation:
                 before_client(client)
                 yield self._job(client)
 
-        with closing(results(self.runtime, work, sent, jobs(), self.aggregator)) as running:
+        with closing(results(self.runtime, work, sent, jobs(), aggregator)) as running:
             for partial, finished in running:
-                total = self.aggregator.merge(total, partial)
+                total = aggregator.merge(total, partial)
                 for report in finished:
                     self._raise_if_failed(report)
                     forget_variables(report.exception)  # of a client that is dropped
@@ -444,7 +465,7 @@ class Simulation:
             method = "client_update" if isinstance(work, Train) else "survey"
             wrote = f"{method} wrote server[{written[0]!r}] in place, through .data or .numpy()"
             raise RoundError(f"round {self.number + 1}: {wrote}; states are only read")
-        mismatched = self.aggregator.mismatched(total)
+        mismatched = aggregator.mismatched(total)
         if mismatched and self.failures.policy == "raise":
             client, why = min(mismatched.items())
             raise ClientError(f"round {self.number + 1}, client {client}: {why}")
@@ -453,7 +474,7 @@ class Simulation:
         failed = dict(sorted((failed | mismatched).items()))
         self._check_min_clients(asked - len(failed), failed)
         try:
-            return self.aggregator.result(total), reports, failed
+            return Answers(aggregator.result(total), reports, failed)
         except RoundError as error:
             raise RoundError(f"round {self.number + 1}: {error}") from error
 
@@ -487,39 +508,41 @@ class Simulation:
             ]
         )
 
-    def _info(self, answered: list[int], *key: int) -> RoundInfo:
-        sizes, noise = self.data.sizes, torch_generator(self.seed, Stream.SERVER, self.number, *key)
+    def _half(self, method: Method, found: "Answers") -> ServerHalf:
+        """A method of the strategy at the server, after the answers of some clients."""
+        weights = {r.client_id: r.weight for r in found.reports if r.client_id not in found.failed}
+        sizes = self.data.sizes
         total_examples = int(sizes.sum()) if sizes.all() else None
-        cohort_examples = int(sizes[answered].sum())
-        return RoundInfo(self.number, answered, self.data.num_clients, noise, cohort_examples, total_examples)
+        cohort_examples = int(sizes[[*weights]].sum())
+        about = self.number, weights, self.data.num_clients, cohort_examples, total_examples
+        return ServerHalf(method, self.work, Facts(*about))
 
-    def _server_update(
-        self,
-        server: State,
-        mean: State,
-        answered: list[int],
-        method: Literal["server_update", "surveyed"] = "server_update",
-    ) -> State:
-        """The server's state after this method of the strategy."""
-        buffers = {"buffers": mean.pop("buffers")} if "buffers" in mean else {}
-        key = () if method == "server_update" else (1,)
-        info = self._info(answered, *key)
-        own = {name: value for name, value in server.items() if name not in RESERVED}
-        copy = {name: value.clone() for name, value in own.items()}  # which the strategy may write to
-        with border(f"round {self.number + 1}: {type(self.strategy).__name__}.{method}", RoundError):
-            with keyed_globals(self.seed, Stream.SERVER, self.number, *key):
-                update = getattr(self.strategy, method)(copy, mean, info)
-            check_state(update)
-            self._check_update(update, own)
-            kept = {name: value for name, value in copy.items() if name not in update}
-            if lost := [
-                name for name, value in kept.items() if not (name in own and same_values(value, own[name]))
-            ]:
-                raise WrongReturnError(
-                    f"changed server[{lost[0]!r}] and did not return it; return {{{lost[0]!r}: ...}}"
-                )
-            update = {name: value.detach().to(own[name].device) for name, value in ordinary(update).items()}
-        return server | update | buffers
+    def _after(self, method: Method, server: State, found: "Answers", aggregator: Aggregator) -> State:
+        """The server's state after a method of the strategy."""
+        half = self._half(method, found)
+        aggregate = {name: value.to(self.runtime.home) for name, value in found.aggregate.items()}
+        if isinstance(aggregator, Rows):
+            with border(f"round {self.number + 1}", RoundError):
+                check_rows(aggregate, [*half.facts.weights], type(self.runtime).__name__)
+        aggregate, buffers = split_statistics(aggregate, aggregator)
+        if not self.strategy.uses_public:
+            return server | half.changed(server, aggregate) | buffers
+        sent = {name: value for name, value in server.items() if name not in ("ema.model", "ema.buffers")}
+        sent |= {f"{AGGREGATE}{name}": value for name, value in aggregate.items()}
+        made = self._one_job(half, sent, f"{type(self.strategy).__name__}.{half.method}")
+        return server | made | buffers
+
+    def _one_job(self, work: ServerHalf | Recalibration, server: State, whose: str) -> State:
+        """The message of a work for one job, which is none of a client's; raises RoundError."""
+        job = Job(self.data.num_clients, self.number, None)
+        made = [outcome for _, outcome in outcomes(self.runtime, work, server, [job])]
+        check_once(self.runtime, "map", "item", [0] * len(made), [0])
+        [outcome] = made
+        if isinstance(outcome, RoundError):
+            raise outcome
+        if isinstance(outcome, BaseException):
+            raise RoundError(f"round {self.number + 1}: {whose}: {cause(outcome)}") from outcome
+        return {name: value.to(self.runtime.home) for name, value in outcome.message.items()}
 
     def _with_ema_and_recalibration(self, server: State) -> State:
         """The server's state with recalibrated statistics and an updated running mean, if these are on."""
@@ -531,41 +554,23 @@ class Simulation:
         return server
 
     def _recalibrated(self, server: State, settings: Recalibrate) -> State:
-        work = Recalibration(settings, self.seed)
-        made = [outcome for _, outcome in outcomes(self.runtime, work, server, [Job(0, self.number, None)])]
-        check_once(self.runtime, "map", "item", [0] * len(made), [0])
-        [outcome] = made
-        if isinstance(outcome, BaseException):
-            raise RoundError(f"recalibrate, round {self.number + 1}: {cause(outcome)}") from outcome
-        if not isfinite(largest(outcome.message["buffers"])):
-            raise RoundError(f"recalibrate, round {self.number + 1}: buffers is not finite")
-        return {name: value.to(self.runtime.home) for name, value in outcome.message.items()}
+        made = self._one_job(Recalibration(settings, self.seed), server, "recalibrate")
+        if not isfinite(largest(made["buffers"])):
+            raise RoundError(f"round {self.number + 1}: recalibrate: buffers is not finite")
+        return made
 
     def _job(self, client: int, number: int | None = None) -> Job:
         number = self.number if number is None else number
         return Job(client, number, self.clients.get(client, self.initial_client))
 
-    @staticmethod
-    def _check_update(update: State, own: State) -> None:
-        """Raise WrongReturnError if an update has unknown entries, another form, or a model that is not finite."""
-        if unknown := [name for name in update if name not in own]:
-            made = ", ".join(own)
-            raise WrongReturnError(f"gave {unknown[0]!r}, which init_server did not make; it made {made}")
-        if form_of(update) != form_of({name: own[name] for name in update}):
-            made = described(form_of({name: own[name] for name in update}))
-            raise WrongReturnError(f"gave {described(form_of(update))}, and init_server made {made}")
-        if "model" in update and not isfinite(largest(update["model"])):
-            raise WrongReturnError("gave a model that is not finite")
-
     def _check_min_clients(self, left: int, failed: dict[int, str]) -> None:
         """Raise RoundError where so few clients have answered or still can that the round will not count."""
-        if left < self.failures.min_clients:
+        least, says = self._needs
+        if left < least:
             causes = "".join(f"; client {k}: {why}" for k, why in sorted(failed.items())[:MOST_CAUSES])
             more = f"; and {len(failed) - MOST_CAUSES} more" if len(failed) > MOST_CAUSES else ""
-            raise RoundError(
-                f"round {self.number + 1}: {left} of {left + len(failed)} clients are left, and "
-                f"failures.min_clients is {self.failures.min_clients}{causes}{more}"
-            )
+            few = f"{left} of {left + len(failed)} clients are left, and {says}"
+            raise RoundError(f"round {self.number + 1}: {few}{causes}{more}")
 
 
 def fingerprint_of(server: State) -> str:

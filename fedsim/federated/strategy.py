@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from fedsim.base.catalogue import check_methods
 from fedsim.errors import ConfigError, WrongReturnError
+from fedsim.federated.aggregate import Aggregator, WeightedMean
+from fedsim.federated.rows import mean_of_rows
 from fedsim.training.layout import Layout
 from fedsim.training.objective import LocalObjective
 from fedsim.training.recipe import Recipe
@@ -26,11 +28,19 @@ class Strategy(ABC):
     statistics are handled: the weighted `average` of the cohort, `private` to each client, `frozen` at their
     initial values, or `recalibrated` by the server for each new model. They are separate from the model, and the
     methods of a strategy do not handle them.
+
+    `aggregator` says what the server gets of the messages: their weighted mean, or with `Rows()` all of them.
+    `survey_aggregator` is the same for the answers to `survey`. `min_clients` is the number of clients whose
+    messages each round needs. With `uses_public`, `info.public` is an objective over the server's own examples.
     """
 
     buffers: Buffers = "average"
 
     broadcast: ClassVar[tuple[str, ...]] = ("model",)
+    aggregator: ClassVar[Aggregator] = WeightedMean()
+    survey_aggregator: ClassVar[Aggregator] = WeightedMean()
+    uses_public: ClassVar[bool] = False
+    min_clients: ClassVar[int] = 1
 
     def check(self, recipe: Recipe, layout: Layout) -> None:  # noqa: B027 - most strategies accept all settings
         """Raise ConfigError, with the setting's name, if recipe or network violate the algorithm's assumptions."""
@@ -49,7 +59,18 @@ class Strategy(ABC):
 
     @abstractmethod
     def server_update(self, server: State, mean: State, info: RoundInfo) -> State:
-        """The entries of the server's state that change; `mean` is the weighted mean of the messages."""
+        """The entries of the server's state that change; `mean` is the weighted mean of the messages.
+
+        With `Rows`, each entry has a row for each client instead, (C, ...), in the order of `info.cohort`, and
+        `buffers` (C, Q) are their batch-norm statistics, if these are averaged.
+        """
+
+    def server_buffers(self, rows: Tensor, info: RoundInfo) -> Tensor:
+        """With `Rows`, (Q,) the server's new batch-norm statistics of the clients' (C, Q), if these are averaged.
+
+        By default their weighted mean: a rule that is to withstand hostile clients overrides it.
+        """
+        return mean_of_rows(rows, info.weights)
 
     def survey(self, server: State, client: State, local: LocalObjective) -> Update:
         """What the server asks each client of the cohort before the training of the same round.
@@ -112,6 +133,26 @@ class Wrapper(Strategy):
         """The `broadcast` of the inner strategy."""
         return self.inner.broadcast
 
+    @property
+    def aggregator(self) -> Aggregator:  # type: ignore[override]
+        """The `aggregator` of the inner strategy."""
+        return self.inner.aggregator
+
+    @property
+    def survey_aggregator(self) -> Aggregator:  # type: ignore[override]
+        """The `survey_aggregator` of the inner strategy."""
+        return self.inner.survey_aggregator
+
+    @property
+    def uses_public(self) -> bool:  # type: ignore[override]
+        """The `uses_public` of the inner strategy."""
+        return self.inner.uses_public
+
+    @property
+    def min_clients(self) -> int:  # type: ignore[override]
+        """The `min_clients` of the inner strategy."""
+        return self.inner.min_clients
+
     def check(self, recipe: Recipe, layout: Layout) -> None:
         self.inner.check(recipe, layout)
 
@@ -135,6 +176,9 @@ class Wrapper(Strategy):
 
     def select(self, server: State, mean: State, info: RoundInfo) -> list[int]:
         return self.inner.select(server, mean, info)
+
+    def server_buffers(self, rows: Tensor, info: RoundInfo) -> Tensor:
+        return self.inner.server_buffers(rows, info)
 
     def client_model(self, server: State, client: State, layout: Layout) -> Tensor:
         return self.inner.client_model(server, client, layout)
@@ -179,6 +223,11 @@ def check_strategy(strategy: object) -> None:
     if strategy.buffers not in get_args(Buffers):
         allowed = ", ".join(get_args(Buffers))
         raise ConfigError(f"strategy.buffers: {strategy.buffers!r} is unknown; allowed: {allowed}")
+    for name in ("aggregator", "survey_aggregator"):
+        if isinstance(kind := getattr(strategy, name), type) or not isinstance(kind, Aggregator):
+            raise ConfigError(f"strategy.{name}: {kind!r} is no aggregator; fedsim.Rows() is one")
+    if type(least := strategy.min_clients) is not int or least < 1:
+        raise ConfigError(f"strategy.min_clients: {least!r} should be a whole number >= 1")
     if isinstance(strategy, Wrapper):
         check_strategy(strategy.inner)
 
