@@ -197,6 +197,9 @@ class Simulation:
         with border(f"runtime: {type(runtime).__name__}.check", ConfigError, lambda _: not is_own(runtime)):
             runtime.check(self.work)
         self.aggregator = strategy.aggregator if aggregator is None else aggregator
+        if isinstance(strategy.aggregator, Rows) and not isinstance(self.aggregator, Rows):
+            given = f"{type(strategy).__name__} needs all messages, and {type(aggregator).__name__} keeps none"
+            raise ConfigError(f"aggregator: {given}; leave it out, or give a fedsim.Rows")
         self.recalibrate, self.decay = recalibrate, ema
         self.server: State = initial_server_state(strategy, task, runtime.home, seed)
         if ema is not None:
