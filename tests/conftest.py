@@ -138,10 +138,12 @@ def make_simulation(
     """All parts have a default; what is left over is the recipe's. A runtime may be one that is there already."""
     recipe = Recipe(**{"lr": 0.05, "batch_size": 4} | recipe)
     dtype = task.initial_model.dtype if task else torch.float32
-    task, data = task or make_task(channels_last=recipe.channels_last), data or make_data(dtype=dtype)
+    strategy = make_strategy(strategy) if isinstance(strategy, str) else strategy
+    task = task or make_task(channels_last=recipe.channels_last)
+    data = data or make_data(dtype=dtype, public=4 if strategy.uses_public else 0)
     runtime = {"name": runtime} if isinstance(runtime, str) else runtime
     return Simulation(
-        make_strategy(strategy) if isinstance(strategy, str) else strategy,
+        strategy,
         task,
         data,
         RUNTIMES.bind(on_cpu(runtime))(task, data) if isinstance(runtime, dict) else runtime,

@@ -763,7 +763,7 @@ def test_statistics_that_are_not_finite_fail_the_recalibration(monkeypatch):
     monkeypatch.setattr(Recalibration, "__call__", spoiled)
     strategy = make_strategy("fedavg", buffers="recalibrated")
     simulation = make_simulation(strategy, recalibrate=Recalibrate(source="clients", examples=8, batch_size=4))
-    with pytest.raises(RoundError, match=r"^recalibrate, round 1: buffers is not finite"):
+    with pytest.raises(RoundError, match=r"^round 1: recalibrate: buffers is not finite"):
         simulation.round()
 
 

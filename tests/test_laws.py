@@ -389,7 +389,7 @@ def test_everyone_learns(name):
     """The loss, of each client's own model on its own examples, falls below half of what it was."""
     strategy = make_strategy(name, **LEARN.get(name, {}))
     task = make_task(lambda: conv_net(dropout=0.1))
-    simulation = make_simulation(strategy, task=task, data=make_data([30, 40, 50], noise=0.3), lr=0.1)
+    simulation = make_simulation(strategy, task=task, data=make_data([30, 40, 50], noise=0.3, public=30), lr=0.1)
     before = own_loss(simulation)
     for _ in range(20):
         simulation.round()

@@ -98,7 +98,7 @@ def serial(strategy, rounds=3, **settings):
 # One seed, one model
 
 
-@pytest.fixture(scope="module", params=list(CATALOGUE))
+@pytest.fixture(scope="module", params=[name for name in CATALOGUE if not CATALOGUE.load(name).uses_public])
 def name(request):
     return request.param
 
@@ -114,6 +114,12 @@ COUNTS = (1, 2, 4)
 def test_actors_agree_with_serial(name, reference):
     count = COUNTS[list(CATALOGUE).index(name) % len(COUNTS)]
     assert trace(simulate(name, count, cohort=SAMPLE)) == reference
+
+
+def test_a_server_that_trains_does_so_on_an_actor():
+    data = make_data(public=4)
+    there = trace(make_simulation("fltrust", data=data, runtime=Ray(TASK, data, actors=1, cpus=SMALL)))
+    assert there == trace(make_simulation("fltrust", data=data))
 
 
 @pytest.mark.slow

@@ -223,7 +223,7 @@ def test_rows_of_a_sweep_s_batch_are_the_runs_apart(name):
 
 def call_of(simulation):
     jobs = [simulation._job(k) for k in simulation.sample()]
-    return Call(simulation.work, simulation._download(), jobs, simulation.aggregator)
+    return Call(simulation.work, simulation._download(simulation.server), jobs, simulation.aggregator)
 
 
 # What is refused

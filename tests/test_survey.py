@@ -1,10 +1,14 @@
-"""An exchange with the cohort before it trains: `survey`, `surveyed` and `select` of a strategy."""
+"""What comes before and after the training of a round, by the word of a strategy.
+
+An exchange with the cohort (`survey`, `surveyed`, `select`), the server's own training (`info.public`), and the
+training of clients' own models (`personalise`).
+"""
 
 from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import make_data, make_simulation, make_task
+from conftest import SIZES, make_data, make_simulation, make_strategy, make_task
 from torch import nn
 
 from fedsim import ConfigError, Update
@@ -15,6 +19,10 @@ from fedsim.strategies.averaging.fedavg import FedAvg
 from fedsim.strategies.averaging.fedsgd import FedSGD
 from fedsim.strategies.drift.fedlin import FedLin
 from fedsim.strategies.drift.mime import Mime
+from fedsim.strategies.robust.fltrust import FLTrust, trusted
+from fedsim.training.local import ClientObjective
+from fedsim.training.replica import Replica
+from fedsim.types import Job
 
 EQUAL = (6, 6, 6, 6)
 
@@ -234,3 +242,101 @@ def test_mime_is_its_algorithm():
 def test_mime_has_no_momentum_of_the_recipes():
     with pytest.raises(ConfigError, match=r"^local\.momentum: mime "):
         make_simulation("mime", momentum=0.9)
+
+
+# The server's own examples
+
+
+def test_fltrust_is_its_rule():
+    """Equation 4 of the paper, on vectors whose cosines are known."""
+    own = torch.tensor([2.0, 0.0], dtype=torch.float64)
+    updates = torch.tensor([[3.0, 0.0], [-5.0, 0.0], [1.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
+    half = 0.5**0.5  # the cosine of the third, whose length becomes 2
+    expected = torch.tensor([2 + half * 2 * half, half * 2 * half], dtype=torch.float64) / (1 + half)
+    assert torch.allclose(trusted(updates, own), expected, rtol=1e-12)
+    assert not trusted(-updates[:1], own).any()
+    assert not trusted(updates, torch.zeros_like(own)).any()
+
+
+def test_the_server_trains_on_its_own_examples():
+    """With one client, whose update is only scaled: by hand."""
+    data = make_data((9,), public=6)
+    simulation = make_simulation("fltrust", data=data)
+    x, reports = simulation.server["model"].clone(), []
+    job = Job(1, 0, None)  # client N is the server
+    local = ClientObjective(Replica(simulation.task), data, job, simulation.server["buffers"], simulation.recipe)
+    assert int(local.num_examples) == 6
+    simulation.round(reports.append)
+    own = ClientObjective(
+        Replica(simulation.task), data, job, simulation.task.initial_buffers, simulation.recipe, path=("public",)
+    )
+    length = (own.train(x) - x).norm()
+    assert torch.allclose((simulation.server["model"] - x).norm(), length, rtol=1e-5)
+
+
+def test_without_examples_of_its_own_the_start_is_refused():
+    with pytest.raises(ConfigError, match=r"^data\.public: FLTrust needs examples of the server's own"):
+        make_simulation("fltrust", data=make_data())
+
+
+def test_an_error_of_the_servers_half_names_it():
+    @dataclass(frozen=True, kw_only=True)
+    class Wrong(FLTrust):
+        def server_update(self, server, rows, info):
+            return {"model": info.public.train(server["model"])[:3]}
+
+    with pytest.raises(RoundError, match=r"^round 1: Wrong\.server_update: gave model float32 \(3,\)"):
+        make_simulation(Wrong()).round()
+
+
+def test_a_hostile_majority_moves_fltrust_by_no_more_than_its_own_length():
+    @dataclass(frozen=True, kw_only=True)
+    class Hostile(FLTrust):
+        def client_update(self, server, client, local):
+            update = super().client_update(server, client, local)
+            factor = torch.where(torch.as_tensor(local.client_id) < 4, -1e6, 1.0)
+            return update._replace(message={"delta": update.message["delta"] * factor})
+
+    honest, hostile = make_simulation(FLTrust(), lr=0.01), make_simulation(Hostile(), lr=0.01)
+    x = honest.server["model"].clone()
+    honest.round(), hostile.round()
+    assert (hostile.server["model"] - x).norm() < 3 * (honest.server["model"] - x).norm()
+
+
+# A model of one's own that is trained for the evaluation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned(FedAvg):
+    """FedAvg, whose clients train before they evaluate."""
+
+    epochs: int = 3
+
+    def personalise(self, server, client, local):
+        tuned = local.separate("tuned", epochs=self.epochs)
+        return tuned.train(server["model"]), tuned.buffers
+
+
+@pytest.mark.parametrize("runtime", ["serial", {"name": "threads", "workers": 3}])
+def test_a_client_may_train_the_model_that_it_evaluates(runtime):
+    plain, tuned = (make_simulation(strategy, runtime=runtime, lr=0.1) for strategy in (FedAvg(), Tuned()))
+    assert (plain.round().fingerprint, plain.round().fingerprint) == (
+        tuned.round().fingerprint,
+        tuned.round().fingerprint,
+    )
+    before, after = plain.evaluate_clients(), tuned.evaluate_clients()
+    assert sum(each.loss for each in after.values()) < sum(each.loss for each in before.values())
+    assert tuned.evaluate_clients() == after
+    reference = make_simulation(Tuned(), lr=0.1)
+    reference.round(), reference.round()
+    assert reference.evaluate_clients() == after
+    assert plain.fingerprint() == tuned.fingerprint()
+
+
+def test_before_the_first_round_too():
+    assert len(make_simulation(Tuned()).evaluate_clients()) == len(SIZES)
+
+
+def test_personal_layers_are_not_around_such_a_strategy():
+    with pytest.raises(ConfigError, match=r"strategy\.inner: Tuned has personal models of its own"):
+        make_simulation(make_strategy("personal", inner=f"{__name__}:Tuned"))

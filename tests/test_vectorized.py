@@ -46,7 +46,7 @@ def pair(strategy="fedavg", network=conv_net, sizes=SIZES, chunk=4, conv="auto",
         make_simulation(
             strategy,
             task=make_task(network, dtype=dtype),
-            data=make_data(sizes, dtype=dtype),
+            data=make_data(sizes, dtype=dtype, public=4),
             runtime=runtime,
             **settings,
         )

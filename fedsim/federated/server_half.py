@@ -58,9 +58,7 @@ class ServerHalf:
         aggregate = {n.removeprefix(AGGREGATE): value for n, value in server.items() if n.startswith(AGGREGATE)}
         own = {name: value for name, value in server.items() if not name.startswith(AGGREGATE)}
         train, buffers = self.train, own["buffers"]
-        local = ClientObjective(
-            replica, data, job, buffers, train.recipe, train.seed, path=("public",), rows=data.public
-        )
+        local = ClientObjective(replica, data, job, buffers, train.recipe, train.seed, path=("public",))
         return Update(self.changed(own, aggregate, local), 1.0)
 
     def changed(self, server: State, aggregate: State, public: LocalObjective | None = None) -> State:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from fedsim.data import FederatedData
-from fedsim.data.dataset import Ints
 from fedsim.training.beta_mixture import BetaMixture
 from fedsim.training.draws import KeyedDraws
 from fedsim.training.example_loss import ExampleLoss, batch_rows
@@ -117,13 +116,12 @@ class ClientObjective(LocalObjective):
         time_limit: float | None = None,
         private_buffers: Mapping[str, Tensor] = {},
         path: tuple[str, ...] = (),
-        rows: Ints | None = None,
     ):
         self.replica, self.data, self.recipe = replica, data, recipe
         self.layout = replica.task.layout
         self.client_id, self.round, self.lr = job.client_id, job.round, recipe.lr_at(job.round)
         self._seed, self._received = seed, (buffers, private_buffers)
-        self._rows = data.rows(job.client_id) if rows is None else rows
+        self._rows = data.rows(job.client_id)
         n = len(self._rows)
         self._batch_size = recipe.batch_size_of(n)
         self.num_examples, self.num_steps = exact(n, replica.flat), exact(recipe.num_steps(n), replica.flat)

@@ -49,13 +49,9 @@ def trusted(updates: Tensor, own: Tensor) -> Tensor:
 
     It is 0 where nobody is trusted.
     """
-    tiny = torch.finfo(torch.float64).tiny
-    lengths = torch.stack([update.double().norm() for update in updates]).clamp(min=tiny)
-    length = own.double().norm()
-    cosines = torch.stack([update.double() @ own.double() for update in updates]) / (
-        lengths * length.clamp(min=tiny)
-    )
-    trust = cosines.relu()
-    shares = trust / trust.sum().clamp(min=tiny) * length / lengths
+    length, lengths = own.double().norm(), torch.stack([update.double().norm() for update in updates])
+    cosines = torch.stack([update.double() @ own.double() for update in updates]) / lengths / length
+    trust = torch.where((lengths > 0) & (length > 0), cosines, 0).relu()
+    shares = torch.where(trust > 0, trust / trust.sum() * length / lengths, 0)
     mean: Tensor = shares.to(own.dtype) @ updates
     return mean
