@@ -281,7 +281,7 @@ class ClientObjective(LocalObjective):
         only: Tensor | None = None,
     ) -> Tensor:
         check_rules(self.recipe, loss, gradient)
-        with self._in_use(), self.replica.training(self._model.passes):
+        with self._in_use(), self.replica.training(self._model.passes), torch.enable_grad():
             return self._train(start, loss, gradient, correct, after_step, only)
 
     def _train(

@@ -101,14 +101,13 @@ class Cohort:
             return torch.arange(int(counts.max())) < counts.unsqueeze(-1)  # (K, C, B)
         if name == "class_weights":
             return self._class_weights()
-        if name == "rounds":
-            return torch.tensor([m.job.round for m in self.client_jobs])
         if name == "num_examples":
             return exact(self.sizes, self.like)
         if name == "num_steps":
             return exact(self.num_steps(schedule), self.like)
         numbers: dict[str, Callable[[], object]] = {
             "clients": lambda: [m.job.client_id for m in self.client_jobs],
+            "rounds": lambda: [m.job.round for m in self.client_jobs],
             "counts": lambda: [step.counts for step in self.steps(schedule)],
             "lr": self.lr,
             "step_lr": lambda: [self.lr(step.number, schedule) for step in self.steps(schedule)],

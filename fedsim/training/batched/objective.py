@@ -356,7 +356,7 @@ class BatchedObjective(LocalObjective):
                     entries = self.layout.split(part.entries).values()
                     gradients = [torch.where(e, g, 0) for e, g in zip(entries, gradients, strict=True)]
             if shared:  # from here on each client has its own weights, updated in place
-                w, shared = gradients[0].new_empty(start.shape).copy_(start), False
+                w, shared = self._of_each_client(start), False
                 pieces = [w] if flat_gradient and not split else list(self.layout.split(w).values())
                 optimizer.begin(pieces)
             if recipe.clip_norm:
