@@ -30,8 +30,10 @@ class FedNova(Strategy):
     tau_eff: Literal["coefficients", "steps"] = "coefficients"
 
     def check(self, recipe: Recipe, layout: Layout) -> None:
-        if recipe.optimizer != "sgd" or recipe.nesterov:
-            raise ConfigError("local.optimizer: fednova knows the coefficients of sgd, with or without momentum")
+        if recipe.optimizer != "sgd":
+            raise ConfigError("local.optimizer: fednova knows only the coefficients of sgd")
+        if recipe.nesterov:
+            raise ConfigError("local.nesterov: fednova knows only the coefficients of plain momentum")
         if recipe.lr_every == "step":
             raise ConfigError("local.lr_every: fednova needs one lr a round")
         if recipe.precision == "fp16":
