@@ -10,6 +10,7 @@ CATALOGUE = Catalogue(
     "fedsim.strategies",
     {
         "fedavg": "averaging.fedavg:FedAvg",
+        "fednova": "averaging.fednova:FedNova",
         "fedsgd": "averaging.fedsgd:FedSGD",
         "fedprox": "drift.fedprox:FedProx",
         "scaffold": "drift.scaffold:Scaffold",
@@ -21,6 +22,10 @@ CATALOGUE = Catalogue(
         "median": "robust.median:Median",
         "fltrust": "robust.fltrust:FLTrust",
         "krum": "robust.krum:Krum",
+        "fedavgm": "adaptive.fedavgm:FedAvgM",
+        "fedopt": "adaptive.fedopt:FedOpt",
+        "qfedavg": "fair.qfedavg:QFedAvg",
+        "afl": "fair.afl:AFL",
         "fedbn": "personal.fedbn:FedBN",
         "personal": "personal.personal:Personal",
     },

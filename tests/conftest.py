@@ -112,7 +112,14 @@ def make_task(network=conv_net, *, dtype=torch.float32, shape=SHAPE, classes=CLA
 
 
 FEW = {"krum": {"attackers": 0}}  # settings of strategies whose defaults are for larger cohorts than these
-NEEDED = {"inner": "fedavg", "layers": ["fc*"]}  # what options without a default get
+NEEDED = {"inner": "fedavg", "layers": ["fc*"], "clients": len(SIZES)}  # what options without a default get
+WHOLE = {"afl"}  # strategies that need all clients in each round
+PARTIAL = [name for name in CATALOGUE if name not in WHOLE]
+
+
+def cohort_for(name, some):
+    """The cohort `some`, or all clients for a strategy that needs them."""
+    return "all" if name in WHOLE else some
 
 
 def make_strategy(name, **settings) -> Strategy:

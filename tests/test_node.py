@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import trace
+from conftest import cohort_for, trace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
@@ -69,7 +69,7 @@ CONFIG = {
     "local": {"lr": 0.05, "batch_size": 4, "augment": ["flip", "random_crop"]},
     "runtime": {"name": "serial", "device": "cpu"},
 }
-NEEDED = {"inner": "scaffold", "layers": ["*.weight"]}  # what options without a default get
+NEEDED = {"inner": "scaffold", "layers": ["*.weight"], "clients": 3}  # what options without a default get
 
 
 class Nodes(Runtime):
@@ -159,7 +159,9 @@ def config(strategy="fedavg", **settings):
         settings = {"cohort": "all"} | settings
     fields = options_of(CATALOGUE.load(strategy)).model_fields
     needed = {key: value for key, value in NEEDED.items() if key in fields and fields[key].is_required()}
-    return load(CONFIG | {"strategy": {"name": strategy} | FEW.get(strategy, {}) | needed} | settings)
+    cohort = cohort_for(strategy, CONFIG["cohort"])
+    named = {"name": strategy} | FEW.get(strategy, {}) | needed
+    return load(CONFIG | {"strategy": named, "cohort": cohort} | settings)
 
 
 @cache

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SIZES, make_data, make_simulation, make_strategy, make_task, trace
+from conftest import SIZES, cohort_for, make_data, make_simulation, make_strategy, make_task, trace
 from covering import sampled
 from flowers import descendants
 from small_run import CONFIG, records, rounds_done, write
@@ -105,7 +105,7 @@ def name(request):
 
 @pytest.fixture(scope="module")
 def reference(name):
-    return trace(make_simulation(name, cohort=SAMPLE))
+    return trace(make_simulation(name, cohort=cohort_for(name, SAMPLE)))
 
 
 COUNTS = (1, 2, 4)
@@ -113,7 +113,7 @@ COUNTS = (1, 2, 4)
 
 def test_actors_agree_with_serial(name, reference):
     count = COUNTS[list(CATALOGUE).index(name) % len(COUNTS)]
-    assert trace(simulate(name, count, cohort=SAMPLE)) == reference
+    assert trace(simulate(name, count, cohort=cohort_for(name, SAMPLE))) == reference
 
 
 def test_a_server_that_trains_does_so_on_an_actor():
@@ -125,7 +125,7 @@ def test_a_server_that_trains_does_so_on_an_actor():
 @pytest.mark.slow
 @pytest.mark.parametrize("count", COUNTS)
 def test_any_number_of_actors_agrees_with_serial(name, reference, count):
-    assert trace(simulate(name, count, cohort=SAMPLE)) == reference
+    assert trace(simulate(name, count, cohort=cohort_for(name, SAMPLE))) == reference
 
 
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "channels_last"])  # another network's

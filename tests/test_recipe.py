@@ -105,10 +105,9 @@ def test_a_rate_of_0_moves_no_client(strategy, runtime):
         simulation.round()
     server, own = simulation.server, dict(simulation.clients.items())
     simulation.round()
-    moved = {"buffers"} | ({"model", "m", "v"} if "m" in server else set())  # the server's momentum goes on
-    moved |= (
-        {"c", "g", "s"} if surveys(simulation.strategy) else set()
-    )  # what clients answer is there all the same
+    kept = server.keys() - {"buffers", *simulation.strategy.broadcast}  # of the server's optimiser, which goes on
+    moved = {"buffers", "lambda"} | (kept | {"model"} if kept else set())
+    moved |= {"c", "g", "s"} if surveys(simulation.strategy) else set()  # what clients answer is there all the same
     for name in server.keys() - moved:
         assert torch.equal(simulation.server[name], server[name]), name
     for client, state in own.items():
