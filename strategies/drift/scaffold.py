@@ -4,8 +4,8 @@ Karimireddy et al., SCAFFOLD: Stochastic Controlled Averaging for Federated Lear
 https://arxiv.org/abs/1910.06378
 
 Differs: nothing by default, which is the paper's option II; `control: full_gradient` is its option I. The code of
-NIID-Bench (Li et al. 2022, https://arxiv.org/abs/2102.02079) has `correction: after_step` and momentum; there,
-clients count by their examples.
+NIID-Bench (Li et al. 2022, https://arxiv.org/abs/2102.02079) has `correction: after_step` and momentum, with
+which the fixed point is only near the minimum of the mean loss; there, clients count by their examples.
 """
 
 from dataclasses import dataclass
