@@ -40,7 +40,10 @@ def head_of(network: nn.Module, name: str | None, examples: Tensor) -> str | Non
 
 @contextmanager
 def head_input(network: nn.Module, name: str | None) -> Iterator[list[Tensor]]:
-    """A list that gets the input of the head in each pass meanwhile; raises ConfigError where there is no head."""
+    """A list that gets the input of the head in each pass meanwhile.
+
+    Raises ConfigError where there is no head, or no pass went through it.
+    """
     if name is None:
         raise ConfigError(
             "model.head: no linear layer of the network runs; name the layer that takes the features"
@@ -51,3 +54,5 @@ def head_input(network: nn.Module, name: str | None) -> Iterator[list[Tensor]]:
         yield found
     finally:
         hook.remove()
+    if not found:
+        raise ConfigError(f"model.head: {name} did not run; name a layer that takes the features of each example")

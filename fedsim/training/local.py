@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from math import prod
@@ -30,6 +30,7 @@ from fedsim.training.objective import (
     changed_batch,
     check_rules,
     checked_gradient,
+    checked_separate,
     checked_vector,
     exact,
     key_of,
@@ -38,10 +39,11 @@ from fedsim.training.optim import LossScale, clipped
 from fedsim.training.part import Part, part_of
 from fedsim.training.precision import AUTOCAST
 from fedsim.training.recipe import Recipe
-from fedsim.training.replica import Passes, Replica, cache_blocks
+from fedsim.training.replica import Passes, Replica, Snapshot, cache_blocks
 from fedsim.types import Batch, Job, State, Stream, random
 
 BATCH_GROUP_BYTES = 2**18  # of mini-batches that are made at a time; a core's cache holds them
+NOTHING = nullcontext()
 
 
 class Pieces(NamedTuple):
@@ -73,6 +75,29 @@ class Training(NamedTuple):
     scaler: LossScale | None
 
 
+@dataclass
+class GivenStep:
+    """A step whose gradient the strategy gives."""
+
+    before: Snapshot
+    after: Snapshot | None = None  # a training pass at the iterate
+    draws: Tensor | None = None  # the generator before the first gradient; the others have the same random numbers
+
+
+@dataclass
+class Model:
+    """What one of the client's models has for itself, by `separate`."""
+
+    path: tuple[str, ...]  # names, in the key of its random numbers
+    passes: Passes
+    metrics: State
+    noise: KeyedDraws | None = None  # for `normal` and `uniform`
+    start: tuple[Tensor, Tensor] | None = None  # (P,) and (Q,), if the start model is the teacher
+    label_error_prob: Tensor | None = None  # (n_k,) the probability for each row
+    step: GivenStep | None = None
+    names: set[str] = field(default_factory=set)  # of the models separated from it
+
+
 class ClientObjective(LocalObjective):
     """One client in one round; it has the replica for itself until the next client begins."""
 
@@ -90,6 +115,7 @@ class ClientObjective(LocalObjective):
         seed: int = 0,
         time_limit: float | None = None,
         private_buffers: Mapping[str, Tensor] = {},
+        path: tuple[str, ...] = (),
     ):
         self.replica, self.data, self.recipe = replica, data, recipe
         self.layout = replica.task.layout
@@ -101,22 +127,12 @@ class ClientObjective(LocalObjective):
         self.num_examples, self.num_steps = exact(n, replica.flat), exact(recipe.num_steps(n), replica.flat)
         self._began, self._time_limit = perf_counter(), time_limit
         self._example_loss = ExampleLoss(recipe, replica.task, self._class_weights())
-        self._label_error_prob: Tensor | None = None  # (n_k,) the probability for each row
-        self._start: tuple[Tensor, Tensor] | None = None  # (P,) and (Q,), if the start model is the teacher
-        self._metrics: State = {}
         self._change: BatchMap | None = None
-        self._draws_of_step: Tensor | None = (
-            None  # in a `gradient` of the strategy, the generator at its beginning
-        )
-        self._noise: KeyedDraws | None = None
-        # Of `separate`:
-        self._path: tuple[str, ...] = ()
-        self._recorded_as: str | None = ""
         self._constant_lr = False
-        self._passes: Passes | None = None
         dtype = AUTOCAST.get(recipe.precision)
         self._autocast = torch.autocast(replica.device.type, dtype) if dtype else nullcontext()
-        replica.begin_client(buffers, self._seed_of(Stream.NETWORK), dtype, private_buffers)
+        replica.begin_client(buffers, self._seed_of(Stream.NETWORK, path), dtype, private_buffers)
+        self._model = Model(path, replica.in_use, {})
 
     @property
     def buffers(self) -> Tensor:
@@ -130,7 +146,7 @@ class ClientObjective(LocalObjective):
 
     @property
     def metrics(self) -> State:
-        return self._metrics
+        return self._model.metrics
 
     def batches(self, epochs: int | None = None) -> Iterator[Batch]:
         return self._batches(self.recipe, epochs)
@@ -147,24 +163,24 @@ class ClientObjective(LocalObjective):
         buffers: Tensor | None = None,
         epochs: int | None = None,
         lr: float | Tensor | None = None,
-        record: bool = True,
+        record: bool = False,
     ) -> LocalObjective:
-        other = copy(self)
+        received, private = self._received
+        start = checked_separate(name, self._model.names, buffers, received, epochs)
+        other, path = copy(self), (*self._model.path, name)
         if epochs:
             other.recipe = replace(self.recipe, epochs=epochs, steps=None)
             other.num_steps = exact(other.recipe.num_steps(len(self._rows)), self.replica.flat)
         if lr is not None:
             other.lr, other._constant_lr = float(lr), True
-        other._path, other._recorded_as, other._noise = (*self._path, name), f"{name}." if record else None, None
-        received, private = self._received
-        with self._in_use():
-            start = received if buffers is None else buffers
-            other._passes = self.replica.first_passes(start, private, other._seed_of(Stream.NETWORK))
+        passes = self.replica.first_passes(start, private, self._seed_of(Stream.NETWORK, path))
+        other._model = Model(path, passes, self.metrics if record else {})
         return other
 
     def _in_use(self) -> AbstractContextManager[None]:
         """The replica has the statistics and the random numbers of this model meanwhile."""
-        return self.replica.with_passes(self._passes) if self._passes else nullcontext()
+        passes = self._model.passes
+        return NOTHING if self.replica.in_use is passes else self.replica.using(passes)
 
     def _batches(self, recipe: Recipe, epochs: int | None = None) -> Iterator[Batch]:
         rows, step = self._batch_rows(recipe, epochs), 0
@@ -206,46 +222,52 @@ class ClientObjective(LocalObjective):
         return self._example_loss.of_labels(logits.to(self.replica.flat.dtype), batch)
 
     def normal(self, like: Tensor) -> Tensor:
-        with self._noise_of_client:
+        with self._noise:
             return torch.randn_like(like)
 
     def uniform(self, like: Tensor) -> Tensor:
-        with self._noise_of_client:
+        with self._noise:
             return torch.rand_like(like)
 
     def gradient(self, w: Tensor, batch: Batch | None = None) -> tuple[Tensor, Tensor]:
         with self._in_use():
-            if self._draws_of_step is not None:
-                return self._gradient_in_step(w, batch, self._draws_of_step)
+            if step := self._model.step:
+                return self._gradient_in_step(step, w, batch)
             g, total, n, steps = self._gradient_at(w, batch)
         self._record(total, n, steps)
         return g, (total / n).to(g.dtype)
 
-    def _gradient_in_step(self, w: Tensor, batch: Batch | None, draws: Tensor) -> tuple[Tensor, Tensor]:
-        """As `gradient`, in a `gradient` of the strategy: with the draws of the step, and without a record."""
+    def _gradient_in_step(self, step: GivenStep, w: Tensor, batch: Batch | None) -> tuple[Tensor, Tensor]:
+        """As `gradient`, in a `gradient` of the strategy: with the step's random numbers, and without a record."""
         replica = self.replica
-        replica.generator.set_state(draws)
+        now = replica.generator.get_state() if replica.task.draws else None
+        if step.draws is None:
+            step.draws = now
+        elif now is not None:
+            replica.generator.set_state(step.draws)
         if w is replica.flat and batch is not None:
-            f = self.loss(replica.w, batch)
-            return self._backward(f, flat_gradient=True)[0].clone(), f.detach()
-        before = replica.snapshot()
-        g, total, n, _ = self._gradient_at(w, batch)
-        replica.restore(before)
-        return g, (total / n).to(g.dtype)
+            with torch.enable_grad():
+                f = self.loss(replica.w, batch)
+            g, f, step.after = self._backward(f, flat_gradient=True)[0].clone(), f.detach(), replica.snapshot()
+        else:
+            g, total, n, _ = self._gradient_at(w, batch)
+            f = (total / n).to(g.dtype)
+        replica.restore(step.before)
+        if now is not None and now is not step.draws:
+            replica.generator.set_state(now)
+        return g, f
 
     def _gradient_at(self, w: Tensor, batch: Batch | None) -> tuple[Tensor, Tensor, int, int]:
         """(P,) the gradient, the sum of the losses, and how many examples and batches; the iterate is kept."""
         replica = self.replica
-        iterate, in_use = replica.flat.clone(), replica.gradient.clone()
-        replica.load(w)
-        g, total, n, steps = torch.zeros_like(iterate), iterate.new_zeros((), dtype=torch.double), 0, 0
-        for part in [batch] if batch else self._batches(self.recipe.with_all_examples, epochs=1):
-            with torch.enable_grad():
-                f = self.loss(replica.w, part)
-            g.add_(self._backward(f, flat_gradient=True)[0], alpha=len(part.y))
-            total, n, steps = total + f.detach() * len(part.y), n + len(part.y), steps + 1
-        replica.load(iterate)
-        replica.gradient.copy_(in_use)
+        g, total, n, steps = torch.zeros_like(replica.flat), replica.flat.new_zeros((), dtype=torch.double), 0, 0
+        with replica.training(self._model.passes, keep=True):
+            replica.load(w)
+            for part in [batch] if batch else self._batches(self.recipe.with_all_examples, epochs=1):
+                with torch.enable_grad():
+                    f = self.loss(replica.w, part)
+                g.add_(self._backward(f, flat_gradient=True)[0], alpha=len(part.y))
+                total, n, steps = total + f.detach() * len(part.y), n + len(part.y), steps + 1
         return g.div_(n), total, n, steps
 
     def train(
@@ -259,7 +281,7 @@ class ClientObjective(LocalObjective):
         only: Tensor | None = None,
     ) -> Tensor:
         check_rules(self.recipe, loss, gradient)
-        with self._in_use():
+        with self._in_use(), self.replica.training(self._model.passes):
             return self._train(start, loss, gradient, correct, after_step, only)
 
     def _train(
@@ -275,22 +297,24 @@ class ClientObjective(LocalObjective):
         replica.load(start)
         self._query_start_model(start)
         plain = not (loss or gradient or correct or after_step) and only is None
+        captured = plain and not self._change and not self._model.path
         flat_gradient = not plain or not recipe.adds_half_gradients
+        part = None if only is None else part_of(only, replica.task, replica.device)
         training = Training(
             loss or self.loss,
             gradient,
             correct,
             after_step,
-            None if only is None else Fixed(part_of(only, replica.task), start, replica.named_buffers()),
+            Fixed(part, start, replica.named_buffers()) if part else None,
             flat_gradient,
             self._optimizer_tensors(flat_gradient, split=bool(gradient)),
-            steps_for(replica, self.data, recipe, self.lr, plain=plain),
+            steps_for(replica, self.data, recipe, self.lr, plain=captured),
             LossScale(recipe.loss_scale) if recipe.precision == "fp16" else None,
         )
         steps = training.steps
         steps.optimizer.begin(training.pieces.weights)
         n, taken, lr = 0, 0, self.lr
-        if steps.captures and not self._change:
+        if steps.captures:
             for rows in self._batch_rows(recipe):
                 self.check_time()
                 steps.take(rows, lambda rows: self._step(training, Batch(*self.data.batch(rows)), lr))
@@ -356,15 +380,16 @@ class ClientObjective(LocalObjective):
     def _random(self, stream: Stream, *key: int) -> np.random.Generator:
         return random(self._seed, stream, self.round, self.client_id, *key)
 
-    def _seed_of(self, stream: Stream) -> int:
-        return int(self._random(stream, *map(key_of, self._path)).integers(2**63))
+    def _seed_of(self, stream: Stream, path: tuple[str, ...]) -> int:
+        return int(self._random(stream, *map(key_of, path)).integers(2**63))
 
     @property
-    def _noise_of_client(self) -> KeyedDraws:
-        if self._noise is None:
-            generator = torch.Generator(self.replica.device).manual_seed(self._seed_of(Stream.STRATEGY))
-            self._noise = KeyedDraws(generator)
-        return self._noise
+    def _noise(self) -> KeyedDraws:
+        model = self._model
+        if model.noise is None:
+            seed = self._seed_of(Stream.STRATEGY, model.path)
+            model.noise = KeyedDraws(torch.Generator(self.replica.device).manual_seed(seed))
+        return model.noise
 
     def _batch_rows(self, recipe: Recipe, epochs: int | None = None) -> Iterator[Tensor]:
         """(B,) the rows of each mini-batch; to a GPU all are copied at once, without blocking."""
@@ -383,7 +408,7 @@ class ClientObjective(LocalObjective):
             batch = self.data.training_batch(together, self.recipe.augment, self._random(Stream.AUGMENT, step))
         else:
             batch = Batch(*self.data.batch(together))
-        if (wrong := self._label_error_prob) is not None:
+        if (wrong := self._model.label_error_prob) is not None:
             places = torch.searchsorted(torch.from_numpy(self._rows).to(together.device), together)
             batch = batch._replace(label_error_prob=wrong[places.to(wrong.device)])
         parts = [[None] * len(sizes) if t is None else torch.split(t, sizes) for t in batch]
@@ -405,7 +430,7 @@ class ClientObjective(LocalObjective):
         """Keep the start model if it is the teacher; estimate with it which labels are wrong."""
         distillation, noisy = self.recipe.distillation, self.recipe.noisy_labels
         if distillation and distillation.teacher == "global":
-            self._start = start.clone(), self.buffers
+            self._model.start = start.clone(), self.buffers
         if noisy and self.round + 1 >= noisy.start:
             with torch.no_grad():
                 losses_by_batch = [
@@ -414,12 +439,12 @@ class ClientObjective(LocalObjective):
                 ]
             losses = torch.cat(losses_by_batch).double().cpu().numpy()
             wrong = BetaMixture.fit(losses).posterior(losses)
-            self._label_error_prob = torch.from_numpy(wrong).to(self.replica.flat)
+            self._model.label_error_prob = torch.from_numpy(wrong).to(self.replica.flat)
 
     def _heads(self, w: Tensor, x: Tensor, train: bool) -> tuple[Tensor, ...]:
         """(B, classes) of each head; at the replica's own `w`, a training pass updates batch-norm statistics."""
         with self._autocast:
-            if w is self.replica.w:
+            if w is self.replica.w and self.replica.trained is self._model.passes:
                 return self.replica.forward(x, train=train)
             return self.replica.forward_at(w, x, train=train)
 
@@ -433,13 +458,13 @@ class ClientObjective(LocalObjective):
 
     def _teacher_logits(self, x: Tensor) -> Tensor | None:
         """(B, classes) the teacher's logits, if there is a teacher."""
-        distillation = self.recipe.distillation
-        if distillation is None or (distillation.teacher == "global" and self._start is None):
+        distillation, started = self.recipe.distillation, self._model.start
+        if distillation is None or (distillation.teacher == "global" and started is None):
             return None
         with torch.no_grad(), self._autocast:
-            if self._start is None:
+            if started is None:
                 return self.replica.teacher_logits(x)
-            start, buffers = self._start
+            start, buffers = started
             return self.replica.forward_at(start, x, train=False, buffers=buffers)[0]
 
     def _gradients(self, training: Training, batch: Batch) -> tuple[Tensor, list[Tensor]]:
@@ -485,21 +510,22 @@ class ClientObjective(LocalObjective):
 
     def _given_gradient(self, gradient: Gradient, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """() the loss and the gradient (P,) that a strategy's `gradient` gives."""
-        self._draws_of_step = self.replica.generator.get_state()
+        replica, model = self.replica, self._model
+        step = model.step = GivenStep(replica.snapshot())
         try:
-            g, f = checked_gradient(gradient(self.replica.flat, batch), self.replica.flat)
+            g, f = checked_gradient(gradient(replica.flat, batch), replica.flat)
         finally:
-            self._draws_of_step = None
+            model.step = None
+        if step.after:
+            replica.restore(step.after)
         return f, [g]
 
     def _record(self, total: Tensor, examples: int, steps: int) -> None:
         """Add to the sums over all mini-batch gradients; the mean is computed once, over the whole cohort."""
-        if self._recorded_as is None:
-            return
-        for key, value in {
+        metrics = self._model.metrics
+        for name, value in {
             "loss": total.double(),
             "examples": torch.tensor(examples, dtype=torch.double),
             "steps": torch.tensor(steps, dtype=torch.double),
         }.items():
-            name = self._recorded_as + key
-            self._metrics[name] = self._metrics[name] + value if name in self._metrics else value
+            metrics[name] = metrics[name] + value if name in metrics else value

@@ -76,6 +76,28 @@ def checked_gradient(made: object, like: Tensor) -> tuple[Tensor, Tensor]:
     return checked_vector(g, like, "gradient"), checked_vector(f, like.new_empty(()), "the loss of gradient")
 
 
+def checked_separate(
+    name: object, taken: set[str], buffers: Tensor | None, received: Tensor, epochs: object
+) -> Tensor:
+    """The statistics (Q,) that a separate model starts from; raises WrongReturnError for arguments that are wrong.
+
+    `taken` are the names of earlier ones, to which this one is added.
+    """
+    if not isinstance(name, str) or name in taken:
+        wrong = "was given before" if name in taken else "is no name"
+        raise WrongReturnError(f"local.separate: {name!r} {wrong}; each model needs a name of its own")
+    if epochs is not None and not (isinstance(epochs, int) and epochs > 0):
+        raise WrongReturnError(f"local.separate: epochs is {epochs!r}; it should be a whole number >= 1")
+    taken.add(name)
+    if buffers is None:
+        return received
+    if not isinstance(buffers, Tensor) or (buffers.shape, buffers.dtype) != (received.shape, received.dtype):
+        made = f"{buffers.dtype} {tuple(buffers.shape)}" if isinstance(buffers, Tensor) else type(buffers).__name__
+        right = f"{received.dtype} {tuple(received.shape)}"
+        raise WrongReturnError(f"local.separate: buffers is {made}; it should be statistics, {right}")
+    return buffers
+
+
 def changed_batch(change: BatchMap, inner: BatchMap | None, batch: Batch) -> Batch:
     """The batch after `inner` and then `change`; raises WrongReturnError unless it has as many examples."""
     changed = change(inner(batch) if inner else batch)
@@ -172,13 +194,15 @@ class LocalObjective(ABC):
         buffers: Tensor | None = None,
         epochs: int | None = None,
         lr: float | Tensor | None = None,
-        record: bool = True,
+        record: bool = False,
     ) -> "LocalObjective":
         """The same client for another model, which shares nothing with this one but the examples.
 
         It has batch-norm statistics of its own, which start from `buffers` (Q,), by default those that this
-        client received; random numbers of its own, by `name`; and metrics of its own, such as `name.loss`, or none
-        without `record`. `epochs` replaces the recipe's epochs or steps, and `lr` the learning rate of all steps.
+        client received; random numbers of its own, by `name`; and `metrics` of its own, which only the strategy
+        sees.
+        With `record` its losses and steps count as this one's. `epochs` replaces the recipe's epochs or steps, and
+        `lr` the learning rate of all steps.
         """
 
     @abstractmethod
@@ -252,7 +276,7 @@ class ObjectiveWrapper(LocalObjective):
         buffers: Tensor | None = None,
         epochs: int | None = None,
         lr: float | Tensor | None = None,
-        record: bool = True,
+        record: bool = False,
     ) -> LocalObjective:
         return self._around(self.inner.separate(name, buffers=buffers, epochs=epochs, lr=lr, record=record))
 

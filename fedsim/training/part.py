@@ -27,13 +27,13 @@ class Part(NamedTuple):
         return {name: torch.where(self.buffers[name], value, kept[name]) for name, value in changed.items()}
 
 
-def part_of(only: Tensor, task: Task) -> Part:
+def part_of(only: Tensor, task: Task, device: torch.device) -> Part:
     """The part with the entries `only` (P,); also under `vmap`, where each client may have its own.
 
     A layer without parameters, such as a batch norm without scale and shift, belongs to the layer around it.
     Raises WrongReturnError.
     """
-    size, like = sum(task.layout.sizes), task.initial_model
+    size = sum(task.layout.sizes)
     if not isinstance(only, Tensor) or only.dtype != torch.bool or only.shape != (size,):
         made = f"{only.dtype} {tuple(only.shape)}" if isinstance(only, Tensor) else type(only).__name__
         raise WrongReturnError(f"local.train: only is {made}; it should be a mask, torch.bool ({size},)")
@@ -44,10 +44,10 @@ def part_of(only: Tensor, task: Task) -> Part:
         while path and not own:
             path = path.rpartition(".")[0]
             own = [changed for name, changed in changes.items() if name.startswith(f"{path}." if path else "")]
-        return torch.stack(own).any() if own else like.new_zeros((), dtype=torch.bool)
+        return torch.stack(own).any().to(device) if own else torch.tensor(False, device=device)
 
     buffers = {name: of_layer(name) for name, _ in task.network.named_buffers()}
-    return Part(only, buffers, frozenset(name for name, changed in changes.items() if maybe(changed)))
+    return Part(only.to(device), buffers, frozenset(name for name, changed in changes.items() if maybe(changed)))
 
 
 def maybe(condition: Tensor) -> bool:

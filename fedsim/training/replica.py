@@ -29,7 +29,7 @@ Snapshot = tuple[Tensor, dict[str, Tensor]]  # batch-norm statistics (Q,), and t
 
 @dataclass
 class Passes:
-    """What the training passes of a model change besides its weights."""
+    """What the training passes of a model change besides its weights, as of when the replica had them last."""
 
     buffers: Snapshot
     draws: DrawsState
@@ -87,6 +87,8 @@ class Replica:
         self.generator = torch.Generator(self.device)
         self.draws = KeyedDraws(self.generator)
         self._draws: AbstractContextManager[object] = self.draws if task.draws else nullcontext()
+        self.in_use = self.first_passes(self.buffers, {}, 0)  # of the client's own model, or meanwhile of another
+        self.trained: Passes | None = None  # of the model that is being trained
         self._recompute = Recompute(self.network, self.generator) if task.recompute else None
         self._teacher = copy.deepcopy(task.teacher).to(self.device).eval() if task.teacher else None
 
@@ -155,34 +157,47 @@ class Replica:
             for name, counter in counters.items():
                 self._counters[name].copy_(counter)
 
-    def passes(self) -> Passes:
-        """Statistics, other buffers and random numbers as they are now."""
-        return Passes(self.snapshot(), self.draws.state)
-
     def first_passes(self, buffers: Tensor, private: Mapping[str, Tensor], seed: int) -> Passes:
-        """Those of a model before its first pass."""
-        now = self.passes()
-        self.restore((buffers, self._initial_counters | dict(private)))
-        self.draws.begin(seed)
-        first = self.passes()
-        self._resume(now)
-        return first
+        """Those of a model before its first pass, with statistics (Q,)."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return Passes((buffers, self._initial_counters | dict(private)), (generator.get_state(), {}))
 
     @contextmanager
-    def with_passes(self, other: Passes) -> Iterator[None]:
-        """Have those of another model meanwhile, and write to `other` what becomes of them."""
-        now = self.passes()
-        self._resume(other)
+    def using(self, passes: Passes) -> Iterator[None]:
+        """Have those of this model meanwhile."""
+        others = self.in_use
+        if passes is not others:
+            self._exchange(passes)
         try:
             yield
         finally:
-            after = self.passes()
-            other.buffers, other.draws = after.buffers, after.draws
-            self._resume(now)
+            if passes is not others:
+                self._exchange(others)
+
+    def _exchange(self, passes: Passes) -> None:
+        self.in_use.buffers, self.in_use.draws = self.snapshot(), self.draws.state
+        self.in_use = passes
+        self._resume(passes)
 
     def _resume(self, passes: Passes) -> None:
         self.restore(passes.buffers)
         self.draws.state = passes.draws
+
+    @contextmanager
+    def training(self, passes: Passes, *, keep: bool = False) -> Iterator[None]:
+        """What is loaded meanwhile is the iterate of this model.
+
+        The weights before come back after it, with `keep`, or if they are the iterate of another training.
+        """
+        outer, self.trained = self.trained, passes
+        kept = (self.flat.clone(), self.gradient.clone()) if keep or outer else None
+        try:
+            yield
+        finally:
+            self.trained = outer
+            if kept:
+                self.load(kept[0])
+                self.gradient.copy_(kept[1])
 
     @property
     def changing(self) -> list[Tensor]:

@@ -8,7 +8,7 @@ Shapes: C clients, K steps of the longest of them, B examples of the largest bat
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -63,11 +63,11 @@ class Cohort:
         self.device, self.recipe = like.device, client_jobs[0].recipe
         self.rows = [data.rows(m.job.client_id) for m in client_jobs]
         self.sizes = [len(rows) for rows in self.rows]
-        self.num_steps = [self.recipe.num_steps(n) for n in self.sizes]
         self._generators: dict[tuple[Stream, tuple[str, ...]], list[torch.Generator]] = {}
         self.tensors: dict[tuple[str, int | None], Tensor] = {}  # on the device, by name and schedule
         self._schedules: dict[int | None, list[list[Tensor]]] = {}  # by client and step, (b,) rows
         self._steps: dict[int | None, list[Step]] = {}
+        self._num_steps: dict[int | None, list[int]] = {}
 
     def generators(self, stream: Stream, path: tuple[str, ...] = ()) -> list[torch.Generator]:
         """The generator of each client for a stream, of the model with this path of names."""
@@ -106,13 +106,12 @@ class Cohort:
         if name == "num_examples":
             return exact(self.sizes, self.like)
         if name == "num_steps":
-            epochs: dict[str, Any] = {"epochs": schedule, "steps": None} if schedule else {}
-            return exact([replace(self.recipe, **epochs).num_steps(n) for n in self.sizes], self.like)
+            return exact(self.num_steps(schedule), self.like)
         numbers: dict[str, Callable[[], object]] = {
             "clients": lambda: [m.job.client_id for m in self.client_jobs],
             "counts": lambda: [step.counts for step in self.steps(schedule)],
             "lr": self.lr,
-            "step_lr": lambda: [self.lr(step.number) for step in self.steps(schedule)],
+            "step_lr": lambda: [self.lr(step.number, schedule) for step in self.steps(schedule)],
         }
         return torch.tensor(numbers[name](), dtype=torch.int64 if name == "clients" else self.like.dtype)
 
@@ -165,11 +164,18 @@ class Cohort:
         }
         return Batch(**fields, mask=mask)
 
-    def lr(self, step: int | None = None) -> list[float]:
-        """(C,) the learning rates of the round, or of each client's step number `step`."""
+    def num_steps(self, schedule: int | None = None) -> list[int]:
+        """(C,) how many steps the clients take in a schedule: of the round, or of so many epochs."""
+        if schedule not in self._num_steps:
+            recipe = replace(self.recipe, epochs=schedule, steps=None) if schedule else self.recipe
+            self._num_steps[schedule] = [recipe.num_steps(n) for n in self.sizes]
+        return self._num_steps[schedule]
+
+    def lr(self, step: int | None = None, schedule: int | None = None) -> list[float]:
+        """(C,) the learning rates of the round, or of each client's step number `step` in a schedule."""
         if step is None:
             return [m.recipe.lr_at(m.job.round) for m in self.client_jobs]
-        at = zip(self.client_jobs, self.num_steps, strict=True)
+        at = zip(self.client_jobs, self.num_steps(schedule), strict=True)
         return [m.recipe.lr_at(m.job.round, min(step, k - 1), k) for m, k in at]
 
     def _rows(self, schedule: int | None) -> Tensor:

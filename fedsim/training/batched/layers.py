@@ -45,14 +45,13 @@ class BatchedDraws(TorchFunctionMode):
     def __init__(
         self,
         client_index: Tensor,
-        generators: Sequence[torch.Generator],
+        draws: Sequence[KeyedDraws],
         padding: Padding,
         weights_shape: tuple[int],
     ):
         super().__init__()
         self.padding = padding
-        self.client_index, self.weights_shape = client_index, weights_shape
-        self.draws = [KeyedDraws(generator) for generator in generators]
+        self.client_index, self.draws, self.weights_shape = client_index, draws, weights_shape
         self.used = False
 
     def __torch_function__(

@@ -9,7 +9,7 @@ Shapes: C clients, K steps of the longest of them, B examples of the largest bat
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from types import MappingProxyType
@@ -24,6 +24,7 @@ from fedsim.training.batched.layers import BatchedDraws, BatchedLayers, ConvMeth
 from fedsim.training.batched.optim import VmapOps
 from fedsim.training.batched.per_client import per_client_row, per_client_value
 from fedsim.training.buffers import COUNTER, PowerVectors
+from fedsim.training.draws import KeyedDraws
 from fedsim.training.example_loss import ExampleLoss
 from fedsim.training.head import head_input
 from fedsim.training.objective import (
@@ -36,6 +37,7 @@ from fedsim.training.objective import (
     changed_batch,
     check_rules,
     checked_gradient,
+    checked_separate,
     checked_vector,
 )
 from fedsim.training.optim import Optimizer, Rate, clipped
@@ -90,14 +92,19 @@ NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 
 @dataclass
-class Passes:
-    """What the training passes of a model change besides its weights, and where they are."""
+class Model:
+    """What one of the client's models has for itself, by `separate`."""
 
+    path: tuple[str, ...]  # names, in the key of its random numbers
     statistics: State  # and counters, by name
     layers: BatchedLayers
+    draws: list[KeyedDraws]  # of the strategy's code
+    metrics: State
+    noise: BatchedDraws | None = None  # for `normal` and `uniform`
     at: Weights | None = None  # the iterate; a training pass there updates statistics
     step: "GivenStep | None" = None
     start: tuple[Tensor, Tensor] | None = None  # (P,) and (Q,), if the start model is the teacher
+    names: set[str] = field(default_factory=set)  # of the models separated from it
 
 
 @dataclass
@@ -105,8 +112,8 @@ class GivenStep:
     """A step whose gradient the strategy gives: its iterate (P,), and the clients' generators at its beginning."""
 
     at: Tensor
-    draws: list[Tensor]
-    moved: State  # the statistics after a pass at the iterate
+    after: State  # the statistics after a pass at the iterate
+    draws: list[Tensor] | None = None  # before the first gradient; the others have the same random numbers
 
 
 class BatchedObjective(LocalObjective):
@@ -119,6 +126,7 @@ class BatchedObjective(LocalObjective):
         client_index: Tensor,
         buffers: Tensor,
         private_buffers: State,
+        path: tuple[str, ...] = (),
     ):
         self._cohort, self._client_index, self._network = cohort, client_index, network
         self.recipe, self.layout = cohort.recipe, network.task.layout
@@ -129,44 +137,50 @@ class BatchedObjective(LocalObjective):
         self._example_loss = ExampleLoss(self.recipe, network.task, weights)
         self._received, self._padding = (buffers, private_buffers), Padding()
         self._change: BatchMap | None = None
-        self._path: tuple[str, ...] = ()  # the names of models by `separate`
-        self.draws = self._draws_from(Stream.NETWORK)
-        self._metrics: State = {}
         # Of `separate`:
-        self._recorded_as: str | None = ""
         self._epochs: int | None = None
         self._constant_lr = False
-        self._passes = self._first_passes(buffers)
+        self._model = self._first_model(path, buffers, {})
+        self.draws = self._draws_from(self._model.draws)  # those of the model in use
 
-    def _first_passes(self, buffers: Tensor) -> Passes:
+    def _first_model(self, path: tuple[str, ...], buffers: Tensor, metrics: State) -> Model:
         network, private = self._network, self._received[1]
         layout = network.task.buffer_layout
         others = {name: self._of_each_client(b) for name, b in (network.others | private).items()}
         statistics = layout.split(self._of_each_client(buffers)) | others | network.counters
-        generators = self._generators(Stream.NETWORK)
-        return Passes(statistics, BatchedLayers(self._client_index, generators, self._padding, network.conv))
+        generators = self._generators(Stream.NETWORK, path)
+        layers = BatchedLayers(self._client_index, generators, self._padding, network.conv)
+        return Model(path, statistics, layers, list(map(KeyedDraws, generators)), metrics)
 
-    def _generators(self, stream: Stream) -> list[torch.Generator]:
-        self._network.streams.add((stream, self._path))
-        return self._cohort.generators(stream, self._path)
+    def _generators(self, stream: Stream, path: tuple[str, ...]) -> list[torch.Generator]:
+        self._network.streams.add((stream, path))
+        return self._cohort.generators(stream, path)
 
-    def _draws_from(self, stream: Stream) -> BatchedDraws:
-        size = sum(self.layout.sizes)
-        return BatchedDraws(self._client_index, self._generators(stream), self._padding, (size,))
+    def _draws_from(self, draws: list[KeyedDraws]) -> BatchedDraws:
+        return BatchedDraws(self._client_index, draws, self._padding, (sum(self.layout.sizes),))
+
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """The strategy's code draws the random numbers of this model meanwhile."""
+        others, self.draws.draws = self.draws.draws, self._model.draws
+        try:
+            yield
+        finally:
+            self.draws.draws = others
 
     @property
     def metrics(self) -> State:
-        return self._metrics
+        return self._model.metrics
 
     @property
     def buffers(self) -> Tensor:
-        found = self._passes.statistics
+        found = self._model.statistics
         parts = [found[name].reshape(-1) for name in self._network.task.buffer_layout.shapes]
         return torch.cat(parts) if parts else self._network.like.new_zeros(0)
 
     @property
     def private_buffers(self) -> State:
-        return {name: self._passes.statistics[name].clone() for name in self._network.task.initial_of("private")}
+        return {name: self._model.statistics[name].clone() for name in self._network.task.initial_of("private")}
 
     def batches(self, epochs: int | None = None) -> Iterator[Batch]:
         for step, batch in self._batches(epochs or self._epochs):
@@ -186,22 +200,23 @@ class BatchedObjective(LocalObjective):
         buffers: Tensor | None = None,
         epochs: int | None = None,
         lr: float | Tensor | None = None,
-        record: bool = True,
+        record: bool = False,
     ) -> LocalObjective:
+        start = checked_separate(name, self._model.names, buffers, self._received[0], epochs)
         other = copy.copy(self)
         if epochs:
             other.recipe, other._epochs = replace(self.recipe, epochs=epochs, steps=None), epochs
             other.num_steps = self._own_value("num_steps", epochs)
         if lr is not None:
             other.lr, other._constant_lr = lr, True
-        other._path, other._recorded_as = (*self._path, name), f"{name}." if record else None
-        other._passes = other._first_passes(self._received[0] if buffers is None else buffers)
+        other._model = self._first_model((*self._model.path, name), start, self.metrics if record else {})
         return other
 
     def logits(self, w: Tensor, x: Tensor, *, train: bool | None = None) -> Tensor:
         return self._heads(w, x, w.requires_grad if train is None else train)[0]
 
     def features(self, w: Tensor, x: Tensor, *, train: bool | None = None) -> tuple[Tensor, Tensor]:
+        self._refuse_padding()
         with self._network.head_input() as found:
             logits = self.logits(w, x, train=train)
         return found[0].to(w.dtype), logits
@@ -210,7 +225,7 @@ class BatchedObjective(LocalObjective):
         if batch is not None:
             return self._mean(w, batch)
         total = self._network.like.new_zeros(())
-        with torch.no_grad():
+        with torch.no_grad(), self._in_use():
             for step in self._cohort.steps(IN_ORDER):
                 part = self._client_batch(step, augmented=False)
                 losses = self._losses(w, part, train=False)
@@ -218,9 +233,11 @@ class BatchedObjective(LocalObjective):
         return (total / self.num_examples).to(total.dtype)
 
     def losses(self, w: Tensor, batch: Batch, *, train: bool | None = None) -> Tensor:
+        self._refuse_padding()
         return self._losses(w, batch, w.requires_grad if train is None else train)
 
     def label_losses(self, logits: Tensor, batch: Batch) -> Tensor:
+        self._refuse_padding()
         return self._example_loss.of_labels(logits.to(self._network.like.dtype), batch)
 
     def normal(self, like: Tensor) -> Tensor:
@@ -233,39 +250,56 @@ class BatchedObjective(LocalObjective):
 
     @property
     def _noise(self) -> BatchedDraws:
-        self._network.draws = True  # a captured graph must know
-        return self._draws_from(Stream.STRATEGY)
+        self._network.draws, model = True, self._model  # a captured graph must know
+        if model.noise is None:
+            generators = self._generators(Stream.STRATEGY, model.path)
+            model.noise = self._draws_from(list(map(KeyedDraws, generators)))
+        return model.noise
+
+    def _refuse_padding(self) -> None:
+        """Raise RaggedError where a value for each example would be one for padding, too."""
+        if self._padding.counts:
+            raise RaggedError
 
     def gradient(self, w: Tensor, batch: Batch | None = None) -> tuple[Tensor, Tensor]:
-        passes = self._passes
-        if step := passes.step:
-            before = passes.statistics
-            for generator, state in zip(self._generators(Stream.NETWORK), step.draws, strict=True):
-                generator.set_state(state)
-            g, f, *_ = self._gradient_at(w, batch)
-            if w is step.at and batch is not None:
-                step.moved = passes.statistics
-            passes.statistics = before
-            return g, f
-        g, f, total, examples, steps = self._gradient_at(w, batch)
+        with self._in_use():
+            if step := self._model.step:
+                return self._gradient_in_step(step, w, batch)
+            g, f, total, examples, steps = self._gradient_at(w, batch)
         self._record(total, examples, steps)
+        return g, f
+
+    def _gradient_in_step(self, step: GivenStep, w: Tensor, batch: Batch | None) -> tuple[Tensor, Tensor]:
+        """As `ClientObjective` does."""
+        model, generators = self._model, self._model.layers.generators if self._network.task.draws else []
+        now, before = [generator.get_state() for generator in generators], model.statistics
+        if step.draws is None:
+            step.draws = now
+        else:
+            _set_states(generators, step.draws)
+        g, f, *_ = self._gradient_at(w, batch)
+        if w is step.at and batch is not None:
+            step.after = model.statistics
+        model.statistics = before
+        if now is not step.draws:
+            _set_states(generators, now)
         return g, f
 
     def _gradient_at(
         self, w: Tensor, batch: Batch | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | float, Tensor | float]:
         """(P,) the gradient, () the loss, the sum of the losses, and how many examples and batches."""
-        passes = self._passes
-        passes.statistics = passes.statistics | self._power_vectors(w)
+        model = self._model
+        model.statistics = model.statistics | self._power_vectors(w)
         if batch is not None:
-            g, f, passes.statistics = self._differentiated(self.loss, w, batch)
+            g, f, model.statistics = self._differentiated(self.loss, w, batch)
             return g, f, f.double() * len(batch.y), len(batch.y), 1
         g_k, total, steps = torch.zeros_like(w), w.new_zeros((), dtype=torch.double), w.new_zeros(())
         for step, part in self._batches(ALL_EXAMPLES):
             g, f, moved = self._differentiated(self.loss, w, part)
             n = self._count(step)
             g_k, total = g_k + g * n, total + f.double() * n
-            passes.statistics = self._statistics_after(step, moved)
+            model.statistics = self._statistics_after(step, moved)
             steps = steps + (n > 0)
         n_k = self.num_examples
         return (g_k / n_k).to(w.dtype), (total / n_k).to(w.dtype), total, n_k, steps
@@ -281,13 +315,25 @@ class BatchedObjective(LocalObjective):
         only: Tensor | None = None,
     ) -> Tensor:
         check_rules(self.recipe, loss, gradient)
-        recipe, passes, total = self.recipe, self._passes, start.new_zeros((), dtype=torch.double)
+        with self._in_use():
+            return self._train(start, loss, gradient, correct, after_step, only)
+
+    def _train(
+        self,
+        start: Tensor,
+        loss: Loss | None,
+        gradient: Gradient | None,
+        correct: Correction | None,
+        after_step: AfterStep | None,
+        only: Tensor | None,
+    ) -> Tensor:
+        recipe, model, total = self.recipe, self._model, start.new_zeros((), dtype=torch.double)
         examples = torch.zeros_like(total)
         if recipe.distillation and recipe.distillation.teacher == "global":
-            passes.start = start, self.buffers
-        passes.statistics = passes.statistics | self._power_vectors(start)
-        part = None if only is None else part_of(only, self._network.task)
-        before = passes.statistics
+            model.start = start, self.buffers
+        model.statistics = model.statistics | self._power_vectors(start)
+        part = None if only is None else part_of(only, self._network.task, self._network.device)
+        before = model.statistics
         optimizer, names = recipe.make_optimizer(self.layout, VmapOps()), list(self.layout.shapes)
         flat_gradient = bool(loss or gradient or correct or after_step)  # these need the flat vector (P,)
         split = recipe.by_layer or gradient is not None
@@ -325,7 +371,7 @@ class BatchedObjective(LocalObjective):
                 moved = moved | part.of_buffers(
                     {name: moved[name] for name in self._network.task.handling}, before
                 )
-            passes.statistics = self._statistics_after(step, moved)
+            model.statistics = self._statistics_after(step, moved)
         self._record(total, examples, self.num_steps)
         return w
 
@@ -359,13 +405,15 @@ class BatchedObjective(LocalObjective):
         return torch.where(batch.mask, losses, 0).sum() / batch.mask.sum().clamp(min=1)
 
     def _batches(self, schedule: int | None = None) -> Iterator[tuple[Step, Batch]]:
+        padding = self._padding
+        outer = padding.counts, padding.mask
         try:
             for step in self._cohort.steps(schedule):
                 batch = self._client_batch(step, augmented=True)
-                self._padding.counts, self._padding.mask = step.counts if step.padded else None, batch.mask
+                padding.counts, padding.mask = step.counts if step.padded else None, batch.mask
                 yield step, batch
         finally:
-            self._padding.counts = self._padding.mask = None
+            padding.counts, padding.mask = outer
 
     def _client_batch(self, step: Step, augmented: bool) -> Batch:
         stacked = self._cohort.batch(step, augmented)._asdict()
@@ -383,42 +431,41 @@ class BatchedObjective(LocalObjective):
 
         There is none for the tensors that are `fixed`, if `w` is by name.
         """
-        before = self._passes.statistics
+        before = self._model.statistics
 
         def value(w: W) -> tuple[Tensor, State]:
             at = {**fixed, **w} if isinstance(w, dict) else w
-            self._passes.at, self._passes.statistics = at, {name: value.clone() for name, value in before.items()}
-            return loss(at, batch), self._passes.statistics
+            self._model.at, self._model.statistics = at, {name: value.clone() for name, value in before.items()}
+            return loss(at, batch), self._model.statistics
 
         moving = {n: v for n, v in w.items() if n not in fixed} if isinstance(w, dict) else w
         try:
             g, (f, moved) = grad_and_value(value, has_aux=True)(moving)
         finally:
-            self._passes.at, self._passes.statistics = None, before
+            self._model.at, self._model.statistics = None, before
         return g, f, moved
 
     def _given(self, gradient: Gradient, w: Tensor, batch: Batch) -> tuple[Tensor, Tensor, State]:
         """What a strategy's `gradient` gives, and the statistics and counters after it."""
-        states = [generator.get_state() for generator in self._generators(Stream.NETWORK)]
-        step = self._passes.step = GivenStep(w, states, self._passes.statistics)
+        step = self._model.step = GivenStep(w, self._model.statistics)
         try:
             g, f = checked_gradient(gradient(w, batch), w)
         finally:
-            self._passes.step = None
-        return g, f, step.moved
+            self._model.step = None
+        return g, f, step.after
 
     def _statistics_after(self, step: Step, moved: State) -> State:
         """Statistics and counters after a step; counters are equal for all clients that take it."""
         if not step.may_be_idle:
             return moved
         active, names = self._active(step), self._network.task.handling
-        return moved | {name: torch.where(active, moved[name], self._passes.statistics[name]) for name in names}
+        return moved | {name: torch.where(active, moved[name], self._model.statistics[name]) for name in names}
 
     def _heads(self, w: Weights, x: Tensor, train: bool) -> tuple[Tensor, ...]:
-        statistics = self._passes.statistics
-        if train and w is not self._passes.at:
+        statistics = self._model.statistics
+        if train and w is not self._model.at:
             statistics = {name: value.clone() for name, value in statistics.items()}
-        if w is not self._passes.at:
+        if w is not self._model.at:
             statistics = statistics | self._power_vectors(w)
         with self._compute_mode():
             return self._network(self.layout.split(w) if isinstance(w, Tensor) else w, statistics, x, train)
@@ -426,14 +473,14 @@ class BatchedObjective(LocalObjective):
     def _teacher_logits(self, x: Tensor) -> Tensor | None:
         """(B, classes) the teacher's logits, if there is a teacher."""
         distillation, network = self.recipe.distillation, self._network
-        if distillation is None or (distillation.teacher == "global" and self._passes.start is None):
+        if distillation is None or (distillation.teacher == "global" and self._model.start is None):
             return None
         with torch.no_grad(), self._compute_mode():
-            if self._passes.start is None:
+            if self._model.start is None:
                 return cast(Tensor, cast(nn.Module, network.teacher)(x.to(network.like.dtype)))
-            start, buffers = self._passes.start
+            start, buffers = self._model.start
             statistics = (
-                self._passes.statistics | network.task.buffer_layout.split(buffers) | self._power_vectors(start)
+                self._model.statistics | network.task.buffer_layout.split(buffers) | self._power_vectors(start)
             )
             return network(self.layout.split(start), statistics, x, train=False)[0]
 
@@ -452,14 +499,14 @@ class BatchedObjective(LocalObjective):
     def _compute_mode(self) -> Iterator[None]:
         dtype = AUTOCAST.get(self.recipe.precision)
         device = self._network.device.type
-        with self._passes.layers, torch.autocast(device, dtype, cache_enabled=False) if dtype else nullcontext():
+        with self._model.layers, torch.autocast(device, dtype, cache_enabled=False) if dtype else nullcontext():
             yield
 
     def _own_value(self, name: str, schedule: int | None = None, step: int | None = None) -> Tensor:
         return per_client_value(self._client_index, lambda: self._cohort.tensor(name, schedule, step))
 
     def _lr(self, step: Step) -> Rate:
-        return self._rate(self._cohort.lr(step.number), "step_lr", step)
+        return self._rate(self._cohort.lr(step.number, step.schedule), "step_lr", step)
 
     def _count(self, step: Step) -> Rate:
         return self._rate(step.counts, "counts", step)
@@ -476,8 +523,11 @@ class BatchedObjective(LocalObjective):
 
     def _record(self, total: Tensor, examples: Tensor | float, steps: Tensor | float) -> None:
         """Add to the sums over all mini-batch gradients, as `ClientObjective` does."""
-        if self._recorded_as is None:
-            return
-        for key, value in {"loss": total, "examples": examples, "steps": steps}.items():
-            name = self._recorded_as + key
-            self._metrics[name] = self._metrics.get(name, torch.zeros_like(total, dtype=torch.double)) + value
+        metrics, zero = self._model.metrics, torch.zeros_like(total, dtype=torch.double)
+        for name, value in {"loss": total, "examples": examples, "steps": steps}.items():
+            metrics[name] = metrics.get(name, zero) + value
+
+
+def _set_states(generators: Sequence[torch.Generator], states: Sequence[Tensor]) -> None:
+    for generator, state in zip(generators, states, strict=True):
+        generator.set_state(state)
