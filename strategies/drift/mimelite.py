@@ -43,7 +43,7 @@ class MimeLite(Strategy):
     def client_update(self, server: State, client: State, local: LocalObjective) -> Update:
         x, m, beta = server["model"], server["m"], self.beta
         y = local.train(x, correct=lambda g, w: (1 - beta) * g + beta * m)  # U(g, m)
-        c_k, _ = local.separate("full gradient", record=False).gradient(x)
+        c_k, _ = local.separate("full gradient").gradient(x)
         weight = local.num_examples if self.weights == "examples" else 1.0
         return Update({"delta": y - x, "c": c_k}, weight)
 

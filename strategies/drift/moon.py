@@ -45,21 +45,14 @@ class Moon(FedAvg):
         return {"last": model}
 
     def client_update(self, server: State, client: State, local: LocalObjective) -> Update:
-        x, frozen = server["model"], local.separate("frozen", record=False)
+        x, frozen = server["model"], local.separate("frozen")
 
         def loss(w: Tensor, batch: Batch) -> Tensor:
             others = [frozen.features(v, batch.x)[0] for v in (x, client["last"])]
             z, logits = local.features(w, batch.x)
             similarities = [F.cosine_similarity(z.flatten(1), other.flatten(1)) for other in others]
             l_con = -(torch.stack(similarities, 1) / self.tau).log_softmax(1)[:, 0]
-            return mean(local.label_losses(logits, batch) + self.mu * l_con, batch)
+            return (local.label_losses(logits, batch) + self.mu * l_con).mean()
 
         y = local.train(x, loss=loss)
         return Update({"delta": y - x}, local.num_examples, client={"last": y})
-
-
-def mean(losses: Tensor, batch: Batch) -> Tensor:
-    """() the mean of losses (B,) over the examples of a mini-batch, without rows of padding."""
-    if batch.mask is None:
-        return losses.mean()
-    return torch.where(batch.mask, losses, 0).sum() / batch.mask.sum().clamp(min=1)

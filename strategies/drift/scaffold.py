@@ -65,7 +65,7 @@ class Scaffold(Strategy):
         k_lr = local.num_steps * local.lr  # 0 where a schedule has ended: x does not move, and neither does c_k
         c_new = torch.where(k_lr > 0, c_k - c + (x - y) / k_lr, c_k)  # line 12
         if self.control == "full_gradient":
-            c_new, _ = local.separate("full gradient", record=False).gradient(x)
+            c_new, _ = local.separate("full gradient").gradient(x)
         return Update({"delta": y - x, "delta_c": c_new - c_k}, weight=1.0, client={"c": c_new})
 
     def max_weight(self, num_examples: int, num_steps: int) -> float:
