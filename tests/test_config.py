@@ -165,7 +165,7 @@ def test_a_key_that_must_be_there_is_missed():
         ("data.alpha", "'data.partition.alpha'"),
         ("momentm", "'local.momentum'"),
         ("data.batch_size", "'local.batch_size'"),
-        ("strategy.mu", "'strategy.mu of fedprox'"),
+        ("strategy.rho", "'strategy.rho of fedsam'"),
         ("local.temperature", "'local.distillation.temperature'"),
     ],
 )
