@@ -1,6 +1,6 @@
 """The objective F_k of one client on a network of its own, and its training."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -494,13 +494,15 @@ class ClientObjective(LocalObjective):
         It is 0 for parameters that are not among the `moving` ones, and no time is spent on these.
         """
         replica = self.replica
-        used = {n: p for n, p in zip(replica.views, replica.parameters, strict=True) if not moving or n in moving}
-        of_w, *parts = torch.autograd.grad(f, [replica.w, *used.values()], allow_unused=True)
-        found = dict(zip(used, parts, strict=True))
-        gradients = [
-            torch.zeros_like(p) if (g := found.get(n)) is None else g
-            for n, p in zip(replica.views, replica.parameters, strict=True)
-        ]
+        parameters, used = replica.parameters, replica.parameters
+        if moving is not None:
+            used = [p for name, p in zip(replica.views, parameters, strict=True) if name in moving]
+        of_w, *found = torch.autograd.grad(f, [replica.w, *used], allow_unused=True)
+        parts: Iterable[Tensor | None] = found
+        if moving is not None:
+            rest = iter(found)
+            parts = [next(rest) if name in moving else None for name in replica.views]
+        gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, parts, strict=True)]
         if not flat_gradient:
             return gradients
         torch._foreach_copy_(replica.gradient_views, gradients)
