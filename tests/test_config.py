@@ -497,7 +497,10 @@ def tiny(config):
     size = min(data.get("size", 32), 32)  # of an image folder
     shape, classes = SHAPES.get(data["name"], ([3, size, size], 10))
     overrides = {"rounds": 1, "cohort": {"name": "uniform", "size": 2}, "local.epochs": 1, "local.steps": None}
-    overrides |= {"local.batch_size": min(config.local["batch_size"], 10)} if config.local["steps"] else {}
+    if config.local["steps"] and config.local["batch_size"] != "full":
+        overrides |= {"local.batch_size": min(config.local["batch_size"], 10)}
+    if "clients" in config.strategy:  # which are all of them, in each round
+        overrides |= {"strategy.clients": 4, "cohort": "all"}
     if data["name"].startswith("synthetic_"):  # small already, and with clients of its own
         return overrides | {"data.devices": 4, "data.clients": 4}
     stand_in = {"name": "synthetic", "examples": 120, "test_examples": 20, "shape": shape, "classes": classes}
