@@ -303,7 +303,13 @@ def test_an_exponent_needs_no_point(text, number):
     assert parse_overrides([f"x={text}"]) == {"x": number}
 
 
-SCALARS = st.none() | st.booleans() | st.integers() | FLOATS | st.text(st.characters(codec="ascii", exclude_characters="\0"))
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | FLOATS
+    | st.text(st.characters(codec="ascii", exclude_characters="\0"))
+)
 
 
 @given(st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text("abc"), inner), max_leaves=5))

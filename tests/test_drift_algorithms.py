@@ -193,7 +193,7 @@ RECIPES = [{}, {"momentum": 0.9, "weight_decay": 0.01}, {"optimizer": "adam", "e
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_fedsam_without_rho_is_fedavg(recipe):
     """Also with dropout and batch norm: up to rounding, and to the bit where it divides by 4."""
-    sam, sizes = make_strategy("fedsam", rho=0), (4, 8, 12)
+    sam, sizes = make_strategy("fedsam", rho=0, weights="examples"), (4, 8, 12)
     runs = [trace(make_simulation(s, data=make_data(sizes), **recipe), 2) for s in (sam, "fedavg")]
     assert runs[0] == runs[1]
     task = make_task(dtype=torch.float64)
@@ -210,7 +210,7 @@ def test_both_gradients_of_a_fedsam_step_have_one_dropout_mask():
         settings = {"dropout": 0.7, "epochs": 1, "batch_size": 1, "steps": 1, "seed": seed}
         for k in range(N):
             moved = []
-            for strategy in ("fedavg", make_strategy("fedsam", rho=1.0)):
+            for strategy in ("fedavg", make_strategy("fedsam", rho=1.0, weights="examples")):
                 simulation = regression(strategy, cohort={"name": "fixed", "clients": [k]}, **settings)
                 simulation.round()
                 moved.append((simulation.server["model"] != torch.from_numpy(START)).tolist())
@@ -297,7 +297,10 @@ def test_mimelite_by_hand(beta, weights):
 @pytest.mark.parametrize("recipe", [{}, {"momentum": 0.9}, {"optimizer": "adam", "epochs": 2}], ids=str)
 def test_mimelite_without_beta_is_fedavg(recipe):
     """Model, statistics and losses, to the bit, also with dropout: the full gradient is a pass of its own."""
-    runs = [trace(make_simulation(s, **recipe), 2) for s in (make_strategy("mimelite", beta=0), "fedavg")]
+    runs = [
+        trace(make_simulation(s, **recipe), 2)
+        for s in (make_strategy("mimelite", beta=0, weights="examples"), "fedavg")
+    ]
     for record in (*runs[0], *runs[1]):
         record["server"].pop("m", None)
         del record["bytes_up"], record["bytes_down"]
@@ -363,8 +366,8 @@ def test_the_full_gradient_leaves_no_trace_in_the_training():
 
 OPTIONS = [
     ("feddc", {"control": "variates", "drift": "all", "weights": "equal"}),
-    ("fedsam", {"weights": "equal"}),
-    ("mimelite", {"weights": "equal"}),
+    ("fedsam", {"weights": "examples"}),
+    ("mimelite", {"weights": "examples"}),
     ("scaffold", {"control": "full_gradient"}),
     ("scaffold", {"correction": "after_step"}),
 ]

@@ -252,7 +252,7 @@ def test_all_gradients_of_a_step_have_one_dropout_mask_and_the_strategys_draws_n
         ({"loss": max, "gradient": max}, {}, TypeError, "local.train: takes a loss or a gradient, not both"),
         ({"gradient": max}, {"precision": "fp16"}, ConfigError, "local.precision: fp16"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_what_train_cannot_use_is_one_line(rules, recipe, error, said):
     task = make_task()
@@ -462,7 +462,7 @@ def test_a_separate_model_has_epochs_and_a_rate_of_its_own():
             r"local.separate: buffers is .* \(1,\); it should be .* \(6,\)",
         ),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_a_separate_model_that_cannot_be_is_one_line(name, options, said):
     local = make_local(make_task())

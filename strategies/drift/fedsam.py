@@ -3,8 +3,7 @@
 Qu et al., Generalized Federated Learning via Sharpness Aware Minimization, ICML 2022, Algorithm 1.
 https://arxiv.org/abs/2206.02618
 
-Differs: clients count by their examples, as in FedAvg, of which this is then the general case; the paper averages
-uniformly, which is `weights: equal`.
+The paper averages uniformly. With `weights: examples` clients count by n_k, and rho 0 is FedAvg.
 """
 
 from dataclasses import dataclass
@@ -20,12 +19,12 @@ from fedsim.types import NonNegative, Positive
 class FedSAM(Strategy):
     """FedSAM: the gradient at w + rho g / |g|, where g is that at w, of the same mini-batch (Qu 2022).
 
-    Clients count by their `examples`, n_k, or are `equal`. Each step computes two gradients.
+    Clients are `equal`, or count by their `examples`, n_k. Each step computes two gradients.
     """
 
     rho: NonNegative = 0.05
     server_lr: Positive = 1.0
-    weights: Literal["examples", "equal"] = "examples"
+    weights: Literal["equal", "examples"] = "equal"
 
     def check(self, recipe: Recipe, layout: Layout) -> None:
         if recipe.precision == "fp16":

@@ -3,7 +3,7 @@
 Karimireddy et al., Mime: Mimicking Centralized Stochastic Algorithms in Federated Learning, 2020, Algorithm 1.
 https://arxiv.org/abs/2008.03606
 
-The gradient c of all at the model comes from a survey of the cohort before its training. The paper's means count
+The mean gradient c at the model comes from a survey of the cohort before its training. The paper's means count
 clients equally, and `weights: examples` counts them by n_k, as FedAvg does.
 """
 

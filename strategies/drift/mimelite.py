@@ -3,9 +3,9 @@
 Karimireddy et al., Breaking the Centralized Barrier for Cross-Device Federated Learning, NeurIPS 2021,
 Algorithm 1. https://arxiv.org/abs/2008.03606
 
-Differs: momentum is the only base optimiser. Clients count by their examples, as in FedAvg, of which this is then
-the general case, and as in TensorFlow Federated; the paper's Algorithm 1 averages uniformly, which is
-`weights: equal`. The recipe's own momentum and weight decay, which the paper has not, apply to the step U(g, m).
+Differs: momentum is the only base optimiser. The recipe's own momentum and weight decay, which the paper has not,
+apply to the step U(g, m). The paper averages uniformly; with `weights: examples` clients count by n_k, as in
+TensorFlow Federated, and beta 0 gives FedAvg's model.
 """
 
 from dataclasses import dataclass
@@ -22,11 +22,11 @@ from fedsim.types import Decay
 class MimeLite(Strategy):
     """MimeLite: clients step by (1 - beta) g + beta m; m is a running mean of full gradients (Karimireddy 2021).
 
-    Clients count by their `examples`, n_k, or are `equal`. Each client takes one more pass over its examples.
+    Clients are `equal`, or count by their `examples`, n_k. Each client takes one more pass over its examples.
     """
 
     beta: Decay = 0.9
-    weights: Literal["examples", "equal"] = "examples"
+    weights: Literal["equal", "examples"] = "equal"
 
     broadcast: ClassVar[tuple[str, ...]] = ("model", "m")
 
