@@ -32,6 +32,9 @@ CATALOGUE = Catalogue(
         "fltrust": "robust.fltrust:FLTrust",
         "krum": "robust.krum:Krum",
         "fedbn": "personal.fedbn:FedBN",
+        "fedrep": "personal.fedrep:FedRep",
+        "fedbabu": "personal.fedbabu:FedBABU",
+        "finetune": "personal.finetune:FineTune",
         "personal": "personal.personal:Personal",
     },
 )
