@@ -137,7 +137,7 @@ def test_feddyn_ends_at_the_minimum_of_the_mean_loss():
 
 @pytest.mark.parametrize(
     ("control", "drift", "weights"),
-    list(product(["updates", "variates"], ["cohort", "all"], ["examples", "equal"])),
+    list(product(["updates", "variates"], ["cohort", "all"], ["examples", "uniform"])),
 )
 def test_feddc_by_hand(control, drift, weights):
     """Gao 2022, Algorithm 1 and equations 3 to 8; and the control variates of the authors' code."""
@@ -176,7 +176,7 @@ def test_feddc_by_hand(control, drift, weights):
 # FedSAM
 
 
-@pytest.mark.parametrize("weights", ["examples", "equal"])
+@pytest.mark.parametrize("weights", ["examples", "uniform"])
 def test_fedsam_by_hand(weights):
     rho, (mean, _) = 0.5, means(weights)
     simulation, x = regression(make_strategy("fedsam", rho=rho, weights=weights), cohort=SOME), START
@@ -280,7 +280,7 @@ def test_moon_without_mu_is_fedavg(recipe):
 # MimeLite
 
 
-@pytest.mark.parametrize(("beta", "weights"), [(0.9, "examples"), (0.5, "equal")])
+@pytest.mark.parametrize(("beta", "weights"), [(0.9, "examples"), (0.5, "uniform")])
 def test_mimelite_by_hand(beta, weights):
     """Karimireddy 2021, Algorithm 1 with momentum: m stays as it is within a round."""
     mean, _ = means(weights)
@@ -365,7 +365,7 @@ def test_the_full_gradient_leaves_no_trace_in_the_training():
 # What all of them keep
 
 OPTIONS = [
-    ("feddc", {"control": "variates", "drift": "all", "weights": "equal"}),
+    ("feddc", {"control": "variates", "drift": "all", "weights": "uniform"}),
     ("fedsam", {"weights": "examples"}),
     ("mimelite", {"weights": "examples"}),
     ("scaffold", {"control": "full_gradient"}),
@@ -387,9 +387,9 @@ def test_options_agree_in_all_runtimes(name, options):
 @pytest.mark.parametrize("name", ["feddc", "fedsam", "mimelite"])
 def test_equal_weights_are_declared(name):
     reports = []
-    make_simulation(make_strategy(name, weights="equal")).round(reports.append)
+    make_simulation(make_strategy(name, weights="uniform")).round(reports.append)
     assert (
-        {report.weight for report in reports} == {1.0} == {make_strategy(name, weights="equal").max_weight(9, 5)}
+        {report.weight for report in reports} == {1.0} == {make_strategy(name, weights="uniform").max_weight(9, 5)}
     )
 
 

@@ -4,7 +4,7 @@ Gao et al., FedDC: Federated Learning with Non-IID Data via Local Drift Decoupli
 Algorithm 1. https://arxiv.org/abs/2203.11751
 
 Differs: where the paper has the sum over all clients, `drift: cohort` has the mean over those who take part. The
-authors' code has `control: variates`, `drift: all` and `weights: equal`, and divides alpha by n_k N / n.
+authors' code has `control: variates`, `drift: all` and `weights: uniform`, and divides alpha by n_k N / n.
 """
 
 from dataclasses import dataclass
@@ -23,13 +23,14 @@ class FedDC(Strategy):
 
     `control` says what corrects the gradient: the difference between the last `updates` of this client and of the
     cohort, divided by K lr, or SCAFFOLD's control `variates`. The server adds the mean `drift` of the cohort, or
-    of all clients, in which those not seen so far have 0. Clients count by their `examples`, n_k, or are `equal`.
+    of all clients, in which those not seen so far have 0. Clients count by their `examples`,
+    n_k, or equally (`uniform`).
     """
 
     alpha: NonNegative = 0.01
     control: Literal["updates", "variates"] = "updates"
     drift: Literal["cohort", "all"] = "cohort"
-    weights: Literal["examples", "equal"] = "examples"
+    weights: Literal["examples", "uniform"] = "examples"
 
     broadcast: ClassVar[tuple[str, ...]] = ("model", "g")
 

@@ -19,12 +19,12 @@ from fedsim.types import NonNegative, Positive
 class FedSAM(Strategy):
     """FedSAM: the gradient at w + rho g / |g|, where g is that at w, of the same mini-batch (Qu 2022).
 
-    Clients are `equal`, or count by their `examples`, n_k. Each step computes two gradients.
+    Clients count equally, or by their `examples`, n_k. Each step computes two gradients.
     """
 
     rho: NonNegative = 0.05
     server_lr: Positive = 1.0
-    weights: Literal["equal", "examples"] = "equal"
+    weights: Literal["uniform", "examples"] = "uniform"
 
     def check(self, recipe: Recipe, layout: Layout) -> None:
         if recipe.precision == "fp16":

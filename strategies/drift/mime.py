@@ -25,7 +25,7 @@ class Mime(Strategy):
     """
 
     beta: Decay = 0.9
-    weights: Literal["equal", "examples"] = "equal"
+    weights: Literal["uniform", "examples"] = "uniform"
 
     broadcast: ClassVar[tuple[str, ...]] = ("model", "c", "s")
 

@@ -22,11 +22,11 @@ from fedsim.types import Decay
 class MimeLite(Strategy):
     """MimeLite: clients step by (1 - beta) g + beta m; m is a running mean of full gradients (Karimireddy 2021).
 
-    Clients are `equal`, or count by their `examples`, n_k. Each client takes one more pass over its examples.
+    Clients count equally, or by their `examples`, n_k. Each client takes one more pass over its examples.
     """
 
     beta: Decay = 0.9
-    weights: Literal["equal", "examples"] = "equal"
+    weights: Literal["uniform", "examples"] = "uniform"
 
     broadcast: ClassVar[tuple[str, ...]] = ("model", "m")
 
