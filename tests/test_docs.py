@@ -174,12 +174,17 @@ WRONG = {  # an error in the walk-through's file, and the law that finds it
 }
 
 
-def test_the_walk_through_to_an_algorithm(checkout, monkeypatch):
-    """Its laws hold, and find errors; its runs have one fingerprint."""
-    page = PAGES["docs/write-an-algorithm.md"]
-    code, laws = blocks("python", page)
+@pytest.fixture
+def walk_through(checkout, monkeypatch):
+    """docs/write-an-algorithm.md, its file, and its laws."""
     monkeypatch.syspath_prepend(checkout)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)  # it would hide a change of the same size and second
+    page = PAGES["docs/write-an-algorithm.md"]
+    return page, *blocks("python", page)
+
+
+def test_the_laws_of_the_walk_through_hold_and_find_errors(checkout, walk_through):
+    _, code, laws = walk_through
 
     def laws_of(code):
         (checkout / "my_scaffold.py").write_text(code)
@@ -192,8 +197,15 @@ def test_the_walk_through_to_an_algorithm(checkout, monkeypatch):
         assert code.count(right) == 1
         with pytest.raises((AssertionError, ClientError)):
             laws_of(code.replace(right, wrong))[found_by]()
-    for law in laws_of(code).values():
+    right = laws_of(code)
+    assert right.keys() == {found_by for _, found_by in WRONG.values()}
+    for law in right.values():
         law()
+
+
+def test_the_runs_of_the_walk_through_have_one_fingerprint(checkout, walk_through):
+    page, code, _ = walk_through
+    (checkout / "my_scaffold.py").write_text(code)
     for line in blocks("bash", page)[0].splitlines():
         assert fedsim_(line.removeprefix("PYTHONPATH=. ")).exit_code == 0
     one, two = (json.loads(Path(name, "summary.json").read_text())["fingerprint"] for name in ("one", "two"))
