@@ -30,8 +30,7 @@ def test_the_head_of_the_global_model_never_moves_and_the_body_does(name):
     assert moved[~head].float().mean() > 0.9
 
 
-def test_a_body_that_cannot_move_leaves_statistics_and_all():
-    """Weight decay and momentum move nothing outside of what trains, either."""
+def test_weight_decay_and_momentum_do_not_move_a_head_that_does_not_train():
     simulation = after("fedbabu", weight_decay=0.5, momentum=0.9)
     moved = simulation.server["model"] != simulation.task.initial_model
     assert not moved[head_of(simulation)].any()

@@ -21,6 +21,7 @@ from fedsim.strategies.drift.fedlin import FedLin
 from fedsim.strategies.drift.mime import Mime
 from fedsim.strategies.robust.fltrust import FLTrust, trusted
 from fedsim.training.local import ClientObjective
+from fedsim.training.recipe import Distillation, NoisyLabels
 from fedsim.training.replica import Replica
 from fedsim.types import Job
 
@@ -216,7 +217,7 @@ def test_fedlin_goes_where_the_mean_gradient_vanishes():
 
 def test_mime_is_its_algorithm():
     """Two rounds by hand, on clients whose batches are all their examples."""
-    beta, lr, steps = 0.5, 0.1, 3
+    beta, lr, steps = 0.9, 0.1, 3
     task, data = make_task(mlp, dtype=torch.float64), make_data(EQUAL, dtype=torch.float64)
 
     def gradient(w, client):
@@ -239,9 +240,60 @@ def test_mime_is_its_algorithm():
     assert torch.allclose(made, x, rtol=0, atol=1e-12)
 
 
-def test_mime_has_no_momentum_of_the_recipes():
-    with pytest.raises(ConfigError, match=r"^local\.momentum: mime "):
-        make_simulation("mime", momentum=0.9)
+def test_one_client_alone_is_corrected_by_nothing():
+    """Also with dropout and batch norm: the gradients of the survey and of the training have the same masks."""
+    models = []
+    for each in (FedLin(), FedAvg()):
+        simulation = make_simulation(
+            each, task=make_task(dtype=torch.float64), data=make_data((9,), dtype=torch.float64), batch_size="full"
+        )
+        simulation.round()
+        models.append(simulation.server["model"])
+    assert torch.allclose(*models, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "at"),
+    [
+        ("mime", {"momentum": 0.9}, "momentum"),
+        ("mime", {"precision": "fp16"}, "precision"),
+        ("fedlin", {"precision": "fp16"}, "precision"),
+        ("mime", {"distillation": Distillation()}, "distillation"),
+        ("mime", {"noisy_labels": NoisyLabels()}, "noisy_labels"),
+    ],
+)
+def test_settings_that_a_correction_cannot_have_are_refused(name, recipe, at):
+    with pytest.raises(ConfigError, match=rf"^local\.{at}: {name}:? "):
+        make_simulation(name, **recipe)
+
+
+@pytest.mark.parametrize(
+    ("inner", "why"),
+    [("fedlin", "surveys the global model"), ("fltrust", "trains the global model on the server")],
+)
+def test_personal_layers_are_not_around_what_needs_the_whole_global_model(inner, why):
+    with pytest.raises(ConfigError, match=rf"^strategy\.inner: \w+ {why}"):
+        make_simulation(make_strategy("personal", inner=inner))
+
+
+def test_a_selection_without_a_survey_is_refused():
+    @dataclass(frozen=True, kw_only=True)
+    class Silent(FedAvg):
+        def select(self, server, mean, info):
+            return [0]
+
+    with pytest.raises(ConfigError, match="Silent defines select, and no survey"):
+        make_simulation(Silent())
+
+
+def test_answers_to_a_survey_do_not_touch_statistics():
+    @dataclass(frozen=True, kw_only=True)
+    class Sly(FedAvg):
+        def survey(self, server, client, local):
+            return Update({"buffers": local.buffers + 7}, 1.0)
+
+    with pytest.raises(ClientError, match=r"Sly\.survey: gave 'buffers', which is a reserved name"):
+        make_simulation(Sly()).round()
 
 
 # The server's own examples
@@ -256,6 +308,8 @@ def test_fltrust_is_its_rule():
     assert torch.allclose(trusted(updates, own), expected, rtol=1e-12)
     assert not trusted(-updates[:1], own).any()
     assert not trusted(updates, torch.zeros_like(own)).any()
+    tiny = torch.tensor([[1e-44, 0.0], [1.0, 0.0]])  # its share is too large for float32
+    assert torch.allclose(trusted(tiny, own.float()), own.float(), rtol=1e-3)
 
 
 def test_the_server_trains_on_its_own_examples():

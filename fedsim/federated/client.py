@@ -126,6 +126,8 @@ class Survey:
         local.check_time()
         update = checked_update(strategy, made, "survey")._replace(metrics=local.metrics)
         whose = f"{type(strategy).__name__}.survey"
+        if "buffers" in update.message:
+            raise WrongReturnError(f"{whose}: gave 'buffers', which is a reserved name")
         if update.client:
             raise WrongReturnError(f"{whose}: gave a client state; what a client keeps comes from client_update")
         check_finite({}, {}, update.numbers()[1])

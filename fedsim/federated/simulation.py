@@ -179,7 +179,8 @@ class Simulation:
         with border(f"strategy: {type(strategy).__name__}.check", ConfigError):
             strategy.check(recipe, task.layout)
         with border(f"strategy: {type(strategy).__name__}", ConfigError):
-            training_bounds(strategy, recipe, max(int(data.sizes.max()), 1), task.initial_model.dtype)
+            for most in ("max_steps", "survey_steps"):
+                training_bounds(strategy, recipe, max(int(data.sizes.max()), 1), task.initial_model.dtype, most)
         if availability:
             if data.clients_are_remote:
                 raise ConfigError(
@@ -527,6 +528,8 @@ class Simulation:
         if isinstance(aggregator, Rows):
             with border(f"round {self.number + 1}", RoundError):
                 check_rows(aggregate, [*half.facts.weights], type(self.runtime).__name__)
+        if method == "surveyed" and "buffers" in aggregate:
+            raise RoundError(f"round {self.number + 1}: answers to the survey have 'buffers', a reserved name")
         aggregate, buffers = split_statistics(aggregate, aggregator)
         if not self.strategy.uses_public:
             return server | half.changed(server, aggregate) | buffers

@@ -226,6 +226,11 @@ def check_strategy(strategy: object) -> None:
     for name in ("aggregator", "survey_aggregator"):
         if isinstance(kind := getattr(strategy, name), type) or not isinstance(kind, Aggregator):
             raise ConfigError(f"strategy.{name}: {kind!r} is no aggregator; fedsim.Rows() is one")
+    for name in () if surveys(strategy) else ("surveyed", "select"):
+        if _defines(strategy, name):
+            raise ConfigError(
+                f"strategy: {type(strategy).__name__} defines {name}, and no survey that comes before"
+            )
     if type(least := strategy.min_clients) is not int or least < 1:
         raise ConfigError(f"strategy.min_clients: {least!r} should be a whole number >= 1")
     if isinstance(strategy, Wrapper):

@@ -57,7 +57,7 @@ class FedDC(Strategy):
         control = (g_k - g) * per_step if self.control == "updates" else g_k - g
         y = local.train(x, correct=lambda d, w: d + self.alpha * (w + h_k - x) + control)
         delta, h_new = y - x, h_k + (y - x)
-        g_new = delta if self.control == "updates" else g_k - g + per_step * delta
+        g_new = delta if self.control == "updates" else torch.where(k_lr > 0, g_k - g + per_step * delta, g_k)
         message = {"delta": delta}
         if self.drift == "cohort":
             message["h"] = h_new

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedsim import LocalObjective, RoundInfo, State, Strategy, Update
+from fedsim import ConfigError, Layout, LocalObjective, Recipe, RoundInfo, State, Strategy, Update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,10 @@ class FedLin(Strategy):
     """FedLin: steps along g - grad F_k(x) + the mean of grad F_i(x); all weights are equal (Mitra 2021)."""
 
     broadcast: ClassVar[tuple[str, ...]] = ("model", "g")
+
+    def check(self, recipe: Recipe, layout: Layout) -> None:
+        if recipe.precision == "fp16":
+            raise ConfigError("local.precision: fedlin sends gradients unscaled; use bf16 or fp32")
 
     def init_server(self, model: Tensor) -> State:
         return {"model": model, "g": torch.zeros_like(model)}

@@ -32,6 +32,11 @@ class Mime(Strategy):
     def check(self, recipe: Recipe, layout: Layout) -> None:
         if recipe.momentum:
             raise ConfigError("local.momentum: mime has the server's momentum; set strategy.beta")
+        if recipe.precision == "fp16":
+            raise ConfigError("local.precision: mime sends gradients unscaled; use bf16 or fp32")
+        if recipe.distillation or recipe.noisy_labels:
+            name = "distillation" if recipe.distillation else "noisy_labels"
+            raise ConfigError(f"local.{name}: mime: the gradient of the survey is that of the labels; use null")
 
     def init_server(self, model: Tensor) -> State:
         return {"model": model, "c": torch.zeros_like(model), "s": torch.zeros_like(model)}

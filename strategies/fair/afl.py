@@ -31,6 +31,11 @@ class AFL(Strategy):
 
     broadcast: ClassVar[tuple[str, ...]] = ("model", "lambda")
 
+    @property
+    def min_clients(self) -> int:  # type: ignore[override]
+        """All of them."""
+        return self.clients
+
     def init_server(self, model: Tensor) -> State:
         return {"model": model, "lambda": model.new_full((self.clients,), 1 / self.clients)}
 

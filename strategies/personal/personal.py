@@ -28,6 +28,7 @@ from fedsim import (
     Wrapper,
     matching,
 )
+from fedsim.federated.strategy import surveys
 
 from ..averaging.fedsgd import FedSGD
 
@@ -54,6 +55,9 @@ class Personal(Wrapper):
         for each in _with_inner(self.inner):
             if isinstance(each, FedSGD):
                 raise ConfigError("strategy.inner: fedsgd trains no layers at the client; use fedavg")
+            if surveys(each) or each.uses_public:
+                what = "surveys the global model" if surveys(each) else "trains the global model on the server"
+                raise ConfigError(f"strategy.inner: {type(each).__name__} {what}, without the personal layers")
             own = type(each).client_model, type(each).personalise
             if not {*own} <= {getattr(kind, m) for kind in (Strategy, Wrapper) for m in PERSONAL}:
                 raise ConfigError(f"strategy.inner: {type(each).__name__} has personal models of its own")

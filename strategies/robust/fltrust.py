@@ -53,5 +53,7 @@ def trusted(updates: Tensor, own: Tensor) -> Tensor:
     cosines = torch.stack([update.double() @ own.double() for update in updates]) / lengths / length
     trust = torch.where((lengths > 0) & (length > 0), cosines, 0).relu()
     shares = torch.where(trust > 0, trust / trust.sum() * length / lengths, 0)
-    mean: Tensor = shares.to(own.dtype) @ updates
-    return mean
+    mean = torch.zeros_like(own, dtype=torch.float64)
+    for share, update in zip(shares, updates, strict=True):
+        mean += share * update.double()  # in float64: a share may be too large for float32
+    return mean.to(own.dtype)
