@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fedsim.experiment.execute import resume as resume
     from fedsim.experiment.execute import run as run
     from fedsim.experiment.hook import Hook as Hook
+    from fedsim.federated.rows import Rows as Rows
     from fedsim.federated.simulation import Simulation as Simulation
     from fedsim.federated.strategy import Buffers as Buffers
     from fedsim.federated.strategy import Strategy as Strategy
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from fedsim.training.objective import LocalObjective as LocalObjective
     from fedsim.training.objective import Loss as Loss
     from fedsim.training.objective import ObjectiveWrapper as ObjectiveWrapper
+    from fedsim.training.objective import StepRules as StepRules
     from fedsim.training.recipe import Recipe as Recipe
     from fedsim.training.task import Task as Task
     from fedsim.types import Batch as Batch
@@ -36,10 +38,11 @@ HOMES = {  # imported when first asked for, since torch takes seconds and `fedsi
     "errors": ("ClientError", "ConfigError", "RoundError"),
     "experiment.execute": ("Result", "resume", "run"),
     "experiment.hook": ("Hook",),
+    "federated.rows": ("Rows",),
     "federated.simulation": ("Simulation",),
     "federated.strategy": ("Buffers", "Strategy", "Wrapper"),
     "training.layout": ("Layout",),
-    "training.objective": ("Correction", "LocalObjective", "Loss", "ObjectiveWrapper"),
+    "training.objective": ("Correction", "LocalObjective", "Loss", "ObjectiveWrapper", "StepRules"),
     "training.recipe": ("Recipe",),
     "training.task": ("Task",),
     "types": ("Batch", "RoundInfo", "State", "Update"),

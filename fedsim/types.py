@@ -6,7 +6,7 @@ C clients in a cohort, N clients in the population, K steps of one client.
 
 import hashlib
 from enum import IntEnum
-from typing import Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
 from fedsim.errors import RoundError
+
+if TYPE_CHECKING:
+    from fedsim.training.objective import LocalObjective
 
 State = dict[str, Tensor]  # named tensors: the state of the server or of a client, or the content of a message
 
@@ -132,11 +135,13 @@ class RoundInfo(NamedTuple):
     """What the server knows about a round, apart from the aggregate."""
 
     number: int  # from 0
-    cohort: list[int]  # ids of the clients whose updates are in the aggregate
+    cohort: list[int]  # ids of the clients whose updates are in the aggregate, ascending
     num_clients: int  # N
     generator: torch.Generator  # for server-side noise
     cohort_examples: int  # the sum of n_k over the cohort
     total_examples: int | None  # n, over all clients; None until every node has joined
+    weights: Tensor = torch.empty(0, dtype=torch.float64)  # (C,) of their updates, in the order of `cohort`
+    public: "LocalObjective | None" = None  # over the server's own examples, for a strategy that `uses_public`
 
     @property
     def held(self) -> int:
@@ -177,6 +182,7 @@ class Stream(IntEnum):
     NOISE = 10  # wrong labels
     PUBLIC = 11  # the choice of the examples that the server has
     RECALIBRATE = 12
+    STRATEGY = 14  # the draws that a strategy asks for, by `local.normal` and `local.uniform`
     GLOBALS = 13  # (seed, GLOBALS, stream, ...): the global generators, in functions of users at the server
 
 

@@ -111,14 +111,22 @@ def make_task(network=conv_net, *, dtype=torch.float32, shape=SHAPE, classes=CLA
         return Task(network().to(dtype), shape, classes, **options)
 
 
-NEEDED = {"inner": "fedavg", "layers": ["fc*"]}  # what options without a default get
+FEW = {"krum": {"attackers": 0}}  # settings of strategies whose defaults are for larger cohorts than these
+NEEDED = {"inner": "fedavg", "layers": ["fc*"], "clients": len(SIZES)}  # what options without a default get
+WHOLE = {"afl"}  # strategies that need all clients in each round
+PARTIAL = [name for name in CATALOGUE if name not in WHOLE]
+
+
+def cohort_for(name, some):
+    """The cohort `some`, or all clients for a strategy that needs them."""
+    return "all" if name in WHOLE else some
 
 
 def make_strategy(name, **settings) -> Strategy:
     """By its name, as a config does."""
     fields = options_of(CATALOGUE.load(name)).model_fields
     needed = {key: value for key, value in NEEDED.items() if key in fields and fields[key].is_required()}
-    return CATALOGUE.bind({"name": name} | needed | settings)()
+    return CATALOGUE.bind({"name": name} | FEW.get(name, {}) | needed | settings)()
 
 
 def make_simulation(
@@ -137,10 +145,12 @@ def make_simulation(
     """All parts have a default; what is left over is the recipe's. A runtime may be one that is there already."""
     recipe = Recipe(**{"lr": 0.05, "batch_size": 4} | recipe)
     dtype = task.initial_model.dtype if task else torch.float32
-    task, data = task or make_task(channels_last=recipe.channels_last), data or make_data(dtype=dtype)
+    strategy = make_strategy(strategy) if isinstance(strategy, str) else strategy
+    task = task or make_task(channels_last=recipe.channels_last)
+    data = data or make_data(dtype=dtype, public=4 if strategy.uses_public else 0)
     runtime = {"name": runtime} if isinstance(runtime, str) else runtime
     return Simulation(
-        make_strategy(strategy) if isinstance(strategy, str) else strategy,
+        strategy,
         task,
         data,
         RUNTIMES.bind(on_cpu(runtime))(task, data) if isinstance(runtime, dict) else runtime,

@@ -113,12 +113,12 @@ class Lab:
     (`spoil`).
     """
 
-    def __init__(self, folder, monkeypatch, seed=0, **faults):
+    def __init__(self, folder, monkeypatch, seed=0, data=CONFIG["data"], **faults):
         self.clock, self.random, self.faults = Clock(monkeypatch), random.Random(seed), faults
         monkeypatch.setattr(os, "fsync", lambda file: None)  # the machine itself does not fail
         self.folder, self.letters = folder, dict[str, Letter]()
         if not (folder / "shards").exists():
-            write_shards(build_data(load(CONFIG)), folder / "shards")
+            write_shards(build_data(load(CONFIG | {"data": data})), folder / "shards")
         self.stack = ExitStack()
         self.nodes = {}
         for k in range(CONFIG["data"]["clients"]):

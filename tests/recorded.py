@@ -17,7 +17,7 @@ import yaml
 from fedsim import ConfigError
 from fedsim.experiment.build import build
 from fedsim.experiment.config import load
-from fedsim.strategies.fedavg import FedAvg
+from fedsim.strategies.averaging.fedavg import FedAvg
 from fedsim.types import hash_into
 
 FILE = Path(__file__).with_suffix(".json")

@@ -69,15 +69,15 @@ def rounded(value, digits, smallest):
     return float(round(value / unit) * unit)
 
 
-def scattered(updates, rng):
+def scattered(updates, rng, how=MEAN):
     """The partial of all updates, folded in any order onto any partial, and merged in any grouping."""
-    parts = [MEAN.fold([])]
+    parts = [how.fold([])]
     for update in rng.sample(updates, len(updates)):
         start = parts.pop(rng.randrange(len(parts))) if rng.random() < 0.5 and parts else None
-        parts.append(MEAN.fold([update], start))
+        parts.append(how.fold([update], start))
     while len(parts) > 1:
         rng.shuffle(parts)
-        parts.append(MEAN.merge(parts.pop(), parts.pop()))
+        parts.append(how.merge(parts.pop(), parts.pop()))
     return parts[0]
 
 

@@ -209,7 +209,7 @@ def test_recalibration_that_fails_fails_the_round(monkeypatch):
 
     simulation = federation(buffers="recalibrated")
     monkeypatch.setattr("fedsim.federated.simulation.Recalibration", lambda *settings: fails)
-    with pytest.raises(RoundError, match=r"recalibrate, round 1: ValueError: no batch"):
+    with pytest.raises(RoundError, match=r"round 1: recalibrate: ValueError: no batch"):
         simulation.round()
     assert simulation.number == 0
 

@@ -16,7 +16,7 @@ from fedsim import ClientError, ConfigError, Hook, RoundError, Wrapper
 from fedsim.data import Dataset
 from fedsim.federated.simulation import Failures
 from fedsim.runtimes.serial import Serial
-from fedsim.strategies.fedavg import FedAvg
+from fedsim.strategies.averaging.fedavg import FedAvg
 
 CONFIG = {
     "rounds": 2,

@@ -475,7 +475,7 @@ def test_a_file_that_many_checkpoints_name_is_hashed_once(run):
 # Code of strangers
 
 MARK = "with open({!r}, 'a') as marker: marker.write({!r})\n"
-MINE = "from fedsim.strategies.fedavg import FedAvg\nclass Mine(FedAvg): pass\n"
+MINE = "from fedsim.strategies.averaging.fedavg import FedAvg\nclass Mine(FedAvg): pass\n"
 NAMES = {  # a place in a config for each catalogue, and what else an entry there needs
     "data": {"name": "NAME", "clients": 4},
     "data.partition": "NAME",
@@ -509,7 +509,7 @@ def marker(tmp_path, monkeypatch):
 @pytest.mark.parametrize("key", NAMES)
 def test_no_code_of_a_config_is_imported_wherever_it_is_named(fedsim_, marker, key):
     commands = [["serve"], ["partition"], ["bench"], ["app", "--out=app"], ["sweep", "seed=0,1"], ["run"]]
-    for name in ("mine.code:Mine", "fedsim.strategies.fedavg:FedAvg", "os:getcwd"):
+    for name in ("mine.code:Mine", "fedsim.strategies.averaging.fedavg:FedAvg", "os:getcwd"):
         value = json.dumps(NAMES[key]).replace("NAME", name)
         for command, *more in commands:
             refused = fedsim_(command, "c.yaml", "--no-code", *more, f"{key}={value}")

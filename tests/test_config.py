@@ -165,7 +165,7 @@ def test_a_key_that_must_be_there_is_missed():
         ("data.alpha", "'data.partition.alpha'"),
         ("momentm", "'local.momentum'"),
         ("data.batch_size", "'local.batch_size'"),
-        ("strategy.mu", "'strategy.mu of fedprox'"),
+        ("strategy.rho", "'strategy.rho of fedsam'"),
         ("local.temperature", "'local.distillation.temperature'"),
     ],
 )
@@ -303,7 +303,13 @@ def test_an_exponent_needs_no_point(text, number):
     assert parse_overrides([f"x={text}"]) == {"x": number}
 
 
-SCALARS = st.none() | st.booleans() | st.integers() | FLOATS | st.text(st.characters(codec="ascii"))
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | FLOATS
+    | st.text(st.characters(codec="ascii", exclude_characters="\0"))
+)
 
 
 @given(st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text("abc"), inner), max_leaves=5))
@@ -497,13 +503,19 @@ def tiny(config):
     size = min(data.get("size", 32), 32)  # of an image folder
     shape, classes = SHAPES.get(data["name"], ([3, size, size], 10))
     overrides = {"rounds": 1, "cohort": {"name": "uniform", "size": 2}, "local.epochs": 1, "local.steps": None}
-    overrides |= {"local.batch_size": min(config.local["batch_size"], 10)} if config.local["steps"] else {}
+    if config.local["steps"] and config.local["batch_size"] != "full":
+        overrides |= {"local.batch_size": min(config.local["batch_size"], 10)}
+    if "clients" in config.strategy:  # which are all of them, in each round
+        overrides |= {"strategy.clients": 4, "cohort": "all"}
+    if "attackers" in config.strategy:
+        overrides |= {"strategy.attackers": 0, "strategy.choose": 1, "cohort": "all"}
     if data["name"].startswith("synthetic_"):  # small already, and with clients of its own
         return overrides | {"data.devices": 4, "data.clients": 4}
     stand_in = {"name": "synthetic", "examples": 120, "test_examples": 20, "shape": shape, "classes": classes}
     if part["name"] == "labels":
         part = part | {"per_client": classes}
-    shared = {"clients": 4, "partition": "iid" if part["name"] == "natural" else part, "holdout": data["holdout"]}
+    shared = {"clients": 4, "partition": "iid" if part["name"] == "natural" else part}
+    shared |= {"holdout": data["holdout"], "public": data["public"] and 0.1}
     return overrides | {"data": stand_in | shared}
 
 

@@ -20,11 +20,12 @@ from typer.testing import CliRunner
 import fedsim.listing
 from fedsim.base.catalogue import options_of
 from fedsim.cli.commands import app
-from fedsim.errors import RoundError
+from fedsim.errors import ClientError, RoundError
 from fedsim.experiment.config import Config, load, parse_overrides, resolve
 from fedsim.export.formats import FORMATS
 from fedsim.flower.node import NodeSettings
 from fedsim.listing import KINDS
+from fedsim.strategies import CATALOGUE as STRATEGIES
 from fedsim.training.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
@@ -162,6 +163,55 @@ def test_a_strategy_with_bounds_of_its_own(checkout, monkeypatch):
         fedsim_("fedsim run configs/quickstart.yaml runtime=serial strategy=my_fault:Twice --out my_fault")
 
 
+WRONG = {  # an error in the walk-through's file, and the law that finds it
+    "info.participation * ": ("", "test_the_servers_c_is_the_mean_of_all"),
+    "g - c_k + c": ("g + c_k - c", "test_after_one_full_step_c_is_the_gradient_of_the_client"),
+    "torch.where(k_lr > 0, c_k - c + (x - y) / k_lr, c_k)": (
+        "c_k - c + (x - y) / k_lr",
+        "test_a_learning_rate_of_0_moves_nothing",
+    ),
+    '"delta": y - x': ('"delta": 2 * (y - x)', "test_one_full_step_of_everyone_is_fedavg"),
+}
+
+
+@pytest.fixture
+def walk_through(checkout, monkeypatch):
+    """docs/write-an-algorithm.md, its file, and its laws."""
+    monkeypatch.syspath_prepend(checkout)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # it would hide a change of the same size and second
+    page = PAGES["docs/write-an-algorithm.md"]
+    return page, *blocks("python", page)
+
+
+def test_the_laws_of_the_walk_through_hold_and_find_errors(checkout, walk_through):
+    _, code, laws = walk_through
+
+    def laws_of(code):
+        (checkout / "my_scaffold.py").write_text(code)
+        sys.modules.pop("my_scaffold", None)
+        made = {}
+        exec(laws, made)
+        return {name: law for name, law in made.items() if name.startswith("test_")}
+
+    for right, (wrong, found_by) in WRONG.items():
+        assert code.count(right) == 1
+        with pytest.raises((AssertionError, ClientError)):
+            laws_of(code.replace(right, wrong))[found_by]()
+    right = laws_of(code)
+    assert right.keys() == {found_by for _, found_by in WRONG.values()}
+    for law in right.values():
+        law()
+
+
+def test_the_runs_of_the_walk_through_have_one_fingerprint(checkout, walk_through):
+    page, code, _ = walk_through
+    (checkout / "my_scaffold.py").write_text(code)
+    for line in blocks("bash", page)[0].splitlines():
+        assert fedsim_(line.removeprefix("PYTHONPATH=. ")).exit_code == 0
+    one, two = (json.loads(Path(name, "summary.json").read_text())["fingerprint"] for name in ("one", "two"))
+    assert one == two
+
+
 def test_a_hook_of_your_own(checkout, monkeypatch):
     code = next(block for block in blocks("python", PAGES["docs/hooks.md"]) if "my_hooks.py" in block)
     (checkout / "my_hooks.py").write_text(code)
@@ -188,14 +238,18 @@ def test_the_configs_are_valid(page):
 # Tables
 
 
+def tables(page):
+    """The cells of each row of each table; the first row is the head."""
+    found = re.findall(r"(?:^\|.*\|\n)+", PAGES[page], re.MULTILINE)
+    return [
+        [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table.splitlines()]
+        for table in found
+    ]
+
+
 def column(page, head):
     """The cells below `head`, of the one table that has such a column."""
-    tables = re.findall(r"(?:^\|.*\|\n)+", PAGES[page], re.MULTILINE)
-    rows = [
-        [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table.splitlines()]
-        for table in tables
-    ]
-    (found,) = [table for table in rows if head in table[0]]
+    (found,) = [table for table in tables(page) if head in table[0]]
     return [row[found[0].index(head)] for row in found[2:]]
 
 
@@ -223,6 +277,39 @@ def column(page, head):
 def test_a_table_names_all_that_there_is_and_nothing_else(page, head, there_are):
     named = [name for cell in column(page, head) for name in re.findall(r"`([\w.]+)`", cell)]
     assert sorted(named) == sorted(there_are)
+
+
+def algorithms():
+    """(names, file, row) of docs/algorithms.md, where a row is a dictionary by the heads."""
+    for head, _, *rows in tables("docs/algorithms.md"):
+        for row in rows:
+            file = ROOT / "docs" / re.search(r"\]\((\S+)\)", row[0])[1]
+            yield re.findall(r"`(\w+)`", row[0]), file.resolve(), dict(zip(head, row, strict=True))
+
+
+def test_the_page_of_algorithms_names_each_with_its_file():
+    found = {name: file for names, file, _ in algorithms() for name in names}
+    assert found == {
+        name: ROOT / "strategies" / f"{entry.partition(':')[0].replace('.', '/')}.py"
+        for name, entry in STRATEGIES.entries.items()
+    }
+
+
+def test_the_page_of_algorithms_is_right_about_lengths_and_papers():
+    for names, file, row in algorithms():
+        text = file.read_text()
+        assert abs(int(row["lines"]) - len(text.splitlines())) <= 10, names
+        papers = re.findall(r"\]\((https://[^)]+)\)", row["paper"])
+        assert papers, names
+        assert all(paper in text.split('"""')[1] for paper in papers), names
+
+
+def test_the_page_of_algorithms_names_tests_that_there_are():
+    for names, _, row in algorithms():
+        tests = re.findall(r"`([\w/]+\.py)::(\w+)`", row["test"])
+        assert tests, names
+        for file, test in tests:
+            assert f"\ndef {test}(" in (ROOT / file).read_text(), test
 
 
 def test_the_number_of_networks():

@@ -12,7 +12,7 @@ from time import sleep
 
 import pytest
 import torch
-from conftest import SIZES, make_data, make_simulation, make_strategy, trace
+from conftest import PARTIAL, SIZES, make_data, make_simulation, make_strategy, trace
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +23,7 @@ from fedsim.experiment.figures import evaluate
 from fedsim.federated.fold import Fold
 from fedsim.federated.runtime import Runtime
 from fedsim.federated.simulation import Failures
+from fedsim.federated.strategy import surveys
 from fedsim.strategies import CATALOGUE
 
 RUNTIMES = ["serial", *({"name": "threads", "workers": workers} for workers in (1, 2, 3))]
@@ -130,10 +131,12 @@ def without(name):
     return trace(make_simulation(name, cohort=OTHERS), rounds=2)
 
 
-@pytest.mark.parametrize("name", list(CATALOGUE))
+@pytest.mark.parametrize("name", PARTIAL)
 @runtimes
 def test_who_is_dropped_leaves_no_trace(runtime, name):
     """The model is that of a cohort without them, and they keep what they had."""
+    if surveys(make_strategy(name)):
+        pytest.skip("they fail in the training, and their answers to the survey count")
     dropped = trace(make_simulation(faulty(1, 4, name=name), runtime=runtime, failures=DROP), rounds=2)
     causes = left_no_trace(dropped, without(name), 1, 4)
     assert all("no space left (test_failures.py:" in cause for cause in causes)
@@ -760,7 +763,7 @@ def test_statistics_that_are_not_finite_fail_the_recalibration(monkeypatch):
     monkeypatch.setattr(Recalibration, "__call__", spoiled)
     strategy = make_strategy("fedavg", buffers="recalibrated")
     simulation = make_simulation(strategy, recalibrate=Recalibrate(source="clients", examples=8, batch_size=4))
-    with pytest.raises(RoundError, match=r"^recalibrate, round 1: buffers is not finite"):
+    with pytest.raises(RoundError, match=r"^round 1: recalibrate: buffers is not finite"):
         simulation.round()
 
 

@@ -54,6 +54,18 @@ def lab(tmp_path, monkeypatch):
 BAD = {"link": 0.02, "end": 0.002, "leave": 0.002, "double": 0.3, "forget": 0.07}
 WORSE = BAD | {"slow": 0.05, "lost": 0.05, "spoil": 0.2}
 
+
+@pytest.mark.parametrize("strategy", ["mime", "fltrust"])
+def test_what_comes_before_and_after_the_training_is_a_simulations(lab, strategy):
+    """A survey, on nodes of which messages get lost; and a training of the server's own, beside it."""
+    data = CONFIG["data"] | {"public": 0.2}
+    config = load(CONFIG | {"strategy": strategy, "data": data})
+    expected = build(config)
+    here = lab(data=data, **BAD).simulation(config, wait=1e5, round_timeout=1e6)
+    assert played(here) == played(expected)
+    assert all(torch.equal(value, here.server[name]) for name, value in expected.server.items())
+
+
 schedules = pytest.mark.parametrize(
     ("strategy", "seeds"),
     [
@@ -458,7 +470,7 @@ def on(federation, **options):
 SHORT = CONFIG | {"rounds": 2, "cohort": {"name": "uniform", "size": 2}, "evaluate": {"clients": True}}
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "scaffold", "fedbn", "fedadam"])
+@pytest.mark.parametrize("strategy", ["fedavg", "scaffold", "fedbn", "fedadam", "mime"])
 def test_nodes_give_the_records_of_a_simulation(federation, strategy):
     """Round by round: cohort, losses, steps, fingerprint, tests, and each client's own accuracy."""
     config = SHORT | {"strategy": strategy}

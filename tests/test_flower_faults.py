@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import sleep
 
-from fedsim.strategies.scaffold import Scaffold
+from fedsim.strategies.drift.scaffold import Scaffold
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,10 @@ import pytest
 import torch
 from conftest import (
     CLASSES,
+    PARTIAL,
     SIZES,
     close,
+    cohort_for,
     conv_net,
     make_data,
     make_local,
@@ -23,6 +25,7 @@ from torch.nn import functional as F
 
 from fedsim import ConfigError, Task, Wrapper
 from fedsim.data import AUGMENTATIONS, Dataset, FederatedData
+from fedsim.federated.strategy import surveys
 from fedsim.strategies import CATALOGUE
 from fedsim.training.losses import LOSSES
 from fedsim.training.recipe import Distillation, NoisyLabels
@@ -51,24 +54,24 @@ def name(request):
 @pytest.fixture(scope="module")
 def reference(name):
     """What each strategy does in the serial runtime, once."""
-    return trace(make_simulation(name, cohort=SAMPLE))
+    return trace(make_simulation(name, cohort=cohort_for(name, SAMPLE)))
 
 
 def test_runtimes_agree(name, reference):
     workers = WORKERS[list(CATALOGUE).index(name) % len(WORKERS)]
     runtime = {"name": "threads", "workers": workers}
-    assert trace(make_simulation(name, cohort=SAMPLE, runtime=runtime)) == reference
+    assert trace(make_simulation(name, cohort=cohort_for(name, SAMPLE), runtime=runtime)) == reference
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("runtime", THREADS, ids=lambda spec: f"threads-{spec['workers']}")
 def test_runtimes_agree_with_any_number_of_workers(name, reference, runtime):
-    assert trace(make_simulation(name, cohort=SAMPLE, runtime=runtime)) == reference
+    assert trace(make_simulation(name, cohort=cohort_for(name, SAMPLE), runtime=runtime)) == reference
 
 
 def test_a_run_repeats_itself_whatever_others_draw_and_compute_with(name, reference):
     torch.set_num_threads(2)
-    simulation = make_simulation(name, cohort=SAMPLE)
+    simulation = make_simulation(name, cohort=cohort_for(name, SAMPLE))
     for expected in reference:
         torch.manual_seed(expected["round"])
         np.random.seed(expected["round"])  # noqa: NPY002 - which is what must not matter
@@ -76,12 +79,12 @@ def test_a_run_repeats_itself_whatever_others_draw_and_compute_with(name, refere
 
 
 def test_another_seed_is_another_model(name, reference):
-    other = trace(make_simulation(name, cohort=SAMPLE, seed=1))
+    other = trace(make_simulation(name, cohort=cohort_for(name, SAMPLE), seed=1))
     assert all(a["fingerprint"] != b["fingerprint"] for a, b in zip(other, reference, strict=True))
 
 
 def test_a_wrapper_that_does_nothing_changes_nothing(name, reference):
-    assert trace(make_simulation(Wrapper(inner=make_strategy(name)), cohort=SAMPLE)) == reference
+    assert trace(make_simulation(Wrapper(inner=make_strategy(name)), cohort=cohort_for(name, SAMPLE))) == reference
 
 
 def test_a_wrapper_agrees_in_all_runtimes(name):
@@ -138,9 +141,13 @@ def test_intra_op_threads_of_the_caller_do_not_show():
     assert run(1, "serial") == run(4, "serial") == run(3, THREADS[1])
 
 
+@pytest.mark.parametrize("name", PARTIAL)
 def test_who_else_takes_part_does_not_show(name):
     """A client's loss, message and state depend on the server's state and its own, on nobody else."""
-    alone, among = (make_simulation(name, cohort=c) for c in ({"name": "fixed", "clients": [3]}, "all"))
+    if surveys(make_strategy(name)):
+        pytest.skip("its clients are sent what all have answered")
+    few = {"name": "fixed", "clients": [3, 4, 5][: make_strategy(name).min_clients]}
+    alone, among = (make_simulation(name, cohort=c) for c in (few, "all"))
     reports = []
     alone.round(reports.append)
     among.round(reports.append)
@@ -378,14 +385,14 @@ def test_a_client_without_a_model_of_its_own_is_tested_on_the_global_one():
 
 # Everyone learns
 
-LEARN = {}  # settings of strategies whose defaults are for longer runs than this
+LEARN = {"afl": {"clients": 3}}  # settings of strategies whose defaults are for longer runs than this
 
 
 def test_everyone_learns(name):
     """The loss, of each client's own model on its own examples, falls below half of what it was."""
     strategy = make_strategy(name, **LEARN.get(name, {}))
     task = make_task(lambda: conv_net(dropout=0.1))
-    simulation = make_simulation(strategy, task=task, data=make_data([30, 40, 50], noise=0.3), lr=0.1)
+    simulation = make_simulation(strategy, task=task, data=make_data([30, 40, 50], noise=0.3, public=30), lr=0.1)
     before = own_loss(simulation)
     for _ in range(20):
         simulation.round()

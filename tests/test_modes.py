@@ -18,7 +18,7 @@ import fedsim
 from fedsim.base.modes import FLAGS
 from fedsim.errors import ConfigError, RoundError
 from fedsim.federated.client import GlobalDrawsError
-from fedsim.strategies.fedavg import FedAvg
+from fedsim.strategies.averaging.fedavg import FedAvg
 from fedsim.training.draws import KeyedDraws
 
 NOISE = {

@@ -23,9 +23,9 @@ OF_EXTRAS = ("fedsim.flower.", "fedsim.runtimes.ray.", "fedsim.bench.apps.", "fe
 
 
 def packages_on_disk() -> dict[str, Path]:
-    folders = {file.parent for file in (ROOT / "fedsim").rglob("*.py")}
+    folders = {file.parent for top in ("fedsim", "strategies") for file in (ROOT / top).rglob("*.py")}
     packages = {".".join(folder.relative_to(ROOT).parts): folder for folder in folders}
-    return packages | {"fedsim.strategies": ROOT / "strategies"}
+    return {name.replace("strategies", "fedsim.strategies", 1): folder for name, folder in packages.items()}
 
 
 def test_the_tests_test_this_checkout():
@@ -100,8 +100,8 @@ def test_every_strategy_of_the_catalogue_is_there(name):
 
 
 def test_every_strategy_file_imports():
-    for file in (ROOT / "strategies").glob("[!_]*.py"):
-        importlib.import_module(f"fedsim.strategies.{file.stem}")
+    for file in (ROOT / "strategies").glob("*/[!_]*.py"):
+        importlib.import_module(f"fedsim.strategies.{file.parent.name}.{file.stem}")
 
 
 def modules_on_disk() -> list[str]:
@@ -112,7 +112,7 @@ def modules_on_disk() -> list[str]:
 def test_the_core_needs_no_extra(tmp_path):
     """Every module can be imported where no extra is installed, but for those that exist for one."""
     core = [name for name in modules_on_disk() if not name.startswith(OF_EXTRAS)]
-    assert {"fedsim.cli", "fedsim.flower", "fedsim.runtimes.ray", "fedsim.strategies.fedavg"} <= {*core}
+    assert {"fedsim.cli", "fedsim.flower", "fedsim.runtimes.ray", "fedsim.strategies.averaging.fedavg"} <= {*core}
     script = f"""
 import importlib, sys
 sys.modules.update(dict.fromkeys({OPTIONAL}))  # importing one of these now fails

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SIZES, make_data, make_simulation, make_strategy, make_task, trace
+from conftest import SIZES, cohort_for, make_data, make_simulation, make_strategy, make_task, trace
 from covering import sampled
 from flowers import descendants
 from small_run import CONFIG, records, rounds_done, write
@@ -98,14 +98,14 @@ def serial(strategy, rounds=3, **settings):
 # One seed, one model
 
 
-@pytest.fixture(scope="module", params=list(CATALOGUE))
+@pytest.fixture(scope="module", params=[name for name in CATALOGUE if not CATALOGUE.load(name).uses_public])
 def name(request):
     return request.param
 
 
 @pytest.fixture(scope="module")
 def reference(name):
-    return trace(make_simulation(name, cohort=SAMPLE))
+    return trace(make_simulation(name, cohort=cohort_for(name, SAMPLE)))
 
 
 COUNTS = (1, 2, 4)
@@ -113,13 +113,19 @@ COUNTS = (1, 2, 4)
 
 def test_actors_agree_with_serial(name, reference):
     count = COUNTS[list(CATALOGUE).index(name) % len(COUNTS)]
-    assert trace(simulate(name, count, cohort=SAMPLE)) == reference
+    assert trace(simulate(name, count, cohort=cohort_for(name, SAMPLE))) == reference
+
+
+def test_a_server_that_trains_does_so_on_an_actor():
+    data = make_data(public=4)
+    there = trace(make_simulation("fltrust", data=data, runtime=Ray(TASK, data, actors=1, cpus=SMALL)))
+    assert there == trace(make_simulation("fltrust", data=data))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", COUNTS)
 def test_any_number_of_actors_agrees_with_serial(name, reference, count):
-    assert trace(simulate(name, count, cohort=SAMPLE)) == reference
+    assert trace(simulate(name, count, cohort=cohort_for(name, SAMPLE))) == reference
 
 
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "channels_last"])  # another network's
@@ -501,7 +507,7 @@ def soon(condition, seconds=20):
 def test_a_strategy_beside_the_config_reaches_the_actors(tmp_path, monkeypatch):
     """Where its folder was on the path when they started; and who cannot import it says so at the start."""
     (tmp_path / "my_strategy.py").write_text(
-        "from fedsim.strategies.fedavg import FedAvg\n\n\nclass Mine(FedAvg):\n    pass\n"
+        "from fedsim.strategies.averaging.fedavg import FedAvg\n\n\nclass Mine(FedAvg):\n    pass\n"
     )
     actors(2)
     monkeypatch.syspath_prepend(tmp_path)

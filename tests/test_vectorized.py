@@ -33,7 +33,7 @@ from fedsim.runtimes.vectorized import Vectorized
 from fedsim.runtimes.vectorized.compute import Client, client_jobs, compute, inputs, updates
 from fedsim.runtimes.vectorized.graph import Graphs
 from fedsim.strategies import CATALOGUE
-from fedsim.strategies.fedavg import FedAvg
+from fedsim.strategies.averaging.fedavg import FedAvg
 from fedsim.training.batched.cohort import Cohort, rounded_up
 from fedsim.training.batched.objective import Network
 from fedsim.types import Job
@@ -46,7 +46,7 @@ def pair(strategy="fedavg", network=conv_net, sizes=SIZES, chunk=4, conv="auto",
         make_simulation(
             strategy,
             task=make_task(network, dtype=dtype),
-            data=make_data(sizes, dtype=dtype),
+            data=make_data(sizes, dtype=dtype, public=4),
             runtime=runtime,
             **settings,
         )

@@ -94,7 +94,9 @@ class FederatedData:
         return self.clients_are_remote
 
     def rows(self, client: int) -> Ints:
-        """(n_k,) the rows that `client` trains on, ascending; a view."""
+        """(n_k,) the rows that `client` trains on, ascending; a view. Those of client N are the server's."""
+        if client == self.num_clients:
+            return self.public
         return self._order[self._bounds[2 * client] : self._bounds[2 * client + 1]]
 
     def held_out(self, client: int) -> Ints:

@@ -153,6 +153,7 @@ def build_task(
         recompute=recipe.activation_checkpointing,
         teacher=teacher,
         buffers=models.buffer_words(model),
+        head=models.head(model),
         examples=examples,
     )
 

@@ -23,13 +23,13 @@ import platform
 import struct
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from ctypes import PyDLL
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
 from math import frexp, isfinite, ldexp
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -41,8 +41,12 @@ from fedsim.types import Form, State, described, form_of
 Partial = Any  # the partial sum of some messages; only its aggregator reads it
 
 
+@runtime_checkable
 class Aggregator(Protocol):
-    """Adds up messages; the result has the same bits in any order and grouping."""
+    """Makes one aggregate of all messages; it has the same bits in any order and grouping.
+
+    `WeightedMean` adds messages up as they come, and `Rows` keeps them all.
+    """
 
     def fold(self, updates: Iterable[tuple[int, State, float]], start: Partial | None = None) -> Partial:
         """Add updates (client, message, weight) to `start`, or to an empty sum; the caller must not reuse `start`.
@@ -124,16 +128,10 @@ class WeightedMean:
         return a
 
     def mismatched(self, total: Sums) -> dict[int, str]:
-        common = _most_common_form(total)
-        return {
-            client: f"sent {one_line(described(form))}, and most clients sent {one_line(described(common))}"
-            for form, sums in total.items()
-            if form != common
-            for client in sums.clients
-        }
+        return other_forms(_clients(total))
 
     def result(self, total: Sums) -> State:
-        form = _most_common_form(total)
+        form = most_common_form(_clients(total))
         sums = total.get(form, Sum())
         if not sums.weight:
             raise RoundError("no client's message has a weight above 0")
@@ -152,9 +150,30 @@ class WeightedMean:
         return mean
 
 
-def _most_common_form(total: Sums) -> Form:
-    """The form of most messages; in a tie, the form of the client with the lowest id."""
-    return min(total, key=lambda form: (-len(total[form].clients), min(total[form].clients)), default=())
+def _clients(total: Sums) -> dict[Form, list[int]]:
+    return {form: sums.clients for form, sums in total.items()}
+
+
+def most_common_form(clients: Mapping[Form, Sequence[int]]) -> Form:
+    """The form that most clients sent; in a tie, that of the client with the lowest id."""
+    return min(clients, key=lambda form: (-len(clients[form]), min(clients[form])), default=())
+
+
+def other_forms(clients: Mapping[Form, Sequence[int]]) -> dict[int, str]:
+    """The clients whose messages have another form than most, and why these do not count."""
+    common = most_common_form(clients)
+    return {
+        client: f"sent {one_line(described(form))}, and most clients sent {one_line(described(common))}"
+        for form, senders in clients.items()
+        if form != common
+        for client in senders
+    }
+
+
+def check_count(messages: int) -> None:
+    """Raise RoundError if these are too many messages for one round."""
+    if messages > MAX_MESSAGES:
+        raise RoundError(f"more than {MAX_MESSAGES} messages in one round")
 
 
 def largest(value: Tensor) -> float:
@@ -168,26 +187,32 @@ def largest(value: Tensor) -> float:
     return float(torch.maximum(-low, high))
 
 
-def _checked(client: int, message: State, weight: float) -> Sum:
-    """The message as a sum of one; raises ArithmeticError if it is invalid."""
+def magnitudes(message: State, weight: float) -> dict[str, float]:
+    """The largest magnitude of each entry; raises ArithmeticError if message or weight is invalid by itself."""
     if not (isfinite(weight) and weight >= 0):
         raise ArithmeticError(f"the weight is {weight}; it must be finite and not negative")
     least, most = WEIGHTS
     if weight and not least <= weight <= most:
         raise ArithmeticError(f"the weight is {weight}; it must be 0, or from {least:.2g} to {most:.2g}")
-    parts, magnitude = _parts(Fraction(weight)), dict[str, float]()
+    found = dict[str, float]()
     for name, value in message.items():
         if not value.is_floating_point():
             raise ArithmeticError(
                 f"{name} is {value.dtype}, which cannot be averaged; send floating-point numbers"
             )
-        magnitude[name] = largest(value)
-        if not isfinite(magnitude[name]):
+        found[name] = largest(value)
+        if not isfinite(found[name]):
             raise ArithmeticError(f"{name} is not finite")
-        if magnitude[name] * weight > MAX_PRODUCT:
+        if found[name] * weight > MAX_PRODUCT:
             raise ArithmeticError(f"{name} is too large: weight times value is above {MAX_PRODUCT:.3g}")
+    return found
+
+
+def _checked(client: int, message: State, weight: float) -> Sum:
+    """The message as a sum of one; raises ArithmeticError if it is invalid."""
+    found, parts = magnitudes(message, weight), _parts(Fraction(weight))
     message = {name: value.detach() for name, value in message.items()}
-    return Sum({}, [Waiting(message, parts, magnitude)], len(parts), [client], Fraction(weight))
+    return Sum({}, [Waiting(message, parts, found)], len(parts), [client], Fraction(weight))
 
 
 def _parts(number: Fraction, bits: int = WEIGHT_BITS) -> list[float]:
@@ -210,8 +235,7 @@ def _rounded(number: Fraction, bits: int) -> float:
 
 def _add(total: Sum, more: Sum) -> None:
     """Add `more` to `total`; raises RoundError, without a change, if there are too many messages."""
-    if len(total.clients) + len(more.clients) > MAX_MESSAGES:
-        raise RoundError(f"more than {MAX_MESSAGES} messages in one round")
+    check_count(len(total.clients) + len(more.clients))
     for place, bins in more.bins.items():
         mine = total.bins.setdefault(place, {})
         for j, value in bins.items():

@@ -7,7 +7,7 @@ machines, because it need not be true.
 
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -54,18 +54,27 @@ class Bounds(NamedTuple):
     loss: float  # the magnitude of the sum over these examples
 
 
-def training_bounds(strategy: Strategy, recipe: Recipe, num_examples: int, dtype: torch.dtype) -> Bounds:
-    """For a client with so many examples, and losses of that dtype; raises WrongReturnError."""
+def training_bounds(
+    strategy: Strategy,
+    recipe: Recipe,
+    num_examples: int,
+    dtype: torch.dtype,
+    most: Literal["max_steps", "survey_steps"] = "max_steps",
+) -> Bounds:
+    """For a client with so many examples, and losses of that dtype; raises WrongReturnError.
+
+    `most` is the method of the strategy that says how many steps there are at most.
+    """
     num_steps = recipe.num_steps(num_examples)
     epoch_steps, largest_batch = recipe.with_all_examples.epoch_of(num_examples)
     weight = strategy.max_weight(num_examples, num_steps)
     if not (isinstance(weight, Real) and 0 <= weight <= WEIGHTS[1]):
         right = f"it should give a number from 0 to {WEIGHTS[1]:.2g}"
         raise WrongReturnError(f"max_weight gave {one_line(repr(weight))} for {num_examples} examples; {right}")
-    steps = strategy.max_steps(num_steps, epoch_steps)
+    steps = getattr(strategy, most)(num_steps, epoch_steps)
     if not (isinstance(steps, Integral) and steps >= 0):
         made = f"{one_line(repr(steps))} for {num_steps} steps and {epoch_steps} of an epoch"
-        raise WrongReturnError(f"max_steps gave {made}; it should give a whole number >= 0")
+        raise WrongReturnError(f"{most} gave {made}; it should give a whole number >= 0")
     examples = int(steps) * largest_batch
     return Bounds(float(weight), int(steps), examples, _largest_loss(examples, dtype))
 

@@ -17,7 +17,7 @@ from fedsim.data import FederatedData
 from fedsim.errors import ConfigError, RoundError, WrongReturnError, border, is_own, name_of
 from fedsim.federated.aggregate import WEIGHTS, largest
 from fedsim.federated.claims import Bounds, first_wrong, training_bounds, training_claims
-from fedsim.federated.strategy import Strategy, check_state, checked_update
+from fedsim.federated.strategy import Strategy, check_state, checked_update, personalises
 from fedsim.training.local import ClientObjective
 from fedsim.training.objective import KeyedObjective, LocalObjective
 from fedsim.training.recipe import Recipe
@@ -27,8 +27,6 @@ from fedsim.types import Job, State, Stream, Update, described, form_of, random
 
 RESERVED = ("buffers", "ema.model", "ema.buffers")  # entries of the server's state that no strategy may have
 
-MAX_STEPS = "max_steps; each mini-batch of local.gradient counts"
-DECLARED = {"weight": "max_weight", "steps": MAX_STEPS, "examples": MAX_STEPS}  # by which methods
 
 PRIVATE = "buffers."  # in a client's state, before the name of a buffer that `model.buffers` makes private
 
@@ -55,14 +53,22 @@ class Train:
     )
 
     def __call__(self, replica: Replica, data: FederatedData, server: State, job: Job) -> Update:
-        client = job.client or {}
-        home = client if self.strategy.buffers == "private" else server
-        own = private_buffers(client, replica.task)
-        local = ClientObjective(replica, data, job, home["buffers"], self.recipe, self.seed, self.time_limit, own)
-        update = self.client_update(server, client, local, replica.draws if self.own_code else None)
+        local = self.objective(replica, data, server, job)
+        update = self.client_update(server, job.client or {}, local, replica.draws if self.own_code else None)
         local.check_time()
         self.check_update(update, job, len(data.rows(job.client_id)), server["model"].dtype)
         return update
+
+    def objective(
+        self, replica: Replica, data: FederatedData, server: State, job: Job, path: tuple[str, ...] = ()
+    ) -> ClientObjective:
+        """The client of a job; `path` is the part of the round, by which its random numbers differ."""
+        client = job.client or {}
+        home = client if self.strategy.buffers == "private" else server
+        own = private_buffers(client, replica.task)
+        return ClientObjective(
+            replica, data, job, home["buffers"], self.recipe, self.seed, self.time_limit, own, path
+        )
 
     def bounds(self, num_examples: int, dtype: torch.dtype) -> Bounds:
         """What a client with so many examples may give beside its message; losses have that dtype."""
@@ -77,16 +83,11 @@ class Train:
         ArithmeticError, if the state has another form than before, or a number is not finite; WrongReturnError, if
         a number can never be right; UndeclaredError, if it is larger than the strategy declares.
         """
-        weight, sums = update.numbers()
-        check_finite(update.client, job.client or {}, sums)
+        check_finite(update.client, job.client or {}, update.numbers()[1])
         whose, where = type(self.strategy).__name__, f"round {job.round + 1}, client {job.client_id}"
         with border(f"{where}: {whose}", UndeclaredError):
             bounds = self.bounds(num_examples, dtype)
-        if wrong := first_wrong(training_claims(weight, sums, bounds)):
-            said = f"{whose}.client_update: gave the {wrong}"
-            if wrong.name in DECLARED and wrong.most < wrong.value <= WEIGHTS[1]:
-                raise UndeclaredError(f"{where}: {said}; if more is right, override {DECLARED[wrong.name]}")
-            raise WrongReturnError(said)
+        _check_claims(update, bounds, where, f"{whose}.client_update", "max_steps")
 
     @property
     def own_code(self) -> list[str]:
@@ -98,11 +99,8 @@ class Train:
         self, server: State, client: State, local: LocalObjective, draws: TorchFunctionMode | None
     ) -> Update:
         """The update of the strategy, which draws from `draws`, with metrics and batch-norm statistics."""
-        if draws is None:
-            made = self.strategy.client_update(server, client, local)
-        else:
-            with draws:
-                made = self.strategy.client_update(server, client, KeyedObjective(local, draws))
+        with draws or nullcontext():
+            made = self.strategy.client_update(server, client, KeyedObjective(local, draws) if draws else local)
         update = checked_update(self.strategy, made)._replace(metrics=local.metrics)
         if own := local.private_buffers:
             update = update._replace(client=update.client | _private_entries(own))
@@ -111,6 +109,57 @@ class Train:
         if self.strategy.buffers == "private":
             return update._replace(client=update.client | {"buffers": local.buffers})
         return update
+
+
+@dataclass(frozen=True)
+class Survey:
+    """One client's answer to what a strategy asks before the training of the same round."""
+
+    train: Train
+
+    def __call__(self, replica: Replica, data: FederatedData, server: State, job: Job) -> Update:
+        strategy, dtype = self.train.strategy, server["model"].dtype
+        local = self.train.objective(replica, data, server, job, ("survey",))
+        draws = replica.draws if self.own_code else None
+        with draws or nullcontext():
+            made = strategy.survey(server, job.client or {}, KeyedObjective(local, draws) if draws else local)
+        local.check_time()
+        update = checked_update(strategy, made, "survey")._replace(metrics=local.metrics)
+        whose = f"{type(strategy).__name__}.survey"
+        if "buffers" in update.message:
+            raise WrongReturnError(f"{whose}: gave 'buffers', which is a reserved name")
+        if update.client:
+            raise WrongReturnError(f"{whose}: gave a client state; what a client keeps comes from client_update")
+        check_finite({}, {}, update.numbers()[1])
+        bounds = self.bounds(len(data.rows(job.client_id)), dtype)
+        where = f"round {job.round + 1}, client {job.client_id}"
+        _check_claims(update, bounds, where, whose, "survey_steps")
+        return update
+
+    def bounds(self, num_examples: int, dtype: torch.dtype) -> Bounds:
+        """As in Train."""
+        return training_bounds(self.train.strategy, self.train.recipe, num_examples, dtype, "survey_steps")
+
+    @property
+    def own_code(self) -> list[str]:
+        """As in Train."""
+        return self.train.own_code
+
+    @property
+    def wait_for_absent(self) -> bool:
+        """As in Train."""
+        return self.train.wait_for_absent
+
+
+def _check_claims(update: Update, bounds: Bounds, where: str, method: str, steps: str) -> None:
+    """Raise if a number of an update is not in its bounds; `steps` is the method that declares the steps."""
+    wrong = first_wrong(training_claims(*update.numbers(), bounds))
+    if wrong is None:
+        return
+    if wrong.value <= wrong.most or wrong.value > WEIGHTS[1] or wrong.name == "loss":
+        raise WrongReturnError(f"{method}: gave the {wrong}")
+    more = "max_weight" if wrong.name == "weight" else f"{steps}; each mini-batch of local.gradient counts"
+    raise UndeclaredError(f"{where}: {method}: gave the {wrong}; if more is right, override {more}")
 
 
 def initial_server_state(strategy: Strategy, task: Task, home: torch.device | None = None, seed: int = 0) -> State:
@@ -267,35 +316,52 @@ def check_finite(state: State, before: State, sums: Mapping[str, float]) -> None
 class EvaluateClient:
     """The client's own model on its held-out examples, or on its training examples if none are held out.
 
-    With `train`, a last batch of one example joins the one before: batch norm needs two.
+    With `train`, a last batch of one example joins the one before: batch norm needs two. The `training` is that of
+    the rounds, for strategies whose clients train their own model.
     """
 
-    strategy: Strategy
+    training: Train
     batch_size: int
     train: bool = False
     wait_for_absent: bool = True  # as in Train
-    seed: int = 0
 
     @property
     def own_code(self) -> list[str]:
         """As in Train."""
-        return own_code(self.strategy)
+        return self.training.own_code
 
     def __call__(self, replica: Replica, data: FederatedData, server: State, job: Job) -> Update:
-        client = job.client or {}
-        key = self.seed, Stream.NETWORK, job.round + 1, job.client_id  # the round is -1 before the first one
-        replica.draws.begin(int(random(*key).integers(2**63)))
-        with replica.draws if self.own_code else nullcontext():
-            model = self.strategy.client_model(server, client, replica.task.layout)
-        if not (isinstance(model, Tensor) and model.shape == server["model"].shape):
-            made = tuple(model.shape) if isinstance(model, Tensor) else type(model).__name__
-            right = tuple(server["model"].shape)
-            raise WrongReturnError(
-                f"{type(self.strategy).__name__}.client_model: gave {made}; it should give {right}"
-            )
+        model, buffers, own = self._model(replica, data, server, job)
         batches = data.own_batches(job.client_id, self.batch_size, 1 + self.train)
-        own = private_buffers(client, replica.task)
-        return _evaluate(replica, model, client.get("buffers", server["buffers"]), batches, self.train, own)
+        return _evaluate(replica, model, buffers, batches, self.train, own)
+
+    def _model(
+        self, replica: Replica, data: FederatedData, server: State, job: Job
+    ) -> tuple[Tensor, Tensor, State]:
+        """(P,) the client's own model, (Q,) its statistics, and its private buffers by name."""
+        strategy, client = self.training.strategy, job.client or {}
+        if personalises(strategy):
+            job = job._replace(round=max(job.round, 0))  # it is -1 before the first one
+            local = self.training.objective(replica, data, server, job, ("personalise",))
+            draws = replica.draws if self.own_code else None
+            with draws or nullcontext():
+                found = strategy.personalise(server, client, KeyedObjective(local, draws) if draws else local)
+            local.check_time()
+            model, buffers = found if isinstance(found, tuple) and len(found) == 2 else (found, local.buffers)
+            own, method = local.private_buffers, "personalise"
+        else:
+            key = self.training.seed, Stream.NETWORK, job.round + 1, job.client_id
+            replica.draws.begin(int(random(*key).integers(2**63)))
+            with replica.draws if self.own_code else nullcontext():
+                model = strategy.client_model(server, client, replica.task.layout)
+            buffers, own = client.get("buffers", server["buffers"]), private_buffers(client, replica.task)
+            method = "client_model"
+        for made, like in ((model, server["model"]), (buffers, server["buffers"])):
+            if not (isinstance(made, Tensor) and made.shape == like.shape):
+                gave = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
+                right = f"it should give {tuple(like.shape)}"
+                raise WrongReturnError(f"{type(strategy).__name__}.{method}: gave {gave}; {right}")
+        return model, buffers, own
 
 
 class EvaluationChunk(NamedTuple):

@@ -1,4 +1,4 @@
-"""How all runtimes process an update: they add its message to a sum, and report on the client."""
+"""How all runtimes process an update: an aggregator takes its message, and the simulation a report."""
 
 from time import perf_counter
 
@@ -11,7 +11,7 @@ from fedsim.types import Job, Outcome, Report, Update
 
 
 class Fold:
-    """Adds up the messages of clients, one at a time, without keeping them; `partial` is the sum so far."""
+    """Gives the messages of clients to the aggregator, one at a time; `partial` is what it has made of them."""
 
     def __init__(self, aggregator: Aggregator):
         self.aggregator, self.partial = aggregator, aggregator.fold([])

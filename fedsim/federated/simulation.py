@@ -17,6 +17,7 @@ from fedsim.base.files import uninterrupted
 from fedsim.base.global_draws import keyed_globals
 from fedsim.base.modes import own_modes
 from fedsim.data import FederatedData
+from fedsim.data.dataset import Ints
 from fedsim.data.federated import batch_sizes
 from fedsim.errors import (
     NO_STATE,
@@ -30,27 +31,36 @@ from fedsim.errors import (
     is_own,
     name_of,
 )
-from fedsim.federated.aggregate import Aggregator, WeightedMean, largest
+from fedsim.federated.aggregate import Aggregator, largest
 from fedsim.federated.availability import Attempt, Availability
 from fedsim.federated.claims import clients_above, training_bounds
 from fedsim.federated.client import (
-    RESERVED,
     EvaluateClient,
     EvaluateGlobal,
     EvaluationChunk,
+    Survey,
     Train,
     download,
     initial_client_state,
     initial_server_state,
-    ordinary,
 )
 from fedsim.federated.cohort import Cohort, ids
 from fedsim.federated.fold import cause
 from fedsim.federated.pace import Pace
 from fedsim.federated.recalibration import Recalibrate, Recalibration, check_recalibration
+from fedsim.federated.rows import Rows
 from fedsim.federated.runtime import Runtime, check_once, check_runtime, outcomes, results
+from fedsim.federated.server_half import (
+    AGGREGATE,
+    Facts,
+    Method,
+    ServerHalf,
+    check_public,
+    check_rows,
+    split_statistics,
+)
 from fedsim.federated.store import ClientStore
-from fedsim.federated.strategy import Strategy, check_state, check_strategy
+from fedsim.federated.strategy import Strategy, check_strategy, surveys
 from fedsim.training.recipe import Recipe
 from fedsim.training.small_batches import clients_to_leave_out
 from fedsim.training.task import Task
@@ -59,15 +69,11 @@ from fedsim.types import (
     Job,
     Positive,
     Report,
-    RoundInfo,
     State,
     Stream,
-    described,
-    form_of,
     hash_into,
     random,
     same_values,
-    torch_generator,
 )
 
 
@@ -116,6 +122,25 @@ class Evaluation(NamedTuple):
     accuracy: float  # from 0 to 1
 
 
+class Answers(NamedTuple):
+    """What clients have answered: in a survey, or in a training."""
+
+    aggregate: State
+    reports: list[Report]  # by client
+    failed: dict[int, str]  # the reason, by client
+
+
+class Trained(NamedTuple):
+    """What a round has changed, up to where it is."""
+
+    server: State
+    reports: list[Report] = []
+    failed: dict[int, str] = {}
+    absent: dict[int, str] = {}  # who answered the survey, and did not train
+    surveyed: list[Report] = []
+    bytes_down: int = 0  # after the survey
+
+
 class Simulation:
     """The state of a federation between two rounds: only `server`, `clients`, `number` and `clock` change.
 
@@ -154,7 +179,8 @@ class Simulation:
         with border(f"strategy: {type(strategy).__name__}.check", ConfigError):
             strategy.check(recipe, task.layout)
         with border(f"strategy: {type(strategy).__name__}", ConfigError):
-            training_bounds(strategy, recipe, max(int(data.sizes.max()), 1), task.initial_model.dtype)
+            for most in ("max_steps", "survey_steps"):
+                training_bounds(strategy, recipe, max(int(data.sizes.max()), 1), task.initial_model.dtype, most)
         if availability:
             if data.clients_are_remote:
                 raise ConfigError(
@@ -162,6 +188,7 @@ class Simulation:
                 )
             availability.check(data.num_clients)
         check_recalibration(recalibrate, strategy.buffers, task, data)
+        check_public(strategy, data)
         drop = failures.policy == "drop"
         self.left_out = clients_to_leave_out(task, data, recipe, drop=drop)  # and why
         self.left_out |= clients_above(failures.max_examples, data, drop=drop)
@@ -170,7 +197,10 @@ class Simulation:
         self.config = config
         with border(f"runtime: {type(runtime).__name__}.check", ConfigError, lambda _: not is_own(runtime)):
             runtime.check(self.work)
-        self.aggregator = aggregator or WeightedMean()
+        self.aggregator = strategy.aggregator if aggregator is None else aggregator
+        if isinstance(strategy.aggregator, Rows) and not isinstance(self.aggregator, Rows):
+            given = f"{type(strategy).__name__} needs all messages, and {type(aggregator).__name__} keeps none"
+            raise ConfigError(f"aggregator: {given}; leave it out, or give a fedsim.Rows")
         self.recalibrate, self.decay = recalibrate, ema
         self.server: State = initial_server_state(strategy, task, runtime.home, seed)
         if ema is not None:
@@ -184,6 +214,11 @@ class Simulation:
         if failures.min_clients > cohort_size:
             raise ConfigError(
                 f"failures.min_clients: {failures.min_clients}, and a cohort has {cohort_size} clients"
+            )
+        if strategy.min_clients > cohort_size:
+            raise ConfigError(
+                f"strategy: {self._needs[1]}, and a cohort has {cohort_size} clients; make the cohort larger, or "
+                "change the strategy's options"
             )
 
     @property
@@ -225,24 +260,25 @@ class Simulation:
             goal = self.sample()
             self.recipe.check_schedule(self.number)
         selected, attempt = self._attempt(goal)
-        sent = self._download()
-        server, reports, failed = self.server, list[Report](), dict[int, str]()
+        trained = Trained(self.server)
         try:
             if attempt.reporting:
                 with one_thread():
-                    server, reports, failed = self._train(attempt.reporting, sent, after_client, before_client)
+                    trained = self._train(attempt.reporting, after_client, before_client)
+            server, reports, failed = trained.server, trained.reports, trained.failed
             sums = _sums(report.metrics for report in reports if report.client_id not in failed)
+            asked = _sums(report.metrics for report in trained.surveyed)
             done = Round(
                 round=self.number + 1,
                 cohort=selected,
                 train_loss=sums["loss"] / sums["examples"] if sums.get("examples") else None,
                 fingerprint=fingerprint_of(server),
                 seconds=perf_counter() - start,
-                steps=int(sums.get("steps", 0)),
-                bytes_up=sum(r.bytes_up for r in reports),
-                bytes_down=sum(tensor.nbytes for tensor in sent.values()) * len(selected),
+                steps=int(sums.get("steps", 0) + asked.get("steps", 0)),
+                bytes_up=sum(r.bytes_up for r in [*reports, *trained.surveyed]),
+                bytes_down=self._size(self.server) * len(selected) + trained.bytes_down,
                 failed={str(client): cause for client, cause in failed.items()},
-                absent={str(client): cause for client, cause in attempt.absent.items()},
+                absent={str(client): cause for client, cause in sorted((attempt.absent | trained.absent).items())},
                 clock=self.clock + attempt.seconds,
             )
             with uninterrupted():
@@ -298,10 +334,10 @@ class Simulation:
         """
         chosen = range(self.data.num_clients) if clients is None else list(clients)
         drop = self.failures.policy == "drop"
-        work = EvaluateClient(self.strategy, batch_size, train, wait_for_absent=not drop, seed=self.seed)
+        work = EvaluateClient(self.work, batch_size, train, wait_for_absent=not drop)
         sums, done = dict[int, Metrics](), list[int]()
         jobs = (self._job(k, self.number - 1) for k in chosen)
-        with closing(outcomes(self.runtime, work, self._download(), jobs)) as tested:
+        with closing(outcomes(self.runtime, work, self._download(self.server), jobs)) as tested:
             for job, outcome in tested:
                 done.append(job.client_id)
                 if not isinstance(outcome, BaseException):
@@ -326,9 +362,21 @@ class Simulation:
         """SHA-256 of the global model's bytes, batch-norm statistics included."""
         return fingerprint_of(self.server)
 
-    def _download(self) -> State:
+    @property
+    def _needs(self) -> tuple[int, str]:
+        """The least number of clients whose messages a round needs, and what says so."""
+        wanted, needed = self.failures.min_clients, self.strategy.min_clients
+        if needed > wanted:
+            return needed, f"{type(self.strategy).__name__} needs {needed}"
+        return wanted, f"failures.min_clients is {wanted}"
+
+    def _download(self, server: State) -> State:
         """The entries of the server's state that clients download, as copies."""
-        return {name: value.clone() for name, value in download(self.strategy, self.server).items()}
+        return {name: value.clone() for name, value in download(self.strategy, server).items()}
+
+    def _size(self, server: State) -> int:
+        """How many bytes a client downloads."""
+        return sum(tensor.nbytes for tensor in download(self.strategy, server).values())
 
     def _attempt(self, cohort: list[int]) -> tuple[list[int], Attempt]:
         """The selected clients, and which of them report."""
@@ -336,11 +384,10 @@ class Simulation:
             return cohort, Attempt(cohort, {}, 0.0)
         about = self.seed, self.number
         selected = self.availability.select(cohort, self.data.num_clients, *about)
-        steps = np.array(list(self._steps(selected).values()))
-        attempt = self.availability.attempt(selected, steps, len(cohort), *about)
-        if attempt.absent and len(attempt.reporting) < self.failures.min_clients:
-            left, floor = len(attempt.reporting), self.failures.min_clients
-            few = f"round given up: {left} left, and failures.min_clients is {floor}"
+        attempt = self.availability.attempt(selected, self._all_steps(selected), len(cohort), *about)
+        least, says = self._needs
+        if attempt.absent and len(attempt.reporting) < least:
+            few = f"round given up: {len(attempt.reporting)} left, and {says}"
             absent = attempt.absent | dict.fromkeys(attempt.reporting, few)
             attempt = attempt._replace(reporting=[], absent=dict(sorted(absent.items())))
         return selected, attempt
@@ -348,17 +395,51 @@ class Simulation:
     def _train(
         self,
         selected: list[int],
-        sent: State,
         after_client: Callable[[Report], None],
         before_client: Callable[[int], None],
-    ) -> tuple[State, list[Report], dict[int, str]]:
-        """The new server's state, the reports, and the failed clients; clients' new states are staged."""
-        total, reports = self.aggregator.fold([]), list[Report]()
+    ) -> "Trained":
+        """What a round has changed; clients' new states are staged."""
         failed = {client: self.left_out[client] for client in selected if client in self.left_out}
         cohort = [client for client in selected if client not in failed]
         self._check_min_clients(len(cohort), failed)
+        before = Trained(self.server, failed=failed)
+        if surveys(self.strategy):
+            before = self._survey(cohort, failed)
+            cohort = [client for client in cohort if client not in before.failed | before.absent]
+        called = before_client, after_client
+        found = self._answers(self.work, before.server, cohort, before.failed, self.aggregator, *called)
+        server = self._after("server_update", before.server, found, self.aggregator)
+        server = self._with_ema_and_recalibration(server)
+        return before._replace(server=server, reports=found.reports, failed=found.failed)
+
+    def _survey(self, cohort: list[int], failed: dict[int, str]) -> "Trained":
+        """What the survey has changed, and which clients do not train."""
+        aggregator = self.strategy.survey_aggregator
+        found = self._answers(Survey(self.work), self.server, cohort, failed, aggregator)
+        server = self._after("surveyed", self.server, found, aggregator)
+        chosen = self._half("select", found).selected(server, found.aggregate)
+        least, says = self._needs
+        if len(chosen) < least:
+            raise RoundError(f"round {self.number + 1}: {len(chosen)} clients were selected, and {says}")
+        others = [client for client in cohort if client not in found.failed and client not in {*chosen}]
+        absent = dict.fromkeys(others, "not selected after the survey")
+        return Trained(server, [], found.failed, absent, found.reports, self._size(server) * len(chosen))
+
+    def _answers(
+        self,
+        work: Train | Survey,
+        server: State,
+        cohort: list[int],
+        failed: dict[int, str],
+        aggregator: Aggregator,
+        before_client: Callable[[int], None] = lambda client: None,
+        after_client: Callable[[Report], None] = lambda report: None,
+    ) -> "Answers":
+        """What the clients of a cohort have answered; `failed` are those that will not be asked."""
+        total, reports, asked = aggregator.fold([]), list[Report](), len(cohort) + len(failed)
+        sent, failed = self._download(server), dict(failed)
         # Results that are equal only up to rounding may depend on the order, so this must not depend on time.
-        by_pace = self.runtime.workers > 1 and self.runtime.exact
+        by_pace = self.runtime.workers > 1 and self.runtime.exact and isinstance(work, Train)
         steps = self._steps(cohort) if by_pace else {}
         order = self.pace.order(steps) if by_pace else cohort
 
@@ -367,9 +448,9 @@ class Simulation:
                 before_client(client)
                 yield self._job(client)
 
-        with closing(results(self.runtime, self.work, sent, jobs(), self.aggregator)) as running:
+        with closing(results(self.runtime, work, sent, jobs(), aggregator)) as running:
             for partial, finished in running:
-                total = self.aggregator.merge(total, partial)
+                total = aggregator.merge(total, partial)
                 for report in finished:
                     self._raise_if_failed(report)
                     forget_variables(report.exception)  # of a client that is dropped
@@ -381,27 +462,25 @@ class Simulation:
                         self.pace.measured(report.client_id, steps[report.client_id], report.seconds)
                     reports.append(report._replace(client={}, exception=None))
                     after_client(report)
-                self._check_min_clients(len(selected) - len(failed), failed)
+                self._check_min_clients(asked - len(failed), failed)
         reports.sort(key=lambda report: report.client_id)
         check_once(self.runtime, "run", "client", [report.client_id for report in reports], cohort)
-        if written := [name for name, value in sent.items() if not same_values(value, self.server[name])]:
-            wrote = f"client_update wrote server[{written[0]!r}] in place, through .data or .numpy()"
+        if written := [name for name, value in sent.items() if not same_values(value, server[name])]:
+            method = "client_update" if isinstance(work, Train) else "survey"
+            wrote = f"{method} wrote server[{written[0]!r}] in place, through .data or .numpy()"
             raise RoundError(f"round {self.number + 1}: {wrote}; states are only read")
-        mismatched = self.aggregator.mismatched(total)
+        mismatched = aggregator.mismatched(total)
         if mismatched and self.failures.policy == "raise":
             client, why = min(mismatched.items())
             raise ClientError(f"round {self.number + 1}, client {client}: {why}")
         for client in mismatched:
             self.clients.discard(client)
         failed = dict(sorted((failed | mismatched).items()))
-        answered = [client for client in cohort if client not in failed]
-        self._check_min_clients(len(answered), failed)
+        self._check_min_clients(asked - len(failed), failed)
         try:
-            mean = self.aggregator.result(total)
+            return Answers(aggregator.result(total), reports, failed)
         except RoundError as error:
             raise RoundError(f"round {self.number + 1}: {error}") from error
-        server = self._server_update(mean, answered)
-        return self._with_ema_and_recalibration(server), reports, failed
 
     def _raise_if_failed(self, report: Report) -> None:
         """Raise ClientError if a client failed and `failures.policy` is `raise`."""
@@ -422,28 +501,54 @@ class Simulation:
         sizes = self.data.sizes[clients].tolist()
         return {k: self.recipe.num_steps(n) for k, n in zip(clients, sizes, strict=True)}
 
-    def _server_update(self, mean: State, answered: list[int]) -> State:
-        buffers = {"buffers": mean.pop("buffers")} if "buffers" in mean else {}
-        sizes, noise = self.data.sizes, torch_generator(self.seed, Stream.SERVER, self.number)
+    def _all_steps(self, clients: list[int]) -> Ints:
+        """(C,) the steps of each client, with those of its answer to a survey."""
+        epoch = self.recipe.with_all_examples.epoch_of
+        sizes = self.data.sizes[clients].tolist()
+        return np.array(
+            [
+                steps + self.strategy.survey_steps(steps, epoch(n)[0])
+                for n, steps in zip(sizes, self._steps(clients).values(), strict=True)
+            ]
+        )
+
+    def _half(self, method: Method, found: "Answers") -> ServerHalf:
+        """A method of the strategy at the server, after the answers of some clients."""
+        weights = {r.client_id: r.weight for r in found.reports if r.client_id not in found.failed}
+        sizes = self.data.sizes
         total_examples = int(sizes.sum()) if sizes.all() else None
-        cohort_examples = int(sizes[answered].sum())
-        info = RoundInfo(self.number, answered, self.data.num_clients, noise, cohort_examples, total_examples)
-        own = {name: value for name, value in self.server.items() if name not in RESERVED}
-        copy = {name: value.clone() for name, value in own.items()}  # which the strategy may write to
-        with border(f"round {self.number + 1}: {type(self.strategy).__name__}.server_update", RoundError):
-            with keyed_globals(self.seed, Stream.SERVER, self.number):
-                update = self.strategy.server_update(copy, mean, info)
-            check_state(update)
-            self._check_update(update, own)
-            kept = {name: value for name, value in copy.items() if name not in update}
-            if lost := [
-                name for name, value in kept.items() if not (name in own and same_values(value, own[name]))
-            ]:
-                raise WrongReturnError(
-                    f"changed server[{lost[0]!r}] and did not return it; return {{{lost[0]!r}: ...}}"
-                )
-            update = {name: value.detach().to(own[name].device) for name, value in ordinary(update).items()}
-        return self.server | update | buffers
+        cohort_examples = int(sizes[[*weights]].sum())
+        about = self.number, weights, self.data.num_clients, cohort_examples, total_examples
+        return ServerHalf(method, self.work, Facts(*about))
+
+    def _after(self, method: Method, server: State, found: "Answers", aggregator: Aggregator) -> State:
+        """The server's state after a method of the strategy."""
+        half = self._half(method, found)
+        aggregate = {name: value.to(self.runtime.home) for name, value in found.aggregate.items()}
+        if isinstance(aggregator, Rows):
+            with border(f"round {self.number + 1}", RoundError):
+                check_rows(aggregate, [*half.facts.weights], type(self.runtime).__name__)
+        if method == "surveyed" and "buffers" in aggregate:
+            raise RoundError(f"round {self.number + 1}: answers to the survey have 'buffers', a reserved name")
+        aggregate, buffers = split_statistics(aggregate, aggregator)
+        if not self.strategy.uses_public:
+            return server | half.changed(server, aggregate) | buffers
+        sent = {name: value for name, value in server.items() if name not in ("ema.model", "ema.buffers")}
+        sent |= {f"{AGGREGATE}{name}": value for name, value in aggregate.items()}
+        made = self._one_job(half, sent, f"{type(self.strategy).__name__}.{half.method}")
+        return server | made | buffers
+
+    def _one_job(self, work: ServerHalf | Recalibration, server: State, whose: str) -> State:
+        """The message of a work for one job, which is none of a client's; raises RoundError."""
+        job = Job(self.data.num_clients, self.number, None)
+        made = [outcome for _, outcome in outcomes(self.runtime, work, server, [job])]
+        check_once(self.runtime, "map", "item", [0] * len(made), [0])
+        [outcome] = made
+        if isinstance(outcome, RoundError):
+            raise outcome
+        if isinstance(outcome, BaseException):
+            raise RoundError(f"round {self.number + 1}: {whose}: {cause(outcome)}") from outcome
+        return {name: value.to(self.runtime.home) for name, value in outcome.message.items()}
 
     def _with_ema_and_recalibration(self, server: State) -> State:
         """The server's state with recalibrated statistics and an updated running mean, if these are on."""
@@ -455,41 +560,23 @@ class Simulation:
         return server
 
     def _recalibrated(self, server: State, settings: Recalibrate) -> State:
-        work = Recalibration(settings, self.seed)
-        made = [outcome for _, outcome in outcomes(self.runtime, work, server, [Job(0, self.number, None)])]
-        check_once(self.runtime, "map", "item", [0] * len(made), [0])
-        [outcome] = made
-        if isinstance(outcome, BaseException):
-            raise RoundError(f"recalibrate, round {self.number + 1}: {cause(outcome)}") from outcome
-        if not isfinite(largest(outcome.message["buffers"])):
-            raise RoundError(f"recalibrate, round {self.number + 1}: buffers is not finite")
-        return {name: value.to(self.runtime.home) for name, value in outcome.message.items()}
+        made = self._one_job(Recalibration(settings, self.seed), server, "recalibrate")
+        if not isfinite(largest(made["buffers"])):
+            raise RoundError(f"round {self.number + 1}: recalibrate: buffers is not finite")
+        return made
 
     def _job(self, client: int, number: int | None = None) -> Job:
         number = self.number if number is None else number
         return Job(client, number, self.clients.get(client, self.initial_client))
 
-    @staticmethod
-    def _check_update(update: State, own: State) -> None:
-        """Raise WrongReturnError if an update has unknown entries, another form, or a model that is not finite."""
-        if unknown := [name for name in update if name not in own]:
-            made = ", ".join(own)
-            raise WrongReturnError(f"gave {unknown[0]!r}, which init_server did not make; it made {made}")
-        if form_of(update) != form_of({name: own[name] for name in update}):
-            made = described(form_of({name: own[name] for name in update}))
-            raise WrongReturnError(f"gave {described(form_of(update))}, and init_server made {made}")
-        if "model" in update and not isfinite(largest(update["model"])):
-            raise WrongReturnError("gave a model that is not finite")
-
     def _check_min_clients(self, left: int, failed: dict[int, str]) -> None:
         """Raise RoundError where so few clients have answered or still can that the round will not count."""
-        if left < self.failures.min_clients:
+        least, says = self._needs
+        if left < least:
             causes = "".join(f"; client {k}: {why}" for k, why in sorted(failed.items())[:MOST_CAUSES])
             more = f"; and {len(failed) - MOST_CAUSES} more" if len(failed) > MOST_CAUSES else ""
-            raise RoundError(
-                f"round {self.number + 1}: {left} of {left + len(failed)} clients are left, and "
-                f"failures.min_clients is {self.failures.min_clients}{causes}{more}"
-            )
+            few = f"{left} of {left + len(failed)} clients are left, and {says}"
+            raise RoundError(f"round {self.number + 1}: {few}{causes}{more}")
 
 
 def fingerprint_of(server: State) -> str:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from fedsim.base.catalogue import check_methods
 from fedsim.errors import ConfigError, WrongReturnError
+from fedsim.federated.aggregate import Aggregator, WeightedMean
+from fedsim.federated.rows import mean_of_rows
 from fedsim.training.layout import Layout
 from fedsim.training.objective import LocalObjective
 from fedsim.training.recipe import Recipe
@@ -26,11 +28,19 @@ class Strategy(ABC):
     statistics are handled: the weighted `average` of the cohort, `private` to each client, `frozen` at their
     initial values, or `recalibrated` by the server for each new model. They are separate from the model, and the
     methods of a strategy do not handle them.
+
+    `aggregator` says what the server gets of the messages: their weighted mean, or with `Rows()` all of them.
+    `survey_aggregator` is the same for the answers to `survey`. `min_clients` is the number of clients whose
+    messages each round needs. With `uses_public`, `info.public` is an objective over the server's own examples.
     """
 
     buffers: Buffers = "average"
 
     broadcast: ClassVar[tuple[str, ...]] = ("model",)
+    aggregator: ClassVar[Aggregator] = WeightedMean()
+    survey_aggregator: ClassVar[Aggregator] = WeightedMean()
+    uses_public: ClassVar[bool] = False
+    min_clients: ClassVar[int] = 1
 
     def check(self, recipe: Recipe, layout: Layout) -> None:  # noqa: B027 - most strategies accept all settings
         """Raise ConfigError, with the setting's name, if recipe or network violate the algorithm's assumptions."""
@@ -49,11 +59,46 @@ class Strategy(ABC):
 
     @abstractmethod
     def server_update(self, server: State, mean: State, info: RoundInfo) -> State:
-        """The entries of the server's state that change; `mean` is the weighted mean of the messages."""
+        """The entries of the server's state that change; `mean` is the weighted mean of the messages.
+
+        With `Rows`, each entry has a row for each client instead, (C, ...), in the order of `info.cohort`, and
+        `buffers` (C, Q) are their batch-norm statistics, if these are averaged.
+        """
+
+    def server_buffers(self, rows: Tensor, info: RoundInfo) -> Tensor:
+        """With `Rows`, (Q,) the server's new batch-norm statistics of the clients' (C, Q), if these are averaged.
+
+        By default their weighted mean: a rule that is to withstand hostile clients overrides it.
+        """
+        return mean_of_rows(rows, info.weights)
+
+    def survey(self, server: State, client: State, local: LocalObjective) -> Update:
+        """What the server asks each client of the cohort before the training of the same round.
+
+        By default there is no such exchange. It changes no state of a client. Its random numbers and batch-norm
+        statistics are its own, so that the training does not depend on it.
+        """
+        return Update({}, weight=0.0)
+
+    def surveyed(self, server: State, mean: State, info: RoundInfo) -> State:
+        """The entries of the server's state that change before the training; `mean` is that of the answers."""
+        return {}
+
+    def select(self, server: State, mean: State, info: RoundInfo) -> list[int]:
+        """The ids of those clients of `info.cohort`, which have answered the survey, that train."""
+        return info.cohort
 
     def client_model(self, server: State, client: State, layout: Layout) -> Tensor:
         """(P,) the model that a client uses for its own examples; personalised strategies override it."""
         return server["model"]
+
+    def personalise(self, server: State, client: State, local: LocalObjective) -> Tensor | tuple[Tensor, Tensor]:
+        """As `client_model`, where it is trained for the evaluation; on the client's training examples only.
+
+        (P,) the model, or that and (Q,) its batch-norm statistics, by default those of `local`. It changes no
+        state, and has random numbers of its own. The learning rate is that of the last round.
+        """
+        return self.client_model(server, client, local.layout)
 
     def max_weight(self, num_examples: int, num_steps: int) -> float:
         """The largest weight of an update from a client of n_k examples and K_k steps; n_k by default.
@@ -70,6 +115,10 @@ class Strategy(ABC):
         """
         return num_steps
 
+    def survey_steps(self, num_steps: int, epoch_steps: int) -> int:
+        """As `max_steps`, for a survey; they take as long on the virtual clock. 0 by default."""
+        return 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Wrapper(Strategy):
@@ -83,6 +132,26 @@ class Wrapper(Strategy):
     def broadcast(self) -> tuple[str, ...]:  # type: ignore[override]
         """The `broadcast` of the inner strategy."""
         return self.inner.broadcast
+
+    @property
+    def aggregator(self) -> Aggregator:  # type: ignore[override]
+        """The `aggregator` of the inner strategy."""
+        return self.inner.aggregator
+
+    @property
+    def survey_aggregator(self) -> Aggregator:  # type: ignore[override]
+        """The `survey_aggregator` of the inner strategy."""
+        return self.inner.survey_aggregator
+
+    @property
+    def uses_public(self) -> bool:  # type: ignore[override]
+        """The `uses_public` of the inner strategy."""
+        return self.inner.uses_public
+
+    @property
+    def min_clients(self) -> int:  # type: ignore[override]
+        """The `min_clients` of the inner strategy."""
+        return self.inner.min_clients
 
     def check(self, recipe: Recipe, layout: Layout) -> None:
         self.inner.check(recipe, layout)
@@ -99,14 +168,51 @@ class Wrapper(Strategy):
     def server_update(self, server: State, mean: State, info: RoundInfo) -> State:
         return self.inner.server_update(server, mean, info)
 
+    def survey(self, server: State, client: State, local: LocalObjective) -> Update:
+        return checked_update(self.inner, self.inner.survey(server, client, local), "survey")
+
+    def surveyed(self, server: State, mean: State, info: RoundInfo) -> State:
+        return self.inner.surveyed(server, mean, info)
+
+    def select(self, server: State, mean: State, info: RoundInfo) -> list[int]:
+        return self.inner.select(server, mean, info)
+
+    def server_buffers(self, rows: Tensor, info: RoundInfo) -> Tensor:
+        return self.inner.server_buffers(rows, info)
+
     def client_model(self, server: State, client: State, layout: Layout) -> Tensor:
         return self.inner.client_model(server, client, layout)
+
+    def personalise(self, server: State, client: State, local: LocalObjective) -> Tensor | tuple[Tensor, Tensor]:
+        if type(self).client_model is Wrapper.client_model:
+            return self.inner.personalise(server, client, local)
+        return self.client_model(server, client, local.layout)
 
     def max_weight(self, num_examples: int, num_steps: int) -> float:
         return self.inner.max_weight(num_examples, num_steps)
 
     def max_steps(self, num_steps: int, epoch_steps: int) -> int:
         return self.inner.max_steps(num_steps, epoch_steps)
+
+    def survey_steps(self, num_steps: int, epoch_steps: int) -> int:
+        return self.inner.survey_steps(num_steps, epoch_steps)
+
+
+def surveys(strategy: Strategy) -> bool:
+    """Whether there is an exchange before the training."""
+    return _defines(strategy, "survey")
+
+
+def personalises(strategy: Strategy) -> bool:
+    """Whether clients train the model that they use themselves."""
+    return _defines(strategy, "personalise")
+
+
+def _defines(strategy: Strategy, method: str) -> bool:
+    """Whether the strategy, or one in it, defines this method."""
+    if getattr(type(strategy), method) not in (getattr(Strategy, method), getattr(Wrapper, method)):
+        return True
+    return isinstance(strategy, Wrapper) and _defines(strategy.inner, method)
 
 
 def check_strategy(strategy: object) -> None:
@@ -117,6 +223,16 @@ def check_strategy(strategy: object) -> None:
     if strategy.buffers not in get_args(Buffers):
         allowed = ", ".join(get_args(Buffers))
         raise ConfigError(f"strategy.buffers: {strategy.buffers!r} is unknown; allowed: {allowed}")
+    for name in ("aggregator", "survey_aggregator"):
+        if isinstance(kind := getattr(strategy, name), type) or not isinstance(kind, Aggregator):
+            raise ConfigError(f"strategy.{name}: {kind!r} is no aggregator; fedsim.Rows() is one")
+    for name in () if surveys(strategy) else ("surveyed", "select"):
+        if _defines(strategy, name):
+            raise ConfigError(
+                f"strategy: {type(strategy).__name__} defines {name}, and no survey that comes before"
+            )
+    if type(least := strategy.min_clients) is not int or least < 1:
+        raise ConfigError(f"strategy.min_clients: {least!r} should be a whole number >= 1")
     if isinstance(strategy, Wrapper):
         check_strategy(strategy.inner)
 
@@ -134,9 +250,9 @@ def check_state(state: object, noun: str = "state", whose: str = "") -> None:
             raise WrongReturnError(f"{whose}gave {made} as {name!r} in its {noun}; it should be a dense tensor")
 
 
-def checked_update(strategy: Strategy, update: object) -> Update:
-    """The update that `client_update` of the strategy gave; raises WrongReturnError where it is none."""
-    whose = f"{type(strategy).__name__}.client_update: "
+def checked_update(strategy: Strategy, update: object, method: str = "client_update") -> Update:
+    """The update that a method of the strategy gave; raises WrongReturnError where it is none."""
+    whose = f"{type(strategy).__name__}.{method}: "
     if not isinstance(update, Update):
         made = type(update).__name__
         raise WrongReturnError(f"{whose}gave {made}; it should give fedsim.Update(message, weight)")

@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from math import inf
 from time import monotonic, perf_counter, sleep
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -15,14 +15,14 @@ from fedsim.data import FederatedData
 from fedsim.errors import NodeError, located
 from fedsim.federated.aggregate import Aggregator, largest
 from fedsim.federated.claims import Bounds, Claim, evaluation_claims, first_wrong, training_claims
-from fedsim.federated.client import EvaluateClient, Train
+from fedsim.federated.client import EvaluateClient, Survey, Train
 from fedsim.federated.fold import Fold
 from fedsim.federated.runtime import Outcomes, Results
 from fedsim.flower import wire
 from fedsim.flower.internals import LinkError, Reply
 from fedsim.flower.messages import Answer, Order
 from fedsim.flower.run_connection import RunConnection
-from fedsim.flower.transport import Transport, decode, encode
+from fedsim.flower.transport import ROUNDED, Transport, decode, encode
 from fedsim.types import Job, Report, State, Update
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,13 @@ GRACE_SECONDS = 30.0  # that a SuperLink may be out of reach before there is ano
 MAX_INVITATIONS = 3  # in a round, to a node that says that it does not know the plan
 MAX_VALUE = 2.0**63  # of an entry of its message; servers square it, in float32
 MAX_SECONDS = 1e9  # that a node says it took
-SUMS = {Train: {"loss", "examples", "steps"}, EvaluateClient: {"loss", "examples", "correct"}}
+TRAINED = {"loss", "examples", "steps"}
+SUMS = {Survey: TRAINED, Train: TRAINED, EvaluateClient: {"loss", "examples", "correct"}}
+TASKS: dict[type, Literal["survey", "train", "evaluate"]] = {
+    Survey: "survey",
+    Train: "train",
+    EvaluateClient: "evaluate",
+}
 
 
 class Waiting(NamedTuple):
@@ -75,7 +81,7 @@ class Dispatch:
     def __init__(
         self,
         federation: RunConnection,
-        work: Train | EvaluateClient,
+        work: Survey | Train | EvaluateClient,
         server: State,
         data: FederatedData,
         transport: Transport,
@@ -182,19 +188,20 @@ class Dispatch:
         federation, work = self.federation, self.work
         version, mark = job.client["version"].tolist() if job.client else (0, 0)
         checkpoints = [job.round] if federation.checkpointed_rounds is None else federation.checkpointed_rounds
-        training = isinstance(work, Train)
+        rounds = self.transport in ROUNDED
         return Order(
             run=federation.run,
             plan=federation.plan_hash,
-            task="train" if training else "evaluate",
+            task=TASKS[type(work)],
             round=max(job.round, 0),  # an evaluation may be before the first
             client=job.client_id,
             version=version,
             mark=mark,
             checkpoints=tuple(checkpoints),
-            transport=self.transport,
-            batch_size=1 if isinstance(work, Train) else work.batch_size,
-            train_mode=False if isinstance(work, Train) else work.train,
+            # Rounding errors of a training are sent with the next one, and those of a survey would be lost.
+            transport="exact" if rounds and isinstance(work, Survey) else self.transport,
+            batch_size=work.batch_size if isinstance(work, EvaluateClient) else 1,
+            train_mode=isinstance(work, EvaluateClient) and work.train,
             server={},  # the broadcast
         )
 
@@ -237,22 +244,22 @@ class Dispatch:
     def _check_claims(self, flight: Flight, answer: Answer) -> None:
         """Raise ValueError where a number cannot be true, by what the node agreed to when it joined."""
         agreed, work, sums = self.federation.roster.sizes[self._name(flight.job)], self.work, answer.metrics
-        trained = isinstance(work, Train)
-        if (sums or not trained) and sums.keys() != SUMS[type(work)]:  # none where nothing was minimised
+        tested = isinstance(work, EvaluateClient)
+        if (sums or tested) and sums.keys() != SUMS[type(work)]:  # none where nothing was minimised
             raise ValueError("has other metrics than its work gives")
-        held, known = (answer.examples, agreed.examples) if trained else (sums["examples"], agreed.tested)
+        held, known = (sums["examples"], agreed.tested) if tested else (answer.examples, agreed.examples)
         if held != known:
             self.federation.roster.invite_again(flight.node)  # its data may have changed
             raise ValueError(f"has {str(held)[:20]} examples, and the node joined with {known}")
         claims = [Claim("seconds", answer.seconds, 0, MAX_SECONDS)]
-        if isinstance(work, Train):
-            claims += training_claims(answer.weight, sums, self._bounds(work, agreed.examples))
-        else:
+        if isinstance(work, EvaluateClient):
             claims += evaluation_claims(sums, agreed.tested, self.dtype)
+        else:
+            claims += training_claims(answer.weight, sums, self._bounds(work, agreed.examples))
         if wrong := first_wrong(claims):
             raise ValueError(f"has {wrong}")
 
-    def _bounds(self, work: Train, examples: int) -> Bounds:
+    def _bounds(self, work: Survey | Train, examples: int) -> Bounds:
         try:
             return work.bounds(examples, self.dtype)
         except Exception as error:  # of a strategy of the user's

@@ -42,7 +42,7 @@ class Order(NamedTuple):
 
     run: str
     plan: str  # SHA-256 of the plan's JSON
-    task: Literal["train", "evaluate"]
+    task: Literal["survey", "train", "evaluate"]
     round: int  # from 0
     client: int
     version: int  # of the client's state: 0 for the initial one, r + 1 for the one after round r
@@ -60,7 +60,7 @@ class Answer(NamedTuple):
     message: Encoded  # encoded by the order's transport; rounding errors stay with the client's state
     weight: float
     metrics: dict[str, float]
-    examples: int  # n_k, of a training
+    examples: int  # n_k, of a survey or a training
     version: int  # of the state that the node keeps now; 0 if the strategy keeps none
     mark: int  # of that state; 0 if there is none
     seconds: float  # that the node took

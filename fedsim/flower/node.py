@@ -27,6 +27,7 @@ from fedsim.experiment.config import overridden
 from fedsim.federated.aggregate import largest
 from fedsim.federated.client import (
     EvaluateClient,
+    Survey,
     Train,
     download,
     initial_client_state,
@@ -223,8 +224,9 @@ class Node:
         stores = training and (role.initial_client or order.transport in ROUNDED)
         if stores:
             kept = self._make_room(order, kept)
-        evaluate = EvaluateClient(role.parts.strategy, order.batch_size, order.train_mode, seed=role.train.seed)
-        work = role.train if training else evaluate
+        work: Survey | Train | EvaluateClient = role.train if training else Survey(role.train)
+        if order.task == "evaluate":
+            work = EvaluateClient(role.train, order.batch_size, order.train_mode)
         server = {name: value.to(self.device) for name, value in order.server.items()}
         job = Job(order.client, order.round, _below("client", kept.state))
         update = role.worker.run(work, server, job)
@@ -233,14 +235,15 @@ class Node:
         metrics = {name: float(value) for name, value in update.metrics.items()}
         message = {name: compact(value.detach()) for name, value in update.message.items()}
         encoded, left = encode(message, order.transport, _below("residual", kept.state))
-        answer = Answer(encoded, float(update.weight), metrics, 0, 0, 0, perf_counter() - began)
+        examples = 0 if order.task == "evaluate" else len(self.dataset.y_train)
+        answer = Answer(encoded, float(update.weight), metrics, examples, 0, 0, perf_counter() - began)
         if not training:
             return answer
         if stores:
             client = _above("client", {name: compact(value) for name, value in update.client.items()})
             kept = self._store(order, role, kept._replace(state=client | _above("residual", left)))
             answer = answer._replace(version=order.round + 1, mark=kept.mark)
-        answer = answer._replace(examples=len(self.dataset.y_train), seconds=perf_counter() - began)
+        answer = answer._replace(seconds=perf_counter() - began)
         role.done = order._replace(checkpoints=()), answer
         return answer
 

@@ -11,7 +11,7 @@ from fedsim.data import FederatedData
 from fedsim.errors import ConfigError, one_line
 from fedsim.federated.aggregate import Aggregator
 from fedsim.federated.claims import MAX_EXAMPLES
-from fedsim.federated.client import EvaluateClient, Train, Work
+from fedsim.federated.client import EvaluateClient, Survey, Train, Work
 from fedsim.federated.runtime import Outcomes, Results, Runtime
 from fedsim.flower import needs_flwr
 from fedsim.flower.plan import initial_of, plan_of
@@ -119,7 +119,7 @@ class Flower(Runtime):
         self.federation.close()
 
     def run(self, work: Work, server: State, jobs: Iterable[Job], aggregator: Aggregator) -> Results:
-        if not isinstance(work, Train):
+        if not isinstance(work, Survey | Train):
             return self.local.run(work, server, jobs, aggregator)
         return self._dispatch(work, server).run(jobs, aggregator)
 
@@ -128,7 +128,7 @@ class Flower(Runtime):
             return self.local.map(work, server, items)
         return self._dispatch(work, server).map(items)
 
-    def _dispatch(self, work: Train | EvaluateClient, server: State) -> "Dispatch":
+    def _dispatch(self, work: Survey | Train | EvaluateClient, server: State) -> "Dispatch":
         from fedsim.flower.dispatch import Dispatch
 
         return Dispatch(self.federation, work, server, self.data, self.transport)

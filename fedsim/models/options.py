@@ -47,7 +47,8 @@ class CommonOptions(Options):
 
     `buffers` says by patterns of names what becomes of buffers that training changes: `average` makes them
     statistics as those of batch norm; with `server` each client starts from the initial values, and what it makes
-    of them is dropped; with `private` each client keeps its own.
+    of them is dropped; with `private` each client keeps its own. `head` is the name of the layer whose input is
+    the features that some strategies use; null is the last linear layer that runs.
     """
 
     norm: Literal["batch", "group", "layer", "none"] = "batch"
@@ -61,11 +62,23 @@ class CommonOptions(Options):
     new_head: bool = False
     freeze: list[str] = []
     buffers: dict[str, BufferWord] = {}
+    head: str | None = None
 
 
 # Options of initialisation and training, which do nothing for a network that is loaded and not trained.
 TRAINING_OPTIONS = (
-    *("weights", "pretrained", "new_head", "init", "zero_gamma", "freeze", "dropout", "drop_path", "buffers"),
+    *(
+        "weights",
+        "pretrained",
+        "new_head",
+        "init",
+        "zero_gamma",
+        "freeze",
+        "dropout",
+        "drop_path",
+        "buffers",
+        "head",
+    ),
 )
 OUT_OF_MEMORY = re.compile("can't allocate|out of memory|[Oo]verflow")
 
@@ -84,9 +97,21 @@ def training_options(spec: Spec) -> Spec:
 
 def buffer_words(spec: object) -> dict[str, BufferWord]:
     """The common option `buffers` of a spec, which may be a bare name; raises ConfigError."""
+    words: dict[str, BufferWord] = _common(spec, "buffers")
+    return words
+
+
+def head(spec: object) -> str | None:
+    """The common option `head` of a spec, as `buffer_words`; raises ConfigError."""
+    name: str | None = _common(spec, "head")
+    return name
+
+
+def _common(spec: object, name: str) -> Any:
+    """A common option of a spec, or its default where the network has an option of its own by this name."""
     resolved = resolve(spec)
-    own = "buffers" in MODELS.options(resolved["name"]).model_fields  # an option of the network's own
-    return {} if own else resolved["buffers"]
+    own = name in MODELS.options(resolved["name"]).model_fields
+    return CommonOptions.model_fields[name].default if own else resolved[name]
 
 
 def make(spec: object, shape: tuple[int, ...], classes: int, at: str = "model") -> nn.Module:

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
+DrawsState = tuple[Tensor, dict[torch.device, torch.Generator]]  # of the generator, and those of other devices
+
 
 class KeyedDraws(TorchFunctionMode):
     """While it is active in this thread, draws come from `generator`; `used` is True after the first draw.
@@ -28,7 +30,17 @@ class KeyedDraws(TorchFunctionMode):
     def begin(self, seed: int) -> None:
         """Begin the numbers of another client."""
         self.generator.manual_seed(seed)
-        self._elsewhere.clear()
+        self._elsewhere = {}
+
+    @property
+    def state(self) -> DrawsState:
+        """What the next draws depend on."""
+        return self.generator.get_state(), self._elsewhere
+
+    @state.setter
+    def state(self, state: DrawsState) -> None:
+        own, self._elsewhere = state
+        self.generator.set_state(own)
 
     def on(self, device: torch.device | str | None) -> torch.Generator:
         """The generator for tensors on `device`, by default the CPU."""

@@ -20,6 +20,7 @@ class Layout:
     shapes: dict[str, torch.Size]
     channels_last: bool = False
     norms: frozenset[str] = frozenset()  # names of the parameters of normalisation layers
+    head: frozenset[str] = frozenset()  # names of the parameters of the head, `model.head`
 
     @property
     def sizes(self) -> list[int]:

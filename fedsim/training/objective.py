@@ -4,15 +4,18 @@ Two classes implement it: `fedsim.training.local.ClientObjective` for one client
 `fedsim.training.batched.objective.BatchedObjective` for each of a batch of clients under `torch.func.vmap`.
 """
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from copy import copy
+from typing import Any, Self, TypedDict, TypeVar, Unpack
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fedsim.base.modes import without_function_modes
+from fedsim.errors import ConfigError, WrongReturnError
 from fedsim.training.layout import Layout
 from fedsim.training.recipe import Recipe
 from fedsim.types import Batch, State
@@ -20,6 +23,19 @@ from fedsim.types import Batch, State
 Result = TypeVar("Result")
 Loss = Callable[[Tensor, Batch], Tensor]  # (weights (P,), batch) -> (): a mean over the batch
 Correction = Callable[[Tensor, Tensor], Tensor]  # (gradient (P,), weights (P,)) -> gradient (P,)
+Gradient = Callable[[Tensor, Batch], tuple[Tensor, Tensor]]  # (weights (P,), batch) -> gradient (P,), loss ()
+AfterStep = Callable[[Tensor], Tensor]  # weights (P,) -> weights (P,)
+BatchMap = Callable[[Batch], Batch]
+
+
+class StepRules(TypedDict, total=False):
+    """What a strategy may change in each step of `LocalObjective.train`."""
+
+    loss: Loss | None
+    correct: Correction | None
+    gradient: Gradient | None
+    after_step: AfterStep | None
+    only: Tensor | None
 
 
 def exact(counts: int | list[int], like: Tensor) -> Tensor:
@@ -27,6 +43,70 @@ def exact(counts: int | list[int], like: Tensor) -> Tensor:
     numbers = torch.tensor(counts)
     holds = int(numbers.max()) <= 2 / torch.finfo(like.dtype).eps
     return numbers.to(like.dtype if holds else torch.double)
+
+
+def key_of(name: str) -> int:
+    """A number for the key of random numbers, by a name."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])
+
+
+def check_rules(recipe: Recipe, loss: Loss | None, gradient: Gradient | None) -> None:
+    """Raise WrongReturnError or ConfigError if `train` cannot use these."""
+    if loss and gradient:
+        raise WrongReturnError("local.train: takes a loss or a gradient, not both")
+    if gradient and recipe.precision == "fp16":
+        raise ConfigError("local.precision: fp16 scales losses, and this strategy computes gradients; use bf16")
+
+
+def checked_vector(made: object, like: Tensor, rule: str) -> Tensor:
+    """What a function of a strategy gave; raises WrongReturnError unless it has the form of `like`."""
+    if not isinstance(made, Tensor) or (made.shape, made.dtype) != (like.shape, like.dtype):
+        gave = f"{made.dtype} {tuple(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
+        raise WrongReturnError(f"local.train: {rule} gave {gave}; it should give {like.dtype} {tuple(like.shape)}")
+    return made.detach()
+
+
+def checked_gradient(made: object, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient (P,) and the loss () that a `gradient` of a strategy gave; raises WrongReturnError."""
+    if not isinstance(made, tuple) or len(made) != 2:
+        raise WrongReturnError(
+            f"local.train: gradient gave {type(made).__name__}; it should give (gradient, loss)"
+        )
+    g, f = made
+    return checked_vector(g, like, "gradient"), checked_vector(f, like.new_empty(()), "the loss of gradient")
+
+
+def checked_separate(
+    name: object, taken: set[str], buffers: Tensor | None, received: Tensor, epochs: object
+) -> Tensor:
+    """The statistics (Q,) that a separate model starts from; raises WrongReturnError for arguments that are wrong.
+
+    `taken` are the names of earlier ones, to which this one is added.
+    """
+    if not isinstance(name, str) or name in taken:
+        wrong = "was given before" if name in taken else "is no name"
+        raise WrongReturnError(f"local.separate: {name!r} {wrong}; each model needs a name of its own")
+    if epochs is not None and not (isinstance(epochs, int) and epochs > 0):
+        raise WrongReturnError(f"local.separate: epochs is {epochs!r}; it should be a whole number >= 1")
+    taken.add(name)
+    if buffers is None:
+        return received
+    if not isinstance(buffers, Tensor) or (buffers.shape, buffers.dtype) != (received.shape, received.dtype):
+        made = f"{buffers.dtype} {tuple(buffers.shape)}" if isinstance(buffers, Tensor) else type(buffers).__name__
+        right = f"{received.dtype} {tuple(received.shape)}"
+        raise WrongReturnError(f"local.separate: buffers is {made}; it should be statistics, {right}")
+    return buffers
+
+
+def changed_batch(change: BatchMap, inner: BatchMap | None, batch: Batch) -> Batch:
+    """The batch after `inner` and then `change`; raises WrongReturnError unless it has as many examples."""
+    changed = change(inner(batch) if inner else batch)
+    if not isinstance(changed, Batch) or len(changed.y) != len(batch.y):
+        gave = f"{len(changed.y)} examples" if isinstance(changed, Batch) else type(changed).__name__
+        raise WrongReturnError(
+            f"local.with_batches: gave {gave}; it should give a Batch of {len(batch.y)} examples"
+        )
+    return changed
 
 
 class LocalObjective(ABC):
@@ -39,21 +119,44 @@ class LocalObjective(ABC):
     layout: Layout  # the position of each parameter in a model (P,)
     recipe: Recipe  # the options of `local`
     client_id: int | Tensor
+    round: int | Tensor  # the number of this round, from 0
     num_examples: Tensor  # () n_k
     num_steps: Tensor  # () K_k, the steps that `train` takes
     lr: float | Tensor  # the learning rate of this round
 
     @abstractmethod
-    def train(self, start: Tensor, *, loss: Loss | None = None, correct: Correction | None = None) -> Tensor:
+    def train(
+        self,
+        start: Tensor,
+        *,
+        loss: Loss | None = None,
+        gradient: Gradient | None = None,
+        correct: Correction | None = None,
+        after_step: AfterStep | None = None,
+        only: Tensor | None = None,
+    ) -> Tensor:
         """Train from `start` (P,) as the recipe says; returns the last iterate (P,).
 
-        `loss(w, batch)` replaces the objective; its gradient with respect to all of `w` is taken. `correct(g, w)`
-        replaces each gradient `g` before the step.
+        In the order in which a step uses them: `loss(w, batch)` replaces the objective; its gradient with respect
+        to all of `w` is taken. Or `gradient(w, batch)` gives gradient and loss itself, of the whole batch also
+        where `accumulate` splits it; all calls of `local.gradient` in it draw the same random numbers, and only
+        one at `w` changes batch-norm statistics. `correct(g, w)` replaces the gradient `g`. Momentum, weight
+        decay, clipping and schedule remain the recipe's. `after_step(w)` replaces the weights after the step.
+        Outside of `only`, a mask (P,), nothing changes: neither weights, nor statistics of layers whose parameters
+        all lie outside.
         """
 
     @abstractmethod
     def loss(self, w: Tensor, batch: Batch | None = None) -> Tensor:
         """() mean loss of a mini-batch in training mode; without `batch`, F_k(w) of all examples in eval mode."""
+
+    @abstractmethod
+    def losses(self, w: Tensor, batch: Batch, *, train: bool | None = None) -> Tensor:
+        """(B,) the recipe's loss of each example; `train` as in `logits`."""
+
+    @abstractmethod
+    def label_losses(self, logits: Tensor, batch: Batch) -> Tensor:
+        """(B,) the recipe's loss of each example for given `logits` (B, classes), without distillation."""
 
     @abstractmethod
     def gradient(self, w: Tensor, batch: Batch | None = None) -> tuple[Tensor, Tensor]:
@@ -68,8 +171,47 @@ class LocalObjective(ABC):
         """The augmented mini-batches of the round in their order, or of its first `epochs` epochs."""
 
     @abstractmethod
-    def logits(self, w: Tensor, x: Tensor, *, train: bool = True) -> Tensor:
-        """(B, classes) logits at the weights `w` (P,) for examples `x` (B, ...), in the recipe's precision."""
+    def with_batches(self, change: BatchMap) -> "LocalObjective":
+        """This client with `change(batch)` in the place of each batch, in training and in F_k."""
+
+    @abstractmethod
+    def logits(self, w: Tensor, x: Tensor, *, train: bool | None = None) -> Tensor:
+        """(B, classes) logits at the weights `w` (P,) for examples `x` (B, ...), in the recipe's precision.
+
+        In training mode or in eval mode; None is training mode where `w` requires a gradient, as in a loss, and
+        eval mode elsewhere, as for a teacher or a score.
+        """
+
+    @abstractmethod
+    def features(self, w: Tensor, x: Tensor, *, train: bool | None = None) -> tuple[Tensor, Tensor]:
+        """(B, D) the input of the head, `model.head`, and (B, classes) logits; `train` as in `logits`."""
+
+    @abstractmethod
+    def separate(
+        self,
+        name: str,
+        *,
+        buffers: Tensor | None = None,
+        epochs: int | None = None,
+        lr: float | Tensor | None = None,
+        record: bool = False,
+    ) -> "LocalObjective":
+        """The same client for another model, which shares nothing with this one but the examples.
+
+        It has batch-norm statistics of its own, which start from `buffers` (Q,), by default those that this
+        client received; random numbers of its own, by `name`; and `metrics` of its own, which only the strategy
+        sees.
+        With `record` its losses and steps count as this one's. `epochs` replaces the recipe's epochs or steps, and
+        `lr` the learning rate of all steps.
+        """
+
+    @abstractmethod
+    def normal(self, like: Tensor) -> Tensor:
+        """Standard normal numbers in the shape of `like`, from the client's stream of this round."""
+
+    @abstractmethod
+    def uniform(self, like: Tensor) -> Tensor:
+        """Uniform numbers from [0, 1) in the shape of `like`, from the client's stream of this round."""
 
     @property
     @abstractmethod
@@ -97,14 +239,20 @@ class ObjectiveWrapper(LocalObjective):
     def __init__(self, inner: LocalObjective):
         self.inner = inner
         self.layout, self.recipe = inner.layout, inner.recipe
-        self.client_id, self.lr = inner.client_id, inner.lr
+        self.client_id, self.round, self.lr = inner.client_id, inner.round, inner.lr
         self.num_examples, self.num_steps = inner.num_examples, inner.num_steps
 
-    def train(self, start: Tensor, *, loss: Loss | None = None, correct: Correction | None = None) -> Tensor:
-        return self.inner.train(start, loss=loss, correct=correct)
+    def train(self, start: Tensor, **rules: Unpack[StepRules]) -> Tensor:
+        return self.inner.train(start, **rules)
 
     def loss(self, w: Tensor, batch: Batch | None = None) -> Tensor:
         return self.inner.loss(w, batch)
+
+    def losses(self, w: Tensor, batch: Batch, *, train: bool | None = None) -> Tensor:
+        return self.inner.losses(w, batch, train=train)
+
+    def label_losses(self, logits: Tensor, batch: Batch) -> Tensor:
+        return self.inner.label_losses(logits, batch)
 
     def gradient(self, w: Tensor, batch: Batch | None = None) -> tuple[Tensor, Tensor]:
         return self.inner.gradient(w, batch)
@@ -112,8 +260,31 @@ class ObjectiveWrapper(LocalObjective):
     def batches(self, epochs: int | None = None) -> Iterator[Batch]:
         return self.inner.batches(epochs)
 
-    def logits(self, w: Tensor, x: Tensor, *, train: bool = True) -> Tensor:
+    def with_batches(self, change: BatchMap) -> LocalObjective:
+        return self._around(self.inner.with_batches(change))
+
+    def logits(self, w: Tensor, x: Tensor, *, train: bool | None = None) -> Tensor:
         return self.inner.logits(w, x, train=train)
+
+    def features(self, w: Tensor, x: Tensor, *, train: bool | None = None) -> tuple[Tensor, Tensor]:
+        return self.inner.features(w, x, train=train)
+
+    def separate(
+        self,
+        name: str,
+        *,
+        buffers: Tensor | None = None,
+        epochs: int | None = None,
+        lr: float | Tensor | None = None,
+        record: bool = False,
+    ) -> LocalObjective:
+        return self._around(self.inner.separate(name, buffers=buffers, epochs=epochs, lr=lr, record=record))
+
+    def normal(self, like: Tensor) -> Tensor:
+        return self.inner.normal(like)
+
+    def uniform(self, like: Tensor) -> Tensor:
+        return self.inner.uniform(like)
 
     @property
     def buffers(self) -> Tensor:
@@ -127,6 +298,12 @@ class ObjectiveWrapper(LocalObjective):
     def metrics(self) -> State:
         return self.inner.metrics
 
+    def _around(self, inner: LocalObjective) -> Self:
+        """This wrapper around another view of the same client."""
+        other = copy(self)
+        ObjectiveWrapper.__init__(other, inner)
+        return other
+
 
 class KeyedObjective(ObjectiveWrapper):
     """A client as its strategy sees it, whose own code draws from `draws`, a mode that is active around it.
@@ -139,15 +316,22 @@ class KeyedObjective(ObjectiveWrapper):
         super().__init__(inner)
         self._draws = draws
 
-    def train(self, start: Tensor, *, loss: Loss | None = None, correct: Correction | None = None) -> Tensor:
+    def train(self, start: Tensor, **rules: Unpack[StepRules]) -> Tensor:
+        drawing: Any = {name: self._drawing(rule) if callable(rule) else rule for name, rule in rules.items()}
         with without_function_modes():
-            return super().train(
-                start, loss=loss and self._drawing(loss), correct=correct and self._drawing(correct)
-            )
+            return super().train(start, **drawing)
 
     def loss(self, w: Tensor, batch: Batch | None = None) -> Tensor:
         with without_function_modes():
             return super().loss(w, batch)
+
+    def losses(self, w: Tensor, batch: Batch, *, train: bool | None = None) -> Tensor:
+        with without_function_modes():
+            return super().losses(w, batch, train=train)
+
+    def label_losses(self, logits: Tensor, batch: Batch) -> Tensor:
+        with without_function_modes():
+            return super().label_losses(logits, batch)
 
     def gradient(self, w: Tensor, batch: Batch | None = None) -> tuple[Tensor, Tensor]:
         with without_function_modes():
@@ -162,9 +346,16 @@ class KeyedObjective(ObjectiveWrapper):
                 return
             yield batch
 
-    def logits(self, w: Tensor, x: Tensor, *, train: bool = True) -> Tensor:
+    def with_batches(self, change: BatchMap) -> LocalObjective:
+        return super().with_batches(self._drawing(change))
+
+    def logits(self, w: Tensor, x: Tensor, *, train: bool | None = None) -> Tensor:
         with without_function_modes():
             return super().logits(w, x, train=train)
+
+    def features(self, w: Tensor, x: Tensor, *, train: bool | None = None) -> tuple[Tensor, Tensor]:
+        with without_function_modes():
+            return super().features(w, x, train=train)
 
     @property
     def buffers(self) -> Tensor:

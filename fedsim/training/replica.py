@@ -1,8 +1,9 @@
 """One worker's copy of the network, whose parameters are views of one flat vector."""
 
 import copy
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch.func import functional_call
 
 from fedsim.base.modes import own_thread_modes
 from fedsim.training.buffers import Handling, PowerVectors
-from fedsim.training.draws import KeyedDraws
+from fedsim.training.draws import DrawsState, KeyedDraws
+from fedsim.training.head import head_input
 from fedsim.training.pooling import pool_faster
 from fedsim.training.probe import heads
 from fedsim.training.recompute import Recompute
@@ -23,6 +25,14 @@ CASTABLE: set[type] = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d}  # layers who
 CACHE_BLOCK = 2**17  # entries, which fit in a core's cache
 
 Snapshot = tuple[Tensor, dict[str, Tensor]]  # batch-norm statistics (Q,), and the other buffers by name
+
+
+@dataclass
+class Passes:
+    """What the training passes of a model change besides its weights, as of when the replica had them last."""
+
+    buffers: Snapshot
+    draws: DrawsState
 
 
 class Replica:
@@ -77,6 +87,8 @@ class Replica:
         self.generator = torch.Generator(self.device)
         self.draws = KeyedDraws(self.generator)
         self._draws: AbstractContextManager[object] = self.draws if task.draws else nullcontext()
+        self.in_use = self.first_passes(self.buffers, {}, 0)  # of the client's own model, or meanwhile of another
+        self.trained: Passes | None = None  # of the model that is being trained
         self._recompute = Recompute(self.network, self.generator) if task.recompute else None
         self._teacher = copy.deepcopy(task.teacher).to(self.device).eval() if task.teacher else None
 
@@ -127,6 +139,16 @@ class Replica:
         """Copies of the buffers that are handled in this way, which are not among the statistics, by name."""
         return {name: b.clone() for name, b in self._counters.items() if self.task.handling.get(name) == handling}
 
+    def named_buffers(self) -> State:
+        """Copies of all buffers of the network, by name."""
+        return {name: buffer.clone() for name, buffer in self.network.named_buffers()}
+
+    def restore_buffers(self, named: State) -> None:
+        """Set all buffers of the network, by name."""
+        with torch.no_grad():
+            for name, buffer in self.network.named_buffers():
+                buffer.copy_(named[name])
+
     def restore(self, snapshot: Snapshot) -> None:
         """Set statistics and other buffers back to a snapshot."""
         buffers, counters = snapshot
@@ -134,6 +156,48 @@ class Replica:
             self.buffers.copy_(buffers)
             for name, counter in counters.items():
                 self._counters[name].copy_(counter)
+
+    def first_passes(self, buffers: Tensor, private: Mapping[str, Tensor], seed: int) -> Passes:
+        """Those of a model before its first pass, with statistics (Q,)."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return Passes((buffers, self._initial_counters | dict(private)), (generator.get_state(), {}))
+
+    @contextmanager
+    def using(self, passes: Passes) -> Iterator[None]:
+        """Have those of this model meanwhile."""
+        others = self.in_use
+        if passes is not others:
+            self._exchange(passes)
+        try:
+            yield
+        finally:
+            if passes is not others:
+                self._exchange(others)
+
+    def _exchange(self, passes: Passes) -> None:
+        self.in_use.buffers, self.in_use.draws = self.snapshot(), self.draws.state
+        self.in_use = passes
+        self._resume(passes)
+
+    def _resume(self, passes: Passes) -> None:
+        self.restore(passes.buffers)
+        self.draws.state = passes.draws
+
+    @contextmanager
+    def training(self, passes: Passes, *, keep: bool = False) -> Iterator[None]:
+        """What is loaded meanwhile is the iterate of this model.
+
+        The weights before come back after it, with `keep`, or if they are the iterate of another training.
+        """
+        outer, self.trained = self.trained, passes
+        kept = (self.flat.clone(), self.gradient.clone()) if keep or outer else None
+        try:
+            yield
+        finally:
+            self.trained = outer
+            if kept:
+                self.load(kept[0])
+                self.gradient.copy_(kept[1])
 
     @property
     def changing(self) -> list[Tensor]:
@@ -174,6 +238,10 @@ class Replica:
         own = weights | statistics | counters | self._power_vectors.at(weights)
         with self._draws:
             return heads(functional_call(self.network, own, (self._input(x),)))
+
+    def head_input(self) -> AbstractContextManager[list[Tensor]]:
+        """A list that gets the input of the network's head in each pass meanwhile. Raises ConfigError."""
+        return head_input(self.network, self.task.head)
 
     def teacher_logits(self, x: Tensor) -> Tensor:
         """(B, classes) of the task's teacher network, in eval mode, without gradients."""

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from fedsim.base.modes import own_thread_modes
 from fedsim.errors import ConfigError, name_of
 from fedsim.training.buffers import Handling, buffer_handling, power_vectors
+from fedsim.training.head import head_of
 from fedsim.training.layout import Layout, Order
 from fedsim.training.probe import copied, probe
 from fedsim.training.recompute import blocks_of
@@ -28,7 +29,8 @@ class Task:
     `handling` says what becomes of the others, by `buffers`, which is `model.buffers`: those that are averaged,
     such as batch-norm statistics, form the vector of buffers (Q,). It is separate from the model (P,), and
     strategies do not see it. In training mode the network may return a tuple: its logits and the logits of
-    auxiliary heads. `teacher` is a network to distil from; it takes the same examples. The network is tried on
+    auxiliary heads. `teacher` is a network to distil from; it takes the same examples. `head` is the name of the
+    layer whose input is the features, by default the last linear layer that runs. The network is tried on
     `examples` (n, ...), as `probe` says.
     """
 
@@ -43,6 +45,7 @@ class Task:
         recompute: bool = False,
         teacher: nn.Module | None = None,
         buffers: Mapping[str, BufferWord] = MappingProxyType({}),
+        head: str | None = None,
         examples: Tensor | None = None,
     ):
         self.shape, self.classes, self.channels_last = shape, classes, channels_last
@@ -56,7 +59,9 @@ class Task:
         statistics = {n: b for n, b in network.named_buffers() if self.handling.get(n) == "average"}
         normal = {id(p) for m in network.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
         norms = frozenset(n for n, p in parameters.items() if id(p) in normal)
-        self.layout = Layout({n: p.shape for n, p in parameters.items()}, channels_last, norms)
+        self.head = head_of(network, head, examples)
+        of_head = frozenset(n for n in parameters if self.head and n.startswith(f"{self.head}."))
+        self.layout = Layout({n: p.shape for n, p in parameters.items()}, channels_last, norms, of_head)
         self.buffer_layout = Layout({n: b.shape for n, b in statistics.items()})
         self.initial_model = self.layout.flatten(parameters)
         self.teacher = copied(teacher).to(self.initial_model.dtype) if teacher else None

@@ -109,7 +109,9 @@ def record(
     """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(network.device)
     if network.draws:
-        for generator in cohort.generators:
+        for source in network.streams:
+            cohort.generators(*source)
+        for generator in cohort.all_generators:
             graph.register_generator_state(generator)
     with CAPTURING, torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
         computed = compute(network, work, cohort, *tensors)

@@ -7,6 +7,7 @@ Shapes: C clients, K steps of the longest of them, B examples of the largest bat
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 from fedsim.data import FederatedData
 from fedsim.training.example_loss import batch_rows
 from fedsim.training.losses import class_weights
-from fedsim.training.objective import exact
+from fedsim.training.objective import exact, key_of
 from fedsim.training.recipe import Recipe
 from fedsim.types import Batch, Job, Stream, random
 
@@ -62,14 +63,27 @@ class Cohort:
         self.device, self.recipe = like.device, client_jobs[0].recipe
         self.rows = [data.rows(m.job.client_id) for m in client_jobs]
         self.sizes = [len(rows) for rows in self.rows]
-        self.num_steps = [self.recipe.num_steps(n) for n in self.sizes]
-        self.generators = [
-            torch.Generator(self.device).manual_seed(int(self._random(m, Stream.NETWORK).integers(2**63)))
-            for m in client_jobs
-        ]
+        self._generators: dict[tuple[Stream, tuple[str, ...]], list[torch.Generator]] = {}
         self.tensors: dict[tuple[str, int | None], Tensor] = {}  # on the device, by name and schedule
         self._schedules: dict[int | None, list[list[Tensor]]] = {}  # by client and step, (b,) rows
         self._steps: dict[int | None, list[Step]] = {}
+        self._num_steps: dict[int | None, list[int]] = {}
+
+    def generators(self, stream: Stream, path: tuple[str, ...] = ()) -> list[torch.Generator]:
+        """The generator of each client for a stream, of the model with this path of names."""
+        key = stream, path
+        if key not in self._generators:
+            names = [key_of(name) for name in path]
+            self._generators[key] = [
+                torch.Generator(self.device).manual_seed(int(self._random(m, stream, *names).integers(2**63)))
+                for m in self.client_jobs
+            ]
+        return self._generators[key]
+
+    @property
+    def all_generators(self) -> list[torch.Generator]:
+        """All that were used so far."""
+        return [generator for own in self._generators.values() for generator in own]
 
     def tensor(self, name: str, schedule: int | None = None, step: int | None = None) -> Tensor:
         """(C, ...) on the device, made at the first call; with `step`, the part for this step."""
@@ -87,13 +101,16 @@ class Cohort:
             return torch.arange(int(counts.max())) < counts.unsqueeze(-1)  # (K, C, B)
         if name == "class_weights":
             return self._class_weights()
-        if name in ("num_examples", "num_steps"):
-            return exact(self.sizes if name == "num_examples" else self.num_steps, self.like)
+        if name == "num_examples":
+            return exact(self.sizes, self.like)
+        if name == "num_steps":
+            return exact(self.num_steps(schedule), self.like)
         numbers: dict[str, Callable[[], object]] = {
             "clients": lambda: [m.job.client_id for m in self.client_jobs],
+            "rounds": lambda: [m.job.round for m in self.client_jobs],
             "counts": lambda: [step.counts for step in self.steps(schedule)],
             "lr": self.lr,
-            "step_lr": lambda: [self.lr(step.number) for step in self.steps(schedule)],
+            "step_lr": lambda: [self.lr(step.number, schedule) for step in self.steps(schedule)],
         }
         return torch.tensor(numbers[name](), dtype=torch.int64 if name == "clients" else self.like.dtype)
 
@@ -122,8 +139,9 @@ class Cohort:
         """Overwrite all tensors made so far with those of another cohort, and seed the generators as its own."""
         for key, tensor in self.tensors.items():
             tensor.copy_(other.host_tensor(*key), non_blocking=True)
-        for mine, theirs in zip(self.generators, other.generators, strict=True):
-            mine.manual_seed(theirs.initial_seed())
+        for source, own in self._generators.items():
+            for mine, theirs in zip(own, other.generators(*source), strict=True):
+                mine.manual_seed(theirs.initial_seed())
 
     def batch(self, step: Step, augmented: bool) -> Batch:
         """The batch of a step, (C, B, ...) on the device."""
@@ -145,11 +163,18 @@ class Cohort:
         }
         return Batch(**fields, mask=mask)
 
-    def lr(self, step: int | None = None) -> list[float]:
-        """(C,) the learning rates of the round, or of each client's step number `step`."""
+    def num_steps(self, schedule: int | None = None) -> list[int]:
+        """(C,) how many steps the clients take in a schedule: of the round, or of so many epochs."""
+        if schedule not in self._num_steps:
+            recipe = replace(self.recipe, epochs=schedule, steps=None) if schedule else self.recipe
+            self._num_steps[schedule] = [recipe.num_steps(n) for n in self.sizes]
+        return self._num_steps[schedule]
+
+    def lr(self, step: int | None = None, schedule: int | None = None) -> list[float]:
+        """(C,) the learning rates of the round, or of each client's step number `step` in a schedule."""
         if step is None:
             return [m.recipe.lr_at(m.job.round) for m in self.client_jobs]
-        at = zip(self.client_jobs, self.num_steps, strict=True)
+        at = zip(self.client_jobs, self.num_steps(schedule), strict=True)
         return [m.recipe.lr_at(m.job.round, min(step, k - 1), k) for m, k in at]
 
     def _rows(self, schedule: int | None) -> Tensor:

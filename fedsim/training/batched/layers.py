@@ -4,6 +4,7 @@ Shapes: C clients, B examples of a client, with padding.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 from weakref import WeakValueDictionary
@@ -27,18 +28,30 @@ class RaggedError(Exception):
     """The strategy needs clients with equally many examples in a batch: it runs them in smaller batches."""
 
 
+@dataclass
+class Padding:
+    """Of the batches of this step: how many of the B examples of each client are no padding; None means all."""
+
+    counts: list[int] | None = None  # (C,)
+    mask: Tensor | None = None  # (B,) bool, the same for one client
+
+
 class BatchedDraws(TorchFunctionMode):
     """While it is active in this thread, code under `vmap` draws as with `training.draws.KeyedDraws`.
 
-    Each client draws from its own generator. `counts` (C,) is None, or the numbers of examples in a padded batch;
-    in a step without examples a client draws nothing.
+    Each client draws from its own generator; in a step without examples it draws nothing.
     """
 
-    def __init__(self, client_index: Tensor, generators: Sequence[torch.Generator], weights_shape: tuple[int]):
+    def __init__(
+        self,
+        client_index: Tensor,
+        draws: Sequence[KeyedDraws],
+        padding: Padding,
+        weights_shape: tuple[int],
+    ):
         super().__init__()
-        self.client_index, self.weights_shape = client_index, weights_shape
-        self.draws = [KeyedDraws(generator) for generator in generators]
-        self.counts: list[int] | None = None
+        self.padding = padding
+        self.client_index, self.draws, self.weights_shape = client_index, draws, weights_shape
         self.used = False
 
     def __torch_function__(
@@ -88,11 +101,11 @@ class BatchedDraws(TorchFunctionMode):
 
     def _all(self, draw: Callable[..., Tensor], *stacked: Tensor) -> Tensor:
         """(C, ...) the draws of all clients; `stacked` are tensors (C, ...). Raises RaggedError."""
-        counts = self.counts or [1] * len(self.draws)
+        counts = self.padding.counts or [1] * len(self.draws)
         drawn = {i: draw(i, *(t[i] for t in stacked)) for i, count in enumerate(counts) if count}
         like = next(iter(drawn.values()))
         # In padded batches, only numbers and vectors (P,) are certainly not drawn one by one for the examples.
-        if self.counts and not (like.dim() == 0 or like.shape == self.weights_shape != (max(counts),)):
+        if self.padding.counts and not (like.dim() == 0 or like.shape == self.weights_shape != (max(counts),)):
             raise RaggedError
         return torch.stack([drawn[i] if i in drawn else torch.zeros_like(like) for i in range(len(counts))])
 
@@ -109,15 +122,16 @@ def _shared_target(func: Callable[..., Any], whose: str) -> ConfigError:
 class BatchedLayers(TorchFunctionMode):
     """While it is active in this thread, layers ignore padding, and each client draws from its own generator.
 
-    `counts` (C,): the first so many of a client's B examples are no padding; None means all. Each client draws the
-    same numbers as with `training.draws.KeyedDraws`: none for padding, and none in a step without examples.
+    Each client draws the same numbers as with `training.draws.KeyedDraws`: none for padding, and none in a step
+    without examples.
     """
 
-    def __init__(self, client_index: Tensor, generators: Sequence[torch.Generator], conv: ConvMethod):
+    def __init__(
+        self, client_index: Tensor, generators: Sequence[torch.Generator], padding: Padding, conv: ConvMethod
+    ):
         super().__init__()
+        self.padding = padding
         self.client_index, self.generators, self.conv = client_index, generators, conv
-        self.counts: list[int] | None = None
-        self.mask: Tensor | None = None  # (B,) bool, the same information as `counts`
         # Drawn into, but not written: `vmap` cannot, where clients share a tensor. What the call returns is right.
         self._unwritten = WeakValueDictionary[int, Tensor]()  # by id
 
@@ -172,15 +186,15 @@ class BatchedLayers(TorchFunctionMode):
     ) -> Tensor:
         """F.batch_norm with the statistics of all rows but padding, in any precision."""
         mixed = running_mean is not None and x.dtype != running_mean.dtype  # not supported by its vmap rule
-        if not mixed and (not training or self.mask is None):
+        if not mixed and (not training or self.padding.mask is None):
             return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
         dims, channels = [0, *range(2, x.dim())], (1, -1, *(1,) * (x.dim() - 2))
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         if training:
-            places = x[0, 0].numel() * len(x) // (len(x) if self.mask is None else len(self.mask))
-            if 1 in (n * places for n in self.counts or [len(x)]):
+            places = x[0, 0].numel() * len(x) // (len(x) if self.padding.mask is None else len(self.padding.mask))
+            if 1 in (n * places for n in self.padding.counts or [len(x)]):
                 raise ValueError("Expected more than 1 value per channel when training, and a client has 1")
-            mean, var, count = _moments(wide, self.mask, dims, channels)
+            mean, var, count = _moments(wide, self.padding.mask, dims, channels)
             if running_mean is not None and running_var is not None:
                 running_mean.mul_(1 - momentum).add_(momentum * mean.detach())
                 running_var.mul_(1 - momentum).add_(momentum * var.detach() * count / (count - 1))
@@ -201,7 +215,7 @@ class BatchedLayers(TorchFunctionMode):
 
     def _draw(self, shape: torch.Size, like: Tensor, fill: Callable[[Tensor, torch.Generator], Any]) -> Tensor:
         """(C, B, ...) random numbers, where `shape` is (B, ...), drawn client by client."""
-        counts = self.counts or [1] * len(self.generators)
+        counts = self.padding.counts or [1] * len(self.generators)
         full = max(counts)
 
         def drawn() -> Tensor:

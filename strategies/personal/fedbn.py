@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedsim import Buffers, ConfigError, Layout, LocalObjective, Recipe, State, Update
 
-from .fedavg import FedAvg
+from ..averaging.fedavg import FedAvg
 from .personal import own_model, refuse_recalibrated, update_with_private
 
 

@@ -9,6 +9,7 @@ Differs: personal layers start from the initial model; in LG-FedAvg they start f
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -16,21 +17,22 @@ from torch import Tensor
 from fedsim import (
     Buffers,
     ConfigError,
-    Correction,
     Layout,
     LocalObjective,
-    Loss,
     ObjectiveWrapper,
     Recipe,
     State,
+    StepRules,
     Strategy,
     Update,
     Wrapper,
     matching,
 )
+from fedsim.federated.strategy import surveys
 
-from .fedsgd import FedSGD
+from ..averaging.fedsgd import FedSGD
 
+PERSONAL = "client_model", "personalise"  # methods of a strategy with models of clients
 ClientUpdate = Callable[[State, State, LocalObjective], Update]  # as Strategy.client_update
 
 
@@ -53,7 +55,11 @@ class Personal(Wrapper):
         for each in _with_inner(self.inner):
             if isinstance(each, FedSGD):
                 raise ConfigError("strategy.inner: fedsgd trains no layers at the client; use fedavg")
-            if type(each).client_model not in (Strategy.client_model, Wrapper.client_model):
+            if surveys(each) or each.uses_public:
+                what = "surveys the global model" if surveys(each) else "trains the global model on the server"
+                raise ConfigError(f"strategy.inner: {type(each).__name__} {what}, without the personal layers")
+            own = type(each).client_model, type(each).personalise
+            if not {*own} <= {getattr(kind, m) for kind in (Strategy, Wrapper) for m in PERSONAL}:
                 raise ConfigError(f"strategy.inner: {type(each).__name__} has personal models of its own")
         ones = torch.ones(sum(layout.sizes))
         if any(v.shape == ones.shape and v.any() for v in self.inner.init_client(ones, layout).values()):
@@ -119,8 +125,8 @@ class RecordingObjective(ObjectiveWrapper):
         super().__init__(inner)
         self.last_iterates: list[Tensor] = []  # each (P,)
 
-    def train(self, start: Tensor, *, loss: Loss | None = None, correct: Correction | None = None) -> Tensor:
-        self.last_iterates.append(super().train(start, loss=loss, correct=correct))
+    def train(self, start: Tensor, **rules: Unpack[StepRules]) -> Tensor:
+        self.last_iterates.append(super().train(start, **rules))
         return self.last_iterates[-1]
 
 

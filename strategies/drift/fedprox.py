@@ -11,7 +11,7 @@ from torch import Tensor
 from fedsim import Batch, LocalObjective, State, Update
 from fedsim.types import NonNegative
 
-from .fedavg import FedAvg
+from ..averaging.fedavg import FedAvg
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""Strategies that average models, or the gradients of one step."""

@@ -1,0 +1,1 @@
+"""Strategies that correct how far clients' models drift apart on non-IID data."""

@@ -1,0 +1,1 @@
+"""Strategies that make a model serve the clients that it serves worst."""

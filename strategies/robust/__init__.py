@@ -1,0 +1,1 @@
+"""Strategies that a few faulty or hostile clients cannot lead astray."""
