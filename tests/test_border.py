@@ -227,6 +227,10 @@ class Misnamed(FedAvg):
     def init_sever(self, model): ...
 
 
+class Misread(FedAvg):
+    brodcast = ("model", "c")
+
+
 class Short(FedAvg):
     def client_update(self, server, client): ...
 
@@ -250,6 +254,7 @@ def test_a_method_that_is_misspelt_or_takes_other_arguments_is_refused_at_the_st
     wrapped = Wrapper(inner=Short())
     for strategy, said in (
         (Misnamed(), r"Misnamed\.init_sever is never called; did you mean 'init_server'\?"),
+        (Misread(), r"Misread\.brodcast is never read; did you mean 'broadcast'\?"),
         (Short(), r"Short\.client_update does not take the arguments \(server, client, local\): too many"),
         (wrapped, r"Short\.client_update does not take"),
         (Short, ".* is no Strategy"),

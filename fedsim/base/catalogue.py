@@ -13,6 +13,7 @@ import importlib
 import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from fnmatch import fnmatchcase
 from functools import cache, partial
 from inspect import isfunction
@@ -92,6 +93,8 @@ class Catalogue:
                 if not f"{module}.".startswith(f"{error.name}."):
                     raise  # the user's module exists, but imports one that does not
                 way = "is its folder on PYTHONPATH? In that folder: PYTHONPATH=. fedsim ..."
+                if module.endswith(".py"):
+                    way = f"write {module.removesuffix('.py')}:{attribute}"
                 raise ConfigError(f"{at}: there is no module {module!r}; {way}") from error
 
     def options(self, name: str, at: str = "") -> "type[Options]":
@@ -258,7 +261,10 @@ def nearest(name: str, allowed: Iterable[str], similar: float = 0.6) -> list[str
 
 
 def check_methods(thing: object, base: type, at: str) -> None:
-    """Raise ConfigError where a user's class misspells a method of `base`, or takes other arguments in it."""
+    """Raise ConfigError where a user's class misspells a method or class variable of `base`.
+
+    Or where it takes other arguments in a method.
+    """
     kind, methods = type(thing), _public_methods(base)
     own = {name: method for name in methods if is_own(method := getattr(thing, name))}
     for name, method in own.items():
@@ -275,10 +281,20 @@ def check_methods(thing: object, base: type, at: str) -> None:
                 wrong = f"{part.__name__}.{name} is never called; did you mean {near[0]!r}?"
                 way = "begin the name of a method of your own with _"
                 raise ConfigError(f"{at}: {wrong} The methods are {', '.join(methods)}; {way}")
+            near = nearest(name, _class_variables(base) - vars(part).keys(), 0.85)
+            if near and name in _class_variables(part) and not hasattr(base, name):
+                raise ConfigError(f"{at}: {part.__name__}.{name} is never read; did you mean {near[0]!r}?")
 
 
 def _public_methods(kind: type) -> dict[str, Callable[..., Any]]:
     return {name: value for name, value in vars(kind).items() if isfunction(value) and name[0] != "_"}
+
+
+def _class_variables(kind: type) -> set[str]:
+    """The names of the variables of the class itself, which are no options."""
+    options = {option.name for option in fields(kind)} if is_dataclass(kind) else set[str]()
+    plain = {name for name, value in vars(kind).items() if not callable(value)}
+    return {name for name in (*plain, *vars(kind).get("__annotations__", {})) if name[0] != "_"} - options
 
 
 def unknown(name: str, allowed: Iterable[str]) -> str:

@@ -57,7 +57,7 @@ def ids(drawn: object, num_clients: int) -> list[int]:
         and max(found) < num_clients
     ):
         raise WrongReturnError(
-            f"gave {one_line(repr(drawn))}; it must return a list of ids from 0 to {num_clients - 1}"
+            f"gave {one_line(repr(drawn))}; it must return a list of one or more ids from 0 to {num_clients - 1}"
         )
     if len(set(found)) < len(found):
         raise WrongReturnError(f"gave {one_line(repr(drawn))}, in which an id occurs twice")
