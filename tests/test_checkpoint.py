@@ -102,6 +102,15 @@ def resume(run, *, rounds=6, complaints=()):
     return left(run)
 
 
+def test_an_option_that_came_with_a_later_version_changes_nothing(run):
+    """Its default gives the results of before."""
+    for path in [*(run / "checkpoints").glob("*.json")]:
+        said = values(path)
+        del said["config"]["strategy"]["control"], said["config"]["model"]["head"]
+        signed(path, said)
+    assert len(resume(run)["rounds"]) == 6
+
+
 def refused(run, *words):
     """In one line, with nothing changed."""
     before = contents(run)

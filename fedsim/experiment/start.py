@@ -1,10 +1,12 @@
 """How a run starts: anew, or from its last checkpoint; both give the run and the hooks that its config names."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from fedsim.base.catalogue import Spec, validated
+from fedsim.base.own_code import unread
 from fedsim.errors import ConfigError, one_line
 from fedsim.experiment.build import build, build_hooks
 from fedsim.experiment.checkpoint import Checkpoint, changes, train_again, versions
@@ -92,7 +94,12 @@ def resumed_run(
 
 
 def _changed_settings(before: Mapping[str, Any], config: Config, others: list[str], force: bool) -> list[str]:
-    """What is not as it was, in words; raises ConfigError where it changes the result, unless by `force`."""
+    """What is not as it was, in words; raises ConfigError where it changes the result, unless by `force`.
+
+    An option that was added since then has the default with which results are as before.
+    """
+    with unread(), suppress(ConfigError):  # of settings that are no longer there
+        before = load(before).model_dump(mode="json")
     result, free = changes(before, config.model_dump(mode="json"))
     result += others
     if result and not force:
