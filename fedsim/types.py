@@ -6,7 +6,7 @@ C clients in a cohort, N clients in the population, K steps of one client.
 
 import hashlib
 from enum import IntEnum
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -14,9 +14,6 @@ from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
 from fedsim.errors import RoundError
-
-if TYPE_CHECKING:
-    from fedsim.training.objective import LocalObjective
 
 State = dict[str, Tensor]  # named tensors: the state of the server or of a client, or the content of a message
 
@@ -141,7 +138,7 @@ class RoundInfo(NamedTuple):
     cohort_examples: int  # the sum of n_k over the cohort
     total_examples: int | None  # n, over all clients; None until every node has joined
     weights: Tensor = torch.empty(0, dtype=torch.float64)  # (C,) of their updates, in the order of `cohort`
-    public: "LocalObjective | None" = None  # over the server's own examples, for a strategy that `uses_public`
+    public: Any = None  # a LocalObjective over the server's own examples, for a strategy that `uses_public`
 
     @property
     def held(self) -> int:
