@@ -13,6 +13,7 @@ from time import sleep
 import pytest
 import torch
 from conftest import PARTIAL, SIZES, make_data, make_simulation, make_strategy, trace
+from covering import in_turn, sampled
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -131,8 +132,9 @@ def without(name):
     return trace(make_simulation(name, cohort=OTHERS), rounds=2)
 
 
-@pytest.mark.parametrize("name", PARTIAL)
-@runtimes
+@pytest.mark.parametrize(
+    ("runtime", "name"), sampled([(r, n) for n, r in in_turn(PARTIAL, RUNTIMES)], RUNTIMES, PARTIAL)
+)
 def test_who_is_dropped_leaves_no_trace(runtime, name):
     """The model is that of a cohort without them, and they keep what they had."""
     if surveys(make_strategy(name)):

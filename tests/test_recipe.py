@@ -9,6 +9,7 @@ from math import cos, pi, sqrt
 import pytest
 import torch
 from conftest import CLASSES, SHAPE, close, conv_net, make_data, make_local, make_simulation, make_task
+from covering import in_turn, sampled
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
@@ -101,8 +102,7 @@ MOVED_WITHOUT_STEPS = {  # what is added in each round, what clients answer, and
 IN_ALL = ["serial", {"name": "threads", "workers": 2}, {"name": "vectorized", "chunk": 2, "workers": 1}]
 
 
-@pytest.mark.parametrize("runtime", IN_ALL, ids=["serial", "threads", "vectorized"])
-@pytest.mark.parametrize("strategy", list(CATALOGUE))
+@pytest.mark.parametrize(("strategy", "runtime"), sampled(in_turn(CATALOGUE, IN_ALL), CATALOGUE, IN_ALL))
 def test_a_rate_of_0_moves_no_client(strategy, runtime):
     """An ended cosine: scaffold's c and c_k stay, too, and the mean update of the others is 0."""
     cosine = SCHEDULES.bind({"name": "cosine", "rounds": 2})
