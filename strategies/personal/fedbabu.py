@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedsim import ConfigError, Layout, LocalObjective, Recipe, State, Update
-from fedsim.types import Count
+from fedsim.types import Count, Positive
 
 from ..averaging.fedavg import FedAvg
 
@@ -21,10 +21,12 @@ class FedBABU(FedAvg):
     """FedBABU: FedAvg of all layers but the head, which stays as it was; fine-tuned for the evaluation (Oh 2022).
 
     The head is `model.head`, by default the last linear layer. For its own evaluation, with `evaluate.clients`, a
-    client trains the whole network for `epochs` epochs.
+    client trains the whole network for `epochs` epochs, by `local` and its learning rate of the last round, or
+    with `lr`: features that have grown around a fixed head may want a small one.
     """
 
     epochs: Count = 1
+    lr: Positive | None = None
 
     def check(self, recipe: Recipe, layout: Layout) -> None:
         check_head(layout, "fedbabu")
@@ -35,7 +37,7 @@ class FedBABU(FedAvg):
         return Update({"delta": y - x}, weight=local.num_examples)
 
     def personalise(self, server: State, client: State, local: LocalObjective) -> tuple[Tensor, Tensor]:
-        tuned = local.separate("fine-tuning", epochs=self.epochs)
+        tuned = local.separate("fine-tuning", epochs=self.epochs, lr=self.lr)
         return tuned.train(server["model"]), tuned.buffers
 
 
