@@ -19,6 +19,7 @@ from fedsim.federated.strategy import Strategy
 from fedsim.training.recipe import Recipe
 from fedsim.training.small_batches import named
 
+StepsMethod = Literal["max_steps", "survey_steps"]  # of a strategy
 MAX_EXAMPLES = 2**40  # of a client
 MAX_LOSS = 1e300  # of the sum over a client's examples, so that there is a sum over all clients
 ROUNDING = 2.0**-16  # a strategy may compute its weight in float32
@@ -59,7 +60,7 @@ def training_bounds(
     recipe: Recipe,
     num_examples: int,
     dtype: torch.dtype,
-    most: Literal["max_steps", "survey_steps"] = "max_steps",
+    most: StepsMethod = "max_steps",
 ) -> Bounds:
     """For a client with so many examples, and losses of that dtype; raises WrongReturnError.
 

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from math import isfinite
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from fedsim.base.modes import own_thread_modes
 from fedsim.data import FederatedData
 from fedsim.errors import ConfigError, RoundError, WrongReturnError, border, is_own, name_of
 from fedsim.federated.aggregate import WEIGHTS, largest
-from fedsim.federated.claims import Bounds, first_wrong, training_bounds, training_claims
+from fedsim.federated.claims import Bounds, StepsMethod, first_wrong, training_bounds, training_claims
 from fedsim.federated.strategy import Strategy, check_state, checked_update, personalises
 from fedsim.training.local import ClientObjective
 from fedsim.training.objective import KeyedObjective, LocalObjective
@@ -30,6 +31,7 @@ RESERVED = ("buffers", "ema.model", "ema.buffers")  # entries of the server's st
 
 PRIVATE = "buffers."  # in a client's state, before the name of a buffer that `model.buffers` makes private
 
+Result = TypeVar("Result")
 Work = Callable[[Replica, FederatedData, State, Any], Update]  # the last argument is a Job or a EvaluationChunk
 
 
@@ -48,7 +50,7 @@ class Train:
     time_limit: float | None = None  # seconds
     wait_for_absent: bool = True
     config: Spec | None = field(default=None, compare=False, repr=False)
-    _bounds: dict[tuple[int, torch.dtype], Bounds] = field(
+    _bounds: dict[tuple[int, torch.dtype, str], Bounds] = field(
         default_factory=dict, init=False, compare=False, repr=False
     )
 
@@ -70,11 +72,11 @@ class Train:
             replica, data, job, home["buffers"], self.recipe, self.seed, self.time_limit, own, path
         )
 
-    def bounds(self, num_examples: int, dtype: torch.dtype) -> Bounds:
+    def bounds(self, num_examples: int, dtype: torch.dtype, most: StepsMethod = "max_steps") -> Bounds:
         """What a client with so many examples may give beside its message; losses have that dtype."""
-        key = num_examples, dtype  # the same for many clients
+        key = num_examples, dtype, most  # the same for many clients
         if key not in self._bounds:
-            self._bounds[key] = training_bounds(self.strategy, self.recipe, num_examples, dtype)
+            self._bounds[key] = training_bounds(self.strategy, self.recipe, num_examples, dtype, most)
         return self._bounds[key]
 
     def check_update(self, update: Update, job: Job, num_examples: int, dtype: torch.dtype) -> None:
@@ -99,8 +101,7 @@ class Train:
         self, server: State, client: State, local: LocalObjective, draws: TorchFunctionMode | None
     ) -> Update:
         """The update of the strategy, which draws from `draws`, with metrics and batch-norm statistics."""
-        with draws or nullcontext():
-            made = self.strategy.client_update(server, client, KeyedObjective(local, draws) if draws else local)
+        made = _with_draws(partial(self.strategy.client_update, server, client), local, draws)
         update = checked_update(self.strategy, made)._replace(metrics=local.metrics)
         if own := local.private_buffers:
             update = update._replace(client=update.client | _private_entries(own))
@@ -120,9 +121,8 @@ class Survey:
     def __call__(self, replica: Replica, data: FederatedData, server: State, job: Job) -> Update:
         strategy, dtype = self.train.strategy, server["model"].dtype
         local = self.train.objective(replica, data, server, job, ("survey",))
-        draws = replica.draws if self.own_code else None
-        with draws or nullcontext():
-            made = strategy.survey(server, job.client or {}, KeyedObjective(local, draws) if draws else local)
+        ask = partial(strategy.survey, server, job.client or {})
+        made = _with_draws(ask, local, replica.draws if self.own_code else None)
         local.check_time()
         update = checked_update(strategy, made, "survey")._replace(metrics=local.metrics)
         whose = f"{type(strategy).__name__}.survey"
@@ -138,7 +138,7 @@ class Survey:
 
     def bounds(self, num_examples: int, dtype: torch.dtype) -> Bounds:
         """As in Train."""
-        return training_bounds(self.train.strategy, self.train.recipe, num_examples, dtype, "survey_steps")
+        return self.train.bounds(num_examples, dtype, "survey_steps")
 
     @property
     def own_code(self) -> list[str]:
@@ -149,6 +149,16 @@ class Survey:
     def wait_for_absent(self) -> bool:
         """As in Train."""
         return self.train.wait_for_absent
+
+
+def _with_draws(
+    ask: Callable[[LocalObjective], Result], local: LocalObjective, draws: TorchFunctionMode | None
+) -> Result:
+    """What a method of a strategy gives for a client; with `draws` it draws its random numbers from there."""
+    if draws is None:
+        return ask(local)
+    with draws:
+        return ask(KeyedObjective(local, draws))
 
 
 def _check_claims(update: Update, bounds: Bounds, where: str, method: str, steps: str) -> None:
@@ -343,9 +353,8 @@ class EvaluateClient:
         if personalises(strategy):
             job = job._replace(round=max(job.round, 0))  # it is -1 before the first one
             local = self.training.objective(replica, data, server, job, ("personalise",))
-            draws = replica.draws if self.own_code else None
-            with draws or nullcontext():
-                found = strategy.personalise(server, client, KeyedObjective(local, draws) if draws else local)
+            ask = partial(strategy.personalise, server, client)
+            found = _with_draws(ask, local, replica.draws if self.own_code else None)
             local.check_time()
             model, buffers = found if isinstance(found, tuple) and len(found) == 2 else (found, local.buffers)
             own, method = local.private_buffers, "personalise"

@@ -6,6 +6,7 @@ from math import isfinite
 from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from fedsim.base.global_draws import keyed_globals
 from fedsim.data import FederatedData
@@ -63,7 +64,7 @@ class ServerHalf:
 
     def changed(self, server: State, aggregate: State, public: LocalObjective | None = None) -> State:
         """The entries of the server's state that change; raises RoundError."""
-        rows = {"buffers": aggregate["buffers"]} if "buffers" in aggregate else {}
+        rows = aggregate.get("buffers")  # of statistics
         seed, strategy = self.train.seed, self.train.strategy
         info = self.facts.info(seed, self.method, public)
         own = {name: value for name, value in server.items() if name not in RESERVED}
@@ -81,7 +82,7 @@ class ServerHalf:
                     f"changed server[{lost[0]!r}] and did not return it; return {{{lost[0]!r}: ...}}"
                 )
             made = {name: value.detach().to(own[name].device) for name, value in ordinary(update).items()}
-        return made | (self._buffers(rows, info, server) if rows else {})
+        return made if rows is None else made | self._buffers(rows, info, server)
 
     def selected(self, server: State, aggregate: State) -> list[int]:
         """The ids of the clients that train; raises RoundError."""
@@ -95,11 +96,11 @@ class ServerHalf:
                 raise WrongReturnError(f"gave client {min(strange)}, which has not answered the survey")
         return sorted(chosen)
 
-    def _buffers(self, rows: State, info: RoundInfo, server: State) -> State:
+    def _buffers(self, rows: Tensor, info: RoundInfo, server: State) -> State:
         """The statistics that the strategy makes of the clients' rows (C, Q)."""
         with self._border("server_buffers"):
             with keyed_globals(self.train.seed, Stream.SERVER, self.facts.number):
-                made = {"buffers": self.train.strategy.server_buffers(rows["buffers"], info)}
+                made = {"buffers": self.train.strategy.server_buffers(rows, info)}
             check_state(made)
             if form_of(made) != (right := form_of({"buffers": server["buffers"]})):
                 raise WrongReturnError(f"gave {described(form_of(made))}; it should give {described(right)}")
