@@ -315,7 +315,11 @@ class Draws(Mixes):
 @pytest.mark.parametrize(
     ("strategy", "network", "why"),
     [
-        (Branches(), plain_net, "runtime.name: vectorized cannot batch"),
+        (
+            Branches(),
+            plain_net,
+            "runtime.name: vectorized cannot batch this strategy and model: RuntimeError: it asks",
+        ),
         ("fedavg", Asks, "runtime.name: vectorized cannot batch"),
         ("fedavg", Mixes, "runtime.name: vectorized computes another"),
         ("fedavg", Draws, "model: draws with bernoulli"),

@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_a
 import numpy as np
 from pydantic import BaseModel, ByteSize, ConfigDict, ValidationError, create_model, field_validator
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticSerializationError
 
 from fedsim.base.files import uninterrupted
 from fedsim.base.own_code import before_import, is_unread
-from fedsim.errors import ConfigError, border, is_own, name_of
+from fedsim.errors import ConfigError, WrongReturnError, border, is_own, name_of, one_line
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -136,7 +137,7 @@ class Catalogue:
         schema = _schema(bases, name=(str, ...))  # so that errors list `name`, too
         values = validated(schema, options, at)
         with border(f"{at}.name: {spec['name']}", ConfigError):
-            return {"name": spec["name"]} | values.model_dump(mode="json")
+            return {"name": spec["name"]} | _written(values)
 
     def bind(self, spec: object, at: str = "", product: type = object) -> Callable[..., Any]:
         """The callable of `spec` with its options set; the engine will pass the positional arguments.
@@ -253,6 +254,18 @@ def validated(schema: type[Schema], values: Mapping[str, Any], at: str = "") -> 
         return schema.model_validate_json(text, strict=True)
     except ValidationError as error:
         raise _first_error(error, schema, values, at) from None
+
+
+def _written(options: Options) -> Spec:
+    """Options as a config holds them; raises ConfigError naming one that it cannot hold, such as a default."""
+    written: Spec = {}
+    for name in type(options).model_fields:
+        try:
+            written |= options.model_dump(mode="json", include={name})
+        except PydanticSerializationError as error:
+            variable = f"declare a variable of the class as `{name}: ClassVar = ...`"
+            raise WrongReturnError(f"option {name}: {one_line(error)}; {variable}") from None
+    return written
 
 
 def nearest(name: str, allowed: Iterable[str], similar: float = 0.6) -> list[str]:

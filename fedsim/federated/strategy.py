@@ -247,7 +247,9 @@ def check_state(state: object, noun: str = "state", whose: str = "") -> None:
             raise WrongReturnError(f"{whose}gave {name!r} as a name in its {noun}; names are strings")
         if type(value) not in (Tensor, nn.Parameter) or value.layout is not torch.strided:
             made = str(value.layout) if type(value) is Tensor else type(value).__name__
-            raise WrongReturnError(f"{whose}gave {made} as {name!r} in its {noun}; it should be a dense tensor")
+            way = "value.to_dense()" if type(value) is Tensor else "torch.as_tensor(value)"
+            right = f"it should be a dense tensor, such as {way}"
+            raise WrongReturnError(f"{whose}gave {made} as {name!r} in its {noun}; {right}")
 
 
 def checked_update(strategy: Strategy, update: object, method: str = "client_update") -> Update:

@@ -97,7 +97,7 @@ def _compare(
         raise
     except BaseException as error:
         raise ConfigError(
-            f"runtime.name: vectorized cannot batch this strategy and model: {located(error)}; use threads"
+            f"runtime.name: vectorized cannot batch this strategy and model: {_why(error)}; use threads"
         ) from error
     differences = (
         _difference(a, b, TOLERANCE[work.recipe.precision]) for a, b in zip(alone, together, strict=True)
@@ -124,6 +124,14 @@ def _few_rows(data: FederatedData, recipe: Recipe, clients: tuple[int, int]) -> 
     few = copy.copy(data)
     setattr(few, "rows", lambda client: data.rows(client)[: limits[client]])  # noqa: B010 - a method of this object
     return few
+
+
+def _why(error: BaseException) -> str:
+    """Why code cannot be batched, in a line; torch says in several ways that it wants the value of a tensor."""
+    if any(words in str(error) for words in (".item()", "data-dependent control flow")):
+        plain = RuntimeError("it asks for the value of a tensor, by float(), .item() or `if`")
+        return located(plain.with_traceback(error.__traceback__))
+    return located(error)
 
 
 def _batched_updates(network: Network, data: FederatedData, batch: Sequence[Client]) -> list[Update]:
