@@ -139,6 +139,7 @@ class RoundInfo(NamedTuple):
     total_examples: int | None  # n, over all clients; None until every node has joined
     weights: Tensor = torch.empty(0, dtype=torch.float64)  # (C,) of their updates, in the order of `cohort`
     public: Any = None  # a LocalObjective over the server's own examples, for a strategy that `uses_public`
+    federation: Any = None  # a Federation: sizes and last trainings of all clients, before this round
 
     @property
     def held(self) -> int:

@@ -385,14 +385,11 @@ def test_a_client_without_a_model_of_its_own_is_tested_on_the_global_one():
 
 # Everyone learns
 
-LEARN = {"afl": {"clients": 3}}  # settings of strategies whose defaults are for longer runs than this
-
 
 def test_everyone_learns(name):
     """The loss, of each client's own model on its own examples, falls below half of what it was."""
-    strategy = make_strategy(name, **LEARN.get(name, {}))
     task = make_task(lambda: conv_net(dropout=0.1))
-    simulation = make_simulation(strategy, task=task, data=make_data([30, 40, 50], noise=0.3, public=30), lr=0.1)
+    simulation = make_simulation(name, task=task, data=make_data([30, 40, 50], noise=0.3, public=30), lr=0.1)
     before = own_loss(simulation)
     for _ in range(20):
         simulation.round()

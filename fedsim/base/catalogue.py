@@ -260,17 +260,19 @@ def nearest(name: str, allowed: Iterable[str], similar: float = 0.6) -> list[str
     return difflib.get_close_matches(name, [*allowed], n=1, cutoff=similar)
 
 
-def check_methods(thing: object, base: type, at: str) -> None:
+def check_methods(thing: object, base: type, at: str, more: Mapping[str, str] = {}) -> None:
     """Raise ConfigError where a user's class misspells a method or class variable of `base`.
 
-    Or where it takes other arguments in a method.
+    Or where it takes other arguments in a method. `more` names, by method, one that it may take besides.
     """
     kind, methods = type(thing), _public_methods(base)
     own = {name: method for name in methods if is_own(method := getattr(thing, name))}
     for name, method in own.items():
         _, *arguments = inspect.signature(methods[name]).parameters
+        signature = inspect.signature(method)
+        besides = {more[name]: None} if more.get(name) in signature.parameters else {}
         try:
-            inspect.signature(method).bind(*arguments)
+            signature.bind(*arguments, **besides)
         except TypeError as error:
             taken = f"{kind.__name__}.{name} does not take the arguments ({', '.join(arguments)})"
             raise ConfigError(f"{at}: {taken}: {error}") from None

@@ -40,6 +40,7 @@ from fedsim.base.version import VERSION
 from fedsim.errors import ConfigError, one_line
 from fedsim.experiment.round_log import FIELDS
 from fedsim.experiment.round_log import NAME as LOG
+from fedsim.federated.federation import SAVED, Past
 from fedsim.federated.simulation import Round, Simulation
 from fedsim.federated.store import SEGMENT_NAME
 from fedsim.types import Form, State, described, form_of
@@ -99,7 +100,7 @@ class Checkpoints:
         make_folder(self.folder)
         clients = simulation.clients.flush()
         path = self.folder / f"server-{simulation.number:06}.safetensors"
-        server = write(path, save(untied_copies(simulation.server)), sync_name=False)
+        server = write(path, save(untied_copies(simulation.server | simulation.past.saved())), sync_name=False)
         checkpoint = Checkpoint(
             round=simulation.number,
             clock=simulation.clock,
@@ -145,7 +146,13 @@ class Checkpoints:
 
     def restore(self, simulation: Simulation, checkpoint: Checkpoint, server: State) -> None:
         """Give a new simulation the state of a checkpoint; raises ConfigError where that has another form."""
+        past = {name: server[name] for name in SAVED if name in server}
+        server = {name: value for name, value in server.items() if name not in past}
         _check_form(self.folder, "the server's state is", form_of(server), form_of(simulation.server))
+        try:
+            restored = Past.restored(simulation.data.num_clients, past) if past else simulation.past
+        except ValueError as error:
+            raise ConfigError(f"{self.folder}: {error}") from None
         for path in self._found():
             if int(path.stem) > checkpoint.round:  # broken
                 remove(path)
@@ -155,7 +162,7 @@ class Checkpoints:
         last = _last(checkpoint)
         self._restore_clients(simulation, checkpoint.clients, last.get("cohort", ()))
         simulation.server = {name: server[name].to(simulation.runtime.home) for name in simulation.server}
-        simulation.number, simulation.clock = checkpoint.round, checkpoint.clock
+        simulation.number, simulation.clock, simulation.past = checkpoint.round, checkpoint.clock, restored
         simulation.last = Round(**last) if last else None
         self._settle(simulation)
 

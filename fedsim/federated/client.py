@@ -18,7 +18,8 @@ from fedsim.data import FederatedData
 from fedsim.errors import ConfigError, RoundError, WrongReturnError, border, is_own, name_of
 from fedsim.federated.aggregate import WEIGHTS, largest
 from fedsim.federated.claims import Bounds, StepsMethod, first_wrong, training_bounds, training_claims
-from fedsim.federated.strategy import Strategy, check_state, checked_update, personalises
+from fedsim.federated.federation import SAVED, Federation
+from fedsim.federated.strategy import Strategy, check_state, checked_update, personalises, server_state
 from fedsim.training.local import ClientObjective
 from fedsim.training.objective import KeyedObjective, LocalObjective
 from fedsim.training.recipe import Recipe
@@ -26,9 +27,7 @@ from fedsim.training.replica import Replica
 from fedsim.training.task import Task
 from fedsim.types import Job, State, Stream, Update, described, form_of, random
 
-RESERVED = ("buffers", "ema.model", "ema.buffers")  # entries of the server's state that no strategy may have
-
-
+RESERVED = ("buffers", "ema.model", "ema.buffers", *SAVED)  # what no strategy may have in the server's state
 PRIVATE = "buffers."  # in a client's state, before the name of a buffer that `model.buffers` makes private
 
 Result = TypeVar("Result")
@@ -172,14 +171,16 @@ def _check_claims(update: Update, bounds: Bounds, where: str, method: str, steps
     raise UndeclaredError(f"{where}: {method}: gave the {wrong}; if more is right, override {more}")
 
 
-def initial_server_state(strategy: Strategy, task: Task, home: torch.device | None = None, seed: int = 0) -> State:
+def initial_server_state(
+    strategy: Strategy, task: Task, federation: Federation, home: torch.device | None = None, seed: int = 0
+) -> State:
     """The server's state before the first round: the strategy's entries and statistics. Raises ConfigError."""
     model = task.initial_model.to(home)
     with (
         keyed_globals(seed, Stream.SERVER),
         border(f"strategy: {type(strategy).__name__}.init_server", ConfigError),
     ):
-        own = strategy.init_server(model)
+        own = server_state(strategy, model, federation)
         check_state(own)
         if "model" not in own or form_of({"model": own["model"]}) != form_of({"model": model}):
             made, right = described(form_of(own)), described(form_of({"model": model}))

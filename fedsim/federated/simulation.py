@@ -45,6 +45,7 @@ from fedsim.federated.client import (
     initial_server_state,
 )
 from fedsim.federated.cohort import Cohort, ids
+from fedsim.federated.federation import Federation, Past, asks
 from fedsim.federated.fold import cause
 from fedsim.federated.pace import Pace
 from fedsim.federated.recalibration import Recalibrate, Recalibration, check_recalibration
@@ -142,15 +143,15 @@ class Trained(NamedTuple):
 
 
 class Simulation:
-    """The state of a federation between two rounds: only `server`, `clients`, `number` and `clock` change.
+    """The state of a federation between two rounds: only `server`, `clients`, `past`, `number` and `clock` change.
 
     `server` is the strategy's state, the batch-norm statistics and, with `ema`, a running mean of both model and
     statistics: it starts at the initial ones, and after each update ema = d ema + (1 - d) model (Tarvainen &
     Valpola 2017, https://arxiv.org/abs/1703.01780). Clients do not train from it. `clients` are the states of all
-    clients that have taken part; `number` is the number of the next round, from 0; `clock` counts virtual seconds.
-    Nothing else is needed to continue, since random numbers depend on a key: (seed, use, round, client). `last` is
-    the result of the last round. `pace` remembers the times of clients, so that several workers start with the
-    slowest.
+    clients that have taken part, and `past` is what is known of their last trainings; `number` is the number of
+    the next round, from 0; `clock` counts virtual seconds. Nothing else is needed to continue, since random
+    numbers depend on a key: (seed, use, round, client). `last` is the result of the last round. `pace` remembers
+    the times of clients, so that several workers start with the slowest.
     """
 
     @own_modes()
@@ -202,7 +203,8 @@ class Simulation:
             given = f"{type(strategy).__name__} needs all messages, and {type(aggregator).__name__} keeps none"
             raise ConfigError(f"aggregator: {given}; leave it out, or give a fedsim.Rows")
         self.recalibrate, self.decay = recalibrate, ema
-        self.server: State = initial_server_state(strategy, task, runtime.home, seed)
+        self.past = Past.none(data.num_clients)
+        self.server: State = initial_server_state(strategy, task, self.federation, runtime.home, seed)
         if ema is not None:
             self.server |= {f"ema.{name}": self.server[name] for name in ("model", "buffers")}
         self.initial_client = runtime.placeholder_state(initial_client_state(strategy, task, seed))
@@ -215,7 +217,7 @@ class Simulation:
             raise ConfigError(
                 f"failures.min_clients: {failures.min_clients}, and a cohort has {cohort_size} clients"
             )
-        if strategy.min_clients > cohort_size:
+        if self._needs[0] > cohort_size:
             raise ConfigError(
                 f"strategy: {self._needs[1]}, and a cohort has {cohort_size} clients; make the cohort larger, or "
                 "change the strategy's options"
@@ -225,6 +227,11 @@ class Simulation:
     def newcomer(self) -> State:
         """The old name of `initial_client`, for one release."""
         return self.initial_client
+
+    @property
+    def federation(self) -> Federation:
+        """What is known of the clients before the next round."""
+        return Federation.of(self.data.sizes, self.past)
 
     @property
     def work(self) -> Train:
@@ -241,8 +248,9 @@ class Simulation:
             return chosen
 
     def _drawn(self) -> list[int]:
+        more = {"federation": self.federation} if asks(self.cohort) else {}
         with keyed_globals(self.seed, Stream.COHORT, self.number):
-            drawn = self.cohort(self.data.num_clients, random(self.seed, Stream.COHORT, self.number))
+            drawn = self.cohort(self.data.num_clients, random(self.seed, Stream.COHORT, self.number), **more)
         return ids(drawn, self.data.num_clients)
 
     @own_modes()
@@ -266,7 +274,8 @@ class Simulation:
                 with one_thread():
                     trained = self._train(attempt.reporting, after_client, before_client)
             server, reports, failed = trained.server, trained.reports, trained.failed
-            sums = _sums(report.metrics for report in reports if report.client_id not in failed)
+            counted = [report for report in reports if report.client_id not in failed]
+            sums = _sums(report.metrics for report in counted)
             asked = _sums(report.metrics for report in trained.surveyed)
             done = Round(
                 round=self.number + 1,
@@ -281,8 +290,10 @@ class Simulation:
                 absent={str(client): cause for client, cause in sorted((attempt.absent | trained.absent).items())},
                 clock=self.clock + attempt.seconds,
             )
+            past = self.past.after(self.number, counted, attempt.client_seconds)
             with uninterrupted():
                 self.clients.commit()
+                self.past = past
                 self.server, self.number, self.clock, self.last = server, done.round, done.clock, done
         except BaseException:
             self.clients.discard()
@@ -366,8 +377,9 @@ class Simulation:
     def _needs(self) -> tuple[int, str]:
         """The least number of clients whose messages a round needs, and what says so."""
         wanted, needed = self.failures.min_clients, self.strategy.min_clients
+        needed, says = (self.data.num_clients, "all of them") if needed == "all" else (needed, str(needed))
         if needed > wanted:
-            return needed, f"{type(self.strategy).__name__} needs {needed}"
+            return needed, f"{type(self.strategy).__name__} needs {says}"
         return wanted, f"failures.min_clients is {wanted}"
 
     def _download(self, server: State) -> State:
@@ -518,7 +530,7 @@ class Simulation:
         sizes = self.data.sizes
         total_examples = int(sizes.sum()) if sizes.all() else None
         cohort_examples = int(sizes[[*weights]].sum())
-        about = self.number, weights, self.data.num_clients, cohort_examples, total_examples
+        about = self.number, weights, self.data.num_clients, cohort_examples, total_examples, self.federation
         return ServerHalf(method, self.work, Facts(*about))
 
     def _after(self, method: Method, server: State, found: "Answers", aggregator: Aggregator) -> State:

@@ -1,6 +1,7 @@
 """The base class of federated algorithms: hyper-parameters, and pure functions of states."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 from typing import ClassVar, Literal, get_args
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from fedsim.base.catalogue import check_methods
 from fedsim.errors import ConfigError, WrongReturnError
 from fedsim.federated.aggregate import Aggregator, WeightedMean
+from fedsim.federated.federation import Federation, asks
 from fedsim.federated.rows import mean_of_rows
 from fedsim.training.layout import Layout
 from fedsim.training.objective import LocalObjective
@@ -31,7 +33,8 @@ class Strategy(ABC):
 
     `aggregator` says what the server gets of the messages: their weighted mean, or with `Rows()` all of them.
     `survey_aggregator` is the same for the answers to `survey`. `min_clients` is the number of clients whose
-    messages each round needs. With `uses_public`, `info.public` is an objective over the server's own examples.
+    messages each round needs, or `all`. With `uses_public`, `info.public` is an objective over the server's own
+    examples.
     """
 
     buffers: Buffers = "average"
@@ -40,13 +43,17 @@ class Strategy(ABC):
     aggregator: ClassVar[Aggregator] = WeightedMean()
     survey_aggregator: ClassVar[Aggregator] = WeightedMean()
     uses_public: ClassVar[bool] = False
-    min_clients: ClassVar[int] = 1
+    min_clients: ClassVar[int | Literal["all"]] = 1
 
     def check(self, recipe: Recipe, layout: Layout) -> None:  # noqa: B027 - most strategies accept all settings
         """Raise ConfigError, with the setting's name, if recipe or network violate the algorithm's assumptions."""
 
     def init_server(self, model: Tensor) -> State:
-        """The server's state before the first round; `model` is (P,)."""
+        """The server's state before the first round; `model` is (P,).
+
+        With a further parameter `federation`, it is also given what is known of the clients then: N and their
+        sizes, which are 0 for nodes, since they join later.
+        """
         return {"model": model}
 
     def init_client(self, model: Tensor, layout: Layout) -> State:
@@ -149,15 +156,15 @@ class Wrapper(Strategy):
         return self.inner.uses_public
 
     @property
-    def min_clients(self) -> int:  # type: ignore[override]
+    def min_clients(self) -> int | Literal["all"]:  # type: ignore[override]
         """The `min_clients` of the inner strategy."""
         return self.inner.min_clients
 
     def check(self, recipe: Recipe, layout: Layout) -> None:
         self.inner.check(recipe, layout)
 
-    def init_server(self, model: Tensor) -> State:
-        return self.inner.init_server(model)
+    def init_server(self, model: Tensor, federation: Federation | None = None) -> State:
+        return server_state(self.inner, model, federation)
 
     def init_client(self, model: Tensor, layout: Layout) -> State:
         return self.inner.init_client(model, layout)
@@ -198,6 +205,17 @@ class Wrapper(Strategy):
         return self.inner.survey_steps(num_steps, epoch_steps)
 
 
+def server_state(strategy: Strategy, model: Tensor, federation: Federation | None) -> State:
+    """What `init_server` gives; raises ConfigError where a wrapper has not passed on the federation it needs."""
+    init: Callable[..., State] = strategy.init_server
+    if not asks(init):
+        return init(model)
+    if federation is None and not isinstance(strategy, Wrapper):
+        name = type(strategy).__name__
+        raise ConfigError(f"strategy: {name}.init_server needs the federation, which the strategy around it got")
+    return init(model, federation=federation)
+
+
 def surveys(strategy: Strategy) -> bool:
     """Whether there is an exchange before the training."""
     return _defines(strategy, "survey")
@@ -219,7 +237,7 @@ def check_strategy(strategy: object) -> None:
     """Raise ConfigError unless it is a Strategy, whose methods, and those of its inner ones, can be called."""
     if not isinstance(strategy, Strategy):
         raise ConfigError(f"strategy: {strategy!r} is no Strategy")
-    check_methods(strategy, Strategy, "strategy")
+    check_methods(strategy, Strategy, "strategy", {"init_server": "federation"})
     if strategy.buffers not in get_args(Buffers):
         allowed = ", ".join(get_args(Buffers))
         raise ConfigError(f"strategy.buffers: {strategy.buffers!r} is unknown; allowed: {allowed}")
@@ -231,8 +249,8 @@ def check_strategy(strategy: object) -> None:
             raise ConfigError(
                 f"strategy: {type(strategy).__name__} defines {name}, and no survey that comes before"
             )
-    if type(least := strategy.min_clients) is not int or least < 1:
-        raise ConfigError(f"strategy.min_clients: {least!r} should be a whole number >= 1")
+    if (least := strategy.min_clients) != "all" and (type(least) is not int or least < 1):
+        raise ConfigError(f"strategy.min_clients: {least!r} should be a whole number >= 1, or all")
     if isinstance(strategy, Wrapper):
         check_strategy(strategy.inner)
 

@@ -33,6 +33,7 @@ from fedsim.federated.client import (
     initial_client_state,
     initial_server_state,
 )
+from fedsim.federated.federation import Federation
 from fedsim.federated.fold import cause, compact
 from fedsim.flower.meaning import check_meaning, notes_on
 from fedsim.flower.messages import NAME, Answer, Finished, Invitation, Joined, Order, failure
@@ -275,7 +276,8 @@ class Node:
         check_precision(parts.recipe.precision, self.device)
         task, strategy, recipe = parts
         clients_to_leave_out(task, data, recipe)
-        sent = form_of(download(strategy, initial_server_state(strategy, task)))
+        federation = Federation.of(np.zeros(plan.clients, dtype=np.int64))
+        sent = form_of(download(strategy, initial_server_state(strategy, task, federation)))
         train = Train(strategy, recipe, plan.seed, plan.time_limit)
         worker = Worker(task, data.to(self.device), self.device, graphs=True)
         state, notes = initial_client_state(strategy, task, plan.seed), tuple(notes_on(data, plan.examples))

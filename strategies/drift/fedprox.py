@@ -27,4 +27,4 @@ class FedProx(FedAvg):
             return local.loss(w, batch) + self.mu / 2 * (w - x).square().sum()
 
         y = local.train(x, loss=proximal_loss)
-        return Update({"delta": y - x}, weight=local.num_examples)
+        return Update({"delta": y - x}, weight=self.weight(local))

@@ -34,7 +34,7 @@ class FedBABU(FedAvg):
     def client_update(self, server: State, client: State, local: LocalObjective) -> Update:
         x = server["model"]
         y = local.train(x, only=~head_mask(local.layout, x))
-        return Update({"delta": y - x}, weight=local.num_examples)
+        return Update({"delta": y - x}, weight=self.weight(local))
 
     def personalise(self, server: State, client: State, local: LocalObjective) -> tuple[Tensor, Tensor]:
         tuned = local.separate("fine-tuning", epochs=self.epochs, lr=self.lr)

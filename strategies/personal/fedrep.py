@@ -46,7 +46,7 @@ class FedRep(FedAvg):
         )
         y = local.train(with_head, only=~head)
         delta = (y - x).index_fill(0, entries, 0)
-        return Update({"delta": delta}, weight=local.num_examples, client={"private": with_head[entries]})
+        return Update({"delta": delta}, weight=self.weight(local), client={"private": with_head[entries]})
 
     def entries(self, layout: Layout) -> Tensor:
         """The positions of the head's entries in the model."""
