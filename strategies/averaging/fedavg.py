@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedsim import LocalObjective, RoundInfo, State, Strategy, Update
-from fedsim.types import Positive
+from fedsim.types import CHANGE, Positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +22,8 @@ class FedAvg(Strategy):
 
     server_lr: Positive = 1.0
     average: Literal["cohort", "population"] = "cohort"
+
+    sends = {"delta": CHANGE}
 
     def client_update(self, server: State, client: State, local: LocalObjective) -> Update:
         x = server["model"]

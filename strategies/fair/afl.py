@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedsim import LocalObjective, RoundError, RoundInfo, State, Strategy, Update
-from fedsim.types import Count, NonNegative
+from fedsim.types import CHANGE, Count, Entry, NonNegative
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,7 @@ class AFL(Strategy):
     lr_lambda: NonNegative = 0.1
 
     broadcast: ClassVar[tuple[str, ...]] = ("model", "lambda")
+    sends = {"delta": CHANGE, "losses": Entry(like="lambda")}
 
     @property
     def min_clients(self) -> int:  # type: ignore[override]
