@@ -29,7 +29,11 @@ if TYPE_CHECKING:
     from fedsim.training.objective import StepRules as StepRules
     from fedsim.training.recipe import Recipe as Recipe
     from fedsim.training.task import Task as Task
+    from fedsim.types import CHANGE as CHANGE
+    from fedsim.types import LIKE_MODEL as LIKE_MODEL
+    from fedsim.types import NUMBER as NUMBER
     from fedsim.types import Batch as Batch
+    from fedsim.types import Entry as Entry
     from fedsim.types import RoundInfo as RoundInfo
     from fedsim.types import State as State
     from fedsim.types import Update as Update
@@ -47,7 +51,7 @@ HOMES = {  # imported when first asked for, since torch takes seconds and `fedsi
     "training.objective": ("Correction", "LocalObjective", "Loss", "ObjectiveWrapper", "StepRules"),
     "training.recipe": ("Recipe",),
     "training.task": ("Task",),
-    "types": ("Batch", "RoundInfo", "State", "Update"),
+    "types": ("CHANGE", "LIKE_MODEL", "NUMBER", "Batch", "Entry", "RoundInfo", "State", "Update"),
 }
 HOME = {name: module for module, names in HOMES.items() for name in names}
 

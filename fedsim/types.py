@@ -59,6 +59,24 @@ def same_values(a: object, b: Tensor) -> bool:
     return torch.equal(x, y) or torch.equal(x.view(torch.uint8), y.view(torch.uint8))  # bytes: for a NaN
 
 
+class Entry(NamedTuple):
+    """What a strategy declares of one entry of its messages.
+
+    It has the form of the server's entry `like`, or the given shape and dtype. With `change` it is a change of the
+    model on which nothing else depends, so that a wrapper may scale it, or add noise.
+    """
+
+    shape: tuple[int, ...] | None = None
+    dtype: torch.dtype | None = None
+    change: bool = False
+    like: str = "model"
+
+
+CHANGE = Entry(change=True)
+LIKE_MODEL = Entry()  # (P,)
+NUMBER = Entry(shape=())
+
+
 class Batch(NamedTuple):
     """A mini-batch of one client."""
 

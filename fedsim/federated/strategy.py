@@ -1,7 +1,8 @@
 """The base class of federated algorithms: hyper-parameters, and pure functions of states."""
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import ClassVar, Literal, get_args
@@ -17,9 +18,11 @@ from fedsim.federated.rows import mean_of_rows
 from fedsim.training.layout import Layout
 from fedsim.training.objective import LocalObjective
 from fedsim.training.recipe import Recipe
-from fedsim.types import RoundInfo, State, Update
+from fedsim.types import Entry, RoundInfo, State, Update
 
 Buffers = Literal["average", "private", "frozen", "recalibrated"]
+DECLARED = {"client_update": "sends", "survey": "survey_sends"}  # what is declared of what a method sends
+RESERVED_ENTRY = re.compile(r"buffers|group|where\..*")  # of a message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +38,10 @@ class Strategy(ABC):
     `survey_aggregator` is the same for the answers to `survey`. `min_clients` is the number of clients whose
     messages each round needs, or `all`. With `uses_public`, `info.public` is an objective over the server's own
     examples.
+
+    `sends` declares the entries of a client's message, and `survey_sends` those of its answer to `survey`;
+    messages of another form are then refused. A subclass with a `client_update` of its own has a `sends` of its
+    own, or none. With `buffers_as_changes`, batch-norm statistics are sent as changes of the server's.
     """
 
     buffers: Buffers = "average"
@@ -44,6 +51,14 @@ class Strategy(ABC):
     survey_aggregator: ClassVar[Aggregator] = WeightedMean()
     uses_public: ClassVar[bool] = False
     min_clients: ClassVar[int | Literal["all"]] = 1
+    sends: ClassVar[Mapping[str, Entry] | None] = None
+    survey_sends: ClassVar[Mapping[str, Entry] | None] = None
+    buffers_as_changes: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        for method, declaration in DECLARED.items():
+            if method in vars(cls) and declaration not in vars(cls):
+                setattr(cls, declaration, None)  # what it inherits is about another method
 
     def check(self, recipe: Recipe, layout: Layout) -> None:  # noqa: B027 - most strategies accept all settings
         """Raise ConfigError, with the setting's name, if recipe or network violate the algorithm's assumptions."""
@@ -160,6 +175,21 @@ class Wrapper(Strategy):
         """The `min_clients` of the inner strategy."""
         return self.inner.min_clients
 
+    @property
+    def sends(self) -> Mapping[str, Entry] | None:  # type: ignore[override]
+        """The `sends` of the inner strategy."""
+        return self.inner.sends
+
+    @property
+    def survey_sends(self) -> Mapping[str, Entry] | None:  # type: ignore[override]
+        """The `survey_sends` of the inner strategy."""
+        return self.inner.survey_sends
+
+    @property
+    def buffers_as_changes(self) -> bool:  # type: ignore[override]
+        """The `buffers_as_changes` of the inner strategy."""
+        return self.inner.buffers_as_changes
+
     def check(self, recipe: Recipe, layout: Layout) -> None:
         self.inner.check(recipe, layout)
 
@@ -244,6 +274,8 @@ def check_strategy(strategy: object) -> None:
     for name in ("aggregator", "survey_aggregator"):
         if isinstance(kind := getattr(strategy, name), type) or not isinstance(kind, Aggregator):
             raise ConfigError(f"strategy.{name}: {kind!r} is no aggregator; fedsim.Rows() is one")
+    for name in DECLARED.values():
+        _check_declaration(strategy, name)
     for name in () if surveys(strategy) else ("surveyed", "select"):
         if _defines(strategy, name):
             raise ConfigError(
@@ -253,6 +285,20 @@ def check_strategy(strategy: object) -> None:
         raise ConfigError(f"strategy.min_clients: {least!r} should be a whole number >= 1, or all")
     if isinstance(strategy, Wrapper):
         check_strategy(strategy.inner)
+
+
+def _check_declaration(strategy: Strategy, name: str) -> None:
+    """Raise ConfigError unless what a strategy declares of its messages is nothing, or entries by name."""
+    declared, whose = getattr(strategy, name), f"strategy: {type(strategy).__name__}.{name}"
+    if declared is None:
+        return
+    if not isinstance(declared, Mapping) or not all(type(entry) is Entry for entry in declared.values()):
+        raise ConfigError(f"{whose} is {declared!r}; it should be a dictionary of fedsim.Entry by name, or None")
+    for entry in declared:
+        if not isinstance(entry, str):
+            raise ConfigError(f"{whose} has {entry!r} as a name; names are strings")
+        if RESERVED_ENTRY.fullmatch(entry):
+            raise ConfigError(f"{whose} has {entry!r}, which is a reserved name")
 
 
 def check_state(state: object, noun: str = "state", whose: str = "") -> None:

@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor
 
 from fedsim import LocalObjective, RoundInfo, State, Strategy, Update
-from fedsim.types import Positive
+from fedsim.types import CHANGE, Positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,8 @@ class FedAvg(Strategy):
     server_lr: Positive = 1.0
     average: Literal["cohort", "population"] = "cohort"
     weights: Literal["examples", "uniform"] = "examples"
+
+    sends = {"delta": CHANGE}
 
     def client_update(self, server: State, client: State, local: LocalObjective) -> Update:
         x = server["model"]

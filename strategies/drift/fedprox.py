@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedsim import Batch, LocalObjective, State, Update
-from fedsim.types import NonNegative
+from fedsim.types import CHANGE, NonNegative
 
 from ..averaging.fedavg import FedAvg
 
@@ -19,6 +19,8 @@ class FedProx(FedAvg):
     """FedProx: FedAvg with mu / 2 |w - x|^2 added to each client's loss (Li 2020)."""
 
     mu: NonNegative = 0.01
+
+    sends = {"delta": CHANGE}
 
     def client_update(self, server: State, client: State, local: LocalObjective) -> Update:
         x = server["model"]

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedsim import Batch, ConfigError, Layout, LocalObjective, Recipe, State, Update
-from fedsim.types import NonNegative, Positive
+from fedsim.types import CHANGE, NonNegative, Positive
 
 from ..averaging.fedavg import FedAvg
 
@@ -34,6 +34,8 @@ class Moon(FedAvg):
 
     mu: NonNegative = 1.0
     tau: Positive = 0.5  # temperature
+
+    sends = {"delta": CHANGE}
 
     def check(self, recipe: Recipe, layout: Layout) -> None:
         if not layout.head:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedsim import Federation, LocalObjective, RoundInfo, State, Strategy, Update
-from fedsim.types import NonNegative
+from fedsim.types import CHANGE, Entry, NonNegative
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,7 @@ class AFL(Strategy):
 
     broadcast: ClassVar[tuple[str, ...]] = ("model", "lambda")
     min_clients: ClassVar[Literal["all"]] = "all"
+    sends = {"delta": CHANGE, "losses": Entry(like="lambda")}
 
     def init_server(self, model: Tensor, federation: Federation) -> State:  # type: ignore[override]
         n = federation.num_clients

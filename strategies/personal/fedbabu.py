@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedsim import ConfigError, Layout, LocalObjective, Recipe, State, Update
-from fedsim.types import Count, Positive
+from fedsim.types import CHANGE, Count, Positive
 
 from ..averaging.fedavg import FedAvg
 
@@ -27,6 +27,8 @@ class FedBABU(FedAvg):
 
     epochs: Count = 1
     lr: Positive | None = None
+
+    sends = {"delta": CHANGE}
 
     def check(self, recipe: Recipe, layout: Layout) -> None:
         check_head(layout, "fedbabu")

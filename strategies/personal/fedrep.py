@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedsim import Layout, LocalObjective, Recipe, State, Update
-from fedsim.types import Count
+from fedsim.types import CHANGE, Count
 
 from ..averaging.fedavg import FedAvg
 from .fedbabu import check_head, head_mask
@@ -27,6 +27,8 @@ class FedRep(FedAvg):
     """
 
     head_epochs: Count = 10
+
+    sends = {"delta": CHANGE}
 
     def check(self, recipe: Recipe, layout: Layout) -> None:
         check_head(layout, "fedrep")

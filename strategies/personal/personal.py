@@ -47,6 +47,8 @@ class Personal(Wrapper):
 
     layers: tuple[str, ...]
 
+    sends = Wrapper.sends
+
     def check(self, recipe: Recipe, layout: Layout) -> None:
         if not 0 < len(self.entries(layout)) < sum(layout.sizes):
             whole = f"the network's {len(layout.shapes)} parameters"

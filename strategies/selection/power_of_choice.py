@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from fedsim import LocalObjective, RoundError, RoundInfo, Rows, State, Update
-from fedsim.types import Count
+from fedsim.types import NUMBER, Count
 
 from ..averaging.fedavg import FedAvg
 
@@ -29,6 +29,7 @@ class PowerOfChoice(FedAvg):
     weights: Literal["examples", "uniform"] = "uniform"
 
     survey_aggregator: ClassVar[Rows] = Rows()
+    survey_sends = {"loss": NUMBER}
 
     def survey(self, server: State, client: State, local: LocalObjective) -> Update:
         return Update({"loss": local.loss(server["model"])}, weight=1.0)
