@@ -198,6 +198,7 @@ class Stream(IntEnum):
     NOISE = 10  # wrong labels
     PUBLIC = 11  # the choice of the examples that the server has
     RECALIBRATE = 12
+    NEW_CLIENTS = 15  # the choice of the clients that are kept out of training
     STRATEGY = 14  # the draws that a strategy asks for, by `local.normal` and `local.uniform`
     GLOBALS = 13  # (seed, GLOBALS, stream, ...): the global generators, in functions of users at the server
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save
 from small_run import CONFIG, state
 
 import fedsim
-from fedsim import ConfigError, Federation, RoundError, Wrapper
+from fedsim import ConfigError, Federation, RoundError, Update, Wrapper
 from fedsim.base.files import write
 from fedsim.experiment.checkpoint import _signed, read_checkpoint
 from fedsim.experiment.config import load
@@ -191,6 +191,41 @@ def test_before_nodes_have_joined_shares_are_refused_in_a_line(tmp_path, monkeyp
         assert [*simulation.federation.sizes] == [len(node.dataset.y_train) for node in lab.nodes.values()]
     finally:
         lab.close()
+
+
+# Who else is asked
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hears(FedAvg):
+    """FedAvg of two clients of the cohort; each tells in the survey, and in its training, who was asked."""
+
+    def init_server(self, model):
+        return {"model": model, "survey": model.new_zeros(()), "training": model.new_zeros(())}
+
+    def survey(self, server, client, local):
+        return Update({"asked": (10**local.cohort).sum().to(server["model"].dtype)}, weight=1.0)
+
+    def surveyed(self, server, mean, info):
+        return {"survey": mean["asked"]}
+
+    def select(self, server, mean, info):
+        return info.cohort[:2]
+
+    def client_update(self, server, client, local):
+        update = super().client_update(server, client, local)
+        return update._replace(message=update.message | {"asked": (10**local.cohort).sum() + 0.0 * local.lr})
+
+    def server_update(self, server, mean, info):
+        return super().server_update(server, mean, info) | {"training": mean["asked"]}
+
+
+@pytest.mark.parametrize("runtime", [*RUNTIMES, "vectorized"])
+def test_clients_hear_who_is_asked_to_answer_and_who_to_train(runtime):
+    cohort = {"name": "fixed", "clients": [1, 2, 4, 5]}
+    simulation = make_simulation(Hears(), cohort=cohort, runtime=runtime)
+    simulation.round()
+    assert (int(simulation.server["survey"]), int(simulation.server["training"])) == (110110, 110)
 
 
 # Cohorts

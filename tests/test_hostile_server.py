@@ -173,6 +173,7 @@ ORDERS = [
     ({"version": 1, "mark": 5}, "was replaced when its round was repeated"),
     ({"version": 1, "mark": -(2**70)}, "was replaced"),
     ({"round": 9, "version": 7}, "state 7 of client 0 is not here"),
+    *(({"cohort": ids}, "order.cohort: should be ids") for ids in [(1,), (0, 0), (0, 2, 1), (-1, 0), (0, 2**40)]),
     ({"batch_size": 0, "task": "evaluate"}, "order.batch_size"),
     ({"batch_size": 2**40, "task": "evaluate"}, "order.batch_size"),
     ({"transport": "pickle"}, "transport: "),

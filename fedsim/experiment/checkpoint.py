@@ -50,7 +50,8 @@ MIN_LINE_BYTES, MAX_LINE_BYTES = 100, 2**28  # of rounds.jsonl, whose names alon
 NAME = re.compile(r"[0-9]{6,}\.json")
 SERVER = re.compile(r"server-[0-9]{6,}\.safetensors")
 HARMLESS_SETTINGS = (  # that do not change what is learned, or only from now on
-    *("rounds", "evaluate", "runtime", "failures", "checkpoint", "client_store", "hooks"),
+    *("rounds", "runtime", "failures", "checkpoint", "client_store", "hooks"),
+    *("evaluate.every", "evaluate.batch_size", "evaluate.clients", "evaluate.mode"),
     *("data.root", "data.path", "data.cache", "data.download"),
 )
 

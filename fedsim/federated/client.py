@@ -49,6 +49,7 @@ class Train:
     time_limit: float | None = None  # seconds
     wait_for_absent: bool = True
     config: Spec | None = field(default=None, compare=False, repr=False)
+    cohort: tuple[int, ...] = ()  # the ids of those who are asked to do it, ascending
     _bounds: dict[tuple[int, torch.dtype, str], Bounds] = field(
         default_factory=dict, init=False, compare=False, repr=False
     )
@@ -68,7 +69,7 @@ class Train:
         home = client if self.strategy.buffers == "private" else server
         own = private_buffers(client, replica.task)
         return ClientObjective(
-            replica, data, job, home["buffers"], self.recipe, self.seed, self.time_limit, own, path
+            replica, data, job, home["buffers"], self.recipe, self.seed, self.time_limit, own, path, self.cohort
         )
 
     def bounds(self, num_examples: int, dtype: torch.dtype, most: StepsMethod = "max_steps") -> Bounds:
@@ -148,6 +149,11 @@ class Survey:
     def wait_for_absent(self) -> bool:
         """As in Train."""
         return self.train.wait_for_absent
+
+    @property
+    def cohort(self) -> tuple[int, ...]:
+        """As in Train."""
+        return self.train.cohort
 
 
 def _with_draws(
@@ -340,6 +346,11 @@ class EvaluateClient:
     def own_code(self) -> list[str]:
         """As in Train."""
         return self.training.own_code
+
+    @property
+    def cohort(self) -> tuple[int, ...]:
+        """As in Train."""
+        return self.training.cohort
 
     def __call__(self, replica: Replica, data: FederatedData, server: State, job: Job) -> Update:
         model, buffers, own = self._model(replica, data, server, job)

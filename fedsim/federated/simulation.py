@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from math import fsum, isfinite
 from time import perf_counter
@@ -419,7 +419,8 @@ class Simulation:
             before = self._survey(cohort, failed)
             cohort = [client for client in cohort if client not in before.failed | before.absent]
         called = before_client, after_client
-        found = self._answers(self.work, before.server, cohort, before.failed, self.aggregator, *called)
+        work = replace(self.work, cohort=tuple(cohort))
+        found = self._answers(work, before.server, cohort, before.failed, self.aggregator, *called)
         server = self._after("server_update", before.server, found, self.aggregator)
         server = self._with_ema_and_recalibration(server)
         return before._replace(server=server, reports=found.reports, failed=found.failed)
@@ -427,7 +428,8 @@ class Simulation:
     def _survey(self, cohort: list[int], failed: dict[int, str]) -> "Trained":
         """What the survey has changed, and which clients do not train."""
         aggregator = self.strategy.survey_aggregator
-        found = self._answers(Survey(self.work), self.server, cohort, failed, aggregator)
+        work = Survey(replace(self.work, cohort=tuple(cohort)))
+        found = self._answers(work, self.server, cohort, failed, aggregator)
         server = self._after("surveyed", self.server, found, aggregator)
         chosen = self._half("select", found).selected(server, found.aggregate)
         least, says = self._needs
@@ -552,7 +554,7 @@ class Simulation:
 
     def _one_job(self, work: ServerHalf | Recalibration, server: State, whose: str) -> State:
         """The message of a work for one job, which is none of a client's; raises RoundError."""
-        job = Job(self.data.num_clients, self.number, None)
+        job = Job(self.data.server_id, self.number, None)
         made = [outcome for _, outcome in outcomes(self.runtime, work, server, [job])]
         check_once(self.runtime, "map", "item", [0] * len(made), [0])
         [outcome] = made

@@ -203,6 +203,7 @@ class Dispatch:
             batch_size=work.batch_size if isinstance(work, EvaluateClient) else 1,
             train_mode=isinstance(work, EvaluateClient) and work.train,
             server={},  # the broadcast
+            cohort=work.cohort,
         )
 
     def _answered(self, flight: Flight, reply: Reply) -> Answered | None:

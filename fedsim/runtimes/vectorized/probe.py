@@ -57,6 +57,7 @@ def check_batchable(network: Network, data: FederatedData, work: Train) -> None:
     if len({size for n in np.unique(data.sizes) for size in work.recipe.batch_sizes(int(n))}) > 1:
         # Some batches will have padding.
         data = _few_rows(data, work.recipe, clients)
+    work = replace(work, cohort=tuple(sorted({*clients})))
     one_step, two_steps = (replace(work, recipe=replace(work.recipe, epochs=1, steps=steps)) for steps in (1, 2))
     for number in range(MAX_TRIALS):
         differing = _compare(network, data, one_step, server, clients, number)
