@@ -11,6 +11,7 @@ from lab import CONFIG as LAB
 from lab import Lab
 from safetensors.torch import load_file, save
 from small_run import CONFIG, state
+from test_survey import Selects
 
 import fedsim
 from fedsim import ConfigError, Federation, RoundError, Update, Wrapper
@@ -22,6 +23,7 @@ from fedsim.experiment.start import resumed_run
 from fedsim.federated.availability import Availability
 from fedsim.federated.cohort import COHORTS
 from fedsim.federated.federation import SAVED, Past
+from fedsim.federated.simulation import Failures
 from fedsim.strategies.averaging.fedavg import FedAvg
 
 N = len(SIZES)
@@ -278,6 +280,112 @@ def test_poisson_draws_each_client_alone():
 def test_cohorts_that_cannot_be_drawn_are_refused(cohort, said):
     with pytest.raises(ConfigError, match=said):
         make_simulation(cohort=cohort)
+
+
+# Rounds without clients
+
+NONE_NEEDED = Failures(min_clients=0)
+
+
+def rarely(num_clients, stream):
+    """Nobody in the first and third round of seed 0, and two clients in the others; a cohort of a user's own."""
+    return [] if stream.random() < 0.65 else [1, 2]
+
+
+def alone(strategy, **settings):
+    """A simulation whose rounds have no clients, as all drop out."""
+    simulation = make_simulation(strategy, failures=NONE_NEEDED, **settings)
+    simulation.availability = Availability(drop=1.0)
+    return simulation
+
+
+@pytest.mark.parametrize("runtime", [*RUNTIMES, "vectorized"])
+@pytest.mark.parametrize("name", ["fedavg", "scaffold", "fednova", "fedsgd", "fedbn", "personal"])
+def test_a_round_without_clients_moves_nothing(name, runtime):
+    simulation = make_simulation(
+        make_strategy(name), runtime=runtime, failures=NONE_NEEDED, cohort={"name": "poisson", "rate": 1e-9}
+    )
+    before = simulation.fingerprint()
+    done = simulation.round()
+    assert (done.cohort, done.train_loss, done.steps, done.bytes_up, done.bytes_down) == ([], None, 0, 0, 0)
+    assert done.fingerprint == before == simulation.fingerprint()
+    assert simulation.number == 1
+
+
+def test_without_clients_a_server_goes_on_with_its_momentum():
+    simulation = make_simulation(make_strategy("fedavgm", beta=0.5), failures=NONE_NEEDED)
+    x = simulation.server["model"].clone()
+    simulation.round()
+    first = simulation.server["model"] - x
+    simulation.availability = Availability(drop=1.0)
+    simulation.round()
+    assert torch.allclose(simulation.server["model"] - x, 1.5 * first, rtol=1e-4, atol=1e-7)
+
+
+def test_the_servers_half_is_told_that_nobody_answered():
+    @dataclass(frozen=True, kw_only=True)
+    class Told(FedAvg):
+        def server_update(self, server, mean, info):
+            assert info.cohort == []
+            assert info.weights.shape == (0,)
+            assert (info.cohort_examples, info.participation) == (0, 0)
+            assert not mean["delta"].any()
+            return super().server_update(server, mean, info)
+
+    alone(Told()).round()
+
+
+def test_where_all_fail_the_mean_is_zero_too():
+    failures = Failures(policy="drop", min_clients=0, time_limit=1e-9)
+    simulation = make_simulation("fedavg", failures=failures)
+    before = simulation.fingerprint()
+    done = simulation.round()
+    assert len(done.failed) == N
+    assert done.fingerprint == before
+
+
+def test_empty_rounds_are_logged_and_survive_a_stop(tmp_path):
+    config = CONFIG | {"cohort": {"name": "poisson", "rate": 0.15}, "failures": {"min_clients": 0}, "rounds": 6}
+    whole = fedsim.run(config, out=tmp_path / "whole").rounds
+    assert {bool(record["cohort"]) for record in whole} == {True, False}
+    fedsim.run(config | {"rounds": 2}, out=tmp_path / "stopped")
+    execute(*resumed_run(tmp_path / "stopped", {"rounds": 6}))
+    assert state(tmp_path / "stopped") == state(tmp_path / "whole")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Undeclared(FedAvg):
+    """Whose messages are not declared."""
+
+    def client_update(self, server, client, local):
+        return super().client_update(server, client, local)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "settings", "said"),
+    [
+        ("fedavg", {}, r"^failures\.min_clients: 1, and a cohort may have no clients; set it to 0"),
+        ("qfedavg", {"failures": NONE_NEEDED}, r"^strategy: QFedAvg needs 1, and a cohort may have no clients"),
+        ("fedlin", {"failures": NONE_NEEDED}, r"^strategy: FedLin needs 1, and a cohort may have no clients"),
+        ("median", {"failures": NONE_NEEDED}, r"^strategy: Median needs 1, and a cohort may have no clients"),
+        (Undeclared(), {"failures": NONE_NEEDED}, r"^strategy: Undeclared does not declare what its clients send"),
+        (Selects(), {"failures": NONE_NEEDED}, r"^failures\.min_clients: Selects needs a survey"),
+    ],
+)
+def test_who_cannot_have_a_round_without_clients_is_refused_at_the_start(strategy, settings, said):
+    with pytest.raises(ConfigError, match=said):
+        make_simulation(strategy, cohort={"name": "poisson", "rate": 0.5}, **settings)
+
+
+def test_a_users_cohort_may_be_empty_where_that_is_allowed():
+    simulation = make_simulation(failures=NONE_NEEDED)
+    simulation.cohort = rarely
+    cohorts = [simulation.round().cohort for _ in range(8)]
+    assert {len(cohort) for cohort in cohorts} == {0, 2}
+    simulation = make_simulation()
+    simulation.cohort = lambda num_clients, stream: []
+    with pytest.raises(RoundError, match=r"gave \[\]; it must return a list of one or more ids from 0 to 5"):
+        simulation.round()
 
 
 # Power-of-choice

@@ -146,7 +146,7 @@ def test_who_else_takes_part_does_not_show(name):
     """A client's loss, message and state depend on the server's state and its own, on nobody else."""
     if surveys(make_strategy(name)):
         pytest.skip("its clients are sent what all have answered")
-    few = {"name": "fixed", "clients": [3, 4, 5][: make_strategy(name).min_clients]}
+    few = {"name": "fixed", "clients": [3, 4, 5][: max(make_strategy(name).min_clients, 1)]}
     alone, among = (make_simulation(name, cohort=c) for c in (few, "all"))
     reports = []
     alone.round(reports.append)

@@ -87,10 +87,20 @@ def _drawn_by_examples(
     return drawn
 
 
-def ids(drawn: object, num_clients: int) -> list[int]:
-    """What a cohort drew as a list of ids: whole numbers of Python, numpy or torch. Raises WrongReturnError."""
+def may_be_empty(cohort: Cohort) -> bool:
+    """Whether it is one of the catalogue that may draw no clients."""
+    return getattr(cohort, "func", cohort) is poisson
+
+
+def ids(drawn: object, num_clients: int, *, empty: bool = False) -> list[int]:
+    """What a cohort drew as a list of ids: whole numbers of Python, numpy or torch. Raises WrongReturnError.
+
+    It may be `empty` only where that is said.
+    """
     found: Any = drawn.tolist() if isinstance(drawn, np.ndarray | Tensor) else drawn
     found = sorted(found) if isinstance(found, set | frozenset) else found
+    if empty and isinstance(found, list | tuple | range) and not found:
+        return []
     if not (
         isinstance(found, list | tuple | range)
         and found

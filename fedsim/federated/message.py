@@ -5,8 +5,17 @@ from collections.abc import Mapping
 import torch
 
 from fedsim.errors import ConfigError
-from fedsim.federated.strategy import Strategy
+from fedsim.federated.rows import Rows
+from fedsim.federated.strategy import Strategy, surveys
 from fedsim.types import Entry, State
+
+
+def check_zeros(strategy: Strategy, server: State) -> None:
+    """Raise ConfigError where a strategy cannot have a round without clients."""
+    zero_message(strategy, server)
+    if surveys(strategy) or isinstance(strategy.aggregator, Rows):
+        name, needs = type(strategy).__name__, "a survey" if surveys(strategy) else "all messages"
+        raise ConfigError(f"failures.min_clients: {name} needs {needs}, which zeros cannot stand for; set it to 1")
 
 
 def zero_message(strategy: Strategy, server: State) -> State:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from math import fsum, isfinite
 from time import perf_counter
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
+from annotated_types import Ge
 
 from fedsim.base.catalogue import Spec
 from fedsim.base.devices import one_thread
@@ -44,9 +45,10 @@ from fedsim.federated.client import (
     initial_client_state,
     initial_server_state,
 )
-from fedsim.federated.cohort import Cohort, ids
+from fedsim.federated.cohort import Cohort, ids, may_be_empty
 from fedsim.federated.federation import Federation, Past, asks
 from fedsim.federated.fold import cause
+from fedsim.federated.message import check_zeros, zero_message
 from fedsim.federated.pace import Pace
 from fedsim.federated.recalibration import Recalibrate, Recalibration, check_recalibration
 from fedsim.federated.rows import Rows
@@ -82,16 +84,17 @@ from fedsim.types import (
 class Failures:
     """What happens if a client fails: `raise` stops the run, `drop` continues without it.
 
-    With `drop`, a round needs answers from `min_clients` clients, and fails as soon as fewer are left. A client
-    fails if it raises an exception, if its message or state is not finite or has other tensors than those of most
-    clients, or if it takes longer than `time_limit` seconds, which is checked before each batch and at the end.
+    A round needs answers from `min_clients` clients, and with `drop` it fails as soon as fewer are left. With 0 it
+    may have none, as `cohort: poisson` can draw none; their mean is then 0. A client fails if it raises an
+    exception, if its message or state is not finite or has other tensors than those of most clients, or if it
+    takes longer than `time_limit` seconds, which is checked before each batch and at the end.
 
     No client may hold more than `max_examples` training examples, by which most strategies weight it. A node with
     more cannot join; in a simulation such clients end the start of the run, or with `drop` are left out.
     """
 
     policy: Literal["raise", "drop"] = "raise"
-    min_clients: Count = 1
+    min_clients: Annotated[int, Ge(0)] = 1
     time_limit: Positive | None = None
     max_examples: Count | None = None
 
@@ -212,16 +215,7 @@ class Simulation:
         self.pace = Pace()
         self.number, self.clock = 0, 0.0
         self.last: Round | None = None
-        cohort_size = len(self.sample())  # raises ConfigError if no cohort can be drawn
-        if failures.min_clients > cohort_size:
-            raise ConfigError(
-                f"failures.min_clients: {failures.min_clients}, and a cohort has {cohort_size} clients"
-            )
-        if self._needs[0] > cohort_size:
-            raise ConfigError(
-                f"strategy: {self._needs[1]}, and a cohort has {cohort_size} clients; make the cohort larger, or "
-                "change the strategy's options"
-            )
+        self._check_cohort()
 
     @property
     def newcomer(self) -> State:
@@ -247,11 +241,24 @@ class Simulation:
                 raise WrongReturnError(f"gave two cohorts for one round; {NO_STATE}")
             return chosen
 
+    def _check_cohort(self) -> None:
+        """Raise ConfigError if no cohort can be drawn, or if one may be too small."""
+        size = len(self.sample())
+        size, has = (0, "may have no clients") if may_be_empty(self.cohort) else (size, f"has {size} clients")
+        if (least := self.failures.min_clients) > size:
+            way = "" if size else "; set it to 0 if the mean is then to be 0"
+            raise ConfigError(f"failures.min_clients: {least}, and a cohort {has}{way}")
+        if self._needs[0] > size:
+            larger = "make the cohort larger, or change the strategy's options"
+            raise ConfigError(f"strategy: {self._needs[1]}, and a cohort {has}; {larger}")
+        if not self._needs[0]:
+            check_zeros(self.strategy, self.server)
+
     def _drawn(self) -> list[int]:
         more = {"federation": self.federation} if asks(self.cohort) else {}
         with keyed_globals(self.seed, Stream.COHORT, self.number):
             drawn = self.cohort(self.data.num_clients, random(self.seed, Stream.COHORT, self.number), **more)
-        return ids(drawn, self.data.num_clients)
+        return ids(drawn, self.data.num_clients, empty=not self._needs[0])
 
     @own_modes()
     def round(
@@ -270,7 +277,7 @@ class Simulation:
         selected, attempt = self._attempt(goal)
         trained = Trained(self.server)
         try:
-            if attempt.reporting:
+            if len(attempt.reporting) >= self._needs[0]:
                 with one_thread():
                     trained = self._train(attempt.reporting, after_client, before_client)
             server, reports, failed = trained.server, trained.reports, trained.failed
@@ -450,6 +457,8 @@ class Simulation:
         after_client: Callable[[Report], None] = lambda report: None,
     ) -> "Answers":
         """What the clients of a cohort have answered; `failed` are those that will not be asked."""
+        if not cohort:
+            return Answers(zero_message(self.strategy, server), [], failed)
         total, reports, asked = aggregator.fold([]), list[Report](), len(cohort) + len(failed)
         sent, failed = self._download(server), dict(failed)
         # Results that are equal only up to rounding may depend on the order, so this must not depend on time.
@@ -492,7 +501,10 @@ class Simulation:
         failed = dict(sorted((failed | mismatched).items()))
         self._check_min_clients(asked - len(failed), failed)
         try:
-            return Answers(aggregator.result(total), reports, failed)
+            none = len(failed) == asked
+            return Answers(
+                zero_message(self.strategy, server) if none else aggregator.result(total), reports, failed
+            )
         except RoundError as error:
             raise RoundError(f"round {self.number + 1}: {error}") from error
 

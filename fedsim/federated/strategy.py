@@ -36,7 +36,8 @@ class Strategy(ABC):
 
     `aggregator` says what the server gets of the messages: their weighted mean, or with `Rows()` all of them.
     `survey_aggregator` is the same for the answers to `survey`. `min_clients` is the number of clients whose
-    messages each round needs, or `all`. With `uses_public`, `info.public` is an objective over the server's own
+    messages each round needs, or `all`; with 0, a round without any gets zeros of the form that `sends` declares,
+    as the mean. With `uses_public`, `info.public` is an objective over the server's own
     examples.
 
     `sends` declares the entries of a client's message, and `survey_sends` those of its answer to `survey`;
@@ -281,8 +282,8 @@ def check_strategy(strategy: object) -> None:
             raise ConfigError(
                 f"strategy: {type(strategy).__name__} defines {name}, and no survey that comes before"
             )
-    if (least := strategy.min_clients) != "all" and (type(least) is not int or least < 1):
-        raise ConfigError(f"strategy.min_clients: {least!r} should be a whole number >= 1, or all")
+    if (least := strategy.min_clients) != "all" and (type(least) is not int or least < 0):
+        raise ConfigError(f"strategy.min_clients: {least!r} should be a whole number >= 0, or all")
     if isinstance(strategy, Wrapper):
         check_strategy(strategy.inner)
 

@@ -22,6 +22,7 @@ class FedAdam(Strategy):
     tau: Divisor = 1e-3  # degree of adaptivity
 
     sends = {"delta": CHANGE}
+    min_clients = 0
 
     def init_server(self, model: Tensor) -> State:
         return {"model": model, "m": torch.zeros_like(model), "v": torch.full_like(model, self.tau**2)}

@@ -28,6 +28,7 @@ class FedAvgM(Strategy):
     nesterov: bool = False
 
     sends = {"delta": CHANGE}
+    min_clients = 0
 
     def check(self, recipe: Recipe, layout: Layout) -> None:
         if self.nesterov and not self.beta:

@@ -43,6 +43,7 @@ class FedOpt(Strategy):
     weights: Literal["uniform", "examples"] = "uniform"
 
     sends = {"delta": CHANGE}
+    min_clients = 0
 
     def check(self, recipe: Recipe, layout: Layout) -> None:
         for name in ("momentum", "nesterov", "betas", "alpha", "eps"):

@@ -5,7 +5,7 @@ Algorithm 1. https://arxiv.org/abs/1602.05629
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -28,6 +28,7 @@ class FedAvg(Strategy):
     weights: Literal["examples", "uniform"] = "examples"
 
     sends = {"delta": CHANGE}
+    min_clients: ClassVar[int] = 0
 
     def client_update(self, server: State, client: State, local: LocalObjective) -> Update:
         x = server["model"]

@@ -30,6 +30,7 @@ class FedNova(Strategy):
     tau_eff: Literal["coefficients", "steps"] = "coefficients"
 
     sends = {"d": LIKE_MODEL, "work": Entry(shape=(), dtype=torch.float64)}
+    min_clients = 0
 
     def check(self, recipe: Recipe, layout: Layout) -> None:
         if recipe.optimizer != "sgd":

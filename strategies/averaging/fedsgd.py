@@ -19,6 +19,7 @@ class FedSGD(Strategy):
     """
 
     sends = {"step": CHANGE}  # w - y
+    min_clients = 0
 
     def check(self, recipe: Recipe, layout: Layout) -> None:
         plain = Recipe(recipe.schedule)

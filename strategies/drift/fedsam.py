@@ -27,6 +27,7 @@ class FedSAM(Strategy):
     weights: Literal["uniform", "examples"] = "uniform"
 
     sends = {"delta": CHANGE}
+    min_clients = 0
 
     def check(self, recipe: Recipe, layout: Layout) -> None:
         if recipe.precision == "fp16":

@@ -34,6 +34,7 @@ class Scaffold(Strategy):
 
     broadcast: ClassVar[tuple[str, ...]] = ("model", "c")
     sends = {"delta": CHANGE, "delta_c": LIKE_MODEL}
+    min_clients = 0
 
     def check(self, recipe: Recipe, layout: Layout) -> None:
         if recipe.precision == "fp16":

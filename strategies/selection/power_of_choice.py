@@ -30,6 +30,7 @@ class PowerOfChoice(FedAvg):
 
     survey_aggregator: ClassVar[Rows] = Rows()
     survey_sends = {"loss": NUMBER}
+    min_clients = 1
 
     def survey(self, server: State, client: State, local: LocalObjective) -> Update:
         return Update({"loss": local.loss(server["model"])}, weight=1.0)
