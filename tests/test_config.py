@@ -95,7 +95,7 @@ def partition(**options):
         (uniform(fraction=2), "cohort.fraction: 2 should be a number > 0 and <= 1"),
         (uniform(fraction=-1), "cohort.fraction: -1 should be a number > 0 and <= 1"),
         (uniform(size=0), "cohort.size: 0 should be a whole number >= 1"),
-        (uniform(size=5), "cohort.size: 5 is more than data.clients: 4"),
+        (uniform(size=5), "cohort.size: 5 is more than the 4 clients that train"),
         (uniform(), "cohort: set either cohort.fraction or cohort.size"),
         (uniform(size=2, fraction=0.5), "cohort: set either cohort.fraction or cohort.size"),
         ({"cohort": {"name": "fixed", "clients": [0, 4]}}, "cohort.clients: [0, 4] must be different ids"),

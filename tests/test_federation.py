@@ -269,10 +269,10 @@ def test_poisson_draws_each_client_alone():
 @pytest.mark.parametrize(
     ("cohort", "said"),
     [
-        ({"name": "by_examples", "size": 7}, "cohort.size: 7 is more than data.clients: 6"),
+        ({"name": "by_examples", "size": 7}, "cohort.size: 7 is more than the 6 clients that train"),
         (
             {"name": "largest_loss", "candidates": 7, "size": 2},
-            "cohort.candidates: 7 is more than data.clients: 6",
+            "cohort.candidates: 7 is more than the 6 clients that train",
         ),
         ({"name": "largest_loss", "candidates": 2, "size": 3}, "cohort.size: 3 is more than cohort.candidates: 2"),
     ],

@@ -40,7 +40,7 @@ from fedsim.base.version import VERSION
 from fedsim.errors import ConfigError, one_line
 from fedsim.experiment.round_log import FIELDS
 from fedsim.experiment.round_log import NAME as LOG
-from fedsim.federated.federation import SAVED, Past
+from fedsim.federated.federation import SAVED
 from fedsim.federated.simulation import Round, Simulation
 from fedsim.federated.store import SEGMENT_NAME
 from fedsim.types import Form, State, described, form_of
@@ -150,10 +150,11 @@ class Checkpoints:
         past = {name: server[name] for name in SAVED if name in server}
         server = {name: value for name, value in server.items() if name not in past}
         _check_form(self.folder, "the server's state is", form_of(server), form_of(simulation.server))
-        try:
-            restored = Past.restored(simulation.data.num_clients, past) if past else simulation.past
-        except ValueError as error:
-            raise ConfigError(f"{self.folder}: {error}") from None
+        if past:
+            try:
+                simulation.past.restore(past)
+            except ValueError as error:
+                raise ConfigError(f"{self.folder}: {error}") from None
         for path in self._found():
             if int(path.stem) > checkpoint.round:  # broken
                 remove(path)
@@ -163,7 +164,7 @@ class Checkpoints:
         last = _last(checkpoint)
         self._restore_clients(simulation, checkpoint.clients, last.get("cohort", ()))
         simulation.server = {name: server[name].to(simulation.runtime.home) for name in simulation.server}
-        simulation.number, simulation.clock, simulation.past = checkpoint.round, checkpoint.clock, restored
+        simulation.number, simulation.clock = checkpoint.round, checkpoint.clock
         simulation.last = Round(**last) if last else None
         self._settle(simulation)
 

@@ -56,9 +56,7 @@ class Availability:
             if (value := getattr(self, name) or 0.0) > MAX_TIME:
                 raise ConfigError(f"availability.{name}: {value:g} is more than {MAX_TIME:g}")
         if isinstance(self.drop, list) and len(self.drop) != num_clients:
-            raise ConfigError(
-                f"availability.drop: has {len(self.drop)} entries, and data.clients is {num_clients}"
-            )
+            raise ConfigError(f"availability.drop: has {len(self.drop)} entries, and {num_clients} clients train")
 
     def select(self, cohort: list[int], num_clients: int, seed: int, number: int) -> list[int]:
         """The cohort, and further clients drawn from the others, as many as `over_selection` asks for."""

@@ -33,7 +33,7 @@ def uniform(
         raise ConfigError("cohort: set either cohort.fraction or cohort.size")
     m = size or max(round((fraction or 0) * num_clients), 1)
     if m > num_clients:
-        raise ConfigError(f"cohort.size: {m} is more than data.clients: {num_clients}")
+        raise ConfigError(f"cohort.size: {m} is more than the {num_clients} clients that train")
     return sorted(stream.choice(num_clients, m, replace=False).tolist())
 
 
@@ -82,7 +82,7 @@ def _drawn_by_examples(
 ) -> list[int]:
     """The ids in the order in which they were drawn."""
     if size > num_clients:
-        raise ConfigError(f"cohort.{option}: {size} is more than data.clients: {num_clients}")
+        raise ConfigError(f"cohort.{option}: {size} is more than the {num_clients} clients that train")
     drawn: list[int] = stream.choice(num_clients, size, replace=False, p=federation.shares).tolist()
     return drawn
 

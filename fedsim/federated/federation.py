@@ -13,7 +13,7 @@ from fedsim.types import Report, State
 
 
 class Past(NamedTuple):
-    """The last training of each client, by id. The arrays are never written to."""
+    """The last training of each client, by id. A round writes to it in place, so that it costs nothing by N."""
 
     last_round: Ints
     last_loss: Floats
@@ -22,22 +22,15 @@ class Past(NamedTuple):
     @classmethod
     def none(cls, num_clients: int) -> "Past":
         """That of clients which have never trained."""
-        unknown = np.full(num_clients, np.nan)
-        return cls(np.full(num_clients, -1), unknown, unknown)
+        return cls(np.full(num_clients, -1), np.full(num_clients, np.nan), np.full(num_clients, np.nan))
 
-    def after(self, number: int, trained: Iterable[Report], seconds: Mapping[int, float]) -> "Past":
-        """The past after round `number`, in which these clients trained."""
-        last_round, last_loss, took = past = self.copies()
+    def record(self, number: int, trained: Iterable[Report], seconds: Mapping[int, float]) -> None:
+        """Remember round `number`, in which these clients trained."""
         for report in trained:
             client, sums = report.client_id, report.metrics
-            last_round[client] = number
-            last_loss[client] = sums["loss"] / sums["examples"] if sums.get("examples") else np.nan
-            took[client] = seconds.get(client, np.nan)
-        return past
-
-    def copies(self) -> "Past":
-        """Arrays that may be written to."""
-        return Past(self.last_round.copy(), self.last_loss.copy(), self.seconds.copy())
+            self.last_round[client] = number
+            self.last_loss[client] = sums["loss"] / sums["examples"] if sums.get("examples") else np.nan
+            self.seconds[client] = seconds.get(client, np.nan)
 
     def saved(self) -> State:
         """The entries of those clients that have trained, for a checkpoint."""
@@ -45,19 +38,16 @@ class Past(NamedTuple):
         entries = [clients, *(values[clients] for values in self)]
         return dict(zip(SAVED, map(torch.from_numpy, entries), strict=True))
 
-    @classmethod
-    def restored(cls, num_clients: int, saved: State) -> "Past":
-        """The reverse of `saved`; raises ValueError."""
-        past = cls.none(num_clients).copies()
+    def restore(self, saved: State) -> None:
+        """Set the entries that were `saved`, where nothing is known; raises ValueError."""
         try:
             clients, *entries = (saved[name].numpy() for name in SAVED)
             if clients.size and clients.min() < 0:
                 raise IndexError(f"there is no client {clients.min()}")
-            for values, entry in zip(past, entries, strict=True):
+            for values, entry in zip(self, entries, strict=True):
                 values[clients] = entry
         except (KeyError, IndexError, ValueError) as error:
             raise ValueError(f"what it knows of the clients' last rounds cannot be read: {error}") from None
-        return past
 
 
 SAVED = ("past.clients", *(f"past.{name}" for name in Past._fields))

@@ -297,10 +297,9 @@ class Simulation:
                 absent={str(client): cause for client, cause in sorted((attempt.absent | trained.absent).items())},
                 clock=self.clock + attempt.seconds,
             )
-            past = self.past.after(self.number, counted, attempt.client_seconds)
             with uninterrupted():
                 self.clients.commit()
-                self.past = past
+                self.past.record(self.number, counted, attempt.client_seconds)
                 self.server, self.number, self.clock, self.last = server, done.round, done.clock, done
         except BaseException:
             self.clients.discard()
