@@ -29,7 +29,7 @@ class Past(NamedTuple):
         for report in trained:
             client, sums = report.client_id, report.metrics
             self.last_round[client] = number
-            self.last_loss[client] = sums["loss"] / sums["examples"] if sums.get("examples") else np.nan
+            self.last_loss[client] = sums.get("loss", np.nan) / (sums.get("examples") or np.nan)
             self.seconds[client] = seconds.get(client, np.nan)
 
     def saved(self) -> State:

@@ -48,7 +48,7 @@ from fedsim.federated.client import (
 from fedsim.federated.cohort import Cohort, ids, may_be_empty
 from fedsim.federated.federation import Federation, Past, asks
 from fedsim.federated.fold import cause
-from fedsim.federated.message import check_zeros, zero_message
+from fedsim.federated.message import check_zeros, moved_statistics, zero_message
 from fedsim.federated.pace import Pace
 from fedsim.federated.recalibration import Recalibrate, Recalibration, check_recalibration
 from fedsim.federated.rows import Rows
@@ -282,12 +282,13 @@ class Simulation:
                     trained = self._train(attempt.reporting, after_client, before_client)
             server, reports, failed = trained.server, trained.reports, trained.failed
             counted = [report for report in reports if report.client_id not in failed]
-            sums = _sums(report.metrics for report in counted)
+            metrics = [report.metrics for report in counted]
+            sums, losses = _sums(metrics), _sums(m for m in metrics if {"loss", "examples"} <= m.keys())
             asked = _sums(report.metrics for report in trained.surveyed)
             done = Round(
                 round=self.number + 1,
                 cohort=selected,
-                train_loss=sums["loss"] / sums["examples"] if sums.get("examples") else None,
+                train_loss=losses["loss"] / losses["examples"] if losses.get("examples") else None,
                 fingerprint=fingerprint_of(server),
                 seconds=perf_counter() - start,
                 steps=int(sums.get("steps", 0) + asked.get("steps", 0)),
@@ -557,11 +558,18 @@ class Simulation:
             raise RoundError(f"round {self.number + 1}: answers to the survey have 'buffers', a reserved name")
         aggregate, buffers = split_statistics(aggregate, aggregator)
         if not self.strategy.uses_public:
-            return server | half.changed(server, aggregate) | buffers
+            return self._with_changes(server, half.changed(server, aggregate) | buffers)
         sent = {name: value for name, value in server.items() if name not in ("ema.model", "ema.buffers")}
         sent |= {f"{AGGREGATE}{name}": value for name, value in aggregate.items()}
         made = self._one_job(half, sent, f"{type(self.strategy).__name__}.{half.method}")
-        return server | made | buffers
+        return self._with_changes(server, made | buffers)
+
+    def _with_changes(self, server: State, changed: State) -> State:
+        """The server's state with entries that have changed, where statistics may be given as their change."""
+        if self.strategy.buffers_as_changes and "buffers" in changed:
+            buffers = moved_statistics(server["buffers"], changed["buffers"], self.task.buffer_layout)
+            changed = changed | {"buffers": buffers}
+        return server | changed
 
     def _one_job(self, work: ServerHalf | Recalibration, server: State, whose: str) -> State:
         """The message of a work for one job, which is none of a client's; raises RoundError."""

@@ -107,6 +107,19 @@ class Strategy(ABC):
         """The entries of the server's state that change before the training; `mean` is that of the answers."""
         return {}
 
+    def outgoing(self, server: State, client: State, update: Update, local: LocalObjective) -> Update:
+        """What leaves a client: its whole update, with batch-norm statistics as `message["buffers"]` and metrics.
+
+        It is the last thing that happens to it, for wrappers that change or withhold a part. Metrics may be left
+        out, and none added; nothing is trained here. `client` is the state before the round, `update.client` the
+        new one.
+        """
+        return update
+
+    def outgoing_survey(self, server: State, client: State, update: Update, local: LocalObjective) -> Update:
+        """As `outgoing`, for the answer to a survey."""
+        return update
+
     def select(self, server: State, mean: State, info: RoundInfo) -> list[int]:
         """The ids of those clients of `info.cohort`, which have answered the survey, that train."""
         return info.cohort
@@ -212,6 +225,13 @@ class Wrapper(Strategy):
     def surveyed(self, server: State, mean: State, info: RoundInfo) -> State:
         return self.inner.surveyed(server, mean, info)
 
+    def outgoing(self, server: State, client: State, update: Update, local: LocalObjective) -> Update:
+        return checked_outgoing(self.inner, self.inner.outgoing(server, client, update, local), update)
+
+    def outgoing_survey(self, server: State, client: State, update: Update, local: LocalObjective) -> Update:
+        made = self.inner.outgoing_survey(server, client, update, local)
+        return checked_outgoing(self.inner, made, update, "outgoing_survey")
+
     def select(self, server: State, mean: State, info: RoundInfo) -> list[int]:
         return self.inner.select(server, mean, info)
 
@@ -235,6 +255,16 @@ class Wrapper(Strategy):
     def survey_steps(self, num_steps: int, epoch_steps: int) -> int:
         return self.inner.survey_steps(num_steps, epoch_steps)
 
+    def entry(self, name: str) -> str:
+        """The full name of an entry of this wrapper's own, in the state of a client or the server or in a message.
+
+        The wrappers around and inside of this one have other names, so that equal ones do not share an entry.
+        """
+        inside, inner = 0, self.inner
+        while isinstance(inner, Wrapper):
+            inside, inner = inside + 1, inner.inner
+        return f"wrapper{inside}.{name}"
+
 
 def server_state(strategy: Strategy, model: Tensor, federation: Federation | None) -> State:
     """What `init_server` gives; raises ConfigError where a wrapper has not passed on the federation it needs."""
@@ -249,19 +279,21 @@ def server_state(strategy: Strategy, model: Tensor, federation: Federation | Non
 
 def surveys(strategy: Strategy) -> bool:
     """Whether there is an exchange before the training."""
-    return _defines(strategy, "survey")
+    return defines(strategy, "survey")
 
 
 def personalises(strategy: Strategy) -> bool:
     """Whether clients train the model that they use themselves."""
-    return _defines(strategy, "personalise")
+    return defines(strategy, "personalise")
 
 
-def _defines(strategy: Strategy, method: str) -> bool:
+def defines(strategy: Strategy, method: str) -> bool:
     """Whether the strategy, or one in it, defines this method."""
-    if getattr(type(strategy), method) not in (getattr(Strategy, method), getattr(Wrapper, method)):
-        return True
-    return isinstance(strategy, Wrapper) and _defines(strategy.inner, method)
+    return _itself_defines(strategy, method) or (isinstance(strategy, Wrapper) and defines(strategy.inner, method))
+
+
+def _itself_defines(strategy: Strategy, method: str) -> bool:
+    return getattr(type(strategy), method) not in (getattr(Strategy, method), getattr(Wrapper, method))
 
 
 def check_strategy(strategy: object) -> None:
@@ -278,7 +310,7 @@ def check_strategy(strategy: object) -> None:
     for name in DECLARED.values():
         _check_declaration(strategy, name)
     for name in () if surveys(strategy) else ("surveyed", "select"):
-        if _defines(strategy, name):
+        if defines(strategy, name):
             raise ConfigError(
                 f"strategy: {type(strategy).__name__} defines {name}, and no survey that comes before"
             )
@@ -286,6 +318,16 @@ def check_strategy(strategy: object) -> None:
         raise ConfigError(f"strategy.min_clients: {least!r} should be a whole number >= 0, or all")
     if isinstance(strategy, Wrapper):
         check_strategy(strategy.inner)
+        _check_outgoing(strategy)
+
+
+def _check_outgoing(wrapper: Wrapper) -> None:
+    """Raise ConfigError if a wrapper sees what clients send, and not what they answer to a survey."""
+    sees = [_itself_defines(wrapper, method) for method in ("outgoing", "outgoing_survey")]
+    if sees == [True, False] and surveys(wrapper.inner):
+        name, inner = type(wrapper).__name__, type(wrapper.inner).__name__
+        misses = f"{name} defines outgoing, and {inner} also surveys its clients"
+        raise ConfigError(f"strategy: {misses}; it should define outgoing_survey, for their answers")
 
 
 def _check_declaration(strategy: Strategy, name: str) -> None:
@@ -336,3 +378,17 @@ def checked_update(strategy: Strategy, update: object, method: str = "client_upd
             f"{whose}gave metrics, which only fedsim adds; send what the server needs in the message"
         )
     return update
+
+
+def checked_outgoing(strategy: Strategy, made: object, update: Update, method: str = "outgoing") -> Update:
+    """What a method of the strategy made of an update; raises WrongReturnError unless it is an update like it."""
+    told = made.metrics if isinstance(made, Update) else {}
+    made = checked_update(strategy, made._replace(metrics={}) if isinstance(made, Update) else made, method)
+    check_state(told, "metrics", whose := f"{type(strategy).__name__}.{method}: ")
+    if invented := told.keys() - update.metrics.keys():
+        raise WrongReturnError(f"{whose}gave the metrics {min(invented)!r}, which the update does not have")
+    if wrong := [name for name, value in told.items() if value.dim()]:
+        raise WrongReturnError(
+            f"{whose}gave metrics {wrong[0]!r} of shape {tuple(told[wrong[0]].shape)}; it should be ()"
+        )
+    return made._replace(metrics=told)
