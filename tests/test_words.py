@@ -76,7 +76,7 @@ class Words(FedAvg):
         y = noisy.train(x, gradient=ascent, after_step=lambda w: w.clamp(-1, 1))
         y = local.train(y, loss=contrast, only=head)
         v = personal.train(client["personal"], loss=pulled, correct=lambda g, w: g + 0.01 * personal.normal(g))
-        place = (local.cohort < local.client_id).sum() / len(local.cohort)
+        place = (local.cohort < local.client_id).to(x.dtype).mean()
         delta = y - x + 1e-3 * (local.round + 1 + place) * local.uniform(x)
         kept = {"personal": v, "statistics": personal.buffers}
         return Update({"delta": delta, "personal": v}, local.num_examples, kept)
