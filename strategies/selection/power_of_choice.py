@@ -11,7 +11,7 @@ The candidates are the cohort: the paper's d candidates, drawn with the probabil
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from fedsim import LocalObjective, RoundError, RoundInfo, Rows, State, Update
+from fedsim import LocalObjective, RoundInfo, Rows, State, Update
 from fedsim.types import NUMBER, Count
 
 from ..averaging.fedavg import FedAvg
@@ -21,8 +21,9 @@ from ..averaging.fedavg import FedAvg
 class PowerOfChoice(FedAvg):
     """Power-of-choice: the `size` (m) clients of the cohort with the largest F_k train; equal weights (Cho 2020).
 
-    F_k is the loss of the global model over all examples of a client. The mean of the clients' models is
-    unweighted, since the candidates are meant to be drawn with the probabilities p_k.
+    F_k is the loss of the global model over all examples of a client. Where fewer than `size` clients answer, all
+    of them train. The mean of the clients' models is unweighted, since the candidates are meant to be drawn with
+    the probabilities p_k.
     """
 
     size: Count
@@ -36,8 +37,5 @@ class PowerOfChoice(FedAvg):
         return Update({"loss": local.loss(server["model"])}, weight=1.0)
 
     def select(self, server: State, rows: State, info: RoundInfo) -> list[int]:
-        if len(info.cohort) < self.size:
-            few = f"{len(info.cohort)} clients told their loss, and strategy.size is {self.size}"
-            raise RoundError(f"power_of_choice: {few}; make the cohort larger")
         order = rows["loss"].argsort(descending=True, stable=True)  # of equal losses, the lower id first
         return [info.cohort[i] for i in order[: self.size].tolist()]
