@@ -282,6 +282,8 @@ def test_what_is_no_order(world, make, why):
 PLANS = [
     (("format",), 99, "plan.format: 99 should be 1"),
     (("seed",), 2**64, "plan.seed"),
+    (("clients",), 2**30, "plan.clients: 1073741824 should be a whole number >= 1 and <= 1048576"),
+    (("clients",), 0, "plan.clients: 0 should be"),
     (("time_limit",), inf, "plan: "),
     (("time_limit",), -1e300, "plan.time_limit"),
     (("evil\x1b\n",), 1, "plan.evil"),

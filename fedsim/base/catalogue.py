@@ -68,7 +68,8 @@ class UnknownKeyError(ConfigError):
 class Catalogue:
     """The named entries of one package; `package.module:attribute` reaches any other callable.
 
-    `kind` is the config key that names an entry, such as data.partition.
+    `kind` is the config key that names an entry, such as data.partition. The attribute `removed` of an entry, if it
+    has one, says by name which options it had in earlier versions, and why it has them no longer.
     """
 
     def __init__(self, kind: str, package: str, entries: Mapping[str, str]):
@@ -127,6 +128,9 @@ class Catalogue:
         if "inner" in options:
             options["inner"] = self.resolve(options["inner"], f"{at}.inner")
         own = self.options(spec["name"], f"{at}.name")
+        for key, why in {} if own is AnyOptions else getattr(self.load(spec["name"]), "removed", {}).items():
+            if key in options:
+                raise ConfigError(f"{at}.{key}: is no longer an option: {why}; leave it out")
         if "name" in own.model_fields:
             taken = "has an option called name, which no config can set; rename it"
             raise ConfigError(f"{at}.name: {spec['name']} {taken}")

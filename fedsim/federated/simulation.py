@@ -384,7 +384,7 @@ class Simulation:
     def _needs(self) -> tuple[int, str]:
         """The least number of clients whose messages a round needs, and what says so."""
         wanted, needed = self.failures.min_clients, self.strategy.min_clients
-        needed, says = (self.data.num_clients, "all of them") if needed == "all" else (needed, str(needed))
+        needed, says = (self.data.num_clients, "all clients") if needed == "all" else (needed, str(needed))
         if needed > wanted:
             return needed, f"{type(self.strategy).__name__} needs {says}"
         return wanted, f"failures.min_clients is {wanted}"
