@@ -341,7 +341,7 @@ def test_qfedavg_refuses_learning_rates_that_are_no_1_over_l():
     refused(r"local\.lr_every", "qfedavg", lr_every="step")
 
 
-@pytest.mark.parametrize("name", ["fedopt", "qfedavg"])
+@pytest.mark.parametrize("name", ["fedavg", "fedprox", "moon", "fedbn", "fedrep", "fedbabu", "fedopt", "qfedavg"])
 def test_weights_by_examples_are_declared(name):
     for weights, expected in (("uniform", [1.0] * len(SIZES)), ("examples", [*SIZES])):
         reports, simulation = [], make_simulation(make_strategy(name, weights=weights))

@@ -68,8 +68,8 @@ class UnknownKeyError(ConfigError):
 class Catalogue:
     """The named entries of one package; `package.module:attribute` reaches any other callable.
 
-    `kind` is the config key that names an entry, such as data.partition. The attribute `removed` of an entry, if it
-    has one, says by name which options it had in earlier versions, and why it has them no longer.
+    `kind` is the config key that names an entry, such as data.partition. The attribute `removed` of an entry, if
+    it has one, says by name which options it had in earlier versions, and why it has them no longer.
     """
 
     def __init__(self, kind: str, package: str, entries: Mapping[str, str]):
