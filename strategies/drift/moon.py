@@ -57,4 +57,4 @@ class Moon(FedAvg):
             return (local.label_losses(logits, batch) + self.mu * l_con).mean()
 
         y = local.train(x, loss=loss)
-        return Update({"delta": y - x}, local.num_examples, client={"last": y})
+        return Update({"delta": y - x}, self.weight(local), client={"last": y})
