@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import SIZES, make_data, make_simulation, make_strategy, make_task, trace
 from lab import CONFIG as LAB
-from lab import Lab
+from lab import Lab, played
 from safetensors.torch import load_file, save
 from small_run import CONFIG, state
 from test_survey import Selects
@@ -16,6 +16,7 @@ from test_survey import Selects
 import fedsim
 from fedsim import ConfigError, Federation, RoundError, Update, Wrapper
 from fedsim.base.files import write
+from fedsim.experiment.build import build
 from fedsim.experiment.checkpoint import _signed, read_checkpoint
 from fedsim.experiment.config import load
 from fedsim.experiment.execute import execute
@@ -351,6 +352,18 @@ def test_empty_rounds_are_logged_and_survive_a_stop(tmp_path):
     fedsim.run(config | {"rounds": 2}, out=tmp_path / "stopped")
     execute(*resumed_run(tmp_path / "stopped", {"rounds": 6}))
     assert state(tmp_path / "stopped") == state(tmp_path / "whole")
+
+
+def test_rounds_without_clients_are_the_same_on_nodes(tmp_path, monkeypatch):
+    cohort = {"name": "poisson", "rate": 0.3}
+    config = load(LAB | {"strategy": "scaffold", "cohort": cohort, "failures": {"min_clients": 0}})
+    lab = Lab(tmp_path, monkeypatch)
+    try:
+        found = played(lab.simulation(config), 6)
+    finally:
+        lab.close()
+    assert found == played(build(config), 6)
+    assert {bool(record["cohort"]) for record in found} == {True, False}
 
 
 @dataclass(frozen=True, kw_only=True)
