@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from fedsim.experiment.execute import resume as resume
     from fedsim.experiment.execute import run as run
     from fedsim.experiment.hook import Hook as Hook
+    from fedsim.federated.federation import Federation as Federation
+    from fedsim.federated.message import check_changes as check_changes
     from fedsim.federated.rows import Rows as Rows
     from fedsim.federated.simulation import Simulation as Simulation
     from fedsim.federated.strategy import Buffers as Buffers
@@ -28,7 +30,11 @@ if TYPE_CHECKING:
     from fedsim.training.objective import StepRules as StepRules
     from fedsim.training.recipe import Recipe as Recipe
     from fedsim.training.task import Task as Task
+    from fedsim.types import CHANGE as CHANGE
+    from fedsim.types import LIKE_MODEL as LIKE_MODEL
+    from fedsim.types import NUMBER as NUMBER
     from fedsim.types import Batch as Batch
+    from fedsim.types import Entry as Entry
     from fedsim.types import RoundInfo as RoundInfo
     from fedsim.types import State as State
     from fedsim.types import Update as Update
@@ -38,6 +44,8 @@ HOMES = {  # imported when first asked for, since torch takes seconds and `fedsi
     "errors": ("ClientError", "ConfigError", "RoundError"),
     "experiment.execute": ("Result", "resume", "run"),
     "experiment.hook": ("Hook",),
+    "federated.federation": ("Federation",),
+    "federated.message": ("check_changes",),
     "federated.rows": ("Rows",),
     "federated.simulation": ("Simulation",),
     "federated.strategy": ("Buffers", "Strategy", "Wrapper"),
@@ -45,7 +53,7 @@ HOMES = {  # imported when first asked for, since torch takes seconds and `fedsi
     "training.objective": ("Correction", "LocalObjective", "Loss", "ObjectiveWrapper", "StepRules"),
     "training.recipe": ("Recipe",),
     "training.task": ("Task",),
-    "types": ("Batch", "RoundInfo", "State", "Update"),
+    "types": ("CHANGE", "LIKE_MODEL", "NUMBER", "Batch", "Entry", "RoundInfo", "State", "Update"),
 }
 HOME = {name: module for module, names in HOMES.items() for name in names}
 

@@ -59,6 +59,24 @@ def same_values(a: object, b: Tensor) -> bool:
     return torch.equal(x, y) or torch.equal(x.view(torch.uint8), y.view(torch.uint8))  # bytes: for a NaN
 
 
+class Entry(NamedTuple):
+    """What a strategy declares of one entry of its messages.
+
+    It has the form of the server's entry `like`, or the given shape and dtype. With `change` it is a change of the
+    model on which nothing else depends, so that a wrapper may scale it, or add noise.
+    """
+
+    shape: tuple[int, ...] | None = None
+    dtype: torch.dtype | None = None
+    change: bool = False
+    like: str = "model"
+
+
+CHANGE = Entry(change=True)
+LIKE_MODEL = Entry()  # (P,)
+NUMBER = Entry(shape=())
+
+
 class Batch(NamedTuple):
     """A mini-batch of one client."""
 
@@ -139,6 +157,7 @@ class RoundInfo(NamedTuple):
     total_examples: int | None  # n, over all clients; None until every node has joined
     weights: Tensor = torch.empty(0, dtype=torch.float64)  # (C,) of their updates, in the order of `cohort`
     public: Any = None  # a LocalObjective over the server's own examples, for a strategy that `uses_public`
+    federation: Any = None  # a Federation: sizes and last trainings of all clients, before this round
 
     @property
     def held(self) -> int:
@@ -179,6 +198,7 @@ class Stream(IntEnum):
     NOISE = 10  # wrong labels
     PUBLIC = 11  # the choice of the examples that the server has
     RECALIBRATE = 12
+    NEW_CLIENTS = 15  # the choice of the clients that are kept out of training
     STRATEGY = 14  # the draws that a strategy asks for, by `local.normal` and `local.uniform`
     GLOBALS = 13  # (seed, GLOBALS, stream, ...): the global generators, in functions of users at the server
 

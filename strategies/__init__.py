@@ -28,6 +28,7 @@ CATALOGUE = Catalogue(
         "fedopt": "adaptive.fedopt:FedOpt",
         "qfedavg": "fair.qfedavg:QFedAvg",
         "afl": "fair.afl:AFL",
+        "power_of_choice": "selection.power_of_choice:PowerOfChoice",
         "median": "robust.median:Median",
         "fltrust": "robust.fltrust:FLTrust",
         "krum": "robust.krum:Krum",

@@ -112,7 +112,7 @@ def make_task(network=conv_net, *, dtype=torch.float32, shape=SHAPE, classes=CLA
 
 
 FEW = {"krum": {"attackers": 0}}  # settings of strategies whose defaults are for larger cohorts than these
-NEEDED = {"inner": "fedavg", "layers": ["fc*"], "clients": len(SIZES)}  # what options without a default get
+NEEDED = {"inner": "fedavg", "layers": ["fc*"], "size": 2}  # what options without a default get
 WHOLE = {"afl"}  # strategies that need all clients in each round
 PARTIAL = [name for name in CATALOGUE if name not in WHOLE]
 
@@ -185,6 +185,7 @@ def _record(simulation, done):
     shown = done._asdict() | {
         "server": _digests(simulation.server),
         "clients": {k: _digests(state) for k, state in simulation.clients.items()},
+        "past": [values.tobytes() for values in simulation.past[:2]],  # without virtual seconds
         "test": simulation.evaluate(batch_size=7),
         "own": simulation.evaluate_clients(batch_size=5),
     }

@@ -95,7 +95,7 @@ def partition(**options):
         (uniform(fraction=2), "cohort.fraction: 2 should be a number > 0 and <= 1"),
         (uniform(fraction=-1), "cohort.fraction: -1 should be a number > 0 and <= 1"),
         (uniform(size=0), "cohort.size: 0 should be a whole number >= 1"),
-        (uniform(size=5), "cohort.size: 5 is more than data.clients: 4"),
+        (uniform(size=5), "cohort.size: 5 is more than the 4 clients that train"),
         (uniform(), "cohort: set either cohort.fraction or cohort.size"),
         (uniform(size=2, fraction=0.5), "cohort: set either cohort.fraction or cohort.size"),
         ({"cohort": {"name": "fixed", "clients": [0, 4]}}, "cohort.clients: [0, 4] must be different ids"),
@@ -409,8 +409,8 @@ def test_a_tag_runs_nothing(tmp_path, monkeypatch, tag):
 
 def test_an_override_reaches_into_a_bare_name():
     config = load(TINY | {"strategy": "fedprox"}, {"strategy.mu": 0.5})
-    expected = {"name": "fedprox", "mu": 0.5, "server_lr": 1.0, "average": "cohort", "buffers": "average"}
-    assert config.strategy == expected
+    expected = {"name": "fedprox", "mu": 0.5, "server_lr": 1.0, "average": "cohort", "weights": "examples"}
+    assert config.strategy == expected | {"buffers": "average"}
 
 
 def test_an_override_reaches_where_nothing_was():
@@ -505,8 +505,10 @@ def tiny(config):
     overrides = {"rounds": 1, "cohort": {"name": "uniform", "size": 2}, "local.epochs": 1, "local.steps": None}
     if config.local["steps"] and config.local["batch_size"] != "full":
         overrides |= {"local.batch_size": min(config.local["batch_size"], 10)}
-    if "clients" in config.strategy:  # which are all of them, in each round
-        overrides |= {"strategy.clients": 4, "cohort": "all"}
+    if config.cohort["name"] == "all":  # as some strategies need
+        overrides |= {"cohort": "all"}
+    if "size" in config.strategy:
+        overrides |= {"strategy.size": 1}
     if "attackers" in config.strategy:
         overrides |= {"strategy.attackers": 0, "strategy.choose": 1, "cohort": "all"}
     if data["name"].startswith("synthetic_"):  # small already, and with clients of its own

@@ -173,6 +173,7 @@ ORDERS = [
     ({"version": 1, "mark": 5}, "was replaced when its round was repeated"),
     ({"version": 1, "mark": -(2**70)}, "was replaced"),
     ({"round": 9, "version": 7}, "state 7 of client 0 is not here"),
+    *(({"cohort": ids}, "order.cohort: should be ids") for ids in [(1,), (0, 0), (0, 2, 1), (-1, 0), (0, 2**40)]),
     ({"batch_size": 0, "task": "evaluate"}, "order.batch_size"),
     ({"batch_size": 2**40, "task": "evaluate"}, "order.batch_size"),
     ({"transport": "pickle"}, "transport: "),
@@ -281,6 +282,8 @@ def test_what_is_no_order(world, make, why):
 PLANS = [
     (("format",), 99, "plan.format: 99 should be 1"),
     (("seed",), 2**64, "plan.seed"),
+    (("clients",), 2**30, "plan.clients: 1073741824 should be a whole number >= 1 and <= 1048576"),
+    (("clients",), 0, "plan.clients: 0 should be"),
     (("time_limit",), inf, "plan: "),
     (("time_limit",), -1e300, "plan.time_limit"),
     (("evil\x1b\n",), 1, "plan.evil"),

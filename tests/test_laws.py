@@ -146,7 +146,7 @@ def test_who_else_takes_part_does_not_show(name):
     """A client's loss, message and state depend on the server's state and its own, on nobody else."""
     if surveys(make_strategy(name)):
         pytest.skip("its clients are sent what all have answered")
-    few = {"name": "fixed", "clients": [3, 4, 5][: make_strategy(name).min_clients]}
+    few = {"name": "fixed", "clients": [3, 4, 5][: max(make_strategy(name).min_clients, 1)]}
     alone, among = (make_simulation(name, cohort=c) for c in (few, "all"))
     reports = []
     alone.round(reports.append)
@@ -385,14 +385,11 @@ def test_a_client_without_a_model_of_its_own_is_tested_on_the_global_one():
 
 # Everyone learns
 
-LEARN = {"afl": {"clients": 3}}  # settings of strategies whose defaults are for longer runs than this
-
 
 def test_everyone_learns(name):
     """The loss, of each client's own model on its own examples, falls below half of what it was."""
-    strategy = make_strategy(name, **LEARN.get(name, {}))
     task = make_task(lambda: conv_net(dropout=0.1))
-    simulation = make_simulation(strategy, task=task, data=make_data([30, 40, 50], noise=0.3, public=30), lr=0.1)
+    simulation = make_simulation(name, task=task, data=make_data([30, 40, 50], noise=0.3, public=30), lr=0.1)
     before = own_loss(simulation)
     for _ in range(20):
         simulation.round()

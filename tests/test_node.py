@@ -69,7 +69,7 @@ CONFIG = {
     "local": {"lr": 0.05, "batch_size": 4, "augment": ["flip", "random_crop"]},
     "runtime": {"name": "serial", "device": "cpu"},
 }
-NEEDED = {"inner": "scaffold", "layers": ["*.weight"], "clients": 3}  # what options without a default get
+NEEDED = {"inner": "scaffold", "layers": ["*.weight"], "size": 2}  # what options without a default get
 
 
 class Nodes(Runtime):

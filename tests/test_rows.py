@@ -234,14 +234,14 @@ class NoInstance(FedAvg):
 
 
 class NoCount(FedAvg):
-    min_clients = 0
+    min_clients = -1
 
 
 @pytest.mark.parametrize(
     ("strategy", "said"),
     [
         (NoInstance(), r"^strategy\.aggregator: <class .*Rows'> is no aggregator; fedsim\.Rows\(\) is one$"),
-        (Wrapper(inner=NoCount()), r"^strategy\.min_clients: 0 should be a whole number >= 1$"),
+        (Wrapper(inner=NoCount()), r"^strategy\.min_clients: -1 should be a whole number >= 0, or all$"),
         (Krum(attackers=2), r"^strategy: Krum needs 7, and a cohort has 6 clients; make the cohort larger, or"),
         (Krum(attackers=1, choose=6), r"^strategy: Krum needs 7, and a cohort has 6 clients"),
     ],

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_laws import Point, Quadratic, plain_net
 
-from fedsim import ConfigError, RoundError, Wrapper
+from fedsim import ConfigError, Wrapper
 from fedsim.data import Dataset, FederatedData
 from fedsim.strategies.fair.afl import nearest_on_simplex
 from fedsim.training.schedules import SCHEDULES
@@ -341,7 +341,7 @@ def test_qfedavg_refuses_learning_rates_that_are_no_1_over_l():
     refused(r"local\.lr_every", "qfedavg", lr_every="step")
 
 
-@pytest.mark.parametrize("name", ["fedopt", "qfedavg"])
+@pytest.mark.parametrize("name", ["fedavg", "fedprox", "moon", "fedbn", "fedrep", "fedbabu", "fedopt", "qfedavg"])
 def test_weights_by_examples_are_declared(name):
     for weights, expected in (("uniform", [1.0] * len(SIZES)), ("examples", [*SIZES])):
         reports, simulation = [], make_simulation(make_strategy(name, weights=weights))
@@ -371,7 +371,7 @@ def test_the_projection_is_the_nearest_point_of_the_simplex(v):
 def test_afl_by_hand():
     """The weights rise with the losses of the received model; one of them reaches 0."""
     clients, eta, gamma = [[3.0, 3.0], [-2.0], [0.625]], 0.25, 0.1
-    simulation = quadratic(make_strategy("afl", clients=3, lr_lambda=gamma), clients, lr=eta)
+    simulation = quadratic(make_strategy("afl", lr_lambda=gamma), clients, lr=eta)
     x, weights, zeros = 0.5, np.full(3, 1 / 3), 0
     for _ in range(4):
         y = [descend(x, lambda w, own=own: w - own[0], len(own), eta) for own in clients]
@@ -387,7 +387,7 @@ def test_afl_by_hand():
 def test_afl_finds_the_model_whose_worst_client_is_best():
     """Whoever has more examples: half way between 0 and 1, where FedAvg goes to 1/4."""
     clients = [[0.0] * 3, [1.0]]
-    afl = quadratic(make_strategy("afl", clients=2, lr_lambda=0.5), clients, start=0.0, lr=0.1, steps=1)
+    afl = quadratic(make_strategy("afl", lr_lambda=0.5), clients, start=0.0, lr=0.1, steps=1)
     found = after(afl, 250)
     assert [found["model"], *found["lambda"]] == pytest.approx([0.5, 0.5, 0.5], abs=1e-3)
     assert after(quadratic("fedavg", clients, lr=0.1, steps=1), 150)["model"] == pytest.approx(0.25, abs=1e-3)
@@ -395,19 +395,16 @@ def test_afl_finds_the_model_whose_worst_client_is_best():
 
 def test_afl_with_fixed_weights_is_the_unweighted_mean():
     same(
-        vectors(make_strategy("afl", clients=len(SIZES), lr_lambda=0)),
+        vectors(make_strategy("afl", lr_lambda=0)),
         vectors(Uniform(inner=make_strategy("fedavg"))),
     )
 
 
-@pytest.mark.parametrize(
-    ("clients", "cohort", "said"),
-    [
-        (6, {"name": "uniform", "size": 4}, "AFL needs 6, and a cohort has 4 clients"),
-        (5, "all", "6 of 6 answered, and strategy.clients is 5"),
-        (7, "all", "AFL needs 7, and a cohort has 6 clients"),
-    ],
-)
-def test_afl_needs_all_clients(clients, cohort, said):
-    with pytest.raises((ConfigError, RoundError), match=said):
-        make_simulation(make_strategy("afl", clients=clients), cohort=cohort).round()
+def test_afl_needs_all_clients():
+    with pytest.raises(ConfigError, match="AFL needs all clients, and a cohort has 4 clients"):
+        make_simulation("afl", cohort={"name": "uniform", "size": 4})
+
+
+def test_an_option_that_afl_has_no_longer_is_refused_with_the_way_out():
+    with pytest.raises(ConfigError, match=r"^strategy\.clients: is no longer an option: .*; leave it out$"):
+        make_strategy("afl", clients=6)

@@ -69,7 +69,8 @@ class UnknownKeyError(ConfigError):
 class Catalogue:
     """The named entries of one package; `package.module:attribute` reaches any other callable.
 
-    `kind` is the config key that names an entry, such as data.partition.
+    `kind` is the config key that names an entry, such as data.partition. The attribute `removed` of an entry, if
+    it has one, says by name which options it had in earlier versions, and why it has them no longer.
     """
 
     def __init__(self, kind: str, package: str, entries: Mapping[str, str]):
@@ -128,6 +129,9 @@ class Catalogue:
         if "inner" in options:
             options["inner"] = self.resolve(options["inner"], f"{at}.inner")
         own = self.options(spec["name"], f"{at}.name")
+        for key, why in {} if own is AnyOptions else getattr(self.load(spec["name"]), "removed", {}).items():
+            if key in options:
+                raise ConfigError(f"{at}.{key}: is no longer an option: {why}; leave it out")
         if "name" in own.model_fields:
             taken = "has an option called name, which no config can set; rename it"
             raise ConfigError(f"{at}.name: {spec['name']} {taken}")
@@ -273,17 +277,19 @@ def nearest(name: str, allowed: Iterable[str], similar: float = 0.6) -> list[str
     return difflib.get_close_matches(name, [*allowed], n=1, cutoff=similar)
 
 
-def check_methods(thing: object, base: type, at: str) -> None:
+def check_methods(thing: object, base: type, at: str, more: Mapping[str, str] = {}) -> None:
     """Raise ConfigError where a user's class misspells a method or class variable of `base`.
 
-    Or where it takes other arguments in a method.
+    Or where it takes other arguments in a method. `more` names, by method, one that it may take besides.
     """
     kind, methods = type(thing), _public_methods(base)
     own = {name: method for name in methods if is_own(method := getattr(thing, name))}
     for name, method in own.items():
         _, *arguments = inspect.signature(methods[name]).parameters
+        signature = inspect.signature(method)
+        besides = {more[name]: None} if more.get(name) in signature.parameters else {}
         try:
-            inspect.signature(method).bind(*arguments)
+            signature.bind(*arguments, **besides)
         except TypeError as error:
             taken = f"{kind.__name__}.{name} does not take the arguments ({', '.join(arguments)})"
             raise ConfigError(f"{at}: {taken}: {error}") from None

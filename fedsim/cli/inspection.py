@@ -45,6 +45,9 @@ def partition(
     console.print(label_table(data))
     if public := len(data.public):
         console.out(f"public: {public:,} more examples are the server's own")
+    if new := len(data.new_clients):
+        examples = int((data.owners < -1).sum())
+        console.out(f"new clients: {new:,} more, with {examples:,} examples, do not train (evaluate.new_clients)")
     if wrong:
         console.out(f"label noise: {wrong:,} of {len(data.labels):,} labels are wrong")
     console.out(f"hash:    {content_hash(data.owners)}\npicture: {out}")

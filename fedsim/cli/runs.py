@@ -143,6 +143,11 @@ def execute_and_show(started: "Started") -> None:
             f"test accuracy {found['test_accuracy']:.2%} (best {found['best_test_accuracy']:.2%}) "
             f"after {found['rounds']} rounds, {found['client_steps_per_second']:,.0f} client steps a second"
         )
+    if "new_client_accuracy_mean" in found:
+        worst = f"worst tenth {found['new_client_accuracy_worst_decile']:.2%}"
+        console.out(
+            f"{found['new_clients']} new clients: accuracy {found['new_client_accuracy_mean']:.2%} ({worst})"
+        )
     if run.stopped:
         console.out(f"stopped: {one_line(run.stopped)}")
     if (folder / "curves.png").is_file():

@@ -32,10 +32,14 @@ class FederatedData:
     the image; augmentations see the whole image. `labels` (n,) are used for training; `true_labels` (n,), on the
     CPU, are the dataset's.
 
+    `new_clients` of the `clients`, drawn at random, are kept out of training: N does not count them, and their ids
+    are N, N + 1, ...
+
     Rows that `public` (n,) marks belong to the server and to no client. The argument `owners` then has one entry
-    for each of the other rows, in their order; the attribute `owners` has all n, with -1 for the server's. Where
-    the argument is None, the clients are on machines of their own (`clients_are_remote`): of the training examples
-    only the public ones are used, and `sizes` are 0 until the nodes report them.
+    for each of the other rows, in their order; the attribute `owners` has all n, with -1 for the server's and
+    -2, -3, ... for those of new clients. Where the argument is None, the clients are on machines of their own
+    (`clients_are_remote`): of the training examples only the public ones are used, and `sizes` are 0 until the
+    nodes report them.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class FederatedData:
         owners: Ints | None,
         *,
         clients: int,
+        new_clients: int = 0,
         holdout: float = 0.0,
         public: Flags | None = None,
         crop: int | None = None,
@@ -66,14 +71,19 @@ class FederatedData:
                 raise ConfigError(f"data.clients: {clients} is too many for {n} examples; allowed: 1 to {n}")
             with border("data.partition", ConfigError):
                 owners = checked_owners(owners, n, clients)
-            self.owners[~public] = owners
+            if new_clients:
+                owners = _with_last(owners, clients, new_clients, random(seed, Stream.NEW_CLIENTS))
+            first = clients - new_clients
+            self.owners[~public] = np.where(owners < first, owners, first - 2 - owners)
             held_out = holdout_mask(owners, holdout, random(seed, Stream.HOLDOUT)) if holdout else 0
             part[~public] = 2 * owners + held_out  # part 2k: client k trains on it; part 2k + 1: it holds it out
             self._order = np.argsort(part, kind="stable")  # rows sorted by part, of which each is then a slice
         bounds = np.concatenate([[0], np.cumsum(np.bincount(part, minlength=2 * clients))])
         self._bounds = bounds[: 2 * clients + 1]  # part i is the slice from bounds[i] to bounds[i + 1]
-        self.sizes: Ints = self._bounds[1::2] - self._bounds[:-1:2]  # (N,) n_k, without held-out examples
-        self.num_clients = clients
+        self.num_clients = clients - new_clients
+        self.new_clients = range(self.num_clients, clients)  # ids
+        self.server_id = clients  # with which `rows` gives the server's
+        self.sizes: Ints = np.diff(self._bounds)[: 2 * self.num_clients : 2]  # (N,) n_k, without held-out examples
         self.client_names = _client_names(dataset, self.owners)  # none, or one for each client
         self.num_classes = dataset.classes
         self.class_names = tuple(printable(composed(name)) for name in dataset.class_names)
@@ -94,8 +104,8 @@ class FederatedData:
         return self.clients_are_remote
 
     def rows(self, client: int) -> Ints:
-        """(n_k,) the rows that `client` trains on, ascending; a view. Those of client N are the server's."""
-        if client == self.num_clients:
+        """(n_k,) the rows that `client` trains on, ascending; a view. Those of `server_id` are the server's."""
+        if client == self.server_id:
             return self.public
         return self._order[self._bounds[2 * client] : self._bounds[2 * client + 1]]
 
@@ -105,9 +115,9 @@ class FederatedData:
 
     @property
     def own_sizes(self) -> Ints:
-        """(N,) the number of examples on which each client evaluates its own model: see `own_batches`."""
+        """The number of examples on which each client evaluates its own model, then those of new clients."""
         held_out = self._bounds[2::2] - self._bounds[1:-1:2]
-        return np.where(held_out, held_out, self.sizes)
+        return np.where(held_out, held_out, np.diff(self._bounds)[::2])
 
     @property
     def public(self) -> Ints:
@@ -309,6 +319,14 @@ class Shard(FederatedData):
             return super().own_batches(client, batch_size, least)
         rows = torch.arange(self.num_test)
         return map(self.test_batch, torch.split(rows, batch_sizes(len(rows), batch_size, least)))
+
+
+def _with_last(owners: Ints, clients: int, last: int, rng: np.random.Generator) -> Ints:
+    """The same division; `last` clients, drawn at random, get the highest ids; the others keep their order."""
+    chosen = np.zeros(clients, dtype=np.bool_)
+    chosen[rng.choice(clients, last, replace=False)] = True
+    ids: Ints = np.argsort(np.argsort(chosen, kind="stable"))
+    return ids[owners]
 
 
 def batch_sizes(examples: int, batch_size: int, least: int = 1) -> list[int]:

@@ -14,7 +14,7 @@ from fedsim.data import AUGMENTATIONS, DATASETS, PARTITIONS, Dataset, FederatedD
 from fedsim.data.federated import checked_owners, public_mask, without_rows
 from fedsim.data.noise import LabelNoise
 from fedsim.errors import ConfigError, border
-from fedsim.experiment.config import Config, DataOptions, recipe_options
+from fedsim.experiment.config import Config, DataOptions, num_new_clients, recipe_options
 from fedsim.experiment.hook import Hook, check_hooks
 from fedsim.experiment.hooks import HOOKS
 from fedsim.federated.availability import Availability
@@ -62,6 +62,7 @@ def build_data(config: Config, dataset: Dataset | None = None) -> FederatedData:
         dataset,
         owners,
         clients=shared["clients"],
+        new_clients=num_new_clients(config),
         holdout=shared["holdout"],
         public=public,
         crop=shared["crop"],
@@ -73,6 +74,8 @@ def build_data(config: Config, dataset: Dataset | None = None) -> FederatedData:
 
 def build_server_data(config: Config) -> FederatedData:
     """The server's data where clients have data of their own: test examples, and those of `data.public`."""
+    if config.evaluate.new_clients:
+        raise ConfigError("evaluate.new_clients: nodes join by themselves; leave it out on real machines")
     shared, dataset = {key: config.data[key] for key in ("clients", "crop", "public")}, build_dataset(config)
     dataset.check_parts("test")
     seed = config.seed if config.data["partition_seed"] is None else config.data["partition_seed"]

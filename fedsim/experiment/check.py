@@ -37,7 +37,7 @@ from fedsim.experiment.check_files import (
 )
 from fedsim.experiment.checked import EVENTS, PICTURE, CheckedRun, Numbers, Part, PartState, RunState
 from fedsim.experiment.checkpoint import Checkpoint, changes
-from fedsim.experiment.config import Config, load
+from fedsim.experiment.config import Config, load, num_new_clients
 from fedsim.experiment.figures import repeated
 from fedsim.experiment.folder import CHECKPOINTS, CONFIG, EMA, MODEL, PARTITION, SUMMARY
 from fedsim.experiment.round_log import NAME as LOG
@@ -219,8 +219,8 @@ class _Check:
 
     @property
     def clients(self) -> int | None:
-        """How many there are, by the config."""
-        return self.settings.data["clients"] if self.settings else None
+        """How many train, by the config."""
+        return self.settings.data["clients"] - num_new_clients(self.settings) if self.settings else None
 
     def check_partition(self) -> Seen:
         """Its sums, and its hash in the last checkpoint."""

@@ -40,6 +40,7 @@ from fedsim.base.version import VERSION
 from fedsim.errors import ConfigError, one_line
 from fedsim.experiment.round_log import FIELDS
 from fedsim.experiment.round_log import NAME as LOG
+from fedsim.federated.federation import SAVED
 from fedsim.federated.simulation import Round, Simulation
 from fedsim.federated.store import SEGMENT_NAME
 from fedsim.types import Form, State, described, form_of
@@ -49,7 +50,8 @@ MIN_LINE_BYTES, MAX_LINE_BYTES = 100, 2**28  # of rounds.jsonl, whose names alon
 NAME = re.compile(r"[0-9]{6,}\.json")
 SERVER = re.compile(r"server-[0-9]{6,}\.safetensors")
 HARMLESS_SETTINGS = (  # that do not change what is learned, or only from now on
-    *("rounds", "evaluate", "runtime", "failures", "checkpoint", "client_store", "hooks"),
+    *("rounds", "runtime", "failures", "checkpoint", "client_store", "hooks"),
+    *("evaluate.every", "evaluate.batch_size", "evaluate.clients", "evaluate.mode"),
     *("data.root", "data.path", "data.cache", "data.download"),
 )
 
@@ -99,7 +101,7 @@ class Checkpoints:
         make_folder(self.folder)
         clients = simulation.clients.flush()
         path = self.folder / f"server-{simulation.number:06}.safetensors"
-        server = write(path, save(untied_copies(simulation.server)), sync_name=False)
+        server = write(path, save(untied_copies(simulation.server | simulation.past.saved())), sync_name=False)
         checkpoint = Checkpoint(
             round=simulation.number,
             clock=simulation.clock,
@@ -145,7 +147,14 @@ class Checkpoints:
 
     def restore(self, simulation: Simulation, checkpoint: Checkpoint, server: State) -> None:
         """Give a new simulation the state of a checkpoint; raises ConfigError where that has another form."""
+        past = {name: server[name] for name in SAVED if name in server}
+        server = {name: value for name, value in server.items() if name not in past}
         _check_form(self.folder, "the server's state is", form_of(server), form_of(simulation.server))
+        if past:
+            try:
+                simulation.past.restore(past)
+            except ValueError as error:
+                raise ConfigError(f"{self.folder}: {error}") from None
         for path in self._found():
             if int(path.stem) > checkpoint.round:  # broken
                 remove(path)

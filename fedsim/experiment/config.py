@@ -42,6 +42,8 @@ from fedsim.types import Count, Decay, Seed
 class Evaluate(Options):
     """When and how the global model is tested, and whether each client's own model is.
 
+    The share `new_clients` of all clients, at least one, is kept out of training; when the run has ended they
+    evaluate their own models, for which strategies with models of clients start from a client's initial state.
     In `train` mode batch norm has the statistics of the batch that is tested, and dropout drops; a last batch of
     one example joins the one before.
     """
@@ -50,6 +52,7 @@ class Evaluate(Options):
     batch_size: Count = 500
     clients: bool = False
     mode: Literal["eval", "train"] = "eval"
+    new_clients: Annotated[float, Ge(0), Lt(1)] = 0.0
 
 
 class Checkpointing(Options):
@@ -107,6 +110,14 @@ class Config(Options):
     recalibrate: Spec | None = None
     ema: Decay | None = None
     hooks: list[Spec | str] = ["stop_on_non_finite", "tensorboard", "curves"]
+
+
+def num_new_clients(config: Config) -> int:
+    """How many of `data.clients` are kept out of training; raises ConfigError where nobody would be left."""
+    share, clients = config.evaluate.new_clients, config.data["clients"]
+    if share and clients < 2:
+        raise ConfigError("evaluate.new_clients: of 1 client none can be kept out of training; raise data.clients")
+    return min(max(round(share * clients), 1), clients - 1) if share else 0
 
 
 MAX_KEYS_MEANT = 3  # that an error names for one that does not exist

@@ -12,7 +12,7 @@ from fedsim.base.files import uninterrupted
 from fedsim.base.modes import own_modes
 from fedsim.errors import ConfigError, RoundError, is_interrupt, located
 from fedsim.experiment.config import load
-from fedsim.experiment.figures import evaluate, summarize
+from fedsim.experiment.figures import evaluate, evaluate_new_clients, summarize
 from fedsim.experiment.folder import finite
 from fedsim.experiment.hook import (
     CHECKPOINT_PRIORITY,
@@ -123,6 +123,8 @@ def execute(run: Run, hooks: Iterable[Hook] = ()) -> Result:
             show_record(early, "after_round", run, record, add=False)
             checkpoint.after_round()
             show_record(late, "after_round", run, record, add=False)
+        if run.simulation.data.new_clients:
+            run.new_clients = finite(evaluate_new_clients(run.simulation, run.config.evaluate))
     except BaseException as error:
         run.failure = KeyboardInterrupt() if is_interrupt(error) else error
     try:

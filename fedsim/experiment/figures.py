@@ -27,14 +27,32 @@ def evaluate(simulation: Simulation, settings: Evaluate) -> Record:
     return found
 
 
-def spread(accuracies: list[float]) -> dict[str, float]:
+def evaluate_new_clients(simulation: Simulation, settings: Evaluate) -> Record:
+    """Over the clients that were kept out of training: loss and accuracy of their own models."""
+    failed = dict[int, str]()
+    found = simulation.evaluate_clients(
+        simulation.data.new_clients,
+        settings.batch_size,
+        train=settings.mode == "train",
+        after_failure=failed.__setitem__,
+    )
+    losses = [each.loss for each in found.values()]
+    return {
+        "new_clients": len(simulation.data.new_clients),
+        "new_client_loss_mean": float(np.mean(losses)) if losses else None,
+        **(spread([each.accuracy for each in found.values()], "new_client") if found else {}),
+        "new_clients_failed": {str(client): why for client, why in sorted(failed.items())},
+    }
+
+
+def spread(accuracies: list[float], whose: str = "client") -> dict[str, float]:
     """Over clients, each counting once: the mean, the standard deviation, and the mean of the worst tenth."""
     ordered = np.sort(accuracies)
     worst = ordered[: max(len(ordered) // 10, 1)]
     return {
-        "client_accuracy_mean": float(ordered.mean()),
-        "client_accuracy_std": float(ordered.std()),
-        "client_accuracy_worst_decile": float(worst.mean()),
+        f"{whose}_accuracy_mean": float(ordered.mean()),
+        f"{whose}_accuracy_std": float(ordered.std()),
+        f"{whose}_accuracy_worst_decile": float(worst.mean()),
     }
 
 
@@ -62,4 +80,5 @@ def summarize(run: Run) -> dict[str, Any]:
         "stopped": run.stopped,
         "seconds": run.seconds,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        **run.new_clients,
     }

@@ -163,9 +163,10 @@ def finite(record: dict[str, Any]) -> dict[str, Any]:
 def describe(data: FederatedData) -> dict[str, Any]:
     """How the data is divided: a hash of it, quantiles of sizes, counts of labels, for few clients those of each.
 
-    `examples` counts all training examples, of which `public` are the server's; `example` is the form of each one.
-    Where each client is an owner that the dataset names, there are their names, and so are those of the classes.
-    Where clients have data of their own, only their number is known.
+    `examples` counts all training examples, of which `public` are the server's, without those of `new_clients`,
+    who do not train; `example` is the form of each one. Where each client is an owner that the dataset names,
+    there are their names, and so are those of the classes. Where clients have data of their own, only their
+    number is known.
     """
     shared = {
         "clients": data.num_clients,
@@ -173,6 +174,8 @@ def describe(data: FederatedData) -> dict[str, Any]:
         "classes": data.num_classes,
         "example": data.form,
     }
+    if data.new_clients:
+        shared["new_clients"] = len(data.new_clients)
     if 0 < len(data.class_names) <= MAX_LISTED_CLASSES:
         shared["class_names"] = list(data.class_names)
     if data.clients_are_remote:
@@ -183,7 +186,7 @@ def describe(data: FederatedData) -> dict[str, Any]:
     return {
         **shared,
         "hash": content_hash(data.owners),
-        "examples": len(data.owners),
+        "examples": int((data.owners >= -1).sum()),
         "training_examples": {
             "smallest": int(sizes.min()),
             "quartiles": np.quantile(sizes, (0.25, 0.5, 0.75)).tolist(),

@@ -23,6 +23,7 @@ class Run:
     notes: list[str] = field(default_factory=list)  # what the user should know before it goes on
     stopped: str | None = None  # why, where a hook ended it
     failure: BaseException | None = None  # what ended it early, if not a hook
+    new_clients: Record = field(default_factory=dict)  # the evaluation of those kept out of training, at the end
     summary: Record = field(default_factory=dict)  # when it has ended
     warnings: list[str] = field(default_factory=list)  # what is missing though its results are whole
 

@@ -4,6 +4,7 @@ Bonawitz et al., Towards Federated Learning at Scale: System Design, MLSys 2019:
 than it needs, uses the first updates that arrive, and closes the round at a deadline.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
 from statistics import NormalDist
@@ -26,6 +27,7 @@ class Attempt(NamedTuple):
     reporting: list[int]  # ids, ascending, of the clients whose updates are used
     absent: dict[int, str]  # the reason, by client
     seconds: float  # of the virtual clock, until the round is closed
+    client_seconds: Mapping[int, float] = {}  # until each of these clients reports
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +56,7 @@ class Availability:
             if (value := getattr(self, name) or 0.0) > MAX_TIME:
                 raise ConfigError(f"availability.{name}: {value:g} is more than {MAX_TIME:g}")
         if isinstance(self.drop, list) and len(self.drop) != num_clients:
-            raise ConfigError(
-                f"availability.drop: has {len(self.drop)} entries, and data.clients is {num_clients}"
-            )
+            raise ConfigError(f"availability.drop: has {len(self.drop)} entries, and {num_clients} clients train")
 
     def select(self, cohort: list[int], num_clients: int, seed: int, number: int) -> list[int]:
         """The cohort, and further clients drawn from the others, as many as `over_selection` asks for."""
@@ -90,7 +90,7 @@ class Availability:
             round_seconds = max(reporting.values(), default=0.0)
         else:
             round_seconds = self.deadline
-        return Attempt(sorted(reporting), dict(sorted(absent.items())), round_seconds)
+        return Attempt(sorted(reporting), dict(sorted(absent.items())), round_seconds, reporting)
 
     def _seconds(self, selected: list[int], steps: Ints, seed: int, number: int) -> Floats:
         """(C,) the seconds until each client reports; a client's time does not depend on the other clients."""

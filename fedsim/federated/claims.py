@@ -81,11 +81,13 @@ def training_bounds(
 
 
 def training_claims(weight: float, sums: Mapping[str, float], bounds: Bounds) -> list[Claim]:
-    """The numbers of a training; `sums` is empty where nothing was minimised."""
+    """The numbers of a training; `sums` has those that the client tells, none where nothing was minimised."""
     claims = [Claim("weight", weight, 0, bounds.weight)]
-    if sums:
+    if "steps" in sums:
         claims.append(Claim("steps", sums["steps"], 0, bounds.steps, whole=True))
+    if "examples" in sums:
         claims.append(Claim("examples", sums["examples"], 1, bounds.examples, whole=True))
+    if "loss" in sums:
         claims.append(Claim("loss", sums["loss"], -bounds.loss, bounds.loss))
     return claims
 

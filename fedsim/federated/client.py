@@ -5,7 +5,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from math import isfinite
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,17 +18,25 @@ from fedsim.data import FederatedData
 from fedsim.errors import ConfigError, RoundError, WrongReturnError, border, is_own, name_of
 from fedsim.federated.aggregate import WEIGHTS, largest
 from fedsim.federated.claims import Bounds, StepsMethod, first_wrong, training_bounds, training_claims
-from fedsim.federated.strategy import Strategy, check_state, checked_update, personalises
+from fedsim.federated.federation import SAVED, Federation
+from fedsim.federated.message import answer_form, check_declared, check_form, message_form
+from fedsim.federated.strategy import (
+    Strategy,
+    check_state,
+    checked_outgoing,
+    checked_update,
+    defines,
+    personalises,
+    server_state,
+)
 from fedsim.training.local import ClientObjective
 from fedsim.training.objective import KeyedObjective, LocalObjective
 from fedsim.training.recipe import Recipe
 from fedsim.training.replica import Replica
 from fedsim.training.task import Task
-from fedsim.types import Job, State, Stream, Update, described, form_of, random
+from fedsim.types import Form, Job, State, Stream, Update, described, form_of, random
 
-RESERVED = ("buffers", "ema.model", "ema.buffers")  # entries of the server's state that no strategy may have
-
-
+RESERVED = ("buffers", "ema.model", "ema.buffers", *SAVED)  # what no strategy may have in the server's state
 PRIVATE = "buffers."  # in a client's state, before the name of a buffer that `model.buffers` makes private
 
 Result = TypeVar("Result")
@@ -50,6 +58,7 @@ class Train:
     time_limit: float | None = None  # seconds
     wait_for_absent: bool = True
     config: Spec | None = field(default=None, compare=False, repr=False)
+    cohort: tuple[int, ...] = ()  # the ids of those who are asked to do it, ascending
     _bounds: dict[tuple[int, torch.dtype, str], Bounds] = field(
         default_factory=dict, init=False, compare=False, repr=False
     )
@@ -69,7 +78,7 @@ class Train:
         home = client if self.strategy.buffers == "private" else server
         own = private_buffers(client, replica.task)
         return ClientObjective(
-            replica, data, job, home["buffers"], self.recipe, self.seed, self.time_limit, own, path
+            replica, data, job, home["buffers"], self.recipe, self.seed, self.time_limit, own, path, self.cohort
         )
 
     def bounds(self, num_examples: int, dtype: torch.dtype, most: StepsMethod = "max_steps") -> Bounds:
@@ -106,10 +115,22 @@ class Train:
         if own := local.private_buffers:
             update = update._replace(client=update.client | _private_entries(own))
         if self.strategy.buffers == "average":
-            return update._replace(message=update.message | {"buffers": local.buffers})
+            buffers = local.buffers - server["buffers"] if self.strategy.buffers_as_changes else local.buffers
+            update = update._replace(message=update.message | {"buffers": buffers})
         if self.strategy.buffers == "private":
-            return update._replace(client=update.client | {"buffers": local.buffers})
+            update = update._replace(client=update.client | {"buffers": local.buffers})
+        update = _outgoing(self.strategy, "outgoing", server, client, update, local, draws)
+        check_form(update.message, self.form(server), f"{type(self.strategy).__name__}.sends")
         return update
+
+    def form(self, server: State) -> Form | None:
+        """The form of a message, of clients that are sent `server`; None if the strategy does not declare it."""
+        return message_form(self.strategy, server)
+
+    @property
+    def may_withhold(self) -> bool:
+        """Whether a message may come without some of its metrics."""
+        return defines(self.strategy, "outgoing")
 
 
 @dataclass(frozen=True)
@@ -121,20 +142,31 @@ class Survey:
     def __call__(self, replica: Replica, data: FederatedData, server: State, job: Job) -> Update:
         strategy, dtype = self.train.strategy, server["model"].dtype
         local = self.train.objective(replica, data, server, job, ("survey",))
-        ask = partial(strategy.survey, server, job.client or {})
-        made = _with_draws(ask, local, replica.draws if self.own_code else None)
-        local.check_time()
+        client, draws = job.client or {}, replica.draws if self.own_code else None
+        made = _with_draws(partial(strategy.survey, server, client), local, draws)
         update = checked_update(strategy, made, "survey")._replace(metrics=local.metrics)
+        update = _outgoing(strategy, "outgoing_survey", server, client, update, local, draws)
+        local.check_time()
         whose = f"{type(strategy).__name__}.survey"
         if "buffers" in update.message:
             raise WrongReturnError(f"{whose}: gave 'buffers', which is a reserved name")
         if update.client:
             raise WrongReturnError(f"{whose}: gave a client state; what a client keeps comes from client_update")
+        check_form(update.message, self.form(server), f"{type(strategy).__name__}.survey_sends")
         check_finite({}, {}, update.numbers()[1])
         bounds = self.bounds(len(data.rows(job.client_id)), dtype)
         where = f"round {job.round + 1}, client {job.client_id}"
         _check_claims(update, bounds, where, whose, "survey_steps")
         return update
+
+    def form(self, server: State) -> Form | None:
+        """As in Train."""
+        return answer_form(self.train.strategy, server)
+
+    @property
+    def may_withhold(self) -> bool:
+        """As in Train."""
+        return defines(self.train.strategy, "outgoing_survey")
 
     def bounds(self, num_examples: int, dtype: torch.dtype) -> Bounds:
         """As in Train."""
@@ -150,6 +182,11 @@ class Survey:
         """As in Train."""
         return self.train.wait_for_absent
 
+    @property
+    def cohort(self) -> tuple[int, ...]:
+        """As in Train."""
+        return self.train.cohort
+
 
 def _with_draws(
     ask: Callable[[LocalObjective], Result], local: LocalObjective, draws: TorchFunctionMode | None
@@ -159,6 +196,26 @@ def _with_draws(
         return ask(local)
     with draws:
         return ask(KeyedObjective(local, draws))
+
+
+def _outgoing(
+    strategy: Strategy,
+    method: Literal["outgoing", "outgoing_survey"],
+    server: State,
+    client: State,
+    update: Update,
+    local: LocalObjective,
+    draws: TorchFunctionMode | None,
+) -> Update:
+    """What leaves the client of an update; raises WrongReturnError if it trains once more."""
+    if not defines(strategy, method):
+        return update
+    update, sums = update._replace(metrics=dict(update.metrics)), dict(local.metrics)
+    ask = partial(getattr(strategy, method), server, client, update)
+    made = checked_outgoing(strategy, _with_draws(ask, local, draws), update, method)
+    if any(sums.get(name) is not value for name, value in local.metrics.items()):
+        raise WrongReturnError(f"{type(strategy).__name__}.{method}: trains, after the training")
+    return made
 
 
 def _check_claims(update: Update, bounds: Bounds, where: str, method: str, steps: str) -> None:
@@ -172,14 +229,16 @@ def _check_claims(update: Update, bounds: Bounds, where: str, method: str, steps
     raise UndeclaredError(f"{where}: {method}: gave the {wrong}; if more is right, override {more}")
 
 
-def initial_server_state(strategy: Strategy, task: Task, home: torch.device | None = None, seed: int = 0) -> State:
+def initial_server_state(
+    strategy: Strategy, task: Task, federation: Federation, home: torch.device | None = None, seed: int = 0
+) -> State:
     """The server's state before the first round: the strategy's entries and statistics. Raises ConfigError."""
     model = task.initial_model.to(home)
     with (
         keyed_globals(seed, Stream.SERVER),
         border(f"strategy: {type(strategy).__name__}.init_server", ConfigError),
     ):
-        own = strategy.init_server(model)
+        own = server_state(strategy, model, federation)
         check_state(own)
         if "model" not in own or form_of({"model": own["model"]}) != form_of({"model": model}):
             made, right = described(form_of(own)), described(form_of({"model": model}))
@@ -192,6 +251,7 @@ def initial_server_state(strategy: Strategy, task: Task, home: torch.device | No
         raise ConfigError(
             f"strategy: {made}; it should be a tuple of names that init_server made: {', '.join(own)}"
         )
+    check_declared(strategy)
     return own | {"buffers": task.initial_buffers.to(home)}
 
 
@@ -339,6 +399,11 @@ class EvaluateClient:
     def own_code(self) -> list[str]:
         """As in Train."""
         return self.training.own_code
+
+    @property
+    def cohort(self) -> tuple[int, ...]:
+        """As in Train."""
+        return self.training.cohort
 
     def __call__(self, replica: Replica, data: FederatedData, server: State, job: Job) -> Update:
         model, buffers, own = self._model(replica, data, server, job)

@@ -7,11 +7,15 @@ from torch import Tensor
 
 from fedsim.base.catalogue import Catalogue
 from fedsim.errors import ConfigError, WrongReturnError, one_line
+from fedsim.federated.federation import Federation
 from fedsim.types import Count, Share
 
 
 class Cohort(Protocol):
-    """The ids of the clients of one round, ascending, drawn from the round's own stream."""
+    """The ids of the clients of one round, ascending, drawn from the round's own stream.
+
+    A function with a further parameter `federation` is also given what is known of the clients, a Federation.
+    """
 
     def __call__(self, num_clients: int, stream: np.random.Generator, /) -> list[int]: ...
 
@@ -29,7 +33,7 @@ def uniform(
         raise ConfigError("cohort: set either cohort.fraction or cohort.size")
     m = size or max(round((fraction or 0) * num_clients), 1)
     if m > num_clients:
-        raise ConfigError(f"cohort.size: {m} is more than data.clients: {num_clients}")
+        raise ConfigError(f"cohort.size: {m} is more than the {num_clients} clients that train")
     return sorted(stream.choice(num_clients, m, replace=False).tolist())
 
 
@@ -45,10 +49,58 @@ def fixed(num_clients: int, stream: np.random.Generator, /, *, clients: list[int
     return sorted(clients)
 
 
-def ids(drawn: object, num_clients: int) -> list[int]:
-    """What a cohort drew as a list of ids: whole numbers of Python, numpy or torch. Raises WrongReturnError."""
+def by_examples(
+    num_clients: int, stream: np.random.Generator, /, federation: Federation, *, size: Count
+) -> list[int]:
+    """`size` clients, drawn one after the other with probabilities p_k = n_k / n; without replacement."""
+    return sorted(_drawn_by_examples(num_clients, stream, federation, size, "size"))
+
+
+def largest_loss(
+    num_clients: int, stream: np.random.Generator, /, federation: Federation, *, candidates: Count, size: Count
+) -> list[int]:
+    """Of `candidates` clients, drawn as `by_examples`, the `size` ones whose last training had the largest loss.
+
+    This is rpow-d of Cho et al., Client Selection in Federated Learning, 2020, https://arxiv.org/abs/2010.01243.
+    A client whose loss is not known, as it has not trained yet, comes first.
+    """
+    if size > candidates:
+        raise ConfigError(f"cohort.size: {size} is more than cohort.candidates: {candidates}")
+    drawn = _drawn_by_examples(num_clients, stream, federation, candidates, "candidates")
+    known = np.nan_to_num(federation.last_loss[drawn], nan=np.inf)
+    order = np.argsort(-known, kind="stable")  # of equal ones, the first drawn
+    return sorted(drawn[i] for i in order[:size])
+
+
+def poisson(num_clients: int, stream: np.random.Generator, /, *, rate: Share) -> list[int]:
+    """Each client with the probability `rate`, whoever else takes part; a round may have no clients."""
+    return np.flatnonzero(stream.random(num_clients) < rate).tolist()
+
+
+def _drawn_by_examples(
+    num_clients: int, stream: np.random.Generator, federation: Federation, size: int, option: str
+) -> list[int]:
+    """The ids in the order in which they were drawn."""
+    if size > num_clients:
+        raise ConfigError(f"cohort.{option}: {size} is more than the {num_clients} clients that train")
+    drawn: list[int] = stream.choice(num_clients, size, replace=False, p=federation.shares).tolist()
+    return drawn
+
+
+def may_be_empty(cohort: Cohort) -> bool:
+    """Whether it is one of the catalogue that may draw no clients."""
+    return getattr(cohort, "func", cohort) is poisson
+
+
+def ids(drawn: object, num_clients: int, *, empty: bool = False) -> list[int]:
+    """What a cohort drew as a list of ids: whole numbers of Python, numpy or torch. Raises WrongReturnError.
+
+    It may be `empty` only where that is said.
+    """
     found: Any = drawn.tolist() if isinstance(drawn, np.ndarray | Tensor) else drawn
     found = sorted(found) if isinstance(found, set | frozenset) else found
+    if empty and isinstance(found, list | tuple | range) and not found:
+        return []
     if not (
         isinstance(found, list | tuple | range)
         and found
@@ -65,5 +117,14 @@ def ids(drawn: object, num_clients: int) -> list[int]:
 
 
 COHORTS = Catalogue(
-    "cohort", "fedsim.federated", {"uniform": "cohort:uniform", "all": "cohort:everyone", "fixed": "cohort:fixed"}
+    "cohort",
+    "fedsim.federated",
+    {
+        "uniform": "cohort:uniform",
+        "all": "cohort:everyone",
+        "fixed": "cohort:fixed",
+        "by_examples": "cohort:by_examples",
+        "largest_loss": "cohort:largest_loss",
+        "poisson": "cohort:poisson",
+    },
 )

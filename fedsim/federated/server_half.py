@@ -14,6 +14,7 @@ from fedsim.errors import ConfigError, RoundError, WrongReturnError, border
 from fedsim.federated.aggregate import Aggregator, largest
 from fedsim.federated.client import RESERVED, Train, ordinary
 from fedsim.federated.cohort import ids
+from fedsim.federated.federation import Federation
 from fedsim.federated.rows import Rows
 from fedsim.federated.strategy import Strategy, check_state
 from fedsim.training.local import ClientObjective
@@ -34,13 +35,14 @@ class Facts(NamedTuple):
     num_clients: int
     cohort_examples: int
     total_examples: int | None
+    federation: Federation
 
     def info(self, seed: int, method: Method, public: LocalObjective | None = None) -> RoundInfo:
         """The same for a strategy."""
         noise = torch_generator(seed, Stream.SERVER, self.number, *KEYS[method])
         weights = torch.tensor([*self.weights.values()], dtype=torch.float64)
         about = self.number, [*self.weights], self.num_clients, noise, self.cohort_examples, self.total_examples
-        return RoundInfo(*about, weights, public)
+        return RoundInfo(*about, weights, public, self.federation)
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,14 @@
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from math import fsum, isfinite
 from time import perf_counter
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
+from annotated_types import Ge
 
 from fedsim.base.catalogue import Spec
 from fedsim.base.devices import one_thread
@@ -44,8 +45,10 @@ from fedsim.federated.client import (
     initial_client_state,
     initial_server_state,
 )
-from fedsim.federated.cohort import Cohort, ids
+from fedsim.federated.cohort import Cohort, ids, may_be_empty
+from fedsim.federated.federation import Federation, Past, asks
 from fedsim.federated.fold import cause
+from fedsim.federated.message import check_zeros, moved_statistics, zero_message
 from fedsim.federated.pace import Pace
 from fedsim.federated.recalibration import Recalibrate, Recalibration, check_recalibration
 from fedsim.federated.rows import Rows
@@ -81,16 +84,17 @@ from fedsim.types import (
 class Failures:
     """What happens if a client fails: `raise` stops the run, `drop` continues without it.
 
-    With `drop`, a round needs answers from `min_clients` clients, and fails as soon as fewer are left. A client
-    fails if it raises an exception, if its message or state is not finite or has other tensors than those of most
-    clients, or if it takes longer than `time_limit` seconds, which is checked before each batch and at the end.
+    A round needs answers from `min_clients` clients, and with `drop` it fails as soon as fewer are left. With 0 it
+    may have none, as `cohort: poisson` can draw none; their mean is then 0. A client fails if it raises an
+    exception, if its message or state is not finite or has other tensors than those of most clients, or if it
+    takes longer than `time_limit` seconds, which is checked before each batch and at the end.
 
     No client may hold more than `max_examples` training examples, by which most strategies weight it. A node with
     more cannot join; in a simulation such clients end the start of the run, or with `drop` are left out.
     """
 
     policy: Literal["raise", "drop"] = "raise"
-    min_clients: Count = 1
+    min_clients: Annotated[int, Ge(0)] = 1
     time_limit: Positive | None = None
     max_examples: Count | None = None
 
@@ -142,15 +146,15 @@ class Trained(NamedTuple):
 
 
 class Simulation:
-    """The state of a federation between two rounds: only `server`, `clients`, `number` and `clock` change.
+    """The state of a federation between two rounds: only `server`, `clients`, `past`, `number` and `clock` change.
 
     `server` is the strategy's state, the batch-norm statistics and, with `ema`, a running mean of both model and
     statistics: it starts at the initial ones, and after each update ema = d ema + (1 - d) model (Tarvainen &
     Valpola 2017, https://arxiv.org/abs/1703.01780). Clients do not train from it. `clients` are the states of all
-    clients that have taken part; `number` is the number of the next round, from 0; `clock` counts virtual seconds.
-    Nothing else is needed to continue, since random numbers depend on a key: (seed, use, round, client). `last` is
-    the result of the last round. `pace` remembers the times of clients, so that several workers start with the
-    slowest.
+    clients that have taken part, and `past` is what is known of their last trainings; `number` is the number of
+    the next round, from 0; `clock` counts virtual seconds. Nothing else is needed to continue, since random
+    numbers depend on a key: (seed, use, round, client). `last` is the result of the last round. `pace` remembers
+    the times of clients, so that several workers start with the slowest.
     """
 
     @own_modes()
@@ -202,7 +206,8 @@ class Simulation:
             given = f"{type(strategy).__name__} needs all messages, and {type(aggregator).__name__} keeps none"
             raise ConfigError(f"aggregator: {given}; leave it out, or give a fedsim.Rows")
         self.recalibrate, self.decay = recalibrate, ema
-        self.server: State = initial_server_state(strategy, task, runtime.home, seed)
+        self.past = Past.none(data.num_clients)
+        self.server: State = initial_server_state(strategy, task, self.federation, runtime.home, seed)
         if ema is not None:
             self.server |= {f"ema.{name}": self.server[name] for name in ("model", "buffers")}
         self.initial_client = runtime.placeholder_state(initial_client_state(strategy, task, seed))
@@ -210,21 +215,17 @@ class Simulation:
         self.pace = Pace()
         self.number, self.clock = 0, 0.0
         self.last: Round | None = None
-        cohort_size = len(self.sample())  # raises ConfigError if no cohort can be drawn
-        if failures.min_clients > cohort_size:
-            raise ConfigError(
-                f"failures.min_clients: {failures.min_clients}, and a cohort has {cohort_size} clients"
-            )
-        if strategy.min_clients > cohort_size:
-            raise ConfigError(
-                f"strategy: {self._needs[1]}, and a cohort has {cohort_size} clients; make the cohort larger, or "
-                "change the strategy's options"
-            )
+        self._check_cohort()
 
     @property
     def newcomer(self) -> State:
         """The old name of `initial_client`, for one release."""
         return self.initial_client
+
+    @property
+    def federation(self) -> Federation:
+        """What is known of the clients before the next round."""
+        return Federation.of(self.data.sizes, self.past)
 
     @property
     def work(self) -> Train:
@@ -240,10 +241,24 @@ class Simulation:
                 raise WrongReturnError(f"gave two cohorts for one round; {NO_STATE}")
             return chosen
 
+    def _check_cohort(self) -> None:
+        """Raise ConfigError if no cohort can be drawn, or if one may be too small."""
+        size = len(self.sample())
+        size, has = (0, "may have no clients") if may_be_empty(self.cohort) else (size, f"has {size} clients")
+        if (least := self.failures.min_clients) > size:
+            way = "" if size else "; set it to 0 if the mean is then to be 0"
+            raise ConfigError(f"failures.min_clients: {least}, and a cohort {has}{way}")
+        if self._needs[0] > size:
+            larger = "make the cohort larger, or change the strategy's options"
+            raise ConfigError(f"strategy: {self._needs[1]}, and a cohort {has}; {larger}")
+        if not self._needs[0]:
+            check_zeros(self.strategy, self.server)
+
     def _drawn(self) -> list[int]:
+        more = {"federation": self.federation} if asks(self.cohort) else {}
         with keyed_globals(self.seed, Stream.COHORT, self.number):
-            drawn = self.cohort(self.data.num_clients, random(self.seed, Stream.COHORT, self.number))
-        return ids(drawn, self.data.num_clients)
+            drawn = self.cohort(self.data.num_clients, random(self.seed, Stream.COHORT, self.number), **more)
+        return ids(drawn, self.data.num_clients, empty=not self._needs[0])
 
     @own_modes()
     def round(
@@ -262,16 +277,18 @@ class Simulation:
         selected, attempt = self._attempt(goal)
         trained = Trained(self.server)
         try:
-            if attempt.reporting:
+            if len(attempt.reporting) >= self._needs[0]:
                 with one_thread():
                     trained = self._train(attempt.reporting, after_client, before_client)
             server, reports, failed = trained.server, trained.reports, trained.failed
-            sums = _sums(report.metrics for report in reports if report.client_id not in failed)
+            counted = [report for report in reports if report.client_id not in failed]
+            metrics = [report.metrics for report in counted]
+            sums, losses = _sums(metrics), _sums(m for m in metrics if {"loss", "examples"} <= m.keys())
             asked = _sums(report.metrics for report in trained.surveyed)
             done = Round(
                 round=self.number + 1,
                 cohort=selected,
-                train_loss=sums["loss"] / sums["examples"] if sums.get("examples") else None,
+                train_loss=losses["loss"] / losses["examples"] if losses.get("examples") else None,
                 fingerprint=fingerprint_of(server),
                 seconds=perf_counter() - start,
                 steps=int(sums.get("steps", 0) + asked.get("steps", 0)),
@@ -283,6 +300,7 @@ class Simulation:
             )
             with uninterrupted():
                 self.clients.commit()
+                self.past.record(self.number, counted, attempt.client_seconds)
                 self.server, self.number, self.clock, self.last = server, done.round, done.clock, done
         except BaseException:
             self.clients.discard()
@@ -366,8 +384,9 @@ class Simulation:
     def _needs(self) -> tuple[int, str]:
         """The least number of clients whose messages a round needs, and what says so."""
         wanted, needed = self.failures.min_clients, self.strategy.min_clients
+        needed, says = (self.data.num_clients, "all clients") if needed == "all" else (needed, str(needed))
         if needed > wanted:
-            return needed, f"{type(self.strategy).__name__} needs {needed}"
+            return needed, f"{type(self.strategy).__name__} needs {says}"
         return wanted, f"failures.min_clients is {wanted}"
 
     def _download(self, server: State) -> State:
@@ -407,7 +426,8 @@ class Simulation:
             before = self._survey(cohort, failed)
             cohort = [client for client in cohort if client not in before.failed | before.absent]
         called = before_client, after_client
-        found = self._answers(self.work, before.server, cohort, before.failed, self.aggregator, *called)
+        work = replace(self.work, cohort=tuple(cohort))
+        found = self._answers(work, before.server, cohort, before.failed, self.aggregator, *called)
         server = self._after("server_update", before.server, found, self.aggregator)
         server = self._with_ema_and_recalibration(server)
         return before._replace(server=server, reports=found.reports, failed=found.failed)
@@ -415,7 +435,8 @@ class Simulation:
     def _survey(self, cohort: list[int], failed: dict[int, str]) -> "Trained":
         """What the survey has changed, and which clients do not train."""
         aggregator = self.strategy.survey_aggregator
-        found = self._answers(Survey(self.work), self.server, cohort, failed, aggregator)
+        work = Survey(replace(self.work, cohort=tuple(cohort)))
+        found = self._answers(work, self.server, cohort, failed, aggregator)
         server = self._after("surveyed", self.server, found, aggregator)
         chosen = self._half("select", found).selected(server, found.aggregate)
         least, says = self._needs
@@ -436,6 +457,8 @@ class Simulation:
         after_client: Callable[[Report], None] = lambda report: None,
     ) -> "Answers":
         """What the clients of a cohort have answered; `failed` are those that will not be asked."""
+        if not cohort:
+            return Answers(zero_message(self.strategy, server), [], failed)
         total, reports, asked = aggregator.fold([]), list[Report](), len(cohort) + len(failed)
         sent, failed = self._download(server), dict(failed)
         # Results that are equal only up to rounding may depend on the order, so this must not depend on time.
@@ -478,7 +501,10 @@ class Simulation:
         failed = dict(sorted((failed | mismatched).items()))
         self._check_min_clients(asked - len(failed), failed)
         try:
-            return Answers(aggregator.result(total), reports, failed)
+            none = len(failed) == asked
+            return Answers(
+                zero_message(self.strategy, server) if none else aggregator.result(total), reports, failed
+            )
         except RoundError as error:
             raise RoundError(f"round {self.number + 1}: {error}") from error
 
@@ -518,7 +544,7 @@ class Simulation:
         sizes = self.data.sizes
         total_examples = int(sizes.sum()) if sizes.all() else None
         cohort_examples = int(sizes[[*weights]].sum())
-        about = self.number, weights, self.data.num_clients, cohort_examples, total_examples
+        about = self.number, weights, self.data.num_clients, cohort_examples, total_examples, self.federation
         return ServerHalf(method, self.work, Facts(*about))
 
     def _after(self, method: Method, server: State, found: "Answers", aggregator: Aggregator) -> State:
@@ -532,15 +558,22 @@ class Simulation:
             raise RoundError(f"round {self.number + 1}: answers to the survey have 'buffers', a reserved name")
         aggregate, buffers = split_statistics(aggregate, aggregator)
         if not self.strategy.uses_public:
-            return server | half.changed(server, aggregate) | buffers
+            return self._with_changes(server, half.changed(server, aggregate) | buffers)
         sent = {name: value for name, value in server.items() if name not in ("ema.model", "ema.buffers")}
         sent |= {f"{AGGREGATE}{name}": value for name, value in aggregate.items()}
         made = self._one_job(half, sent, f"{type(self.strategy).__name__}.{half.method}")
-        return server | made | buffers
+        return self._with_changes(server, made | buffers)
+
+    def _with_changes(self, server: State, changed: State) -> State:
+        """The server's state with entries that have changed, where statistics may be given as their change."""
+        if self.strategy.buffers_as_changes and "buffers" in changed:
+            buffers = moved_statistics(server["buffers"], changed["buffers"], self.task.buffer_layout)
+            changed = changed | {"buffers": buffers}
+        return server | changed
 
     def _one_job(self, work: ServerHalf | Recalibration, server: State, whose: str) -> State:
         """The message of a work for one job, which is none of a client's; raises RoundError."""
-        job = Job(self.data.num_clients, self.number, None)
+        job = Job(self.data.server_id, self.number, None)
         made = [outcome for _, outcome in outcomes(self.runtime, work, server, [job])]
         check_once(self.runtime, "map", "item", [0] * len(made), [0])
         [outcome] = made

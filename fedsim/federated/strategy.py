@@ -1,6 +1,8 @@
 """The base class of federated algorithms: hyper-parameters, and pure functions of states."""
 
+import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import ClassVar, Literal, get_args
@@ -11,13 +13,16 @@ from torch import Tensor, nn
 from fedsim.base.catalogue import check_methods
 from fedsim.errors import ConfigError, WrongReturnError
 from fedsim.federated.aggregate import Aggregator, WeightedMean
+from fedsim.federated.federation import Federation, asks
 from fedsim.federated.rows import mean_of_rows
 from fedsim.training.layout import Layout
 from fedsim.training.objective import LocalObjective
 from fedsim.training.recipe import Recipe
-from fedsim.types import RoundInfo, State, Update
+from fedsim.types import Entry, RoundInfo, State, Update
 
 Buffers = Literal["average", "private", "frozen", "recalibrated"]
+DECLARED = {"client_update": "sends", "survey": "survey_sends"}  # what is declared of what a method sends
+RESERVED_ENTRY = re.compile(r"buffers|group|where\..*")  # of a message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +36,13 @@ class Strategy(ABC):
 
     `aggregator` says what the server gets of the messages: their weighted mean, or with `Rows()` all of them.
     `survey_aggregator` is the same for the answers to `survey`. `min_clients` is the number of clients whose
-    messages each round needs. With `uses_public`, `info.public` is an objective over the server's own examples.
+    messages each round needs, or `all`; with 0, a round without any gets zeros of the form that `sends` declares,
+    as the mean. With `uses_public`, `info.public` is an objective over the server's own
+    examples.
+
+    `sends` declares the entries of a client's message, and `survey_sends` those of its answer to `survey`;
+    messages of another form are then refused. A subclass with a `client_update` of its own has a `sends` of its
+    own, or none. With `buffers_as_changes`, batch-norm statistics are sent as changes of the server's.
     """
 
     buffers: Buffers = "average"
@@ -40,13 +51,25 @@ class Strategy(ABC):
     aggregator: ClassVar[Aggregator] = WeightedMean()
     survey_aggregator: ClassVar[Aggregator] = WeightedMean()
     uses_public: ClassVar[bool] = False
-    min_clients: ClassVar[int] = 1
+    min_clients: ClassVar[int | Literal["all"]] = 1
+    sends: ClassVar[Mapping[str, Entry] | None] = None
+    survey_sends: ClassVar[Mapping[str, Entry] | None] = None
+    buffers_as_changes: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        for method, declaration in DECLARED.items():
+            if method in vars(cls) and declaration not in vars(cls):
+                setattr(cls, declaration, None)  # what it inherits is about another method
 
     def check(self, recipe: Recipe, layout: Layout) -> None:  # noqa: B027 - most strategies accept all settings
         """Raise ConfigError, with the setting's name, if recipe or network violate the algorithm's assumptions."""
 
     def init_server(self, model: Tensor) -> State:
-        """The server's state before the first round; `model` is (P,)."""
+        """The server's state before the first round; `model` is (P,).
+
+        With a further parameter `federation`, it is also given what is known of the clients then: N and their
+        sizes, which are 0 for nodes, since they join later.
+        """
         return {"model": model}
 
     def init_client(self, model: Tensor, layout: Layout) -> State:
@@ -83,6 +106,19 @@ class Strategy(ABC):
     def surveyed(self, server: State, mean: State, info: RoundInfo) -> State:
         """The entries of the server's state that change before the training; `mean` is that of the answers."""
         return {}
+
+    def outgoing(self, server: State, client: State, update: Update, local: LocalObjective) -> Update:
+        """What leaves a client: its whole update, with batch-norm statistics as `message["buffers"]` and metrics.
+
+        It is the last thing that happens to it, for wrappers that change or withhold a part. Metrics may be left
+        out, and none added; nothing is trained here. `client` is the state before the round, `update.client` the
+        new one.
+        """
+        return update
+
+    def outgoing_survey(self, server: State, client: State, update: Update, local: LocalObjective) -> Update:
+        """As `outgoing`, for the answer to a survey."""
+        return update
 
     def select(self, server: State, mean: State, info: RoundInfo) -> list[int]:
         """The ids of those clients of `info.cohort`, which have answered the survey, that train."""
@@ -149,15 +185,30 @@ class Wrapper(Strategy):
         return self.inner.uses_public
 
     @property
-    def min_clients(self) -> int:  # type: ignore[override]
+    def min_clients(self) -> int | Literal["all"]:  # type: ignore[override]
         """The `min_clients` of the inner strategy."""
         return self.inner.min_clients
+
+    @property
+    def sends(self) -> Mapping[str, Entry] | None:  # type: ignore[override]
+        """The `sends` of the inner strategy."""
+        return self.inner.sends
+
+    @property
+    def survey_sends(self) -> Mapping[str, Entry] | None:  # type: ignore[override]
+        """The `survey_sends` of the inner strategy."""
+        return self.inner.survey_sends
+
+    @property
+    def buffers_as_changes(self) -> bool:  # type: ignore[override]
+        """The `buffers_as_changes` of the inner strategy."""
+        return self.inner.buffers_as_changes
 
     def check(self, recipe: Recipe, layout: Layout) -> None:
         self.inner.check(recipe, layout)
 
-    def init_server(self, model: Tensor) -> State:
-        return self.inner.init_server(model)
+    def init_server(self, model: Tensor, federation: Federation | None = None) -> State:
+        return server_state(self.inner, model, federation)
 
     def init_client(self, model: Tensor, layout: Layout) -> State:
         return self.inner.init_client(model, layout)
@@ -173,6 +224,13 @@ class Wrapper(Strategy):
 
     def surveyed(self, server: State, mean: State, info: RoundInfo) -> State:
         return self.inner.surveyed(server, mean, info)
+
+    def outgoing(self, server: State, client: State, update: Update, local: LocalObjective) -> Update:
+        return checked_outgoing(self.inner, self.inner.outgoing(server, client, update, local), update)
+
+    def outgoing_survey(self, server: State, client: State, update: Update, local: LocalObjective) -> Update:
+        made = self.inner.outgoing_survey(server, client, update, local)
+        return checked_outgoing(self.inner, made, update, "outgoing_survey")
 
     def select(self, server: State, mean: State, info: RoundInfo) -> list[int]:
         return self.inner.select(server, mean, info)
@@ -197,44 +255,93 @@ class Wrapper(Strategy):
     def survey_steps(self, num_steps: int, epoch_steps: int) -> int:
         return self.inner.survey_steps(num_steps, epoch_steps)
 
+    def entry(self, name: str) -> str:
+        """The full name of an entry of this wrapper's own, in the state of a client or the server or in a message.
+
+        The wrappers around and inside of this one have other names, so that equal ones do not share an entry.
+        """
+        inside, inner = 0, self.inner
+        while isinstance(inner, Wrapper):
+            inside, inner = inside + 1, inner.inner
+        return f"wrapper{inside}.{name}"
+
+
+def server_state(strategy: Strategy, model: Tensor, federation: Federation | None) -> State:
+    """What `init_server` gives; raises ConfigError where a wrapper has not passed on the federation it needs."""
+    init: Callable[..., State] = strategy.init_server
+    if not asks(init):
+        return init(model)
+    if federation is None and not isinstance(strategy, Wrapper):
+        name = type(strategy).__name__
+        raise ConfigError(f"strategy: {name}.init_server needs the federation, which the strategy around it got")
+    return init(model, federation=federation)
+
 
 def surveys(strategy: Strategy) -> bool:
     """Whether there is an exchange before the training."""
-    return _defines(strategy, "survey")
+    return defines(strategy, "survey")
 
 
 def personalises(strategy: Strategy) -> bool:
     """Whether clients train the model that they use themselves."""
-    return _defines(strategy, "personalise")
+    return defines(strategy, "personalise")
 
 
-def _defines(strategy: Strategy, method: str) -> bool:
+def defines(strategy: Strategy, method: str) -> bool:
     """Whether the strategy, or one in it, defines this method."""
-    if getattr(type(strategy), method) not in (getattr(Strategy, method), getattr(Wrapper, method)):
-        return True
-    return isinstance(strategy, Wrapper) and _defines(strategy.inner, method)
+    return _itself_defines(strategy, method) or (isinstance(strategy, Wrapper) and defines(strategy.inner, method))
+
+
+def _itself_defines(strategy: Strategy, method: str) -> bool:
+    return getattr(type(strategy), method) not in (getattr(Strategy, method), getattr(Wrapper, method))
 
 
 def check_strategy(strategy: object) -> None:
     """Raise ConfigError unless it is a Strategy, whose methods, and those of its inner ones, can be called."""
     if not isinstance(strategy, Strategy):
         raise ConfigError(f"strategy: {strategy!r} is no Strategy")
-    check_methods(strategy, Strategy, "strategy")
+    check_methods(strategy, Strategy, "strategy", {"init_server": "federation"})
     if strategy.buffers not in get_args(Buffers):
         allowed = ", ".join(get_args(Buffers))
         raise ConfigError(f"strategy.buffers: {strategy.buffers!r} is unknown; allowed: {allowed}")
     for name in ("aggregator", "survey_aggregator"):
         if isinstance(kind := getattr(strategy, name), type) or not isinstance(kind, Aggregator):
             raise ConfigError(f"strategy.{name}: {kind!r} is no aggregator; fedsim.Rows() is one")
+    for name in DECLARED.values():
+        _check_declaration(strategy, name)
     for name in () if surveys(strategy) else ("surveyed", "select"):
-        if _defines(strategy, name):
+        if defines(strategy, name):
             raise ConfigError(
                 f"strategy: {type(strategy).__name__} defines {name}, and no survey that comes before"
             )
-    if type(least := strategy.min_clients) is not int or least < 1:
-        raise ConfigError(f"strategy.min_clients: {least!r} should be a whole number >= 1")
+    if (least := strategy.min_clients) != "all" and (type(least) is not int or least < 0):
+        raise ConfigError(f"strategy.min_clients: {least!r} should be a whole number >= 0, or all")
     if isinstance(strategy, Wrapper):
         check_strategy(strategy.inner)
+        _check_outgoing(strategy)
+
+
+def _check_outgoing(wrapper: Wrapper) -> None:
+    """Raise ConfigError if a wrapper sees what clients send, and not what they answer to a survey."""
+    sees = [_itself_defines(wrapper, method) for method in ("outgoing", "outgoing_survey")]
+    if sees == [True, False] and surveys(wrapper.inner):
+        name, inner = type(wrapper).__name__, type(wrapper.inner).__name__
+        misses = f"{name} defines outgoing, and {inner} also surveys its clients"
+        raise ConfigError(f"strategy: {misses}; it should define outgoing_survey, for their answers")
+
+
+def _check_declaration(strategy: Strategy, name: str) -> None:
+    """Raise ConfigError unless what a strategy declares of its messages is nothing, or entries by name."""
+    declared, whose = getattr(strategy, name), f"strategy: {type(strategy).__name__}.{name}"
+    if declared is None:
+        return
+    if not isinstance(declared, Mapping) or not all(type(entry) is Entry for entry in declared.values()):
+        raise ConfigError(f"{whose} is {declared!r}; it should be a dictionary of fedsim.Entry by name, or None")
+    for entry in declared:
+        if not isinstance(entry, str):
+            raise ConfigError(f"{whose} has {entry!r} as a name; names are strings")
+        if RESERVED_ENTRY.fullmatch(entry):
+            raise ConfigError(f"{whose} has {entry!r}, which is a reserved name")
 
 
 def check_state(state: object, noun: str = "state", whose: str = "") -> None:
@@ -273,3 +380,17 @@ def checked_update(strategy: Strategy, update: object, method: str = "client_upd
             f"{whose}gave metrics, which only fedsim adds; send what the server needs in the message"
         )
     return update
+
+
+def checked_outgoing(strategy: Strategy, made: object, update: Update, method: str = "outgoing") -> Update:
+    """What a method of the strategy made of an update; raises WrongReturnError unless it is an update like it."""
+    told = made.metrics if isinstance(made, Update) else {}
+    made = checked_update(strategy, made._replace(metrics={}) if isinstance(made, Update) else made, method)
+    check_state(told, "metrics", whose := f"{type(strategy).__name__}.{method}: ")
+    if invented := told.keys() - update.metrics.keys():
+        raise WrongReturnError(f"{whose}gave the metrics {min(invented)!r}, which the update does not have")
+    if wrong := [name for name, value in told.items() if value.dim()]:
+        raise WrongReturnError(
+            f"{whose}gave metrics {wrong[0]!r} of shape {tuple(told[wrong[0]].shape)}; it should be ()"
+        )
+    return made._replace(metrics=told)

@@ -23,7 +23,7 @@ from fedsim.flower.internals import LinkError, Reply
 from fedsim.flower.messages import Answer, Order
 from fedsim.flower.run_connection import RunConnection
 from fedsim.flower.transport import ROUNDED, Transport, decode, encode
-from fedsim.types import Job, Report, State, Update
+from fedsim.types import Job, Report, State, Update, described, form_of
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 0.03, 0.2  # between two looks for answers, at least and at most
@@ -90,6 +90,7 @@ class Dispatch:
         self.wait = federation.timing.wait if work.wait_for_absent else 0.0
         self.broadcast = wire.arrays(encode(server, "exact")[0])  # once, whoever gets it
         self.dtype = server["model"].dtype  # of losses
+        self.form = None if isinstance(work, EvaluateClient) else work.form(server)  # of messages
         self.most = MAX_ANSWER_EXTRA + MAX_ANSWER_RATIO * sum(value.nbytes for value in server.values())
         self.todo: list[Waiting] = []
         self.flights: dict[str, Flight] = {}  # by message
@@ -203,6 +204,7 @@ class Dispatch:
             batch_size=work.batch_size if isinstance(work, EvaluateClient) else 1,
             train_mode=isinstance(work, EvaluateClient) and work.train,
             server={},  # the broadcast
+            cohort=work.cohort,
         )
 
     def _answered(self, flight: Flight, reply: Reply) -> Answered | None:
@@ -229,6 +231,8 @@ class Dispatch:
         """The update that a node answered; raises ValueError where it cannot be one."""
         job, trained = flight.job, isinstance(self.work, Train)
         message = decode(answer.message, self.most)
+        if self.form is not None and (found := form_of(message)) != self.form:
+            raise ValueError(f"should have {described(self.form)}, by its strategy, and has {described(found)}")
         version, sums = job.round + 1 if trained and job.client else 0, answer.metrics
         kept = answer.version, answer.mark
         if kept[0] != version or not 0 <= kept[1] < 2**62:
@@ -245,7 +249,8 @@ class Dispatch:
         """Raise ValueError where a number cannot be true, by what the node agreed to when it joined."""
         agreed, work, sums = self.federation.roster.sizes[self._name(flight.job)], self.work, answer.metrics
         tested = isinstance(work, EvaluateClient)
-        if (sums or tested) and sums.keys() != SUMS[type(work)]:  # none where nothing was minimised
+        fewer = not isinstance(work, EvaluateClient) and (work.may_withhold or not sums)  # nothing was minimised
+        if not (sums.keys() <= SUMS[type(work)] if fewer else sums.keys() == SUMS[type(work)]):
             raise ValueError("has other metrics than its work gives")
         held, known = (sums["examples"], agreed.tested) if tested else (answer.examples, agreed.examples)
         if held != known:

@@ -21,6 +21,7 @@ from fedsim.data import Dataset, FederatedData
 from fedsim.errors import ConfigError, located
 from fedsim.experiment.build import build_recipe, build_task
 from fedsim.federated.aggregate import WeightedMean
+from fedsim.federated.message import moved_statistics
 from fedsim.federated.strategy import surveys
 from fedsim.flower import wire
 from fedsim.flower.app import values_of
@@ -62,10 +63,15 @@ def train(node: Node, message: Message, context: Context) -> RecordDict:
     if update.keys() - {"buffers"} != {"delta"}:
         raise ConfigError(f"strategy: sends {', '.join(sorted(update))}; Flower's strategies take only models")
     found = task.layout.split(task.initial_model + update["delta"])
-    found |= task.buffer_layout.split(update.get("buffers", task.initial_buffers))
+    buffers = update.get("buffers", task.initial_buffers)
+    if "buffers" in update and node.role and node.role.parts.strategy.buffers_as_changes:
+        buffers = moved_statistics(task.initial_buffers, buffers, task.buffer_layout)
+    found |= task.buffer_layout.split(buffers)
     trained = ArrayRecord({name: found.get(name, value) for name, value in sent.items()})
-    loss = answer.metrics["loss"] / answer.metrics["examples"]
-    return RecordDict({ARRAYS: trained, METRICS: MetricRecord({EXAMPLES: answer.examples, "train_loss": loss})})
+    about: dict[str, int | float] = {EXAMPLES: answer.examples}
+    if {"loss", "examples"} <= answer.metrics.keys():  # the strategy may withhold them
+        about["train_loss"] = answer.metrics["loss"] / answer.metrics["examples"]
+    return RecordDict({ARRAYS: trained, METRICS: MetricRecord({**about})})
 
 
 def evaluate(node: Node, message: Message, context: Context) -> RecordDict:

@@ -7,7 +7,7 @@ from fedsim.flower.transport import Encoded, Transport
 from fedsim.types import State
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of a node
-FORMAT = 2  # of all these messages; server and node must have the same
+FORMAT = 3  # of all these messages; server and node must have the same
 FINISHED_WAIT = 20.0  # seconds that nodes have to hear of a run's end: Flower's SuperNodes take six to nine
 
 
@@ -52,6 +52,7 @@ class Order(NamedTuple):
     batch_size: int  # of an evaluation
     train_mode: bool  # whether an evaluation has the network in training mode
     server: State  # what the strategy broadcasts, and buffers (Q,)
+    cohort: tuple[int, ...] = ()  # the clients that have an order for this task, ascending; none for an evaluation
 
 
 class Answer(NamedTuple):

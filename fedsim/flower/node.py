@@ -5,8 +5,9 @@ It computes with the very same functions as a simulation's workers. Nothing here
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
+from operator import lt
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any, Self, get_args
@@ -33,6 +34,7 @@ from fedsim.federated.client import (
     initial_client_state,
     initial_server_state,
 )
+from fedsim.federated.federation import Federation
 from fedsim.federated.fold import cause, compact
 from fedsim.flower.meaning import check_meaning, notes_on
 from fedsim.flower.messages import NAME, Answer, Finished, Invitation, Joined, Order, failure
@@ -224,9 +226,10 @@ class Node:
         stores = training and (role.initial_client or order.transport in ROUNDED)
         if stores:
             kept = self._make_room(order, kept)
-        work: Survey | Train | EvaluateClient = role.train if training else Survey(role.train)
+        train = replace(role.train, cohort=order.cohort)
+        work: Survey | Train | EvaluateClient = train if training else Survey(train)
         if order.task == "evaluate":
-            work = EvaluateClient(role.train, order.batch_size, order.train_mode)
+            work = EvaluateClient(train, order.batch_size, order.train_mode)
         server = {name: value.to(self.device) for name, value in order.server.items()}
         job = Job(order.client, order.round, _below("client", kept.state))
         update = role.worker.run(work, server, job)
@@ -275,7 +278,8 @@ class Node:
         check_precision(parts.recipe.precision, self.device)
         task, strategy, recipe = parts
         clients_to_leave_out(task, data, recipe)
-        sent = form_of(download(strategy, initial_server_state(strategy, task)))
+        federation = Federation.of(np.zeros(plan.clients, dtype=np.int64))
+        sent = form_of(download(strategy, initial_server_state(strategy, task, federation)))
         train = Train(strategy, recipe, plan.seed, plan.time_limit)
         worker = Worker(task, data.to(self.device), self.device, graphs=True)
         state, notes = initial_client_state(strategy, task, plan.seed), tuple(notes_on(data, plan.examples))
@@ -301,6 +305,11 @@ class Node:
         ):
             if not low <= value <= high:
                 raise ValueError(f"order.{name}: {str(value)[:20]} should be from {low} to {high}")
+        cohort = order.cohort
+        if cohort and not (
+            cohort[0] >= 0 and all(map(lt, cohort, cohort[1:])) and order.client in cohort and cohort[-1] <= 2**31
+        ):
+            raise ValueError("order.cohort: should be ids of clients, this one's among them, ascending")
         if order.transport not in TRANSPORTS:
             raise ValueError(f"order.transport: {order.transport[:20]!r} is none of {', '.join(TRANSPORTS)}")
         if role.client not in (None, order.client):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Le
 from pydantic import AfterValidator, ByteSize
 from pydantic_core import from_json
 from torch import Tensor
@@ -40,6 +40,7 @@ FILES = (
     "new_head",
 )  # options of a model that are left out of a plan: the initial weights are sent
 MAX_LENGTH = 1000  # characters of a text in a plan, and entries of a list or mapping, except a list of numbers
+MAX_CLIENTS = 2**20  # of a federation: a server may keep a number for each
 MAX_NAME_LENGTH = 200  # characters of a class's name, and
 MAX_NAMES_LENGTH = 2**16  # of all names together
 SENT = "sent"  # replaces the file of a teacher, whose weights are sent
@@ -93,6 +94,7 @@ class Plan(Options):
 
     format: Literal[1] = 1
     seed: Seed
+    clients: Annotated[int, Ge(1), Le(MAX_CLIENTS)] = 1  # N
     model: Moderate
     strategy: Moderate
     local: Moderate
@@ -129,6 +131,7 @@ def plan_of(config: Mapping[str, Any], data: FederatedData) -> Plan:
         distillation = distillation | {"teacher": SENT}
     plan = {
         "seed": config["seed"],
+        "clients": data.num_clients,
         "model": {key: value for key, value in config["model"].items() if key not in FILES},
         "strategy": config["strategy"],
         "local": config["local"] | {"distillation": distillation},

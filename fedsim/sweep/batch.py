@@ -157,6 +157,7 @@ def batch_key(config: Config) -> str:
     """The settings in which configs must agree for their clients to be rows of one batch."""
     values: dict[str, Any] = {k: v for k, v in config.model_dump(mode="json").items() if k not in SERVER_SETTINGS}
     seed = config.data["partition_seed"]  # a batch has one partition
+    values["new_clients"] = config.evaluate.new_clients
     values["data"] = config.data | {"partition_seed": config.seed if seed is None else seed}
     values["local"] = {key: value for key, value in config.local.items() if key != "lr"}
     return json.dumps(values, sort_keys=True)

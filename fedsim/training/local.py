@@ -1,6 +1,6 @@
 """The objective F_k of one client on a network of its own, and its training."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -116,11 +116,12 @@ class ClientObjective(LocalObjective):
         time_limit: float | None = None,
         private_buffers: Mapping[str, Tensor] = {},
         path: tuple[str, ...] = (),
+        cohort: Sequence[int] = (),
     ):
         self.replica, self.data, self.recipe = replica, data, recipe
         self.layout = replica.task.layout
         self.client_id, self.round, self.lr = job.client_id, job.round, recipe.lr_at(job.round)
-        self._seed, self._received = seed, (buffers, private_buffers)
+        self._seed, self._received, self._asked = seed, (buffers, private_buffers), cohort
         self._rows = data.rows(job.client_id)
         n = len(self._rows)
         self._batch_size = recipe.batch_size_of(n)
@@ -133,6 +134,10 @@ class ClientObjective(LocalObjective):
         self._autocast = torch.autocast(replica.device.type, dtype) if dtype else nullcontext()
         replica.begin_client(buffers, self._seed_of(Stream.NETWORK, path), dtype, private_buffers)
         self._model = Model(path, replica.in_use, {})
+
+    @property
+    def cohort(self) -> Tensor:
+        return torch.tensor(self._asked, dtype=torch.int64, device=self.replica.device)
 
     @property
     def buffers(self) -> Tensor:

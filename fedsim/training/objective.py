@@ -215,6 +215,14 @@ class LocalObjective(ABC):
 
     @property
     @abstractmethod
+    def cohort(self) -> Tensor:
+        """(C,) int64, the ids of the clients that are asked to train in this round, ascending.
+
+        In a survey, of those that are asked to answer; (0,) where a client works outside of a round.
+        """
+
+    @property
+    @abstractmethod
     def buffers(self) -> Tensor:
         """(Q,) a copy of the batch-norm statistics after the last training pass."""
 
@@ -285,6 +293,10 @@ class ObjectiveWrapper(LocalObjective):
 
     def uniform(self, like: Tensor) -> Tensor:
         return self.inner.uniform(like)
+
+    @property
+    def cohort(self) -> Tensor:
+        return self.inner.cohort
 
     @property
     def buffers(self) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedsim import LocalObjective, RoundInfo, State, Strategy, Update
-from fedsim.types import Decay, Divisor, Positive
+from fedsim.types import CHANGE, Decay, Divisor, Positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +20,9 @@ class FedAdam(Strategy):
     beta1: Decay = 0.9
     beta2: Decay = 0.99
     tau: Divisor = 1e-3  # degree of adaptivity
+
+    sends = {"delta": CHANGE}
+    min_clients = 0
 
     def init_server(self, model: Tensor) -> State:
         return {"model": model, "m": torch.zeros_like(model), "v": torch.full_like(model, self.tau**2)}

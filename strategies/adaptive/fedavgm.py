@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedsim import ConfigError, Layout, LocalObjective, Recipe, RoundInfo, State, Strategy, Update
-from fedsim.types import Decay, Positive
+from fedsim.types import CHANGE, Decay, Positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,9 @@ class FedAvgM(Strategy):
     server_lr: Positive = 1.0
     beta: Decay = 0.9
     nesterov: bool = False
+
+    sends = {"delta": CHANGE}
+    min_clients = 0
 
     def check(self, recipe: Recipe, layout: Layout) -> None:
         if self.nesterov and not self.beta:

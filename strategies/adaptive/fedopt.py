@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedsim import ConfigError, Layout, LocalObjective, Recipe, RoundInfo, State, Strategy, Update
-from fedsim.types import Decay, Divisor, NonNegative, Positive
+from fedsim.types import CHANGE, Decay, Divisor, NonNegative, Positive
 
 OPTIMIZERS = {  # and the options that they have
     "sgd": (torch.optim.SGD, ("momentum", "nesterov", "weight_decay")),
@@ -41,6 +41,9 @@ class FedOpt(Strategy):
     eps: Divisor = 1e-3
     weight_decay: NonNegative = 0.0
     weights: Literal["uniform", "examples"] = "uniform"
+
+    sends = {"delta": CHANGE}
+    min_clients = 0
 
     def check(self, recipe: Recipe, layout: Layout) -> None:
         for name in ("momentum", "nesterov", "betas", "alpha", "eps"):

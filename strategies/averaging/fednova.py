@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedsim import Batch, ConfigError, Layout, LocalObjective, Recipe, RoundInfo, State, Strategy, Update
-from fedsim.types import NonNegative
+from fedsim.types import LIKE_MODEL, Entry, NonNegative
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,9 @@ class FedNova(Strategy):
 
     mu: NonNegative = 0.0
     tau_eff: Literal["coefficients", "steps"] = "coefficients"
+
+    sends = {"d": LIKE_MODEL, "work": Entry(shape=(), dtype=torch.float64)}
+    min_clients = 0
 
     def check(self, recipe: Recipe, layout: Layout) -> None:
         if recipe.optimizer != "sgd":

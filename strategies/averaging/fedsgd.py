@@ -7,6 +7,7 @@ section 2. https://arxiv.org/abs/1602.05629
 from dataclasses import dataclass
 
 from fedsim import ConfigError, Layout, LocalObjective, Recipe, RoundInfo, State, Strategy, Update
+from fedsim.types import CHANGE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +17,9 @@ class FedSGD(Strategy):
     This equals FedAvg with one epoch and the full batch. The gradient is computed batch by batch: in a network
     without batch norm and dropout, `local.batch_size` affects only the memory.
     """
+
+    sends = {"step": CHANGE}  # w - y
+    min_clients = 0
 
     def check(self, recipe: Recipe, layout: Layout) -> None:
         plain = Recipe(recipe.schedule)

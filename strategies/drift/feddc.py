@@ -7,6 +7,7 @@ Differs: where the paper has the sum over all clients, `drift: cohort` has the m
 authors' code has `control: variates`, `drift: all` and `weights: uniform`, and divides alpha by n_k N / n.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedsim import ConfigError, Layout, LocalObjective, Recipe, RoundInfo, State, Strategy, Update
-from fedsim.types import NonNegative
+from fedsim.types import LIKE_MODEL, Entry, NonNegative
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,12 @@ class FedDC(Strategy):
     weights: Literal["examples", "uniform"] = "examples"
 
     broadcast: ClassVar[tuple[str, ...]] = ("model", "g")
+
+    @property
+    def sends(self) -> Mapping[str, Entry]:  # type: ignore[override]
+        """By `drift` and `control`. delta is no CHANGE: the client keeps the same one."""
+        sent = {"delta": True, "h": self.drift == "cohort", "delta_g": self.control == "variates"}
+        return {name: LIKE_MODEL for name, used in sent.items() if used}
 
     def check(self, recipe: Recipe, layout: Layout) -> None:
         if recipe.optimizer != "sgd":

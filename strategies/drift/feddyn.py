@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedsim import Layout, LocalObjective, RoundInfo, State, Strategy, Update
-from fedsim.types import Positive
+from fedsim.types import LIKE_MODEL, Positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +22,8 @@ class FedDyn(Strategy):
     """FedDyn: F_k(w) - g_k w + alpha / 2 |w - x|^2 at each client; all weights are equal (Acar 2021)."""
 
     alpha: Positive = 0.01
+
+    sends = {"delta": LIKE_MODEL}  # no CHANGE: the client keeps the same one in g
 
     def init_server(self, model: Tensor) -> State:
         return {"model": model, "h": torch.zeros_like(model)}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedsim import ConfigError, Layout, LocalObjective, Recipe, RoundInfo, State, Strategy, Update
+from fedsim.types import CHANGE, LIKE_MODEL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,8 @@ class FedLin(Strategy):
     """FedLin: steps along g - grad F_k(x) + the mean of grad F_i(x); all weights are equal (Mitra 2021)."""
 
     broadcast: ClassVar[tuple[str, ...]] = ("model", "g")
+    sends = {"delta": CHANGE}
+    survey_sends = {"g": LIKE_MODEL}
 
     def check(self, recipe: Recipe, layout: Layout) -> None:
         if recipe.precision == "fp16":

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedsim import Batch, LocalObjective, State, Update
-from fedsim.types import NonNegative
+from fedsim.types import CHANGE, NonNegative
 
 from ..averaging.fedavg import FedAvg
 
@@ -20,6 +20,8 @@ class FedProx(FedAvg):
 
     mu: NonNegative = 0.01
 
+    sends = {"delta": CHANGE}
+
     def client_update(self, server: State, client: State, local: LocalObjective) -> Update:
         x = server["model"]
 
@@ -27,4 +29,4 @@ class FedProx(FedAvg):
             return local.loss(w, batch) + self.mu / 2 * (w - x).square().sum()
 
         y = local.train(x, loss=proximal_loss)
-        return Update({"delta": y - x}, weight=local.num_examples)
+        return Update({"delta": y - x}, weight=self.weight(local))

@@ -12,7 +12,7 @@ from typing import Literal
 from torch import Tensor
 
 from fedsim import Batch, ConfigError, Layout, LocalObjective, Recipe, RoundInfo, State, Strategy, Update
-from fedsim.types import NonNegative, Positive
+from fedsim.types import CHANGE, NonNegative, Positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,9 @@ class FedSAM(Strategy):
     rho: NonNegative = 0.05
     server_lr: Positive = 1.0
     weights: Literal["uniform", "examples"] = "uniform"
+
+    sends = {"delta": CHANGE}
+    min_clients = 0
 
     def check(self, recipe: Recipe, layout: Layout) -> None:
         if recipe.precision == "fp16":

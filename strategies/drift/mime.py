@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedsim import Batch, ConfigError, Layout, LocalObjective, Recipe, RoundInfo, State, Strategy, Update
-from fedsim.types import Decay
+from fedsim.types import CHANGE, LIKE_MODEL, Decay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,8 @@ class Mime(Strategy):
     weights: Literal["uniform", "examples"] = "uniform"
 
     broadcast: ClassVar[tuple[str, ...]] = ("model", "c", "s")
+    sends = {"delta": CHANGE}
+    survey_sends = {"g": LIKE_MODEL}
 
     def check(self, recipe: Recipe, layout: Layout) -> None:
         if recipe.momentum:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedsim import ConfigError, Layout, LocalObjective, Recipe, RoundInfo, State, Strategy, Update
-from fedsim.types import Decay
+from fedsim.types import CHANGE, LIKE_MODEL, Decay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,7 @@ class MimeLite(Strategy):
     weights: Literal["uniform", "examples"] = "uniform"
 
     broadcast: ClassVar[tuple[str, ...]] = ("model", "m")
+    sends = {"delta": CHANGE, "c": LIKE_MODEL}
 
     def check(self, recipe: Recipe, layout: Layout) -> None:
         if recipe.precision == "fp16":

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedsim import Batch, ConfigError, Layout, LocalObjective, Recipe, State, Update
-from fedsim.types import NonNegative, Positive
+from fedsim.types import CHANGE, NonNegative, Positive
 
 from ..averaging.fedavg import FedAvg
 
@@ -34,6 +34,8 @@ class Moon(FedAvg):
 
     mu: NonNegative = 1.0
     tau: Positive = 0.5  # temperature
+
+    sends = {"delta": CHANGE}
 
     def check(self, recipe: Recipe, layout: Layout) -> None:
         if not layout.head:
@@ -55,4 +57,4 @@ class Moon(FedAvg):
             return (local.label_losses(logits, batch) + self.mu * l_con).mean()
 
         y = local.train(x, loss=loss)
-        return Update({"delta": y - x}, local.num_examples, client={"last": y})
+        return Update({"delta": y - x}, self.weight(local), client={"last": y})

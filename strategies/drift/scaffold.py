@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedsim import ConfigError, Layout, LocalObjective, Recipe, RoundInfo, State, Strategy, Update
-from fedsim.types import Positive
+from fedsim.types import CHANGE, LIKE_MODEL, Positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,8 @@ class Scaffold(Strategy):
     correction: Literal["gradient", "after_step"] = "gradient"
 
     broadcast: ClassVar[tuple[str, ...]] = ("model", "c")
+    sends = {"delta": CHANGE, "delta_c": LIKE_MODEL}
+    min_clients = 0
 
     def check(self, recipe: Recipe, layout: Layout) -> None:
         if recipe.precision == "fp16":

@@ -8,40 +8,38 @@ Differs: F_k is over all examples of a client, not over one mini-batch; the mode
 all rounds' (see `ema`).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from fedsim import LocalObjective, RoundError, RoundInfo, State, Strategy, Update
-from fedsim.types import Count, NonNegative
+from fedsim import Federation, LocalObjective, RoundInfo, State, Strategy, Update
+from fedsim.types import CHANGE, Entry, NonNegative
 
 
 @dataclass(frozen=True, kw_only=True)
 class AFL(Strategy):
     """AFL: weights lambda of the clients, which rise with their losses, on the simplex (Mohri 2019).
 
-    `clients` is `data.clients`. All of them must answer in each round. Batch-norm statistics are the unweighted
-    mean.
+    All clients must answer in each round. Batch-norm statistics are the unweighted mean.
     """
 
-    clients: Count
     lr_lambda: NonNegative = 0.1
 
     broadcast: ClassVar[tuple[str, ...]] = ("model", "lambda")
+    min_clients: ClassVar[Literal["all"]] = "all"
+    removed: ClassVar[Mapping[str, str]] = {"clients": "N is known without it"}
+    sends = {"delta": CHANGE, "losses": Entry(like="lambda")}
 
-    @property
-    def min_clients(self) -> int:  # type: ignore[override]
-        """All of them."""
-        return self.clients
-
-    def init_server(self, model: Tensor) -> State:
-        return {"model": model, "lambda": model.new_full((self.clients,), 1 / self.clients)}
+    def init_server(self, model: Tensor, federation: Federation) -> State:  # type: ignore[override]
+        n = federation.num_clients
+        return {"model": model, "lambda": model.new_full((n,), 1 / n)}
 
     def client_update(self, server: State, client: State, local: LocalObjective) -> Update:
         x, lambda_ = server["model"], server["lambda"]
-        own = (torch.arange(self.clients, device=x.device) == local.client_id).to(x.dtype)  # one-hot
+        own = (torch.arange(len(lambda_), device=x.device) == local.client_id).to(x.dtype)  # one-hot
         delta = (own @ lambda_) * (local.train(x) - x)
         return Update({"delta": delta, "losses": own * local.loss(x)}, weight=1.0)
 
@@ -50,9 +48,6 @@ class AFL(Strategy):
 
     def server_update(self, server: State, mean: State, info: RoundInfo) -> State:
         n = info.num_clients
-        if not len(info.cohort) == n == self.clients:
-            found = f"{len(info.cohort)} of {n} answered, and strategy.clients is {self.clients}"
-            raise RoundError(f"afl needs all clients in each round: {found}; set cohort=all")
         lambda_ = nearest_on_simplex(server["lambda"] + self.lr_lambda * n * mean["losses"])
         return {"model": server["model"] + n * mean["delta"], "lambda": lambda_}
 

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from fedsim import ConfigError, Layout, LocalObjective, Recipe, RoundInfo, State, Strategy, Update
-from fedsim.types import NonNegative
+from fedsim.types import LIKE_MODEL, NUMBER, NonNegative
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,8 @@ class QFedAvg(Strategy):
 
     q: NonNegative = 1.0
     weights: Literal["uniform", "examples"] = "uniform"
+
+    sends = {"delta": LIKE_MODEL, "h": NUMBER}
 
     def check(self, recipe: Recipe, layout: Layout) -> None:
         if recipe.optimizer != "sgd":

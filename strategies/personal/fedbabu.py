@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedsim import ConfigError, Layout, LocalObjective, Recipe, State, Update
-from fedsim.types import Count, Positive
+from fedsim.types import CHANGE, Count, Positive
 
 from ..averaging.fedavg import FedAvg
 
@@ -28,13 +28,15 @@ class FedBABU(FedAvg):
     epochs: Count = 1
     lr: Positive | None = None
 
+    sends = {"delta": CHANGE}
+
     def check(self, recipe: Recipe, layout: Layout) -> None:
         check_head(layout, "fedbabu")
 
     def client_update(self, server: State, client: State, local: LocalObjective) -> Update:
         x = server["model"]
         y = local.train(x, only=~head_mask(local.layout, x))
-        return Update({"delta": y - x}, weight=local.num_examples)
+        return Update({"delta": y - x}, weight=self.weight(local))
 
     def personalise(self, server: State, client: State, local: LocalObjective) -> tuple[Tensor, Tensor]:
         tuned = local.separate("fine-tuning", epochs=self.epochs, lr=self.lr)

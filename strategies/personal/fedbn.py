@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedsim import Buffers, ConfigError, Layout, LocalObjective, Recipe, State, Update
+from fedsim.types import CHANGE
 
 from ..averaging.fedavg import FedAvg
 from .personal import own_model, refuse_recalibrated, update_with_private
@@ -25,6 +26,8 @@ class FedBN(FedAvg):
 
     private: tuple[str, ...] = ()
     buffers: Buffers = "private"
+
+    sends = {"delta": CHANGE}
 
     def check(self, recipe: Recipe, layout: Layout) -> None:
         if not len(self.entries(layout)):

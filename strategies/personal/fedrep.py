@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedsim import Layout, LocalObjective, Recipe, State, Update
-from fedsim.types import Count
+from fedsim.types import CHANGE, Count
 
 from ..averaging.fedavg import FedAvg
 from .fedbabu import check_head, head_mask
@@ -27,6 +27,8 @@ class FedRep(FedAvg):
     """
 
     head_epochs: Count = 10
+
+    sends = {"delta": CHANGE}
 
     def check(self, recipe: Recipe, layout: Layout) -> None:
         check_head(layout, "fedrep")
@@ -46,7 +48,7 @@ class FedRep(FedAvg):
         )
         y = local.train(with_head, only=~head)
         delta = (y - x).index_fill(0, entries, 0)
-        return Update({"delta": delta}, weight=local.num_examples, client={"private": with_head[entries]})
+        return Update({"delta": delta}, weight=self.weight(local), client={"private": with_head[entries]})
 
     def entries(self, layout: Layout) -> Tensor:
         """The positions of the head's entries in the model."""

@@ -47,6 +47,8 @@ class Personal(Wrapper):
 
     layers: tuple[str, ...]
 
+    sends = Wrapper.sends
+
     def check(self, recipe: Recipe, layout: Layout) -> None:
         if not 0 < len(self.entries(layout)) < sum(layout.sizes):
             whole = f"the network's {len(layout.shapes)} parameters"
@@ -67,13 +69,14 @@ class Personal(Wrapper):
         super().check(recipe, layout)
 
     def init_client(self, model: Tensor, layout: Layout) -> State:
-        return super().init_client(model, layout) | {"private": model[self.entries(layout)]}
+        return super().init_client(model, layout) | {self.entry("private"): model[self.entries(layout)]}
 
     def client_model(self, server: State, client: State, layout: Layout) -> Tensor:
-        return own_model(server, client, self.entries(layout))
+        return own_model(server, client, self.entries(layout), self.entry("private"))
 
     def client_update(self, server: State, client: State, local: LocalObjective) -> Update:
-        return update_with_private(self.entries(local.layout), self.inner.client_update, server, client, local)
+        entries, name = self.entries(local.layout), self.entry("private")
+        return update_with_private(entries, self.inner.client_update, server, client, local, name)
 
     def entries(self, layout: Layout) -> Tensor:
         """The positions of the personal entries in the model."""
@@ -90,20 +93,25 @@ def refuse_recalibrated(buffers: Buffers) -> None:
         )
 
 
-def own_model(server: State, client: State, entries: Tensor) -> Tensor:
-    """(P,) the global model with the client's `private` entries at the positions `entries`."""
-    return server["model"].index_copy(0, entries.to(server["model"].device), client["private"])
+def own_model(server: State, client: State, entries: Tensor, name: str = "private") -> Tensor:
+    """(P,) the global model with what the client keeps under `name` at the positions `entries`."""
+    return server["model"].index_copy(0, entries.to(server["model"].device), client[name])
 
 
 def update_with_private(
-    entries: Tensor, client_update: ClientUpdate, server: State, client: State, local: LocalObjective
+    entries: Tensor,
+    client_update: ClientUpdate,
+    server: State,
+    client: State,
+    local: LocalObjective,
+    name: str = "private",
 ) -> Update:
-    """Call `client_update` with the client's own model; its trained values at `entries` become private state.
+    """Call `client_update` with the client's own model; its trained values at `entries` are kept under `name`.
 
     In all other vectors (P,) of the message and the state, these entries are set to 0: the server sees no change
     there, and control variates have no effect.
     """
-    x = own_model(server, client, entries)
+    x = own_model(server, client, entries, name)
     entries, recording = entries.to(x.device), RecordingObjective(local)
     update = client_update(server | {"model": x}, client, recording)
     if len(recording.last_iterates) != 1:
@@ -114,7 +122,7 @@ def update_with_private(
     def shared(state: State) -> State:
         return {n: v.index_fill(0, entries, 0) if v.shape == x.shape else v for n, v in state.items()}
 
-    private = {"private": recording.last_iterates[0][entries]}
+    private = {name: recording.last_iterates[0][entries]}
     return update._replace(message=shared(update.message), client=shared(update.client) | private)
 
 

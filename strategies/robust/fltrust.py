@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedsim import LocalObjective, RoundInfo, Rows, State, Strategy, Update
-from fedsim.types import Positive
+from fedsim.types import CHANGE, Positive
 
 from .median import coordinate_median
 
@@ -25,6 +25,7 @@ class FLTrust(Strategy):
 
     server_lr: Positive = 1.0
 
+    sends = {"delta": CHANGE}
     aggregator: ClassVar[Rows] = Rows()
     uses_public: ClassVar[bool] = True
 

@@ -18,7 +18,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from fedsim import LocalObjective, RoundInfo, Rows, State, Strategy, Update
-from fedsim.types import Count, Positive
+from fedsim.types import CHANGE, Count, Positive
 
 from .median import coordinate_median
 
@@ -39,6 +39,7 @@ class Krum(Strategy):
     choose: Count = 1
     server_lr: Positive = 1.0
 
+    sends = {"delta": CHANGE}
     aggregator: ClassVar[Rows] = Rows()
 
     @property

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedsim import LocalObjective, RoundInfo, Rows, State, Strategy, Update
-from fedsim.types import Positive
+from fedsim.types import CHANGE, Positive
 
 COLUMNS = 2**13  # that are sorted at once, so that it takes little memory beside the rows
 
@@ -30,6 +30,7 @@ class Median(Strategy):
 
     server_lr: Positive = 1.0
 
+    sends = {"delta": CHANGE}
     aggregator: ClassVar[Rows] = Rows()
 
     def client_update(self, server: State, client: State, local: LocalObjective) -> Update:

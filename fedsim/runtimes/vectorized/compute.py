@@ -74,7 +74,7 @@ def inputs(batch: Sequence[Client], device: torch.device) -> tuple[State, State,
 
 def client_jobs(batch: Sequence[Client]) -> list[ClientJob]:
     """The clients, as `Cohort` takes them."""
-    return [ClientJob(client.work.recipe, client.work.seed, client.job) for client in batch]
+    return [ClientJob(each.work.recipe, each.work.seed, each.job, each.work.cohort) for each in batch]
 
 
 def updates(network: Network, data: FederatedData, batch: Sequence[Client]) -> list[Update]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fedsim.data import FederatedData
 from fedsim.errors import ConfigError, RoundError, located
 from fedsim.federated.client import PRIVATE, Train, download, initial_client_state, initial_server_state
+from fedsim.federated.federation import Federation
 from fedsim.runtimes.vectorized.compute import Client, updates
 from fedsim.training.batched.layers import RaggedError
 from fedsim.training.batched.objective import Network
@@ -49,11 +50,14 @@ def check_batchable(network: Network, data: FederatedData, work: Train) -> None:
     It compares loss and statistics of the first step, since later values may be ill-conditioned. An error that
     also occurs without batching is ignored here; the run reports it.
     """
-    server = download(work.strategy, initial_server_state(work.strategy, network.task, network.device, work.seed))
+    federation = Federation.of(data.sizes)
+    made = initial_server_state(work.strategy, network.task, federation, network.device, work.seed)
+    server = download(work.strategy, made)
     network, clients = _reporting_all(network), _unequal(data, work.recipe)
     if len({size for n in np.unique(data.sizes) for size in work.recipe.batch_sizes(int(n))}) > 1:
         # Some batches will have padding.
         data = _few_rows(data, work.recipe, clients)
+    work = replace(work, cohort=tuple(sorted({*clients})))
     one_step, two_steps = (replace(work, recipe=replace(work.recipe, epochs=1, steps=steps)) for steps in (1, 2))
     for number in range(MAX_TRIALS):
         differing = _compare(network, data, one_step, server, clients, number)

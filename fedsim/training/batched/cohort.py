@@ -32,6 +32,7 @@ class ClientJob(NamedTuple):
     recipe: Recipe
     seed: int
     job: Job
+    asked: Sequence[int] = ()  # ids of the clients of its round
 
 
 class Step(NamedTuple):
@@ -107,12 +108,14 @@ class Cohort:
             return exact(self.num_steps(schedule), self.like)
         numbers: dict[str, Callable[[], object]] = {
             "clients": lambda: [m.job.client_id for m in self.client_jobs],
+            "asked": lambda: [m.asked for m in self.client_jobs],
             "rounds": lambda: [m.job.round for m in self.client_jobs],
             "counts": lambda: [step.counts for step in self.steps(schedule)],
             "lr": self.lr,
             "step_lr": lambda: [self.lr(step.number, schedule) for step in self.steps(schedule)],
         }
-        return torch.tensor(numbers[name](), dtype=torch.int64 if name == "clients" else self.like.dtype)
+        ids = name in ("clients", "asked")
+        return torch.tensor(numbers[name](), dtype=torch.int64 if ids else self.like.dtype)
 
     def steps(self, schedule: int | None = None) -> list[Step]:
         """The steps of a schedule; their rows are the same as in all other runtimes."""
@@ -133,7 +136,8 @@ class Cohort:
     def form(self, schedules: Iterable[int | None] = (None,)) -> tuple[object, ...]:
         """Two cohorts of equal form differ only in the values of their tensors."""
         steps = (s for schedule in schedules for s in self.steps(schedule))
-        return len(self.client_jobs), *((s.schedule, s.number, s.size, s.padded, s.may_be_idle) for s in steps)
+        clients, asked = len(self.client_jobs), len(self.client_jobs[0].asked)
+        return clients, asked, *((s.schedule, s.number, s.size, s.padded, s.may_be_idle) for s in steps)
 
     def copy_from(self, other: "Cohort") -> None:
         """Overwrite all tensors made so far with those of another cohort, and seed the generators as its own."""

@@ -173,6 +173,10 @@ class BatchedObjective(LocalObjective):
         return self._model.metrics
 
     @property
+    def cohort(self) -> Tensor:
+        return self._own_value("asked")
+
+    @property
     def buffers(self) -> Tensor:
         found = self._model.statistics
         parts = [found[name].reshape(-1) for name in self._network.task.buffer_layout.shapes]

@@ -1,0 +1,1 @@
+"""Strategies that select who trains by what clients answer."""
