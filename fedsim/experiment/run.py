@@ -21,8 +21,8 @@ class Run:
     records: list[Record] = field(default_factory=list)  # the lines of rounds.jsonl
     earlier_seconds: float = 0.0  # that it took before it was last stopped
     notes: list[str] = field(default_factory=list)  # what the user should know before it goes on
-    stopped: str | None = None  # why, where a hook ended it
-    failure: BaseException | None = None  # what ended it early, if not a hook
+    stopped: str | None = None  # why, where a hook or the strategy ended it
+    failure: BaseException | None = None  # what else ended it early
     summary: Record = field(default_factory=dict)  # when it has ended
     warnings: list[str] = field(default_factory=list)  # what is missing though its results are whole
 

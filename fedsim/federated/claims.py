@@ -18,10 +18,11 @@ from fedsim.federated.aggregate import WEIGHTS
 from fedsim.federated.strategy import Strategy
 from fedsim.training.recipe import Recipe
 from fedsim.training.small_batches import named
+from fedsim.types import MAX_METRIC, TRAINED
 
 StepsMethod = Literal["max_steps", "survey_steps"]  # of a strategy
 MAX_EXAMPLES = 2**40  # of a client
-MAX_LOSS = 1e300  # of the sum over a client's examples, so that there is a sum over all clients
+MAX_LOSS = MAX_METRIC  # of the sum over a client's examples
 ROUNDING = 2.0**-16  # a strategy may compute its weight in float32
 
 
@@ -81,9 +82,10 @@ def training_bounds(
 
 
 def training_claims(weight: float, sums: Mapping[str, float], bounds: Bounds) -> list[Claim]:
-    """The numbers of a training; `sums` is empty where nothing was minimised."""
+    """The numbers of a training; `sums` has only the strategy's own where nothing was minimised."""
     claims = [Claim("weight", weight, 0, bounds.weight)]
-    if sums:
+    claims += [Claim(n, value, -MAX_METRIC, MAX_METRIC) for n, value in sums.items() if n not in TRAINED]
+    if "steps" in sums:
         claims.append(Claim("steps", sums["steps"], 0, bounds.steps, whole=True))
         claims.append(Claim("examples", sums["examples"], 1, bounds.examples, whole=True))
         claims.append(Claim("loss", sums["loss"], -bounds.loss, bounds.loss))

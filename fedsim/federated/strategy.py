@@ -2,20 +2,19 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from numbers import Real
 from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from fedsim.base.catalogue import check_methods
-from fedsim.errors import ConfigError, WrongReturnError
+from fedsim.errors import ConfigError, WrongReturnError, one_line
 from fedsim.federated.aggregate import Aggregator, WeightedMean
 from fedsim.federated.rows import mean_of_rows
 from fedsim.training.layout import Layout
 from fedsim.training.objective import LocalObjective
 from fedsim.training.recipe import Recipe
-from fedsim.types import RoundInfo, State, Update
+from fedsim.types import METRIC_NAMES, RoundInfo, State, Update, is_metric_name, is_number
 
 Buffers = Literal["average", "private", "frozen", "recalibrated"]
 
@@ -32,6 +31,8 @@ class Strategy(ABC):
     `aggregator` says what the server gets of the messages: their weighted mean, or with `Rows()` all of them.
     `survey_aggregator` is the same for the answers to `survey`. `min_clients` is the number of clients whose
     messages each round needs. With `uses_public`, `info.public` is an objective over the server's own examples.
+    `metrics` names the numbers that each `client_update` gives as `Update.metrics`; their sums over the cohort are
+    `info.metrics`, and are kept in rounds.jsonl.
     """
 
     buffers: Buffers = "average"
@@ -41,6 +42,7 @@ class Strategy(ABC):
     survey_aggregator: ClassVar[Aggregator] = WeightedMean()
     uses_public: ClassVar[bool] = False
     min_clients: ClassVar[int] = 1
+    metrics: ClassVar[tuple[str, ...]] = ()
 
     def check(self, recipe: Recipe, layout: Layout) -> None:  # noqa: B027 - most strategies accept all settings
         """Raise ConfigError, with the setting's name, if recipe or network violate the algorithm's assumptions."""
@@ -153,6 +155,11 @@ class Wrapper(Strategy):
         """The `min_clients` of the inner strategy."""
         return self.inner.min_clients
 
+    @property
+    def metrics(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The `metrics` of the inner strategy; one that adds some gives `(*self.inner.metrics, ...)`."""
+        return self.inner.metrics
+
     def check(self, recipe: Recipe, layout: Layout) -> None:
         self.inner.check(recipe, layout)
 
@@ -233,6 +240,10 @@ def check_strategy(strategy: object) -> None:
             )
     if type(least := strategy.min_clients) is not int or least < 1:
         raise ConfigError(f"strategy.min_clients: {least!r} should be a whole number >= 1")
+    names = strategy.metrics
+    if not (isinstance(names, tuple | list) and all(map(is_metric_name, names)) and len({*names}) == len(names)):
+        right = f"a tuple of different names, each of {METRIC_NAMES}"
+        raise ConfigError(f"strategy.metrics: {one_line(repr(names))} should be {right}")
     if isinstance(strategy, Wrapper):
         check_strategy(strategy.inner)
 
@@ -259,15 +270,15 @@ def checked_update(strategy: Strategy, update: object, method: str = "client_upd
     check_state(update.message, "message", whose)
     check_state(update.client, "client state", whose)
     weight = update.weight
-    if not (
-        weight.numel() == 1 and not weight.is_complex() if isinstance(weight, Tensor) else isinstance(weight, Real)
-    ):
+    if not is_number(weight):
         made = f"of shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else repr(weight)
         raise WrongReturnError(
             f"{whose}gave the weight {made}; it should be one number, such as local.num_examples"
         )
-    if update.metrics:
-        raise WrongReturnError(
-            f"{whose}gave metrics, which only fedsim adds; send what the server needs in the message"
-        )
+    declared = strategy.metrics if method == "client_update" else ()
+    if not isinstance(update.metrics, dict) or update.metrics.keys() != {*declared}:
+        made = f"{whose}gave the metrics {one_line(repr([*update.metrics]))}"
+        raise WrongReturnError(f"{made}; {type(strategy).__name__}.metrics declares {[*declared]}")
+    if wrong := [name for name, value in update.metrics.items() if not is_number(value)]:
+        raise WrongReturnError(f"{whose}gave the metric {wrong[0]}, which is not one number")
     return update

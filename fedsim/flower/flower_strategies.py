@@ -29,7 +29,7 @@ from fedsim.flower.node import Node
 from fedsim.flower.plan import Plan, digest, initial_of
 from fedsim.flower.transport import decode
 from fedsim.training.task import Task
-from fedsim.types import Count
+from fedsim.types import TRAINED, Count
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
@@ -65,7 +65,9 @@ def train(node: Node, message: Message, context: Context) -> RecordDict:
     found |= task.buffer_layout.split(update.get("buffers", task.initial_buffers))
     trained = ArrayRecord({name: found.get(name, value) for name, value in sent.items()})
     loss = answer.metrics["loss"] / answer.metrics["examples"]
-    return RecordDict({ARRAYS: trained, METRICS: MetricRecord({EXAMPLES: answer.examples, "train_loss": loss})})
+    own = {name: value for name, value in answer.metrics.items() if name not in TRAINED}
+    about = own | {EXAMPLES: answer.examples, "train_loss": loss}
+    return RecordDict({ARRAYS: trained, METRICS: MetricRecord({**about})})
 
 
 def evaluate(node: Node, message: Message, context: Context) -> RecordDict:
