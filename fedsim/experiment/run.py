@@ -47,7 +47,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether there is nothing left to do."""
-        return self.stopped is not None or len(self.records) >= self.config.rounds
+        return self.unlogged is None and (self.stopped is not None or len(self.records) >= self.config.rounds)
 
     @property
     def seconds(self) -> float:
