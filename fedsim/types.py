@@ -5,7 +5,12 @@ C clients in a cohort, N clients in the population, K steps of one client.
 """
 
 import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import IntEnum
+from math import isfinite
+from numbers import Real
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -13,7 +18,7 @@ import torch
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
-from fedsim.errors import RoundError
+from fedsim.errors import RoundError, WrongReturnError, one_line
 
 State = dict[str, Tensor]  # named tensors: the state of the server or of a client, or the content of a message
 
@@ -122,7 +127,7 @@ class Update(NamedTuple):
     message: State  # sent to the server, whose strategy sees only the aggregate of all messages
     weight: Tensor | float  # of the message in the mean: n_k, or 1.0
     client: State = {}  # the client's state, kept until it is sampled again
-    metrics: State = {}  # sums over examples; the division follows once, over the whole cohort
+    metrics: dict[str, Any] = {}  # () tensors or floats, which are added up over the cohort
 
     def numbers(self) -> tuple[float, dict[str, float]]:
         """The weight and the metrics as plain numbers."""
@@ -146,6 +151,48 @@ class Report(NamedTuple):
     exception: BaseException | None = None  # the exception itself
 
 
+TRAINED = ("loss", "examples", "steps")  # the metrics of a training that fedsim adds
+METRIC_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+METRIC_NAMES = f"1 to 64 letters, digits, _, - and ., and none of {', '.join(TRAINED)}"
+MAX_METRIC = 1e300  # of one client, in magnitude: there is then a sum over all
+
+
+def is_metric_name(name: object) -> bool:
+    """Whether it is METRIC_NAMES."""
+    return isinstance(name, str) and bool(METRIC_NAME.fullmatch(name)) and name not in TRAINED
+
+
+def is_number(value: object) -> bool:
+    """Whether it is one real number, plain or a tensor."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return isinstance(value, Real)
+
+
+@dataclass
+class Records:
+    """What a strategy's part at the server tells of a round: numbers by name, and why the run should end."""
+
+    numbers: dict[str, float] = field(default_factory=dict)
+    stopped: str | None = None
+
+    def add(self, name: str, value: Tensor | float) -> None:
+        """Add a number; raises WrongReturnError unless it can be told."""
+        if not is_metric_name(name):
+            raise WrongReturnError(f"recorded {one_line(repr(name))}; a name should be {METRIC_NAMES}")
+        if not (is_number(value) and isfinite(value)):
+            raise WrongReturnError(f"recorded {name} as {one_line(repr(value))}; it should be one finite number")
+        if name in self.numbers:
+            raise WrongReturnError(f"recorded {name} twice in a round; each number needs a name of its own")
+        self.numbers[name] = float(value)
+
+    def stop(self, reason: str) -> None:
+        """Have the run end; of several reasons the first counts. Raises WrongReturnError unless it is text."""
+        if not (isinstance(reason, str) and reason.strip()):
+            raise WrongReturnError(f"stopped the run for {one_line(repr(reason))}; the reason should be text")
+        self.stopped = self.stopped or one_line(reason)
+
+
 class RoundInfo(NamedTuple):
     """What the server knows about a round, apart from the aggregate."""
 
@@ -158,6 +205,8 @@ class RoundInfo(NamedTuple):
     weights: Tensor = torch.empty(0, dtype=torch.float64)  # (C,) of their updates, in the order of `cohort`
     public: Any = None  # a LocalObjective over the server's own examples, for a strategy that `uses_public`
     federation: Any = None  # a Federation: sizes and last trainings of all clients, before this round
+    metrics: Mapping[str, float] = {}  # sums over the cohort of the strategy's `metrics`
+    records: Records | None = None  # where `record` and `stop` write; a round's own
 
     @property
     def held(self) -> int:
@@ -168,6 +217,14 @@ class RoundInfo(NamedTuple):
     def examples(self) -> int | None:
         """The old name of `total_examples`, for one release."""
         return self.total_examples
+
+    def record(self, name: str, value: Tensor | float) -> None:
+        """Add a number to the round's `metrics` in rounds.jsonl, in the place of a sum of that name."""
+        (self.records or Records()).add(name, value)
+
+    def stop(self, reason: str) -> None:
+        """End the run after this round; summary.json has the reason."""
+        (self.records or Records()).stop(reason)
 
     @property
     def share(self) -> float:

@@ -182,7 +182,7 @@ def trace(simulation, rounds=3):
 
 
 def _record(simulation, done):
-    shown = done._asdict() | {
+    shown = done.record() | {
         "server": _digests(simulation.server),
         "clients": {k: _digests(state) for k, state in simulation.clients.items()},
         "past": [values.tobytes() for values in simulation.past[:2]],  # without virtual seconds

@@ -235,6 +235,13 @@ TENSORS = {
     "a negative scale": Lie(_int8(-1.0), "a scale is negative or not finite"),
     "a scale beyond all": Lie(_int8(3e38), f"too large|not finite|{FORM}"),
 }
+METRICS = {  # of a strategy that has one of its own, `own`
+    "a metric without end": Lie(_more(own=float("inf")), "own inf; it should be"),
+    "a metric that is no number": Lie(_more(own=float("nan")), "own nan; it should be"),
+    "a metric beyond any sum": Lie(_more(own=-1.7e308), r"own -1\.7e\+308; it should be"),
+    "a metric that is not the strategy's": Lie(_more(owned=1.0), "other metrics"),
+    "only a metric of its own kind": Lie(_changed(metrics={"own": 1.0, "steps": 1.0}), "other metrics"),
+}
 LIES = FORMS | TENSORS | NUMBERS
 
 

@@ -50,7 +50,7 @@ LIES = [*hostile.LIES.values()]
 
 def shown(done):
     """What a round shows of what was learned."""
-    record = done if isinstance(done, dict) else done._asdict()
+    record = done if isinstance(done, dict) else done.record()
     return {name: value for name, value in record.items() if name not in ("seconds", "bytes_up")}
 
 
@@ -129,6 +129,13 @@ class Lab:
 
     def close(self):
         self.stack.close()
+
+    def allowing(self, strategy):
+        """Itself, with nodes whose owners allow this strategy."""
+        for node in self.nodes.values():
+            allow = node.settings.allow.model_copy(update={"strategies": [strategy]})
+            node.settings = node.settings.model_copy(update={"allow": allow})
+        return self
 
     def simulation(self, config, **options):
         """Of a resolved config, on these nodes."""

@@ -163,6 +163,18 @@ def test_a_strategy_with_bounds_of_its_own(checkout, monkeypatch):
         fedsim_("fedsim run configs/quickstart.yaml runtime=serial strategy=my_fault:Twice --out my_fault")
 
 
+def test_a_strategy_with_numbers_of_its_own(checkout, monkeypatch):
+    """Which ends its run where a step is small, and says so."""
+    code = next(block for block in blocks("python", PAGES["docs/strategies.md"]) if "my_converged.py" in block)
+    (checkout / "my_converged.py").write_text(code)
+    monkeypatch.syspath_prepend(checkout)
+    line = "fedsim run configs/quickstart.yaml runtime=serial rounds=3 strategy=my_converged:Converged --out run"
+    done = fedsim_(f"{line} strategy.step=1e9")
+    assert "stopped: the model has moved by " in done.output
+    [record] = map(json.loads, Path("run/rounds.jsonl").read_text().splitlines())
+    assert 0 < record["metrics"]["step"] <= record["metrics"]["norm"]
+
+
 WRONG = {  # an error in the walk-through's file, and the law that finds it
     "info.participation * ": ("", "test_the_servers_c_is_the_mean_of_all"),
     "g - c_k + c": ("g + c_k - c", "test_after_one_full_step_c_is_the_gradient_of_the_client"),

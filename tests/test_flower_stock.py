@@ -172,6 +172,17 @@ def test_flowers_fedavg_over_fedsims_clients_is_fedavg(node):
     assert 0 <= result.evaluate_metrics_clientapp[2]["accuracy"] <= 1
 
 
+def test_flowers_strategies_take_the_mean_of_a_strategys_own_metrics(node):
+    config = yaml.safe_dump(CONFIG | {"strategy": {"name": "test_metrics:Own", "values": [1.0, 4.0]}})
+    allow = {"strategies": ["test_metrics:Own"]}
+    contexts = [context(node(k, allow=allow), k, experiment=config) for k in range(2)]
+    ours = build(load(CONFIG))
+    start = ArrayRecord(ours.task.state_dict(ours.server))
+    found = FedAvg().start(Here(contexts), start, num_rounds=1, timeout=60).train_metrics_clientapp[1]
+    assert found["own"] == pytest.approx(np.average([1.0, 4.0], weights=ours.data.sizes))
+    assert found["train_loss"] > 0
+
+
 def test_a_run_of_a_flower_strategy_tells_its_nodes_that_it_has_ended(node):
     """And no other run: they keep of it what their owners want."""
     config = CONFIG | {"strategy": "fedavg"}

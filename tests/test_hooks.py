@@ -370,6 +370,20 @@ def test_after_an_interrupt_within_a_test_the_test_is_told_again(tmp_path):
     assert again.heard == ["before_run", *TEST, "after_round", *ROUND, *TEST, "after_round", "after_run"]
 
 
+def test_a_run_that_a_hook_has_ended_before_its_last_test_is_tested_after_a_resume(tmp_path):
+    """The round counts: it was done, and has no line yet."""
+    ends = Teller(do=lambda run: run.stop("enough"), at="before_evaluation")
+    run(
+        ends,
+        Teller(do=fails(KeyboardInterrupt()), at="after_evaluation"),
+        out=tmp_path / "run",
+        evaluate={"every": 1},
+    )
+    assert lines(tmp_path / "run") == []
+    result = fedsim.resume(tmp_path / "run")
+    assert (len(lines(tmp_path / "run")), result.summary["rounds"], result.summary["stopped"]) == (1, 1, "enough")
+
+
 # Hooks by name
 
 MINE = '''

@@ -22,7 +22,8 @@ from fedsim.flower.internals import LinkError, NodeLink, Superlink
 from fedsim.flower.messages import Joined
 from fedsim.flower.shards import client_name, write_shards
 
-LIES, TRICKS = hostile.LIES, hostile.TRICKS
+LIES = hostile.LIES
+ALL = LIES | hostile.METRICS | hostile.TRICKS
 QUICK = {"local": CONFIG["local"] | {"batch_size": 12}, "model": {"name": "cnn_bn", "widths": [2, 3]}}
 
 
@@ -32,7 +33,7 @@ def wrong(told, records):
     return {
         name: why[:300]
         for name, why in found.items()
-        if not (re.search((LIES | TRICKS)[name].reason, why) and why.isprintable() and len(why) < 450)
+        if not (re.search(ALL[name].reason, why) and why.isprintable() and len(why) < 450)
     }
 
 
@@ -45,14 +46,17 @@ def same_without(config, records):
     ]
 
 
-def test_a_lie_costs_its_own_client_only(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("strategy", "lies"), [("scaffold", LIES), ("test_metrics:Own", hostile.METRICS)], ids=["any", "metrics"]
+)
+def test_a_lie_costs_its_own_client_only(strategy, lies, tmp_path, monkeypatch):
     """Whatever a node answers: the reason is said, and the model is as if the node had not been asked."""
-    liar, records = hostile.Liar(LIES), []
-    with closing(Lab(tmp_path, monkeypatch)) as here:
-        simulation = here.simulation(config := dropping("scaffold", **QUICK))
+    liar, records = hostile.Liar(lies), []
+    with closing(Lab(tmp_path, monkeypatch).allowing(strategy)) as here:
+        simulation = here.simulation(config := dropping(strategy, **QUICK))
 
         def spoil(name, content):
-            return LIES[liar.lie(simulation.number)].told(content) if name == "client-00" else content
+            return lies[liar.lie(simulation.number)].told(content) if name == "client-00" else content
 
         here.spoil = spoil
         while liar.left:

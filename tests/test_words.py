@@ -141,10 +141,7 @@ def test_all_words_give_one_digest_on_nodes(tmp_path, monkeypatch):
         records = [simulation.round() for _ in range(2)]
         return [(r.train_loss, r.steps, r.fingerprint) for r in records], _digests(simulation.server)
 
-    lab = Lab(tmp_path, monkeypatch, double=0.3)
-    for node in lab.nodes.values():
-        allow = node.settings.allow.model_copy(update={"strategies": ["test_words:Words"]})
-        node.settings = node.settings.model_copy(update={"allow": allow})
+    lab = Lab(tmp_path, monkeypatch, double=0.3).allowing("test_words:Words")
     try:
         assert played(lab.simulation(config, wait=1e5, round_timeout=1e6)) == played(build(config))
     finally:

@@ -69,7 +69,7 @@ class Checkpoint(BaseModel):
     clock: Annotated[float, Ge(0), Lt(1e300)]
     seconds: Annotated[float, Ge(0), Lt(1e300)]  # that the run has taken
     last: Line | None  # the last round's result, if rounds.jsonl has no line of it yet
-    stopped: str | None  # why, where a hook has ended the run
+    stopped: str | None  # why, where a hook or the strategy has ended the run
     config: dict[str, Any]
     versions: dict[str, str]
     data: str  # hash of labels and owners, and of the constants of the networks

@@ -160,8 +160,8 @@ def _round(run: Run, hooks: list[Hook]) -> Record:
         )
     done = run.simulation.last
     assert done is not None
-    record = copied(done._asdict())
-    if done.round == run.config.rounds or done.round % run.config.evaluate.every == 0:
+    record = copied(done.record())
+    if done.stopped or done.round == run.config.rounds or done.round % run.config.evaluate.every == 0:
         show_record(hooks, "before_evaluation", run, record)
         record |= evaluate(run.simulation, run.config.evaluate)
         show_record(hooks, "after_evaluation", run, record)
@@ -170,6 +170,8 @@ def _round(run: Run, hooks: list[Hook]) -> Record:
         if run.folder:
             run.folder.round(record)
         run.records.append(record)
+    if done.stopped:
+        run.stop(done.stopped)
     return record
 
 
@@ -204,7 +206,7 @@ class Checkpointer:
                 config=run.config.model_dump(mode="json"),
                 data=self.data,
                 partition=run.folder.partition,
-                last=run.unlogged._asdict() if run.unlogged else None,
+                last=run.unlogged.record() if run.unlogged else None,
                 stopped=run.stopped,
                 seconds=run.seconds,
             )

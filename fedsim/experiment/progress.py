@@ -114,7 +114,7 @@ class Bar(Plain):
 
 
 def figures(record: dict[str, Any], short: bool = False) -> str:
-    """The losses and accuracies that were measured, in words."""
+    """The losses and accuracies that were measured, and the strategy's metrics, in words."""
     loss = "-" if record["train_loss"] is None else f"{record['train_loss']:.4f}"
     if short:
         accuracy = f" {record['test_accuracy']:.2%}" if "test_accuracy" in record else ""
@@ -127,4 +127,5 @@ def figures(record: dict[str, Any], short: bool = False) -> str:
         parts += [f"test_loss {test_loss}", f"test_accuracy {record['test_accuracy']:.2%}"]
     if "client_accuracy_mean" in record:
         parts += [f"client_accuracy {record['client_accuracy_mean']:.2%}"]
+    parts += [f"{name} {value:.4g}" for name, value in record.get("metrics", {}).items()]
     return "  ".join(parts)

@@ -9,18 +9,27 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Ge, Lt
-from pydantic import ConfigDict, StringConstraints, create_model
+from pydantic import ConfigDict, FiniteFloat, StringConstraints, create_model
 
 from fedsim.base.files import File, naming, write
 from fedsim.base.reading import in_words
 from fedsim.errors import RoundError
 from fedsim.federated.simulation import Round
 from fedsim.report.runs import parse_record
+from fedsim.types import METRIC_NAME
 
 NAME = "rounds.jsonl"
 SHA256 = re.compile("[0-9a-f]{64}")
-BOUNDED: dict[Any, Any] = {int: Annotated[int, Ge(0), Lt(2**63)], float: Annotated[float, Ge(0), Lt(1e300)]}
-FIELDS: dict[str, Any] = {name: (BOUNDED.get(kind, kind), ...) for name, kind in Round.__annotations__.items()}
+MetricName = Annotated[str, StringConstraints(pattern=f"^{METRIC_NAME.pattern}$")]
+BOUNDED: dict[Any, Any] = {
+    int: Annotated[int, Ge(0), Lt(2**63)],
+    float: Annotated[float, Ge(0), Lt(1e300)],
+    dict[str, float]: dict[MetricName, FiniteFloat],
+}
+FIELDS: dict[str, Any] = {
+    name: (BOUNDED.get(kind, kind), Round._field_defaults.get(name, ...))
+    for name, kind in Round.__annotations__.items()
+}
 Client = Annotated[str, StringConstraints(pattern="^[0-9]{1,18}$")]
 Line: Any = create_model(
     "Line",

@@ -21,8 +21,8 @@ class Run:
     records: list[Record] = field(default_factory=list)  # the lines of rounds.jsonl
     earlier_seconds: float = 0.0  # that it took before it was last stopped
     notes: list[str] = field(default_factory=list)  # what the user should know before it goes on
-    stopped: str | None = None  # why, where a hook ended it
-    failure: BaseException | None = None  # what ended it early, if not a hook
+    stopped: str | None = None  # why, where a hook or the strategy ended it
+    failure: BaseException | None = None  # what else ended it early
     new_clients: Record = field(default_factory=dict)  # the evaluation of those kept out of training, at the end
     summary: Record = field(default_factory=dict)  # when it has ended
     warnings: list[str] = field(default_factory=list)  # what is missing though its results are whole
@@ -48,7 +48,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether there is nothing left to do."""
-        return self.stopped is not None or len(self.records) >= self.config.rounds
+        return self.unlogged is None and (self.stopped is not None or len(self.records) >= self.config.rounds)
 
     @property
     def seconds(self) -> float:

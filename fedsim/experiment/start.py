@@ -85,7 +85,9 @@ def resumed_run(
         notes += _changed_versions(checkpoint.versions)
         notes += _notes(config, simulation, checkpoint)
         records = folder.go_on(config, simulation.data, checkpoint.log)  # last: what was refused changes nothing
-        same_end = all(getattr(config, key) == checkpoint.config.get(key) for key in ("rounds", "hooks"))
+        # What hooks have ended may be made longer; what the strategy has ended, only by another strategy.
+        ended = ("strategy",) if records and records[-1].get("stopped") else ("rounds", "hooks")
+        same_end = all(getattr(config, key) == checkpoint.config.get(key) for key in ended)
         stopped = checkpoint.stopped if same_end else None
         return Run(config, simulation, folder, records, checkpoint.seconds, notes, stopped), hooks
     except BaseException:

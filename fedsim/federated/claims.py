@@ -18,10 +18,11 @@ from fedsim.federated.aggregate import WEIGHTS
 from fedsim.federated.strategy import Strategy
 from fedsim.training.recipe import Recipe
 from fedsim.training.small_batches import named
+from fedsim.types import MAX_METRIC, TRAINED
 
 StepsMethod = Literal["max_steps", "survey_steps"]  # of a strategy
 MAX_EXAMPLES = 2**40  # of a client
-MAX_LOSS = 1e300  # of the sum over a client's examples, so that there is a sum over all clients
+MAX_LOSS = MAX_METRIC  # of the sum over a client's examples
 ROUNDING = 2.0**-16  # a strategy may compute its weight in float32
 
 
@@ -81,8 +82,9 @@ def training_bounds(
 
 
 def training_claims(weight: float, sums: Mapping[str, float], bounds: Bounds) -> list[Claim]:
-    """The numbers of a training; `sums` has those that the client tells, none where nothing was minimised."""
+    """The numbers of a training; `sums` has those that the client tells, and the strategy's own."""
     claims = [Claim("weight", weight, 0, bounds.weight)]
+    claims += [Claim(n, value, -MAX_METRIC, MAX_METRIC) for n, value in sums.items() if n not in TRAINED]
     if "steps" in sums:
         claims.append(Claim("steps", sums["steps"], 0, bounds.steps, whole=True))
     if "examples" in sums:

@@ -111,7 +111,9 @@ class Train:
     ) -> Update:
         """The update of the strategy, which draws from `draws`, with metrics and batch-norm statistics."""
         made = _with_draws(partial(self.strategy.client_update, server, client), local, draws)
-        update = checked_update(self.strategy, made)._replace(metrics=local.metrics)
+        update = checked_update(self.strategy, made)
+        sums = {name: _double(value, server["model"]) for name, value in update.metrics.items()}
+        update = update._replace(metrics=local.metrics | sums)
         if own := local.private_buffers:
             update = update._replace(client=update.client | _private_entries(own))
         if self.strategy.buffers == "average":
@@ -215,7 +217,14 @@ def _outgoing(
     made = checked_outgoing(strategy, _with_draws(ask, local, draws), update, method)
     if any(sums.get(name) is not value for name, value in local.metrics.items()):
         raise WrongReturnError(f"{type(strategy).__name__}.{method}: trains, after the training")
-    return made
+    return made._replace(metrics={name: _double(value, server["model"]) for name, value in made.metrics.items()})
+
+
+def _double(value: Tensor | float, like: Tensor) -> Tensor:
+    """() in float64; a number is made on the device of `like`, since a copy from the host cannot be captured."""
+    if isinstance(value, Tensor):
+        return value.detach().reshape(()).double()
+    return like.new_full((), value, dtype=torch.double)
 
 
 def _check_claims(update: Update, bounds: Bounds, where: str, method: str, steps: str) -> None:

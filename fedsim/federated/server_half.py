@@ -1,7 +1,7 @@
 """The server's half of a round: what a strategy makes of the messages, and the checks on what it gives."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import Literal, NamedTuple
 
@@ -20,11 +20,23 @@ from fedsim.federated.strategy import Strategy, check_state
 from fedsim.training.local import ClientObjective
 from fedsim.training.objective import LocalObjective
 from fedsim.training.replica import Replica
-from fedsim.types import Job, RoundInfo, State, Stream, Update, described, form_of, same_values, torch_generator
+from fedsim.types import (
+    Job,
+    Records,
+    RoundInfo,
+    State,
+    Stream,
+    Update,
+    described,
+    form_of,
+    same_values,
+    torch_generator,
+)
 
 Method = Literal["server_update", "surveyed", "select"]
 KEYS: dict[str, tuple[int, ...]] = {"server_update": (), "surveyed": (1,), "select": (2,)}  # of random numbers
 AGGREGATE = "aggregate."  # before the names of its entries, beside those of the server's state
+STOPPED = "stopped"  # of what a job gives, the reason as text in UTF-8
 
 
 class Facts(NamedTuple):
@@ -36,25 +48,28 @@ class Facts(NamedTuple):
     cohort_examples: int
     total_examples: int | None
     federation: Federation
+    metrics: Mapping[str, float] = {}  # sums of the strategy's own
 
-    def info(self, seed: int, method: Method, public: LocalObjective | None = None) -> RoundInfo:
+    def info(self, seed: int, method: Method, records: Records, public: LocalObjective | None = None) -> RoundInfo:
         """The same for a strategy."""
         noise = torch_generator(seed, Stream.SERVER, self.number, *KEYS[method])
         weights = torch.tensor([*self.weights.values()], dtype=torch.float64)
         about = self.number, [*self.weights], self.num_clients, noise, self.cohort_examples, self.total_examples
-        return RoundInfo(*about, weights, public, self.federation)
+        return RoundInfo(*about, weights, public, self.federation, self.metrics, records)
 
 
 @dataclass(frozen=True)
 class ServerHalf:
     """One method of a strategy at the server, in one round.
 
-    It is also a work for one job, which has a network: the server's own examples are then `info.public`.
+    It is also a work for one job, which has a network: the server's own examples are then `info.public`. What the
+    strategy records is then in the job's result, for `take_records`.
     """
 
     method: Method
     train: Train
     facts: Facts
+    records: Records = field(default_factory=Records)  # of the round
 
     def __call__(self, replica: Replica, data: FederatedData, server: State, job: Job) -> Update:
         """The entries that change; `server` has those of the aggregate, too, with AGGREGATE before their names."""
@@ -62,13 +77,22 @@ class ServerHalf:
         own = {name: value for name, value in server.items() if not name.startswith(AGGREGATE)}
         train, buffers = self.train, own["buffers"]
         local = ClientObjective(replica, data, job, buffers, train.recipe, train.seed, path=("public",))
-        return Update(self.changed(own, aggregate, local), 1.0)
+        half = replace(self, records=replace(self.records, numbers={**self.records.numbers}))
+        changed, records = half.changed(own, aggregate, local), half.records
+        numbers = {name: torch.tensor(value, dtype=torch.double) for name, value in records.numbers.items()}
+        reason = torch.tensor([*(records.stopped or "").encode()], dtype=torch.uint8)  # an Update has only tensors
+        return Update(changed, 1.0, {STOPPED: reason}, numbers)
+
+    def take_records(self, made: Update) -> None:
+        """Take over what a job has recorded."""
+        self.records.numbers |= made.numbers()[1]
+        self.records.stopped = bytes(made.client[STOPPED].tolist()).decode() or None
 
     def changed(self, server: State, aggregate: State, public: LocalObjective | None = None) -> State:
         """The entries of the server's state that change; raises RoundError."""
         rows = aggregate.get("buffers")  # of statistics
         seed, strategy = self.train.seed, self.train.strategy
-        info = self.facts.info(seed, self.method, public)
+        info = self.facts.info(seed, self.method, self.records, public)
         own = {name: value for name, value in server.items() if name not in RESERVED}
         copy = {name: value.clone() for name, value in own.items()}  # which the strategy may write to
         with self._border(self.method):
@@ -88,7 +112,7 @@ class ServerHalf:
 
     def selected(self, server: State, aggregate: State) -> list[int]:
         """The ids of the clients that train; raises RoundError."""
-        info = self.facts.info(self.train.seed, self.method)
+        info = self.facts.info(self.train.seed, self.method, self.records)
         own = {name: value.clone() for name, value in server.items() if name not in RESERVED}
         with self._border("select"):
             with keyed_globals(self.train.seed, Stream.SERVER, self.facts.number, *KEYS["select"]):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from math import fsum, isfinite
 from time import perf_counter
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from annotated_types import Ge
@@ -71,9 +71,11 @@ from fedsim.types import (
     Count,
     Job,
     Positive,
+    Records,
     Report,
     State,
     Stream,
+    Update,
     hash_into,
     random,
     same_values,
@@ -113,6 +115,12 @@ class Round(NamedTuple):
     failed: dict[str, str]  # the reason, by client
     absent: dict[str, str]  # the reason, by client, for those that `availability` removed
     clock: float  # virtual seconds since the start of the first round; 0 without availability
+    metrics: dict[str, float] = {}  # the strategy's own: sums over clients, and what the server recorded
+    stopped: str | None = None  # why the strategy ends the run after this round
+
+    def record(self) -> dict[str, Any]:
+        """The fields by name, as rounds.jsonl has them: metrics and stopped only where there are any."""
+        return {name: v for name, v in self._asdict().items() if v or name not in self._field_defaults}
 
 
 Metrics = dict[str, float]  # sums over examples
@@ -275,11 +283,11 @@ class Simulation:
             goal = self.sample()
             self.recipe.check_schedule(self.number)
         selected, attempt = self._attempt(goal)
-        trained = Trained(self.server)
+        trained, records = Trained(self.server), Records()
         try:
             if len(attempt.reporting) >= self._needs[0]:
                 with one_thread():
-                    trained = self._train(attempt.reporting, after_client, before_client)
+                    trained = self._train(attempt.reporting, records, after_client, before_client)
             server, reports, failed = trained.server, trained.reports, trained.failed
             counted = [report for report in reports if report.client_id not in failed]
             metrics = [report.metrics for report in counted]
@@ -297,6 +305,8 @@ class Simulation:
                 failed={str(client): cause for client, cause in failed.items()},
                 absent={str(client): cause for client, cause in sorted((attempt.absent | trained.absent).items())},
                 clock=self.clock + attempt.seconds,
+                metrics={n: sums[n] for n in self.strategy.metrics if n in sums} | records.numbers,
+                stopped=records.stopped,
             )
             with uninterrupted():
                 self.clients.commit()
@@ -414,6 +424,7 @@ class Simulation:
     def _train(
         self,
         selected: list[int],
+        records: Records,
         after_client: Callable[[Report], None],
         before_client: Callable[[int], None],
     ) -> "Trained":
@@ -423,22 +434,22 @@ class Simulation:
         self._check_min_clients(len(cohort), failed)
         before = Trained(self.server, failed=failed)
         if surveys(self.strategy):
-            before = self._survey(cohort, failed)
+            before = self._survey(cohort, failed, records)
             cohort = [client for client in cohort if client not in before.failed | before.absent]
         called = before_client, after_client
         work = replace(self.work, cohort=tuple(cohort))
         found = self._answers(work, before.server, cohort, before.failed, self.aggregator, *called)
-        server = self._after("server_update", before.server, found, self.aggregator)
+        server = self._after("server_update", before.server, found, self.aggregator, records)
         server = self._with_ema_and_recalibration(server)
         return before._replace(server=server, reports=found.reports, failed=found.failed)
 
-    def _survey(self, cohort: list[int], failed: dict[int, str]) -> "Trained":
+    def _survey(self, cohort: list[int], failed: dict[int, str], records: Records) -> "Trained":
         """What the survey has changed, and which clients do not train."""
         aggregator = self.strategy.survey_aggregator
         work = Survey(replace(self.work, cohort=tuple(cohort)))
         found = self._answers(work, self.server, cohort, failed, aggregator)
-        server = self._after("surveyed", self.server, found, aggregator)
-        chosen = self._half("select", found).selected(server, found.aggregate)
+        server = self._after("surveyed", self.server, found, aggregator, records)
+        chosen = self._half("select", found, records).selected(server, found.aggregate)
         least, says = self._needs
         if len(chosen) < least:
             raise RoundError(f"round {self.number + 1}: {len(chosen)} clients were selected, and {says}")
@@ -538,18 +549,23 @@ class Simulation:
             ]
         )
 
-    def _half(self, method: Method, found: "Answers") -> ServerHalf:
+    def _half(self, method: Method, found: "Answers", records: Records) -> ServerHalf:
         """A method of the strategy at the server, after the answers of some clients."""
-        weights = {r.client_id: r.weight for r in found.reports if r.client_id not in found.failed}
+        counted = [r for r in found.reports if r.client_id not in found.failed]
+        weights = {r.client_id: r.weight for r in counted}
+        names = self.strategy.metrics if method == "server_update" else ()
+        metrics = {name: fsum(r.metrics.get(name, 0.0) for r in counted) for name in names}
         sizes = self.data.sizes
         total_examples = int(sizes.sum()) if sizes.all() else None
         cohort_examples = int(sizes[[*weights]].sum())
         about = self.number, weights, self.data.num_clients, cohort_examples, total_examples, self.federation
-        return ServerHalf(method, self.work, Facts(*about))
+        return ServerHalf(method, self.work, Facts(*about, metrics=metrics), records)
 
-    def _after(self, method: Method, server: State, found: "Answers", aggregator: Aggregator) -> State:
+    def _after(
+        self, method: Method, server: State, found: "Answers", aggregator: Aggregator, records: Records
+    ) -> State:
         """The server's state after a method of the strategy."""
-        half = self._half(method, found)
+        half = self._half(method, found, records)
         aggregate = {name: value.to(self.runtime.home) for name, value in found.aggregate.items()}
         if isinstance(aggregator, Rows):
             with border(f"round {self.number + 1}", RoundError):
@@ -562,7 +578,8 @@ class Simulation:
         sent = {name: value for name, value in server.items() if name not in ("ema.model", "ema.buffers")}
         sent |= {f"{AGGREGATE}{name}": value for name, value in aggregate.items()}
         made = self._one_job(half, sent, f"{type(self.strategy).__name__}.{half.method}")
-        return self._with_changes(server, made | buffers)
+        half.take_records(made)
+        return self._with_changes(server, made.message | buffers)
 
     def _with_changes(self, server: State, changed: State) -> State:
         """The server's state with entries that have changed, where statistics may be given as their change."""
@@ -571,8 +588,8 @@ class Simulation:
             changed = changed | {"buffers": buffers}
         return server | changed
 
-    def _one_job(self, work: ServerHalf | Recalibration, server: State, whose: str) -> State:
-        """The message of a work for one job, which is none of a client's; raises RoundError."""
+    def _one_job(self, work: ServerHalf | Recalibration, server: State, whose: str) -> Update:
+        """The result of a work for one job, which is none of a client's; raises RoundError."""
         job = Job(self.data.server_id, self.number, None)
         made = [outcome for _, outcome in outcomes(self.runtime, work, server, [job])]
         check_once(self.runtime, "map", "item", [0] * len(made), [0])
@@ -581,7 +598,8 @@ class Simulation:
             raise outcome
         if isinstance(outcome, BaseException):
             raise RoundError(f"round {self.number + 1}: {whose}: {cause(outcome)}") from outcome
-        return {name: value.to(self.runtime.home) for name, value in outcome.message.items()}
+        message = {name: value.to(self.runtime.home) for name, value in outcome.message.items()}
+        return outcome._replace(message=message)
 
     def _with_ema_and_recalibration(self, server: State) -> State:
         """The server's state with recalibrated statistics and an updated running mean, if these are on."""
@@ -593,7 +611,7 @@ class Simulation:
         return server
 
     def _recalibrated(self, server: State, settings: Recalibrate) -> State:
-        made = self._one_job(Recalibration(settings, self.seed), server, "recalibrate")
+        made = self._one_job(Recalibration(settings, self.seed), server, "recalibrate").message
         if not isfinite(largest(made["buffers"])):
             raise RoundError(f"round {self.number + 1}: recalibrate: buffers is not finite")
         return made

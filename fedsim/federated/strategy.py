@@ -4,21 +4,20 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from numbers import Real
 from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from fedsim.base.catalogue import check_methods
-from fedsim.errors import ConfigError, WrongReturnError
+from fedsim.errors import ConfigError, WrongReturnError, one_line
 from fedsim.federated.aggregate import Aggregator, WeightedMean
 from fedsim.federated.federation import Federation, asks
 from fedsim.federated.rows import mean_of_rows
 from fedsim.training.layout import Layout
 from fedsim.training.objective import LocalObjective
 from fedsim.training.recipe import Recipe
-from fedsim.types import Entry, RoundInfo, State, Update
+from fedsim.types import METRIC_NAMES, Entry, RoundInfo, State, Update, is_metric_name, is_number
 
 Buffers = Literal["average", "private", "frozen", "recalibrated"]
 DECLARED = {"client_update": "sends", "survey": "survey_sends"}  # what is declared of what a method sends
@@ -37,12 +36,14 @@ class Strategy(ABC):
     `aggregator` says what the server gets of the messages: their weighted mean, or with `Rows()` all of them.
     `survey_aggregator` is the same for the answers to `survey`. `min_clients` is the number of clients whose
     messages each round needs, or `all`; with 0, a round without any gets zeros of the form that `sends` declares,
-    as the mean. With `uses_public`, `info.public` is an objective over the server's own
-    examples.
+    as the mean. With `uses_public`, `info.public` is an objective over the server's own examples.
 
     `sends` declares the entries of a client's message, and `survey_sends` those of its answer to `survey`;
     messages of another form are then refused. A subclass with a `client_update` of its own has a `sends` of its
     own, or none. With `buffers_as_changes`, batch-norm statistics are sent as changes of the server's.
+
+    `metrics` names the numbers that each `client_update` gives as `Update.metrics`; their sums over the cohort are
+    `info.metrics`, and are kept in rounds.jsonl.
     """
 
     buffers: Buffers = "average"
@@ -55,6 +56,7 @@ class Strategy(ABC):
     sends: ClassVar[Mapping[str, Entry] | None] = None
     survey_sends: ClassVar[Mapping[str, Entry] | None] = None
     buffers_as_changes: ClassVar[bool] = False
+    metrics: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
         for method, declaration in DECLARED.items():
@@ -204,6 +206,11 @@ class Wrapper(Strategy):
         """The `buffers_as_changes` of the inner strategy."""
         return self.inner.buffers_as_changes
 
+    @property
+    def metrics(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The `metrics` of the inner strategy; one that adds some gives `(*self.inner.metrics, ...)`."""
+        return self.inner.metrics
+
     def check(self, recipe: Recipe, layout: Layout) -> None:
         self.inner.check(recipe, layout)
 
@@ -316,6 +323,10 @@ def check_strategy(strategy: object) -> None:
             )
     if (least := strategy.min_clients) != "all" and (type(least) is not int or least < 0):
         raise ConfigError(f"strategy.min_clients: {least!r} should be a whole number >= 0, or all")
+    names = strategy.metrics
+    if not (isinstance(names, tuple | list) and all(map(is_metric_name, names)) and len({*names}) == len(names)):
+        right = f"a tuple of different names, each of {METRIC_NAMES}"
+        raise ConfigError(f"strategy.metrics: {one_line(repr(names))} should be {right}")
     if isinstance(strategy, Wrapper):
         check_strategy(strategy.inner)
         _check_outgoing(strategy)
@@ -362,35 +373,39 @@ def check_state(state: object, noun: str = "state", whose: str = "") -> None:
 def checked_update(strategy: Strategy, update: object, method: str = "client_update") -> Update:
     """The update that a method of the strategy gave; raises WrongReturnError where it is none."""
     whose = f"{type(strategy).__name__}.{method}: "
+    checked = _checked_parts(update, whose)
+    declared = {*strategy.metrics} if method == "client_update" else set[str]()
+    given = checked.metrics.keys()
+    if given != declared and not (given < declared and defines(strategy, "outgoing")):  # which may give the others
+        made = f"{whose}gave the metrics {one_line(repr([*given]))}"
+        raise WrongReturnError(f"{made}; {type(strategy).__name__}.metrics declares {[*strategy.metrics]}")
+    return checked
+
+
+def checked_outgoing(strategy: Strategy, made: object, update: Update, method: str = "outgoing") -> Update:
+    """What a method of the strategy made of an update; raises WrongReturnError unless it is an update like it."""
+    whose = f"{type(strategy).__name__}.{method}: "
+    checked = _checked_parts(made, whose)
+    may_add = strategy.metrics if method == "outgoing" else ()
+    if invented := checked.metrics.keys() - update.metrics.keys() - {*may_add}:
+        raise WrongReturnError(f"{whose}gave the metrics {min(invented)!r}, which the update does not have")
+    return checked
+
+
+def _checked_parts(update: object, whose: str) -> Update:
     if not isinstance(update, Update):
         made = type(update).__name__
         raise WrongReturnError(f"{whose}gave {made}; it should give fedsim.Update(message, weight)")
     check_state(update.message, "message", whose)
     check_state(update.client, "client state", whose)
     weight = update.weight
-    if not (
-        weight.numel() == 1 and not weight.is_complex() if isinstance(weight, Tensor) else isinstance(weight, Real)
-    ):
+    if not is_number(weight):
         made = f"of shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else repr(weight)
         raise WrongReturnError(
             f"{whose}gave the weight {made}; it should be one number, such as local.num_examples"
         )
-    if update.metrics:
-        raise WrongReturnError(
-            f"{whose}gave metrics, which only fedsim adds; send what the server needs in the message"
-        )
+    if not isinstance(update.metrics, dict) or not all(isinstance(name, str) for name in update.metrics):
+        raise WrongReturnError(f"{whose}gave the metrics {one_line(repr(update.metrics))}; names are strings")
+    if wrong := [name for name, value in update.metrics.items() if not is_number(value)]:
+        raise WrongReturnError(f"{whose}gave the metric {wrong[0]}, which is not one number")
     return update
-
-
-def checked_outgoing(strategy: Strategy, made: object, update: Update, method: str = "outgoing") -> Update:
-    """What a method of the strategy made of an update; raises WrongReturnError unless it is an update like it."""
-    told = made.metrics if isinstance(made, Update) else {}
-    made = checked_update(strategy, made._replace(metrics={}) if isinstance(made, Update) else made, method)
-    check_state(told, "metrics", whose := f"{type(strategy).__name__}.{method}: ")
-    if invented := told.keys() - update.metrics.keys():
-        raise WrongReturnError(f"{whose}gave the metrics {min(invented)!r}, which the update does not have")
-    if wrong := [name for name, value in told.items() if value.dim()]:
-        raise WrongReturnError(
-            f"{whose}gave metrics {wrong[0]!r} of shape {tuple(told[wrong[0]].shape)}; it should be ()"
-        )
-    return made._replace(metrics=told)

@@ -23,7 +23,7 @@ from fedsim.flower.internals import LinkError, Reply
 from fedsim.flower.messages import Answer, Order
 from fedsim.flower.run_connection import RunConnection
 from fedsim.flower.transport import ROUNDED, Transport, decode, encode
-from fedsim.types import Job, Report, State, Update, described, form_of
+from fedsim.types import TRAINED, Job, Report, State, Update, described, form_of
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 0.03, 0.2  # between two looks for answers, at least and at most
@@ -34,8 +34,7 @@ GRACE_SECONDS = 30.0  # that a SuperLink may be out of reach before there is ano
 MAX_INVITATIONS = 3  # in a round, to a node that says that it does not know the plan
 MAX_VALUE = 2.0**63  # of an entry of its message; servers square it, in float32
 MAX_SECONDS = 1e9  # that a node says it took
-TRAINED = {"loss", "examples", "steps"}
-SUMS = {Survey: TRAINED, Train: TRAINED, EvaluateClient: {"loss", "examples", "correct"}}
+SUMS = {Survey: {*TRAINED}, Train: {*TRAINED}, EvaluateClient: {"loss", "examples", "correct"}}
 TASKS: dict[type, Literal["survey", "train", "evaluate"]] = {
     Survey: "survey",
     Train: "train",
@@ -249,8 +248,11 @@ class Dispatch:
         """Raise ValueError where a number cannot be true, by what the node agreed to when it joined."""
         agreed, work, sums = self.federation.roster.sizes[self._name(flight.job)], self.work, answer.metrics
         tested = isinstance(work, EvaluateClient)
-        fewer = not isinstance(work, EvaluateClient) and (work.may_withhold or not sums)  # nothing was minimised
-        if not (sums.keys() <= SUMS[type(work)] if fewer else sums.keys() == SUMS[type(work)]):
+        own = {*work.strategy.metrics} if isinstance(work, Train) else set[str]()
+        whole = SUMS[type(work)] | own
+        fewer = not isinstance(work, EvaluateClient) and work.may_withhold
+        nothing_minimised = not tested and sums.keys() == own
+        if not (sums.keys() <= whole if fewer else nothing_minimised or sums.keys() == whole):
             raise ValueError("has other metrics than its work gives")
         held, known = (sums["examples"], agreed.tested) if tested else (answer.examples, agreed.examples)
         if held != known:

@@ -30,7 +30,7 @@ from fedsim.flower.node import Node
 from fedsim.flower.plan import Plan, digest, initial_of
 from fedsim.flower.transport import decode
 from fedsim.training.task import Task
-from fedsim.types import Count
+from fedsim.types import TRAINED, Count
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
@@ -68,7 +68,9 @@ def train(node: Node, message: Message, context: Context) -> RecordDict:
         buffers = moved_statistics(task.initial_buffers, buffers, task.buffer_layout)
     found |= task.buffer_layout.split(buffers)
     trained = ArrayRecord({name: found.get(name, value) for name, value in sent.items()})
-    about: dict[str, int | float] = {EXAMPLES: answer.examples}
+    about = {name: value for name, value in answer.metrics.items() if name not in TRAINED} | {
+        EXAMPLES: answer.examples
+    }
     if {"loss", "examples"} <= answer.metrics.keys():  # the strategy may withhold them
         about["train_loss"] = answer.metrics["loss"] / answer.metrics["examples"]
     return RecordDict({ARRAYS: trained, METRICS: MetricRecord({**about})})

@@ -84,11 +84,14 @@ def parse_record(line: bytes) -> dict[str, Any]:
     for key in CURVE_KEYS:
         if not (record.get(key) is None or _is_number(record[key])):
             raise ValueError(f"{key} should be a number, or null")
+    metrics = record.get("metrics", {})
+    if not (isinstance(metrics, dict) and all(_is_number(value, inf) for value in metrics.values())):
+        raise ValueError("metrics should be numbers by name")
     return record
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_NUMBER
+def _is_number(value: object, most: float = MAX_NUMBER) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < most
 
 
 def rounds_to(accuracy: float, rounds: Sequence[int], accuracies: Sequence[float]) -> float | None:
@@ -141,7 +144,7 @@ def compare(runs: Sequence[RunRecord], target: float | None = None) -> Table:
 
 
 def document(runs: Sequence[RunRecord], target: float | None = None) -> dict[str, Any]:
-    """What the table says, as JSON has it: bytes and accuracies as numbers, null where there are none."""
+    """What the table says, as JSON has it, and the last round's `metrics`; null where there are no figures."""
     rows = list[dict[str, Any]]()
     for label, run in zip(labels(runs), runs, strict=True):
         numbers, accuracies = run.curve("test_accuracy")
@@ -157,6 +160,7 @@ def document(runs: Sequence[RunRecord], target: float | None = None) -> dict[str
                 "test_accuracy": accuracies[-1] if accuracies else None,
                 "bytes": _bytes(run, inf),
                 "seconds": sum(row["seconds"] for row in run.rounds),
+                "metrics": run.rounds[-1].get("metrics", {}) if run.rounds else {},
                 "rounds_to_target": reached,
                 "bytes_to_target": None if reached is None else _bytes(run, ceil(reached)),
             }

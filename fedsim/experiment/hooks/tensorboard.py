@@ -24,7 +24,7 @@ SCALARS = {  # the names in TensorBoard
 
 @dataclass(kw_only=True)
 class TensorBoard(Hook):
-    """Writes losses, accuracies and seconds of each round into `tensorboard/` of the run's folder.
+    """Writes losses, accuracies, seconds and the strategy's metrics by round into the run's folder `tensorboard/`.
 
     The events repeat rounds.jsonl, and are written anew when a run is resumed. So one that cannot be written stops
     the run before its last round, as a full disk does, and afterwards is only told.
@@ -64,6 +64,7 @@ class TensorBoard(Hook):
         values = [
             {"tag": tag, "simple_value": record[k]} for k, tag in SCALARS.items() if record.get(k) is not None
         ]
+        values += [{"tag": name, "simple_value": value} for name, value in record.get("metrics", {}).items()]
         self._write(wall_time=when, step=record["round"], summary={"value": values})
 
     def _write(self, **event: Any) -> None:

@@ -147,7 +147,7 @@ def _batched_updates(network: Network, data: FederatedData, batch: Sequence[Clie
 
 def _difference(alone: Update, batched: Update, tolerance: float) -> str | None:
     """The name of an entry that differs by more than `tolerance` times its norm, or None."""
-    mine, theirs = (update.message | update.client | update.metrics for update in (alone, batched))
+    mine, theirs = (State(u.message | u.client | u.metrics) for u in (alone, batched))
     for name in sorted(name for name in mine if name in COMPARED_ENTRIES or name.startswith(PRIVATE)):
         a, b = (values[name].detach().double().cpu() for values in (mine, theirs))
         if bool(torch.isfinite(a).all()) and float((a - b).norm()) > tolerance * float(a.norm()) + 1e-6:
