@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fedsim.experiment.execute import resume as resume
     from fedsim.experiment.execute import run as run
     from fedsim.experiment.hook import Hook as Hook
+    from fedsim.federated.groups import GroupMeans as GroupMeans
     from fedsim.federated.rows import Rows as Rows
     from fedsim.federated.simulation import Simulation as Simulation
     from fedsim.federated.strategy import Buffers as Buffers
@@ -38,6 +39,7 @@ HOMES = {  # imported when first asked for, since torch takes seconds and `fedsi
     "errors": ("ClientError", "ConfigError", "RoundError"),
     "experiment.execute": ("Result", "resume", "run"),
     "experiment.hook": ("Hook",),
+    "federated.groups": ("GroupMeans",),
     "federated.rows": ("Rows",),
     "federated.simulation": ("Simulation",),
     "federated.strategy": ("Buffers", "Strategy", "Wrapper"),

@@ -105,6 +105,8 @@ class Update(NamedTuple):
     weight: Tensor | float  # of the message in the mean: n_k, or 1.0
     client: State = {}  # the client's state, kept until it is sampled again
     metrics: State = {}  # sums over examples; the division follows once, over the whole cohort
+    group: Tensor | int | None = None  # int64 (): the client's group, for `GroupMeans`
+    where: State = {}  # by entry, which of its positions the message covers: a mask, or int64 (m,) for m values
 
     def numbers(self) -> tuple[float, dict[str, float]]:
         """The weight and the metrics as plain numbers."""
@@ -139,6 +141,8 @@ class RoundInfo(NamedTuple):
     total_examples: int | None  # n, over all clients; None until every node has joined
     weights: Tensor = torch.empty(0, dtype=torch.float64)  # (C,) of their updates, in the order of `cohort`
     public: Any = None  # a LocalObjective over the server's own examples, for a strategy that `uses_public`
+    group_weights: Tensor = torch.empty(0, dtype=torch.float64)  # (G,) of each group's messages, of `GroupMeans`
+    covered: State = {}  # by entry that `Update.where` names: the sum of weights at each position; of rows, masks
 
     @property
     def held(self) -> int:

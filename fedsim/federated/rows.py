@@ -18,6 +18,7 @@ class Rows:
     """Keeps all messages: each entry of the result is (C, ...), a row for each client, in the order of their ids.
 
     It refuses what `WeightedMean` refuses. The weights are in `RoundInfo.weights`; a message of weight 0 is a row.
+    Of an entry of which messages cover only some positions, rows are 0 elsewhere; `where.NAME` has their masks.
     Memory grows with the cohort: the server's machine holds all messages, and twice that while it makes the rows.
     """
 

@@ -14,6 +14,7 @@ from fedsim.errors import ConfigError, RoundError, WrongReturnError, border
 from fedsim.federated.aggregate import Aggregator, largest
 from fedsim.federated.client import RESERVED, Train, ordinary
 from fedsim.federated.cohort import ids
+from fedsim.federated.positions import GROUP, WHERE, is_reserved
 from fedsim.federated.rows import Rows
 from fedsim.federated.strategy import Strategy, check_state
 from fedsim.training.local import ClientObjective
@@ -35,12 +36,20 @@ class Facts(NamedTuple):
     cohort_examples: int
     total_examples: int | None
 
-    def info(self, seed: int, method: Method, public: LocalObjective | None = None) -> RoundInfo:
-        """The same for a strategy."""
+    def info(
+        self, seed: int, method: Method, aggregate: State, public: LocalObjective | None = None
+    ) -> tuple[RoundInfo, State]:
+        """The same for a strategy, and what it gets of the aggregate besides."""
         noise = torch_generator(seed, Stream.SERVER, self.number, *KEYS[method])
         weights = torch.tensor([*self.weights.values()], dtype=torch.float64)
         about = self.number, [*self.weights], self.num_clients, noise, self.cohort_examples, self.total_examples
-        return RoundInfo(*about, weights, public)
+        info = RoundInfo(*about, weights, public)
+        if GROUP in aggregate:
+            info = info._replace(group_weights=aggregate[GROUP])
+        where = {n.removeprefix(WHERE): value for n, value in aggregate.items() if n.startswith(WHERE)}
+        covered = {name: value if value.is_floating_point() else value.bool() for name, value in where.items()}
+        own = {name: value for name, value in aggregate.items() if not is_reserved(name)}
+        return info._replace(covered=covered), own
 
 
 @dataclass(frozen=True)
@@ -66,7 +75,7 @@ class ServerHalf:
         """The entries of the server's state that change; raises RoundError."""
         rows = aggregate.get("buffers")  # of statistics
         seed, strategy = self.train.seed, self.train.strategy
-        info = self.facts.info(seed, self.method, public)
+        info, aggregate = self.facts.info(seed, self.method, aggregate, public)
         own = {name: value for name, value in server.items() if name not in RESERVED}
         copy = {name: value.clone() for name, value in own.items()}  # which the strategy may write to
         with self._border(self.method):
@@ -86,7 +95,7 @@ class ServerHalf:
 
     def selected(self, server: State, aggregate: State) -> list[int]:
         """The ids of the clients that train; raises RoundError."""
-        info = self.facts.info(self.train.seed, self.method)
+        info, aggregate = self.facts.info(self.train.seed, self.method, aggregate)
         own = {name: value.clone() for name, value in server.items() if name not in RESERVED}
         with self._border("select"):
             with keyed_globals(self.train.seed, Stream.SERVER, self.facts.number, *KEYS["select"]):

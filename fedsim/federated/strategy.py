@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from fedsim.base.catalogue import check_methods
 from fedsim.errors import ConfigError, WrongReturnError
 from fedsim.federated.aggregate import Aggregator, WeightedMean
+from fedsim.federated.groups import GroupMeans
+from fedsim.federated.positions import fault_of
 from fedsim.federated.rows import mean_of_rows
 from fedsim.training.layout import Layout
 from fedsim.training.objective import LocalObjective
@@ -29,7 +31,8 @@ class Strategy(ABC):
     initial values, or `recalibrated` by the server for each new model. They are separate from the model, and the
     methods of a strategy do not handle them.
 
-    `aggregator` says what the server gets of the messages: their weighted mean, or with `Rows()` all of them.
+    `aggregator` says what the server gets of the messages: their weighted mean, with `GroupMeans(G)` that of each
+    of G groups, or with `Rows()` all of them.
     `survey_aggregator` is the same for the answers to `survey`. `min_clients` is the number of clients whose
     messages each round needs. With `uses_public`, `info.public` is an objective over the server's own examples.
     """
@@ -52,6 +55,13 @@ class Strategy(ABC):
     def init_client(self, model: Tensor, layout: Layout) -> State:
         """A client's state before it first takes part; each `Update.client` must have the same form."""
         return {}
+
+    def download(self, server: State, client_id: int) -> State:
+        """What a client is sent of the server's state, in a form that is the same for all; `broadcast` by default.
+
+        It has `model` (P,), and may have names of its own. It must depend on its arguments alone.
+        """
+        return {name: server[name] for name in self.broadcast}
 
     @abstractmethod
     def client_update(self, server: State, client: State, local: LocalObjective) -> Update:
@@ -162,6 +172,9 @@ class Wrapper(Strategy):
     def init_client(self, model: Tensor, layout: Layout) -> State:
         return self.inner.init_client(model, layout)
 
+    def download(self, server: State, client_id: int) -> State:
+        return self.inner.download(server, client_id)
+
     def client_update(self, server: State, client: State, local: LocalObjective) -> Update:
         return checked_update(self.inner, self.inner.client_update(server, client, local))
 
@@ -208,6 +221,11 @@ def personalises(strategy: Strategy) -> bool:
     return _defines(strategy, "personalise")
 
 
+def downloads(strategy: Strategy) -> bool:
+    """Whether what a client is sent depends on the client."""
+    return _defines(strategy, "download")
+
+
 def _defines(strategy: Strategy, method: str) -> bool:
     """Whether the strategy, or one in it, defines this method."""
     if getattr(type(strategy), method) not in (getattr(Strategy, method), getattr(Wrapper, method)):
@@ -226,6 +244,8 @@ def check_strategy(strategy: object) -> None:
     for name in ("aggregator", "survey_aggregator"):
         if isinstance(kind := getattr(strategy, name), type) or not isinstance(kind, Aggregator):
             raise ConfigError(f"strategy.{name}: {kind!r} is no aggregator; fedsim.Rows() is one")
+        if isinstance(kind, GroupMeans) and not (type(kind.groups) is int and kind.groups >= 1):
+            raise ConfigError(f"strategy.{name}: {kind!r} should have a whole number of groups >= 1")
     for name in () if surveys(strategy) else ("surveyed", "select"):
         if _defines(strategy, name):
             raise ConfigError(
@@ -258,6 +278,9 @@ def checked_update(strategy: Strategy, update: object, method: str = "client_upd
         raise WrongReturnError(f"{whose}gave {made}; it should give fedsim.Update(message, weight)")
     check_state(update.message, "message", whose)
     check_state(update.client, "client state", whose)
+    check_state(update.where, "where", whose)
+    if fault := fault_of(update):
+        raise WrongReturnError(f"{whose}{fault}")
     weight = update.weight
     if not (
         weight.numel() == 1 and not weight.is_complex() if isinstance(weight, Tensor) else isinstance(weight, Real)

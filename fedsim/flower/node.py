@@ -29,6 +29,7 @@ from fedsim.federated.client import (
     EvaluateClient,
     Survey,
     Train,
+    broadcast,
     download,
     initial_client_state,
     initial_server_state,
@@ -275,8 +276,8 @@ class Node:
         check_precision(parts.recipe.precision, self.device)
         task, strategy, recipe = parts
         clients_to_leave_out(task, data, recipe)
-        sent = form_of(download(strategy, initial_server_state(strategy, task)))
-        train = Train(strategy, recipe, plan.seed, plan.time_limit)
+        sent = form_of(download(strategy, broadcast(strategy, initial_server_state(strategy, task)), 0))
+        train = Train(strategy, recipe, plan.seed, plan.time_limit, is_downloaded=True)
         worker = Worker(task, data.to(self.device), self.device, graphs=True)
         state, notes = initial_client_state(strategy, task, plan.seed), tuple(notes_on(data, plan.examples))
         return Role(run, digest(text), parts, train, worker, state, sent, notes)
