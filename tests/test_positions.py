@@ -63,6 +63,18 @@ def test_any_order_and_grouping_gives_the_same_bits(triples, dtype, rng):
 
 
 @example([([1.0] * 3, [1, 1, 0], 1.0), ([1.0 + 2**-23] * 3, [1, 0, 0], 1.0)], torch.float32)  # a tie
+@example(  # a tie, to the even neighbour above it; a third client is elsewhere
+    [([1 + 2.0**-23] * 3, [1, 1, 0], 1.0), ([1 + 2.0**-22] * 3, [1, 0, 0], 1.0), ([1.0] * 3, [0, 0, 1], 6.0)],
+    torch.float32,
+)
+@example(  # so near to a tie that float64 is not enough
+    [
+        ([1.0] * 3, [1, 1, 0], 2.0**40 - 1),
+        ([1 + 2.0**-23] * 3, [1, 0, 0], 2.0**40 + 1),
+        ([1.0] * 3, [0, 0, 1], 6.0),
+    ],
+    torch.float32,
+)
 @example([([LARGEST] * 3, [1, 0, 1], 1e30), ([LARGEST] * 3, [0, 1, 1], 3e-30)], torch.float32)
 @given(in_part(), st.sampled_from([*KINDS]))
 def test_each_position_has_the_exact_mean_of_those_who_cover_it_rounded_once(triples, dtype):
@@ -96,16 +108,22 @@ def test_the_means_times_their_weights_are_what_was_sent(drawn):
 def test_a_long_entry_is_settled_piece_by_piece():
     """Ties in several pieces, at positions of several weights."""
     n, even = 2 * PIECE + 5, torch.arange(2 * PIECE + 5) % 2
-    ones, next_ = torch.ones(n), torch.full((n,), 1 + 2.0**-23)
+    odd, next_ = torch.full((n,), 1 + 2.0**-23), torch.full((n,), 1 + 2.0**-22)
     third = ((torch.arange(n) % 3) == 0).to(torch.uint8)
     sent = [
-        (0, {"w": ones, "where.w": torch.ones(n, dtype=torch.uint8)}, 1.0),
+        (0, {"w": odd, "where.w": torch.ones(n, dtype=torch.uint8)}, 1.0),
         (1, {"w": next_ * even, "where.w": even.to(torch.uint8)}, 1.0),
         (2, {"w": next_ * third, "where.w": third}, 2.0),
     ]
     found = MEAN.result(MEAN.fold(sent))
-    right = {(0, 0): 1.0, (1, 0): 1.0, (0, 1): 1 + 2.0**-23, (1, 1): 1 + 2.0**-23}  # 1, a tie, 2 / 3, 3 / 4
-    assert found["w"].tolist() == [right[pair] for pair in zip(even.tolist(), third.tolist(), strict=True)]
+    right = {
+        (0, 0): odd[0],
+        (1, 0): next_[0],
+        (0, 1): next_[0],
+        (1, 1): next_[0],
+    }  # 0, 1 / 2, 2 / 3, 3 / 4 between
+    pairs = zip(even.tolist(), third.tolist(), strict=True)
+    assert found["w"].tolist() == [float(right[pair]) for pair in pairs]
 
 
 def test_positions_by_groups_are_means_of_each_group():

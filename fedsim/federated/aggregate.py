@@ -425,6 +425,17 @@ def _weights(bins: Bins, out: Tensor) -> Weights:
     return Weights(exact, out.copy_(number.mul_(_unit(top))))
 
 
+def _equal(bins: Bins, number: Fraction) -> Tensor:
+    """Where the sum of `bins`, which are those of `_carried`, is this number."""
+    left, rest = divmod(number, Fraction(_unit(min(bins))))
+    equal = torch.full_like(next(iter(bins.values())), rest == 0, dtype=torch.bool)
+    for j in sorted(bins):
+        digit = (left + 2 ** (BIN_BITS - 1)) % 2**BIN_BITS - 2 ** (BIN_BITS - 1)
+        equal &= bins[j] == digit
+        left = (left - digit) >> BIN_BITS
+    return equal
+
+
 def _divide(bins: Bins, weight: Fraction, out: Tensor, weights: Weights | None = None) -> list[Unsure]:
     """Write the sum of `bins` / weight to `out`; in float64, sum and quotient are both rounded.
 
@@ -438,7 +449,7 @@ def _divide(bins: Bins, weight: Fraction, out: Tensor, weights: Weights | None =
     below: float | Tensor = float(factor * (1 - error))
     if weights:
         each = _unit(top) / weights.rounded.where(weights.rounded > 0, 1)
-        each[weights.rounded == float(weight)] = float(factor)  # the same bits where all cover all
+        each[_equal(weights.exact, weight)] = float(factor)  # the same bits where all cover all
         above, below = each * float(1 + 4 * error), each * float(1 - 4 * error)  # there were more roundings
     out.copy_(number * above)
     other = number.mul_(below).to(out.dtype)

@@ -18,7 +18,7 @@ from fedsim.data import FederatedData
 from fedsim.errors import ConfigError, RoundError, WrongReturnError, border, is_own, name_of
 from fedsim.federated.aggregate import WEIGHTS, largest
 from fedsim.federated.claims import Bounds, StepsMethod, first_wrong, training_bounds, training_claims
-from fedsim.federated.positions import is_reserved, packed
+from fedsim.federated.positions import WHERE, packed
 from fedsim.federated.strategy import Strategy, check_state, checked_update, downloads, personalises
 from fedsim.training.local import ClientObjective
 from fedsim.training.objective import KeyedObjective, LocalObjective
@@ -198,7 +198,7 @@ def initial_server_state(strategy: Strategy, task: Task, home: torch.device | No
             made, right = described(form_of(own)), described(form_of({"model": model}))
             raise WrongReturnError(f"gave {made}; it should give {right}, and what else the server keeps")
         own = {name: value.detach().to(model.device) for name, value in ordinary(own).items()}
-    if taken := [name for name in own if name in RESERVED or is_reserved(name)]:
+    if taken := [name for name in own if name in RESERVED or name.startswith(WHERE)]:
         raise ConfigError(f"strategy: init_server made {taken[0]!r}, which is a reserved name")
     if not isinstance(sent := strategy.broadcast, tuple | list) or [name for name in sent if name not in own]:
         made = f"{type(strategy).__name__}.broadcast is {sent!r}"
