@@ -242,9 +242,6 @@ TENSORS = {
     "planes that end early": Lie(_planes(8, [1, 1, 1, 1], b"abcd"), "plane"),
     "planes of another length": Lie(_planes(8, [-1, 1, 1, 1], b"abcd"), "lengths of the planes"),
     "a group": Lie(_state(lambda m: m | {"group": torch.tensor(2**62)}), "gives a group"),
-    "a mask that nobody else has": Lie(
-        _state(lambda m: m | {f"where.{min(m)}": torch.ones_like(m[min(m)], dtype=torch.uint8)}), FORM
-    ),
     "a mask of nothing": Lie(
         _state(lambda m: m | {"where.x": torch.ones(9).byte()}), "as many values as positions"
     ),

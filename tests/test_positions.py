@@ -105,6 +105,26 @@ def test_the_means_times_their_weights_are_what_was_sent(drawn):
     close((found["w"] * found["where.w"]).sum(), sum(weight * m["w"].sum() for _, m, weight in sent))
 
 
+@given(in_part(), st.lists(st.booleans(), min_size=10, max_size=10), st.randoms(use_true_random=False))
+def test_who_gives_no_mask_covers_all(triples, without, rng):
+    """In the mean, in that of a group, and as a row."""
+    assume(any(weight for *_, weight in triples))
+    ones = [1] * LENGTH
+    sent = covering(*((vs, ones if no else mask, w) for (vs, mask, w), no in zip(triples, without, strict=False)))
+    fewer = [(k, {"w": m["w"]} if no else m, weight) for (k, m, weight), no in zip(sent, without, strict=False)]
+    for how in (MEAN, Rows(), GroupMeans(2)):
+        a, b = (
+            [
+                (k, m | ({"group": torch.tensor(k % 2)} if how == GroupMeans(2) else {}), weight)
+                for k, m, weight in each
+            ]
+            for each in (sent, fewer)
+        )
+        right, found = how.result(how.fold(a)), how.result(scattered(b, rng, how))
+        assert bits(found) == bits({name: right[name] for name in found})
+        assert "where.w" in found or all(without[: len(triples)])
+
+
 def test_a_long_entry_is_settled_piece_by_piece():
     """Ties in several pieces, at positions of several weights."""
     n, even = 2 * PIECE + 5, torch.arange(2 * PIECE + 5) % 2

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from fedsim.errors import RoundError, one_line
-from fedsim.federated.positions import GROUP, WHERE, check_positions, is_reserved
+from fedsim.federated.positions import GROUP, WHERE, check_positions, entries
 from fedsim.types import Form, State, described, form_of
 
 Partial = Any  # the partial sum of some messages; only its aggregator reads it
@@ -93,7 +93,10 @@ class Waiting(NamedTuple):
 
 @dataclass
 class Sum:
-    """The exact sums of weight times value, by name, and of the weights."""
+    """The exact sums of weight times value, by name, and of the weights.
+
+    Under `where.NAME` are those of the weights that do not cover a position of the entry NAME.
+    """
 
     bins: dict[tuple[str, int], Bins] = field(default_factory=dict)  # by name and number of the piece
     waiting: list[Waiting] = field(default_factory=list)
@@ -119,7 +122,7 @@ class WeightedMean:
         total = {} if start is None else start
         for client, message, weight in updates:
             one = checked(client, message, weight)
-            add(total.setdefault(form_of(message), Sum()), one)
+            add(total.setdefault(form_of(entries(message)), Sum()), one)
         return total
 
     def merge(self, a: Sums, b: Sums) -> Sums:
@@ -144,14 +147,12 @@ class WeightedMean:
 def mean_of(sums: Sum, form: Form) -> State:
     """The mean of messages of this form, whose weight is above 0.
 
-    Of an entry of which they cover some positions it is the mean of each position over those who cover it, and 0
+    Of an entry of which some cover only a part it is the mean of each position over those who cover it, and 0
     where nobody does; `where.NAME` is then the sum of the weights at each position, rounded to float64.
     """
     _flush(sums)
     mean: State = {}
     for name, shape, dtype in form:
-        if is_reserved(name):
-            continue
         mean[name] = next(iter(sums.bins[name, 0].values())).new_empty(shape, dtype=dtype)
         results, in_part = [mean[name]], (WHERE + name, 0) in sums.bins
         if in_part:
@@ -162,7 +163,8 @@ def mean_of(sums: Sum, form: Form) -> State:
             bins = sums.bins[name, number]
             if in_part or dtype == torch.float64 or sums.rows > EXACT_ROWS:
                 bins = _carried(bins)
-            weights = _weights(sums.bins[WHERE + name, number], covered[0]) if in_part else None
+            missing = sums.bins.get((WHERE + name, number))
+            weights = _weights(missing, sums.weight, covered[0]) if missing else None
             unsure += _divide(bins, sums.weight, out, weights)
         if unsure:
             _settle(unsure, sums.weight)
@@ -217,8 +219,8 @@ def magnitudes(message: State, weight: float) -> dict[str, float]:
         raise ArithmeticError("gives a group; the strategy's aggregator should be fedsim.GroupMeans")
     check_positions(message)
     found = dict[str, float]()
-    for name, value in message.items():
-        if not value.is_floating_point() and not name.startswith(WHERE):
+    for name, value in entries(message).items():
+        if not value.is_floating_point():
             raise ArithmeticError(
                 f"{name} is {value.dtype}, which cannot be averaged; send floating-point numbers"
             )
@@ -233,8 +235,11 @@ def magnitudes(message: State, weight: float) -> dict[str, float]:
 def checked(client: int, message: State, weight: float) -> Sum:
     """The message as a sum of one; raises ArithmeticError if it is invalid."""
     found, parts = magnitudes(message, weight), _parts(Fraction(weight))
-    message = {name: value.detach() for name, value in message.items()}
-    return Sum({}, [Waiting(message, parts, found)], len(parts), [client], Fraction(weight))
+    own = {name: value.detach() for name, value in entries(message).items()}
+    # Of masks their complements are added up, so that who has none covers all.
+    missing = {name: 1 - mask for name, mask in message.items() if name.startswith(WHERE)}
+    one = Waiting(own | missing, parts, found | dict.fromkeys(missing, 1.0))
+    return Sum({}, [one], len(parts), [client], Fraction(weight))
 
 
 def _parts(number: Fraction, bits: int = WEIGHT_BITS) -> list[float]:
@@ -278,12 +283,13 @@ def _add_bin(bins: Bins, j: int, value: Tensor) -> None:
 
 def _flush(total: Sum) -> None:
     """Add the waiting messages to the bins, exactly."""
-    for name in total.waiting[0].message if total.waiting else ():
+    for name in dict.fromkeys(name for each in total.waiting for name in each.message):
         rows = defaultdict[int, list[tuple[float, Tensor]]](list)  # by the bin that they begin at
         for message, parts, most in total.waiting:
-            for part in parts:
-                rows[_first_bin(abs(part) * most[name])].append((part, message[name]))
-        value = total.waiting[0].message[name]
+            if name in message:
+                for part in parts:
+                    rows[_first_bin(abs(part) * most[name])].append((part, message[name]))
+        value = next(each.message[name] for each in total.waiting if name in each.message)
         device = next(iter(total.bins[name, 0].values())).device if (name, 0) in total.bins else value.device
         shape = 2, max(map(len, rows.values())), min(_piece(value), value.numel())
         memory = torch.empty(shape, dtype=torch.double, device=device)
@@ -416,24 +422,28 @@ class Weights(NamedTuple):
 
     exact: Bins  # with 2^44 units in a bin at most
     rounded: Tensor  # (n,)
+    all_cover: Tensor  # (n,) whether it is the sum of all weights
 
 
-def _weights(bins: Bins, out: Tensor) -> Weights:
-    """The sums of `bins`; the rounded ones are written to `out`."""
-    exact = _carried(bins)
+def _weights(missing: Bins, weight: Fraction, out: Tensor) -> Weights:
+    """All weights without the sums of `missing`; what is rounded is written to `out`."""
+    zeros, whole = torch.zeros_like(next(iter(missing.values()))), _whole_bins(weight)
+    exact = _carried({j: whole.get(j, 0) - missing.get(j, zeros) for j in {*missing, *whole}})
     number, top = _value(exact)
-    return Weights(exact, out.copy_(number.mul_(_unit(top))))
+    all_cover = torch.stack([value == 0 for value in missing.values()]).all(0)
+    return Weights(exact, out.copy_(number.mul_(_unit(top))), all_cover)
 
 
-def _equal(bins: Bins, number: Fraction) -> Tensor:
-    """Where the sum of `bins`, which are those of `_carried`, is this number."""
-    left, rest = divmod(number, Fraction(_unit(min(bins))))
-    equal = torch.full_like(next(iter(bins.values())), rest == 0, dtype=torch.bool)
-    for j in sorted(bins):
-        digit = (left + 2 ** (BIN_BITS - 1)) % 2**BIN_BITS - 2 ** (BIN_BITS - 1)
-        equal &= bins[j] == digit
-        left = (left - digit) >> BIN_BITS
-    return equal
+def _whole_bins(number: Fraction) -> dict[int, int]:
+    """A sum of weights in units of bins, less than 2^45 of each."""
+    j = 0
+    while number % Fraction(_unit(j)):
+        j -= 1
+    left, bins = number // Fraction(_unit(j)), dict[int, int]()
+    while left:
+        left, bins[j] = divmod(left, 2**BIN_BITS)
+        j += 1
+    return bins
 
 
 def _divide(bins: Bins, weight: Fraction, out: Tensor, weights: Weights | None = None) -> list[Unsure]:
@@ -449,7 +459,7 @@ def _divide(bins: Bins, weight: Fraction, out: Tensor, weights: Weights | None =
     below: float | Tensor = float(factor * (1 - error))
     if weights:
         each = _unit(top) / weights.rounded.where(weights.rounded > 0, 1)
-        each[_equal(weights.exact, weight)] = float(factor)  # the same bits where all cover all
+        each[weights.all_cover] = float(factor)  # the same bits as those of the mean of all
         above, below = each * float(1 + 4 * error), each * float(1 - 4 * error)  # there were more roundings
     out.copy_(number * above)
     other = number.mul_(below).to(out.dtype)

@@ -4,10 +4,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from fedsim.errors import RoundError
 from fedsim.federated.aggregate import Sum, add, checked, mean_of, most_common_form, other_forms
-from fedsim.federated.positions import GROUP, STATISTICS
+from fedsim.federated.positions import GROUP, STATISTICS, WHERE, entries
 from fedsim.types import Form, State, form_of
 
 ALL = -1  # in the place of a group: the sum of all clients' statistics
@@ -32,7 +33,7 @@ class GroupMeans:
             statistics = {name: value for name, value in message.items() if name == STATISTICS}
             # All clients are in the first sum: it refuses one too many before any sum has changed.
             parts = {ALL: checked(client, statistics, weight), group: checked(client, own, weight)}
-            _merge(total.setdefault(form_of(message), {}), parts)
+            _merge(total.setdefault(form_of(entries(message)), {}), parts)
         return total
 
     def merge(self, a: Grouped, b: Grouped) -> Grouped:
@@ -48,12 +49,17 @@ class GroupMeans:
         sums = total.get(form, {ALL: Sum()})
         if not sums[ALL].weight:
             raise RoundError("no client's message has a weight above 0")
-        own = tuple(entry for entry in form if entry[0] not in (GROUP, STATISTICS))
-        means = {g: mean_of(each, own) for g, each in sums.items() if g != ALL and each.weight}
-        zeros = {name: torch.zeros_like(value) for name, value in next(iter(means.values())).items()}
-        rows = [means.get(g, zeros) for g in range(self.groups)]
+        own = tuple(entry for entry in form if entry[0] != STATISTICS)
         weights = [float(sums[g].weight) if g in sums else 0.0 for g in range(self.groups)]
-        found = {name: torch.stack([row[name] for row in rows]) for name in zeros}
+        means = {g: mean_of(sums[g], own) for g, weight in enumerate(weights) if weight}
+        names = {name: value for mean in means.values() for name, value in mean.items()}
+
+        def rows(name: str, like: Tensor) -> list[Tensor]:
+            """Of an empty group zeros; and where all of a group cover all, its weight."""
+            missing = weights if name.startswith(WHERE) else [0.0] * self.groups
+            return [means.get(g, {}).get(name, torch.full_like(like, missing[g])) for g in range(self.groups)]
+
+        found = {name: torch.stack(rows(name, like)) for name, like in names.items()}
         found |= mean_of(sums[ALL], tuple(entry for entry in form if entry[0] == STATISTICS))
         return found | {GROUP: torch.tensor(weights, dtype=torch.float64)}
 

@@ -2,6 +2,7 @@
 
 `Update.where` says which. In the message that is added up, `where.NAME` is a mask, 1 where the entry NAME is
 covered, and the entry is 0 elsewhere. The sums of both are exact, and their quotient is the mean of each position.
+A message without a mask covers all; so messages with and without one are of one form.
 """
 
 import torch
@@ -20,6 +21,11 @@ MOST_INDEXED = 2**31  # entries of a tensor whose positions fit into int32
 def is_reserved(name: str) -> bool:
     """Whether only fedsim gives an entry of a message this name, from the fields of an `Update`."""
     return name == GROUP or name.startswith(WHERE)
+
+
+def entries(message: State) -> State:
+    """The entries of a message that a strategy has sent, and its statistics."""
+    return {name: value for name, value in message.items() if not is_reserved(name)}
 
 
 def fault_of(update: Update) -> str | None:
@@ -72,11 +78,11 @@ def _scattered(places: Tensor, values: Tensor, like: Tensor) -> tuple[Tensor, Te
 def packed(update: Update, like: Tensor) -> Update:
     """The update as it is added up and sent: its group and positions are entries of the message."""
     update = masked(update, like)
-    entries = {WHERE + name: mask for name, mask in update.where.items()}
+    more = {WHERE + name: mask for name, mask in update.where.items()}
     if update.group is not None:
         # On the device of the model: a copy from the host cannot be captured.
-        entries[GROUP] = like.new_zeros((), dtype=torch.int64) + update.group
-    return update._replace(message=update.message | entries, group=None, where={})
+        more[GROUP] = like.new_zeros((), dtype=torch.int64) + update.group
+    return update._replace(message=update.message | more, group=None, where={})
 
 
 def check_positions(message: State) -> None:
