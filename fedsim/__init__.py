@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fedsim.experiment.execute import run as run
     from fedsim.experiment.hook import Hook as Hook
     from fedsim.federated.federation import Federation as Federation
+    from fedsim.federated.groups import GroupMeans as GroupMeans
     from fedsim.federated.message import check_changes as check_changes
     from fedsim.federated.rows import Rows as Rows
     from fedsim.federated.simulation import Simulation as Simulation
@@ -46,6 +47,7 @@ HOMES = {  # imported when first asked for, since torch takes seconds and `fedsi
     "experiment.hook": ("Hook",),
     "federated.federation": ("Federation",),
     "federated.message": ("check_changes",),
+    "federated.groups": ("GroupMeans",),
     "federated.rows": ("Rows",),
     "federated.simulation": ("Simulation",),
     "federated.strategy": ("Buffers", "Strategy", "Wrapper"),

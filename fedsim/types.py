@@ -128,6 +128,8 @@ class Update(NamedTuple):
     weight: Tensor | float  # of the message in the mean: n_k, or 1.0
     client: State = {}  # the client's state, kept until it is sampled again
     metrics: dict[str, Any] = {}  # () tensors or floats, which are added up over the cohort
+    group: Tensor | int | None = None  # int64 (): the client's group, for `GroupMeans`
+    where: State = {}  # by entry, which of its positions the message covers: a mask, or int64 (m,) for m values
 
     def numbers(self) -> tuple[float, dict[str, float]]:
         """The weight and the metrics as plain numbers."""
@@ -207,6 +209,8 @@ class RoundInfo(NamedTuple):
     federation: Any = None  # a Federation: sizes and last trainings of all clients, before this round
     metrics: Mapping[str, float] = {}  # sums over the cohort of the strategy's `metrics`
     records: Records | None = None  # where `record` and `stop` write; a round's own
+    group_weights: Tensor = torch.empty(0, dtype=torch.float64)  # (G,) of each group's messages, of `GroupMeans`
+    covered: State = {}  # by entry that `Update.where` names: the sum of weights at each position; of rows, masks
 
     @property
     def held(self) -> int:

@@ -105,6 +105,16 @@ def _crowd(count):
     return told
 
 
+def _covers(mask):
+    """With this mask for its first tensor, which has all values."""
+
+    def told(content):
+        answer = wire.read(Answer, content)
+        return wire.record(answer._replace(message=answer.message | {f"where.{min(answer.message)}": mask}))
+
+    return told
+
+
 def _int8(scale):
     def change(coded):
         scales = torch.tensor([scale]).numpy().tobytes()
@@ -231,6 +241,16 @@ TENSORS = {
     "a bomb": Lie(_coded(lambda coded: Coded("float32", (2**28,), "lossless", bytes(2**21))), "larger than"),
     "planes that end early": Lie(_planes(8, [1, 1, 1, 1], b"abcd"), "plane"),
     "planes of another length": Lie(_planes(8, [-1, 1, 1, 1], b"abcd"), "lengths of the planes"),
+    "a group": Lie(_state(lambda m: m | {"group": torch.tensor(2**62)}), "gives a group"),
+    "a mask of nothing": Lie(
+        _state(lambda m: m | {"where.x": torch.ones(9).byte()}), "as many values as positions"
+    ),
+    "a mask of too few": Lie(_covers(Coded("uint8", (9,), "bits", b"\1\0")), "as many values as positions"),
+    "a mask of floats": Lie(_covers(Coded("float32", (8,), "bits", b"\1")), "float32 is no mask"),
+    "positions of a bomb": Lie(_covers(Coded("uint8", (2**40,), "indices", bytes(4))), "larger than"),
+    "positions without end": Lie(_covers(Coded("uint8", (2**62,), "indices", bytes(4))), "is not a shape"),
+    "positions that fall": Lie(_covers(Coded("uint8", (9,), "indices", b"\2\0\0\0" * 2)), "should ascend"),
+    "positions outside": Lie(_covers(Coded("uint8", (2,), "indices", b"\2\0\0\0")), "should ascend"),
     "a scale that is no number": Lie(_int8(float("nan")), "a scale is negative or not finite"),
     "a negative scale": Lie(_int8(-1.0), "a scale is negative or not finite"),
     "a scale beyond all": Lie(_int8(3e38), f"too large|not finite|{FORM}"),

@@ -175,6 +175,20 @@ def test_a_strategy_with_numbers_of_its_own(checkout, monkeypatch):
     assert 0 < record["metrics"]["step"] <= record["metrics"]["norm"]
 
 
+SEVERAL = {"my_clusters": ["Clusters"], "my_parts": ["Slices", "TopK"], "my_downloads": ["FixedClusters"]}
+
+
+def test_the_strategies_of_groups_positions_and_downloads_run(checkout, monkeypatch):
+    for code in blocks("python", PAGES["docs/strategies.md"]):
+        if (name := code.partition(".py\n")[0].removeprefix("# ")) in SEVERAL:
+            (checkout / f"{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(checkout)
+    for module, names in SEVERAL.items():
+        for name in names:
+            line = f"fedsim run configs/quickstart.yaml runtime=serial rounds=1 hooks=[] --out {name}"
+            assert fedsim_(f"{line} strategy={module}:{name}").exit_code == 0
+
+
 WRONG = {  # an error in the walk-through's file, and the law that finds it
     "info.participation * ": ("", "test_the_servers_c_is_the_mean_of_all"),
     "g - c_k + c": ("g + c_k - c", "test_after_one_full_step_c_is_the_gradient_of_the_client"),

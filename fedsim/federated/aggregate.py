@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from fedsim.errors import RoundError, one_line
+from fedsim.federated.positions import GROUP, WHERE, check_positions, entries
 from fedsim.types import Form, State, described, form_of
 
 Partial = Any  # the partial sum of some messages; only its aggregator reads it
@@ -92,7 +93,10 @@ class Waiting(NamedTuple):
 
 @dataclass
 class Sum:
-    """The exact sums of weight times value, by name, and of the weights."""
+    """The exact sums of weight times value, by name, and of the weights.
+
+    Under `where.NAME` are those of the weights that do not cover a position of the entry NAME.
+    """
 
     bins: dict[tuple[str, int], Bins] = field(default_factory=dict)  # by name and number of the piece
     waiting: list[Waiting] = field(default_factory=list)
@@ -110,19 +114,21 @@ class WeightedMean:
     The mean of float32 messages, and of shorter ones, is the exact one, rounded once: to the nearest, in a tie to
     the even one. Weights are 0, or from 2^-200 to 2^200; a message of weight 0 does not count. Of float64 messages
     each product is rounded to float64, their sum is exact, and it and the mean are rounded.
+
+    Of an entry of which clients cover only some positions, each position has the mean of those who cover it.
     """
 
     def fold(self, updates: Iterable[tuple[int, State, float]], start: Sums | None = None) -> Sums:
         total = {} if start is None else start
         for client, message, weight in updates:
-            checked = _checked(client, message, weight)
-            _add(total.setdefault(form_of(message), Sum()), checked)
+            one = checked(client, message, weight)
+            add(total.setdefault(form_of(entries(message)), Sum()), one)
         return total
 
     def merge(self, a: Sums, b: Sums) -> Sums:
         for form, theirs in b.items():
             if form in a:
-                _add(a[form], theirs)
+                add(a[form], theirs)
             else:
                 a[form] = theirs
         return a
@@ -135,19 +141,34 @@ class WeightedMean:
         sums = total.get(form, Sum())
         if not sums.weight:
             raise RoundError("no client's message has a weight above 0")
-        _flush(sums)
-        mean: State = {}
-        for name, shape, dtype in form:
-            mean[name] = next(iter(sums.bins[name, 0].values())).new_empty(shape, dtype=dtype)
-            unsure = list[Unsure]()
-            for number, (out,) in enumerate(_pieces(mean[name].view(-1))):
-                bins = sums.bins[name, number]
-                if dtype == torch.float64 or sums.rows > EXACT_ROWS:
-                    bins = _carried(bins)
-                unsure += _divide(bins, sums.weight, out)
-            if unsure:
-                _settle(unsure, sums.weight)
-        return mean
+        return mean_of(sums, form)
+
+
+def mean_of(sums: Sum, form: Form) -> State:
+    """The mean of messages of this form, whose weight is above 0.
+
+    Of an entry of which some cover only a part it is the mean of each position over those who cover it, and 0
+    where nobody does; `where.NAME` is then the sum of the weights at each position, rounded to float64.
+    """
+    _flush(sums)
+    mean: State = {}
+    for name, shape, dtype in form:
+        mean[name] = next(iter(sums.bins[name, 0].values())).new_empty(shape, dtype=dtype)
+        results, in_part = [mean[name]], (WHERE + name, 0) in sums.bins
+        if in_part:
+            mean[WHERE + name] = torch.empty_like(mean[name], dtype=torch.float64)
+            results.append(mean[WHERE + name])
+        unsure = list[Unsure]()
+        for number, (out, *covered) in enumerate(_pieces(*results)):
+            bins = sums.bins[name, number]
+            if in_part or dtype == torch.float64 or sums.rows > EXACT_ROWS:
+                bins = _carried(bins)
+            missing = sums.bins.get((WHERE + name, number))
+            weights = _weights(missing, sums.weight, covered[0]) if missing else None
+            unsure += _divide(bins, sums.weight, out, weights)
+        if unsure:
+            _settle(unsure, sums.weight)
+    return mean
 
 
 def _clients(total: Sums) -> dict[Form, list[int]]:
@@ -194,8 +215,11 @@ def magnitudes(message: State, weight: float) -> dict[str, float]:
     least, most = WEIGHTS
     if weight and not least <= weight <= most:
         raise ArithmeticError(f"the weight is {weight}; it must be 0, or from {least:.2g} to {most:.2g}")
+    if GROUP in message:
+        raise ArithmeticError("gives a group; the strategy's aggregator should be fedsim.GroupMeans")
+    check_positions(message)
     found = dict[str, float]()
-    for name, value in message.items():
+    for name, value in entries(message).items():
         if not value.is_floating_point():
             raise ArithmeticError(
                 f"{name} is {value.dtype}, which cannot be averaged; send floating-point numbers"
@@ -208,11 +232,14 @@ def magnitudes(message: State, weight: float) -> dict[str, float]:
     return found
 
 
-def _checked(client: int, message: State, weight: float) -> Sum:
+def checked(client: int, message: State, weight: float) -> Sum:
     """The message as a sum of one; raises ArithmeticError if it is invalid."""
     found, parts = magnitudes(message, weight), _parts(Fraction(weight))
-    message = {name: value.detach() for name, value in message.items()}
-    return Sum({}, [Waiting(message, parts, found)], len(parts), [client], Fraction(weight))
+    own = {name: value.detach() for name, value in entries(message).items()}
+    # Of masks their complements are added up, so that who has none covers all.
+    missing = {name: 1 - mask for name, mask in message.items() if name.startswith(WHERE)}
+    one = Waiting(own | missing, parts, found | dict.fromkeys(missing, 1.0))
+    return Sum({}, [one], len(parts), [client], Fraction(weight))
 
 
 def _parts(number: Fraction, bits: int = WEIGHT_BITS) -> list[float]:
@@ -233,7 +260,7 @@ def _rounded(number: Fraction, bits: int) -> float:
     return ldexp(round(mantissa * 2**bits), exponent - bits)
 
 
-def _add(total: Sum, more: Sum) -> None:
+def add(total: Sum, more: Sum) -> None:
     """Add `more` to `total`; raises RoundError, without a change, if there are too many messages."""
     check_count(len(total.clients) + len(more.clients))
     for place, bins in more.bins.items():
@@ -256,12 +283,13 @@ def _add_bin(bins: Bins, j: int, value: Tensor) -> None:
 
 def _flush(total: Sum) -> None:
     """Add the waiting messages to the bins, exactly."""
-    for name in total.waiting[0].message if total.waiting else ():
+    for name in dict.fromkeys(name for each in total.waiting for name in each.message):
         rows = defaultdict[int, list[tuple[float, Tensor]]](list)  # by the bin that they begin at
         for message, parts, most in total.waiting:
-            for part in parts:
-                rows[_first_bin(abs(part) * most[name])].append((part, message[name]))
-        value = total.waiting[0].message[name]
+            if name in message:
+                for part in parts:
+                    rows[_first_bin(abs(part) * most[name])].append((part, message[name]))
+        value = next(each.message[name] for each in total.waiting if name in each.message)
         device = next(iter(total.bins[name, 0].values())).device if (name, 0) in total.bins else value.device
         shape = 2, max(map(len, rows.values())), min(_piece(value), value.numel())
         memory = torch.empty(shape, dtype=torch.double, device=device)
@@ -377,23 +405,69 @@ class Unsure(NamedTuple):
     places: Tensor  # (u,) of these entries in `out`
     other: Tensor  # (u,) the neighbours of what is there
     bins: Bins  # (u,) each
+    weights: Bins  # the same of the weights at each position; empty where these are all weights
 
 
-def _divide(bins: Bins, weight: Fraction, out: Tensor) -> list[Unsure]:
-    """Write the sum of `bins` / weight to `out`; in float64, sum and quotient are both rounded."""
+def _value(bins: Bins) -> tuple[Tensor, int]:
+    """The sum of `bins` in float64, in units of the highest bin, and which that is."""
     top, *rest = sorted(bins, reverse=True)
     number = bins[top].double()
     for j in rest:
         number.add_(bins[j].double(), alpha=2.0 ** (BIN_BITS * (j - top)))
+    return number, top
+
+
+class Weights(NamedTuple):
+    """The sum of the weights at each position."""
+
+    exact: Bins  # with 2^44 units in a bin at most
+    rounded: Tensor  # (n,)
+    all_cover: Tensor  # (n,) whether it is the sum of all weights
+
+
+def _weights(missing: Bins, weight: Fraction, out: Tensor) -> Weights:
+    """All weights without the sums of `missing`; what is rounded is written to `out`."""
+    zeros, whole = torch.zeros_like(next(iter(missing.values()))), _whole_bins(weight)
+    exact = _carried({j: whole.get(j, 0) - missing.get(j, zeros) for j in {*missing, *whole}})
+    number, top = _value(exact)
+    all_cover = torch.stack([value == 0 for value in missing.values()]).all(0)
+    return Weights(exact, out.copy_(number.mul_(_unit(top))), all_cover)
+
+
+def _whole_bins(number: Fraction) -> dict[int, int]:
+    """A sum of weights in units of bins, less than 2^45 of each."""
+    j = 0
+    while number % Fraction(_unit(j)):
+        j -= 1
+    left, bins = number // Fraction(_unit(j)), dict[int, int]()
+    while left:
+        left, bins[j] = divmod(left, 2**BIN_BITS)
+        j += 1
+    return bins
+
+
+def _divide(bins: Bins, weight: Fraction, out: Tensor, weights: Weights | None = None) -> list[Unsure]:
+    """Write the sum of `bins` / weight to `out`; in float64, sum and quotient are both rounded.
+
+    With `weights`, each entry is divided by its own, and is 0 where that is 0.
+    """
+    number, top = _value(bins)
     # The roundings to float64 are less than 2^-48; and PyTorch rounds to 16 bits by way of float32.
     error = {torch.float64: Fraction(0), torch.float32: Fraction(1, 2**48)}.get(out.dtype, Fraction(1, 2**22))
     factor = Fraction(_unit(top)) / weight
-    out.copy_(number * float(factor * (1 + error)))
-    other = number.mul_(float(factor * (1 - error))).to(out.dtype)
+    above: float | Tensor = float(factor * (1 + error))
+    below: float | Tensor = float(factor * (1 - error))
+    if weights:
+        each = _unit(top) / weights.rounded.where(weights.rounded > 0, 1)
+        each[weights.all_cover] = float(factor)  # the same bits as those of the mean of all
+        above, below = each * float(1 + 4 * error), each * float(1 - 4 * error)  # there were more roundings
+    out.copy_(number * above)
+    other = number.mul_(below).to(out.dtype)
     places = _nonzero(out - other)
     if not len(places):
         return []
-    return [Unsure(out, places, other[places], {j: value[places] for j, value in bins.items()})]
+    kept = [{j: value[places] for j, value in each.items()} for each in (bins, weights.exact if weights else {})]
+    return [Unsure(out, places, other[places], *kept)]
 
 
 def _settle(unsure: list[Unsure], weight: Fraction) -> None:
@@ -402,12 +476,10 @@ def _settle(unsure: list[Unsure], weight: Fraction) -> None:
     a = torch.cat([each.out[each.places] for each in unsure])
     b = torch.cat([each.other for each in unsure])
     middle = (a.double() + b.double()) / 2
-    bins, start = Bins(), 0
-    for each, count in zip(unsure, counts, strict=True):
-        for j, value in each.bins.items():
-            bins.setdefault(j, value.new_zeros(len(a)))[start : start + count] = value
-        start += count
-    products = torch.stack([middle * -part for part in _parts(weight, WEIGHT_BITS - 1)])
+    bins = _joined([each.bins for each in unsure], counts)
+    weights = _joined([each.weights for each in unsure], counts)
+    parts = _digits(weights) if weights else _parts(weight, WEIGHT_BITS - 1)
+    products = torch.stack([middle * -part for part in parts])
     _add_products(bins, _first_bin(largest(products)), products, torch.empty_like(products))
     side = torch.zeros_like(next(iter(bins.values())))
     for _, digits in sorted(_carried(bins).items(), reverse=True):
@@ -416,6 +488,22 @@ def _settle(unsure: list[Unsure], weight: Fraction) -> None:
     nearer = torch.where(side == 0, middle.to(a.dtype), nearer)
     for each, value in zip(unsure, torch.split(nearer, counts), strict=True):
         each.out[each.places] = value
+
+
+def _joined(pieces: list[Bins], counts: list[int]) -> Bins:
+    """The bins of all pieces, which have so many entries, one after the other."""
+    bins, start = Bins(), 0
+    for piece, count in zip(pieces, counts, strict=True):
+        for j, value in piece.items():
+            bins.setdefault(j, value.new_zeros(sum(counts)))[start : start + count] = value
+        start += count
+    return bins
+
+
+def _digits(bins: Bins) -> list[Tensor]:
+    """Numbers of 23 bits at most, whose sum is that of `bins`; these have 2^44 units at most."""
+    half = 2**22
+    return [part.double() * _unit(j) for j, value in bins.items() for part in (value - value % half, value % half)]
 
 
 def _piece(tensor: Tensor) -> int:

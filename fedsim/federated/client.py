@@ -20,12 +20,14 @@ from fedsim.federated.aggregate import WEIGHTS, largest
 from fedsim.federated.claims import Bounds, StepsMethod, first_wrong, training_bounds, training_claims
 from fedsim.federated.federation import SAVED, Federation
 from fedsim.federated.message import answer_form, check_declared, check_form, message_form
+from fedsim.federated.positions import WHERE, packed
 from fedsim.federated.strategy import (
     Strategy,
     check_state,
     checked_outgoing,
     checked_update,
     defines,
+    downloads,
     personalises,
     server_state,
 )
@@ -59,16 +61,22 @@ class Train:
     wait_for_absent: bool = True
     config: Spec | None = field(default=None, compare=False, repr=False)
     cohort: tuple[int, ...] = ()  # the ids of those who are asked to do it, ascending
+    is_downloaded: bool = False  # whether it is given what its client downloads, as on a node
     _bounds: dict[tuple[int, torch.dtype, str], Bounds] = field(
         default_factory=dict, init=False, compare=False, repr=False
     )
 
     def __call__(self, replica: Replica, data: FederatedData, server: State, job: Job) -> Update:
+        server = self.download(server, job)
         local = self.objective(replica, data, server, job)
         update = self.client_update(server, job.client or {}, local, replica.draws if self.own_code else None)
         local.check_time()
         self.check_update(update, job, len(data.rows(job.client_id)), server["model"].dtype)
         return update
+
+    def download(self, server: State, job: Job) -> State:
+        """What the client of a job downloads of the broadcast."""
+        return server if self.is_downloaded else download(self.strategy, server, job.client_id)
 
     def objective(
         self, replica: Replica, data: FederatedData, server: State, job: Job, path: tuple[str, ...] = ()
@@ -122,6 +130,7 @@ class Train:
         if self.strategy.buffers == "private":
             update = update._replace(client=update.client | {"buffers": local.buffers})
         update = _outgoing(self.strategy, "outgoing", server, client, update, local, draws)
+        update = packed(update, server["model"])
         check_form(update.message, self.form(server), f"{type(self.strategy).__name__}.sends")
         return update
 
@@ -143,6 +152,7 @@ class Survey:
 
     def __call__(self, replica: Replica, data: FederatedData, server: State, job: Job) -> Update:
         strategy, dtype = self.train.strategy, server["model"].dtype
+        server = self.download(server, job)
         local = self.train.objective(replica, data, server, job, ("survey",))
         client, draws = job.client or {}, replica.draws if self.own_code else None
         made = _with_draws(partial(strategy.survey, server, client), local, draws)
@@ -154,8 +164,9 @@ class Survey:
             raise WrongReturnError(f"{whose}: gave 'buffers', which is a reserved name")
         if update.client:
             raise WrongReturnError(f"{whose}: gave a client state; what a client keeps comes from client_update")
-        check_form(update.message, self.form(server), f"{type(strategy).__name__}.survey_sends")
         check_finite({}, {}, update.numbers()[1])
+        update = packed(update, server["model"])
+        check_form(update.message, self.form(server), f"{type(strategy).__name__}.survey_sends")
         bounds = self.bounds(len(data.rows(job.client_id)), dtype)
         where = f"round {job.round + 1}, client {job.client_id}"
         _check_claims(update, bounds, where, whose, "survey_steps")
@@ -169,6 +180,10 @@ class Survey:
     def may_withhold(self) -> bool:
         """As in Train."""
         return defines(self.train.strategy, "outgoing_survey")
+
+    def download(self, server: State, job: Job) -> State:
+        """As in Train."""
+        return self.train.download(server, job)
 
     def bounds(self, num_examples: int, dtype: torch.dtype) -> Bounds:
         """As in Train."""
@@ -253,7 +268,7 @@ def initial_server_state(
             made, right = described(form_of(own)), described(form_of({"model": model}))
             raise WrongReturnError(f"gave {made}; it should give {right}, and what else the server keeps")
         own = {name: value.detach().to(model.device) for name, value in ordinary(own).items()}
-    if taken := [name for name in RESERVED if name in own]:
+    if taken := [name for name in own if name in RESERVED or name.startswith(WHERE)]:
         raise ConfigError(f"strategy: init_server made {taken[0]!r}, which is a reserved name")
     if not isinstance(sent := strategy.broadcast, tuple | list) or [name for name in sent if name not in own]:
         made = f"{type(strategy).__name__}.broadcast is {sent!r}"
@@ -261,12 +276,39 @@ def initial_server_state(
             f"strategy: {made}; it should be a tuple of names that init_server made: {', '.join(own)}"
         )
     check_declared(strategy)
-    return own | {"buffers": task.initial_buffers.to(home)}
+    own |= {"buffers": task.initial_buffers.to(home)}
+    with border("strategy", ConfigError):
+        download(strategy, broadcast(strategy, own), 0)
+    return own
 
 
-def download(strategy: Strategy, server: State) -> State:
-    """The entries of the server's state that clients download; not copies."""
-    return {name: server[name] for name in (*strategy.broadcast, "buffers")}
+def broadcast(strategy: Strategy, server: State) -> State:
+    """The entries of the server's state that clients need, or of which they download some; not copies."""
+    names = [n for n in server if n not in RESERVED] if downloads(strategy) else strategy.broadcast
+    return {name: server[name] for name in (*names, "buffers")}
+
+
+def download(strategy: Strategy, server: State, client: int) -> State:
+    """What a client downloads of what `broadcast` gives; raises CommonError."""
+    if not downloads(strategy):
+        return server
+    with border(f"{type(strategy).__name__}.download for client {client}", CommonError):
+        found = _download(strategy, server, client)
+        if "model" not in found or form_of({"model": found["model"]}) != form_of({"model": server["model"]}):
+            made, right = described(form_of(found)), described(form_of({"model": server["model"]}))
+            raise WrongReturnError(f"gave {made}; it should give {right}, and what else clients need")
+        if taken := [name for name in RESERVED if name in found]:
+            raise WrongReturnError(f"gave {taken[0]!r}, which is a reserved name")
+        if form_of(found) != (first := form_of(_download(strategy, server, 0))):
+            made, right = described(form_of(found)), described(first)
+            raise WrongReturnError(f"gave {made}; it should give {right}, as for client 0")
+    return found | {"buffers": server["buffers"]}
+
+
+def _download(strategy: Strategy, server: State, client: int) -> State:
+    found = strategy.download({name: value for name, value in server.items() if name not in RESERVED}, client)
+    check_state(found)
+    return found
 
 
 def initial_client_state(strategy: Strategy, task: Task, seed: int = 0) -> State:
@@ -414,8 +456,12 @@ class EvaluateClient:
         """As in Train."""
         return self.training.cohort
 
+    def download(self, server: State, job: Job) -> State:
+        """As in Train."""
+        return self.training.download(server, job)
+
     def __call__(self, replica: Replica, data: FederatedData, server: State, job: Job) -> Update:
-        model, buffers, own = self._model(replica, data, server, job)
+        model, buffers, own = self._model(replica, data, self.download(server, job), job)
         batches = data.own_batches(job.client_id, self.batch_size, 1 + self.train)
         return _evaluate(replica, model, buffers, batches, self.train, own)
 

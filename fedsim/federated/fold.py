@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fedsim.errors import NodeError, RoundError, WrongReturnError, located, one_line
 from fedsim.federated.aggregate import Aggregator
+from fedsim.federated.positions import sent_bytes
 from fedsim.types import Job, Outcome, Report, Update
 
 
@@ -36,7 +37,7 @@ class Fold:
     def _added(self, job: Job, update: Update, began: float) -> Report:
         weight, metrics = update.numbers()
         client = {name: compact(value) for name, value in update.client.items()}
-        size = sum(value.nbytes for value in update.message.values())
+        size = sent_bytes(update.message)
         self.partial = self.aggregator.fold([(job.client_id, update.message, weight)], self.partial)
         return Report(job.client_id, weight, metrics, client, perf_counter() - began, size)
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fedsim.errors import ConfigError, WrongReturnError
-from fedsim.federated.rows import Rows
+from fedsim.federated.aggregate import WeightedMean
+from fedsim.federated.positions import entries
 from fedsim.federated.strategy import Strategy, surveys
 from fedsim.training.layout import Layout
 from fedsim.types import Entry, Form, State, described, form_of
@@ -33,7 +34,7 @@ def _form(declared: Mapping[str, Entry], server: State) -> Form:
 
 def check_form(message: State, declared: Form | None, whose: str) -> None:
     """Raise WrongReturnError if a message has another form than `whose` declares."""
-    if declared is not None and (found := form_of(message)) != declared:
+    if declared is not None and (found := form_of(entries(message))) != declared:
         raise WrongReturnError(f"{whose}: a client sent {described(found)}; declared is {described(declared)}")
 
 
@@ -55,8 +56,8 @@ def moved_statistics(buffers: Tensor, change: Tensor, layout: Layout) -> Tensor:
 def check_zeros(strategy: Strategy, server: State) -> None:
     """Raise ConfigError where a strategy cannot have a round without clients."""
     zero_message(strategy, server)
-    if surveys(strategy) or isinstance(strategy.aggregator, Rows):
-        name, needs = type(strategy).__name__, "a survey" if surveys(strategy) else "all messages"
+    if surveys(strategy) or not isinstance(strategy.aggregator, WeightedMean):
+        name, needs = type(strategy).__name__, "a survey" if surveys(strategy) else "more than a mean"
         raise ConfigError(f"failures.min_clients: {name} needs {needs}, which zeros cannot stand for; set it to 1")
 
 

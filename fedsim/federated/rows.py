@@ -9,6 +9,7 @@ from torch import Tensor
 from fedsim.errors import RoundError
 from fedsim.federated.aggregate import WeightedMean, check_count, magnitudes, most_common_form, other_forms
 from fedsim.federated.fold import compact
+from fedsim.federated.positions import WHERE, entries
 from fedsim.types import Form, State, form_of
 
 Kept = dict[Form, list[tuple[int, State]]]  # clients and their messages, by form
@@ -18,6 +19,7 @@ class Rows:
     """Keeps all messages: each entry of the result is (C, ...), a row for each client, in the order of their ids.
 
     It refuses what `WeightedMean` refuses. The weights are in `RoundInfo.weights`; a message of weight 0 is a row.
+    Of an entry of which messages cover only some positions, rows are 0 elsewhere; `where.NAME` has their masks.
     Memory grows with the cohort: the server's machine holds all messages, and twice that while it makes the rows.
     """
 
@@ -26,7 +28,7 @@ class Rows:
         for client, message, weight in updates:
             magnitudes(message, weight)
             kept = {name: compact(value) for name, value in message.items()}
-            total = self.merge(total, {form_of(kept): [(client, kept)]})
+            total = self.merge(total, {form_of(entries(kept)): [(client, kept)]})
         return total
 
     def merge(self, a: Kept, b: Kept) -> Kept:
@@ -43,7 +45,11 @@ class Rows:
         messages = [message for _, message in sorted(total.get(form, []), key=itemgetter(0))]
         if not messages:
             raise RoundError("no client has sent a message")
-        return {name: torch.stack([message[name] for message in messages]) for name, _, _ in form}
+        rows = {name: torch.stack([message[name] for message in messages]) for name, _, _ in form}
+        for name in {name for message in messages for name in message if name.startswith(WHERE)}:
+            all_ = torch.ones_like(messages[0][name.removeprefix(WHERE)], dtype=torch.uint8)
+            rows[name] = torch.stack([message.get(name, all_) for message in messages])
+        return rows
 
 
 def _clients(total: Kept) -> dict[Form, list[int]]:

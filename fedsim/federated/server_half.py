@@ -15,6 +15,7 @@ from fedsim.federated.aggregate import Aggregator, largest
 from fedsim.federated.client import RESERVED, Train, ordinary
 from fedsim.federated.cohort import ids
 from fedsim.federated.federation import Federation
+from fedsim.federated.positions import GROUP, WHERE, is_reserved
 from fedsim.federated.rows import Rows
 from fedsim.federated.strategy import Strategy, check_state
 from fedsim.training.local import ClientObjective
@@ -50,12 +51,25 @@ class Facts(NamedTuple):
     federation: Federation
     metrics: Mapping[str, float] = {}  # sums of the strategy's own
 
-    def info(self, seed: int, method: Method, records: Records, public: LocalObjective | None = None) -> RoundInfo:
-        """The same for a strategy."""
+    def info(
+        self,
+        seed: int,
+        method: Method,
+        records: Records,
+        aggregate: State,
+        public: LocalObjective | None = None,
+    ) -> tuple[RoundInfo, State]:
+        """The same for a strategy, and what it gets of the aggregate besides."""
         noise = torch_generator(seed, Stream.SERVER, self.number, *KEYS[method])
         weights = torch.tensor([*self.weights.values()], dtype=torch.float64)
         about = self.number, [*self.weights], self.num_clients, noise, self.cohort_examples, self.total_examples
-        return RoundInfo(*about, weights, public, self.federation, self.metrics, records)
+        info = RoundInfo(*about, weights, public, self.federation, self.metrics, records)
+        if GROUP in aggregate:
+            info = info._replace(group_weights=aggregate[GROUP])
+        where = {n.removeprefix(WHERE): value for n, value in aggregate.items() if n.startswith(WHERE)}
+        covered = {name: value if value.is_floating_point() else value.bool() for name, value in where.items()}
+        own = {name: value for name, value in aggregate.items() if not is_reserved(name)}
+        return info._replace(covered=covered), own
 
 
 @dataclass(frozen=True)
@@ -92,7 +106,7 @@ class ServerHalf:
         """The entries of the server's state that change; raises RoundError."""
         rows = aggregate.get("buffers")  # of statistics
         seed, strategy = self.train.seed, self.train.strategy
-        info = self.facts.info(seed, self.method, self.records, public)
+        info, aggregate = self.facts.info(seed, self.method, self.records, aggregate, public)
         own = {name: value for name, value in server.items() if name not in RESERVED}
         copy = {name: value.clone() for name, value in own.items()}  # which the strategy may write to
         with self._border(self.method):
@@ -112,7 +126,7 @@ class ServerHalf:
 
     def selected(self, server: State, aggregate: State) -> list[int]:
         """The ids of the clients that train; raises RoundError."""
-        info = self.facts.info(self.train.seed, self.method, self.records)
+        info, aggregate = self.facts.info(self.train.seed, self.method, self.records, aggregate)
         own = {name: value.clone() for name, value in server.items() if name not in RESERVED}
         with self._border("select"):
             with keyed_globals(self.train.seed, Stream.SERVER, self.facts.number, *KEYS["select"]):

@@ -41,6 +41,7 @@ from fedsim.federated.client import (
     EvaluationChunk,
     Survey,
     Train,
+    broadcast,
     download,
     initial_client_state,
     initial_server_state,
@@ -400,12 +401,12 @@ class Simulation:
         return wanted, f"failures.min_clients is {wanted}"
 
     def _download(self, server: State) -> State:
-        """The entries of the server's state that clients download, as copies."""
-        return {name: value.clone() for name, value in download(self.strategy, server).items()}
+        """The entries of the server's state that clients need, as copies."""
+        return {name: value.clone() for name, value in broadcast(self.strategy, server).items()}
 
     def _size(self, server: State) -> int:
-        """How many bytes a client downloads."""
-        return sum(tensor.nbytes for tensor in download(self.strategy, server).values())
+        """How many bytes a client downloads, which are as many for each."""
+        return sum(value.nbytes for value in download(self.strategy, broadcast(self.strategy, server), 0).values())
 
     def _attempt(self, cohort: list[int]) -> tuple[list[int], Attempt]:
         """The selected clients, and which of them report."""

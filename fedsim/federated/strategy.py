@@ -13,6 +13,8 @@ from fedsim.base.catalogue import check_methods
 from fedsim.errors import ConfigError, WrongReturnError, one_line
 from fedsim.federated.aggregate import Aggregator, WeightedMean
 from fedsim.federated.federation import Federation, asks
+from fedsim.federated.groups import GroupMeans
+from fedsim.federated.positions import fault_of
 from fedsim.federated.rows import mean_of_rows
 from fedsim.training.layout import Layout
 from fedsim.training.objective import LocalObjective
@@ -33,7 +35,8 @@ class Strategy(ABC):
     initial values, or `recalibrated` by the server for each new model. They are separate from the model, and the
     methods of a strategy do not handle them.
 
-    `aggregator` says what the server gets of the messages: their weighted mean, or with `Rows()` all of them.
+    `aggregator` says what the server gets of the messages: their weighted mean, with `GroupMeans(G)` that of each
+    of G groups, or with `Rows()` all of them.
     `survey_aggregator` is the same for the answers to `survey`. `min_clients` is the number of clients whose
     messages each round needs, or `all`; with 0, a round without any gets zeros of the form that `sends` declares,
     as the mean. With `uses_public`, `info.public` is an objective over the server's own examples.
@@ -77,6 +80,13 @@ class Strategy(ABC):
     def init_client(self, model: Tensor, layout: Layout) -> State:
         """A client's state before it first takes part; each `Update.client` must have the same form."""
         return {}
+
+    def download(self, server: State, client_id: int) -> State:
+        """What a client is sent of the server's state, in a form that is the same for all; `broadcast` by default.
+
+        It has `model` (P,), and may have names of its own. It must depend on its arguments alone.
+        """
+        return {name: server[name] for name in self.broadcast}
 
     @abstractmethod
     def client_update(self, server: State, client: State, local: LocalObjective) -> Update:
@@ -220,6 +230,9 @@ class Wrapper(Strategy):
     def init_client(self, model: Tensor, layout: Layout) -> State:
         return self.inner.init_client(model, layout)
 
+    def download(self, server: State, client_id: int) -> State:
+        return self.inner.download(server, client_id)
+
     def client_update(self, server: State, client: State, local: LocalObjective) -> Update:
         return checked_update(self.inner, self.inner.client_update(server, client, local))
 
@@ -294,6 +307,11 @@ def personalises(strategy: Strategy) -> bool:
     return defines(strategy, "personalise")
 
 
+def downloads(strategy: Strategy) -> bool:
+    """Whether what a client is sent depends on the client."""
+    return defines(strategy, "download")
+
+
 def defines(strategy: Strategy, method: str) -> bool:
     """Whether the strategy, or one in it, defines this method."""
     return _itself_defines(strategy, method) or (isinstance(strategy, Wrapper) and defines(strategy.inner, method))
@@ -314,6 +332,8 @@ def check_strategy(strategy: object) -> None:
     for name in ("aggregator", "survey_aggregator"):
         if isinstance(kind := getattr(strategy, name), type) or not isinstance(kind, Aggregator):
             raise ConfigError(f"strategy.{name}: {kind!r} is no aggregator; fedsim.Rows() is one")
+        if isinstance(kind, GroupMeans) and not (type(kind.groups) is int and kind.groups >= 1):
+            raise ConfigError(f"strategy.{name}: {kind!r} should have a whole number of groups >= 1")
     for name in DECLARED.values():
         _check_declaration(strategy, name)
     for name in () if surveys(strategy) else ("surveyed", "select"):
@@ -398,6 +418,9 @@ def _checked_parts(update: object, whose: str) -> Update:
         raise WrongReturnError(f"{whose}gave {made}; it should give fedsim.Update(message, weight)")
     check_state(update.message, "message", whose)
     check_state(update.client, "client state", whose)
+    check_state(update.where, "where", whose)
+    if fault := fault_of(update):
+        raise WrongReturnError(f"{whose}{fault}")
     weight = update.weight
     if not is_number(weight):
         made = f"of shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else repr(weight)

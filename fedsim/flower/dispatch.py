@@ -5,11 +5,13 @@ from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from math import inf
 from time import monotonic, perf_counter, sleep
 from typing import Literal, NamedTuple
 
 import torch
+from flwr.app import ArrayRecord
 
 from fedsim.data import FederatedData
 from fedsim.errors import NodeError, located
@@ -17,6 +19,7 @@ from fedsim.federated.aggregate import Aggregator, largest
 from fedsim.federated.claims import Bounds, Claim, evaluation_claims, first_wrong, training_claims
 from fedsim.federated.client import EvaluateClient, Survey, Train
 from fedsim.federated.fold import Fold
+from fedsim.federated.positions import entries
 from fedsim.federated.runtime import Outcomes, Results
 from fedsim.flower import wire
 from fedsim.flower.internals import LinkError, Reply
@@ -70,8 +73,12 @@ class Answered(NamedTuple):
     examples: int = 0  # of the client
 
 
+def _arrays(state: State) -> ArrayRecord:
+    return wire.arrays(encode(state, "exact")[0])
+
+
 class Dispatch:
-    """The jobs of one round; `server` is what clients are sent.
+    """The jobs of one round; `server` is what clients are sent, or of which each is sent its own.
 
     A client whose node is not there waits for it, as long as nodes may take to come; where the work does not wait
     for absent clients, only if no other client has work.
@@ -87,7 +94,7 @@ class Dispatch:
     ):
         self.federation, self.work, self.data, self.transport = federation, work, data, transport
         self.wait = federation.timing.wait if work.wait_for_absent else 0.0
-        self.broadcast = wire.arrays(encode(server, "exact")[0])  # once, whoever gets it
+        self.server = server
         self.dtype = server["model"].dtype  # of losses
         self.form = None if isinstance(work, EvaluateClient) else work.form(server)  # of messages
         self.most = MAX_ANSWER_EXTRA + MAX_ANSWER_RATIO * sum(value.nbytes for value in server.values())
@@ -174,7 +181,7 @@ class Dispatch:
         if not jobs or self._left() <= 0:
             return
         self.todo = [each for each in self.todo if nodes[each.job.client_id] is None]
-        orders = {node: wire.record(self._order(job), server=self.broadcast) for node, job in jobs.items()}
+        orders = {node: wire.record(self._order(job), server=self._sent(job)) for node, job in jobs.items()}
         try:
             ttl = self._left() + GRACE_SECONDS  # so that it is fedsim that says which client is late
             sent = self.federation.link().send(orders, "train", group=type(self.work).__name__, ttl=ttl)
@@ -183,6 +190,16 @@ class Dispatch:
             raise
         began = perf_counter()
         self.flights |= {message: Flight(jobs[node], node, began) for message, node in sent.items()}
+
+    def _sent(self, job: Job) -> ArrayRecord:
+        """What the client of a job downloads."""
+        own = self.work.download(self.server, job)
+        return self.broadcast if own is self.server else _arrays(own)
+
+    @cached_property
+    def broadcast(self) -> ArrayRecord:
+        """What all download, encoded once."""
+        return _arrays(self.server)
 
     def _order(self, job: Job) -> Order:
         federation, work = self.federation, self.work
@@ -230,7 +247,7 @@ class Dispatch:
         """The update that a node answered; raises ValueError where it cannot be one."""
         job, trained = flight.job, isinstance(self.work, Train)
         message = decode(answer.message, self.most)
-        if self.form is not None and (found := form_of(message)) != self.form:
+        if self.form is not None and (found := form_of(entries(message))) != self.form:
             raise ValueError(f"should have {described(self.form)}, by its strategy, and has {described(found)}")
         version, sums = job.round + 1 if trained and job.client else 0, answer.metrics
         kept = answer.version, answer.mark

@@ -22,7 +22,7 @@ from fedsim.errors import ConfigError, located
 from fedsim.experiment.build import build_recipe, build_task
 from fedsim.federated.aggregate import WeightedMean
 from fedsim.federated.message import moved_statistics
-from fedsim.federated.strategy import surveys
+from fedsim.federated.strategy import downloads, surveys
 from fedsim.flower import wire
 from fedsim.flower.app import values_of
 from fedsim.flower.messages import FINISHED_WAIT, Answer, Finished, Invitation, Order
@@ -118,10 +118,14 @@ def _work(node: Node, message: Message, context: Context, what: Any) -> tuple[di
         raise ConfigError(
             f"strategy: {plan.strategy['name']} asks clients before they train, which Flower's strategies do not"
         )
+    if node.role and downloads(node.role.parts.strategy):
+        raise ConfigError(
+            f"strategy: {plan.strategy['name']} sends each client something else, which Flower's strategies do not"
+        )
     if node.role and not isinstance(node.role.parts.strategy.aggregator, WeightedMean):
         raise ConfigError(
-            f"strategy: {plan.strategy['name']} needs all messages at the server, where Flower's own strategy is; "
-            "set strategy: fedavg here, and the rule in the ServerApp"
+            f"strategy: {plan.strategy['name']} needs more than one mean at the server, where Flower's own "
+            "strategy is; set strategy: fedavg here, and the rule in the ServerApp"
         )
     answer = node.work(
         Order(

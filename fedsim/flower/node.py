@@ -30,6 +30,7 @@ from fedsim.federated.client import (
     EvaluateClient,
     Survey,
     Train,
+    broadcast,
     download,
     initial_client_state,
     initial_server_state,
@@ -279,8 +280,9 @@ class Node:
         task, strategy, recipe = parts
         clients_to_leave_out(task, data, recipe)
         federation = Federation.of(np.zeros(plan.clients, dtype=np.int64))
-        sent = form_of(download(strategy, initial_server_state(strategy, task, federation)))
-        train = Train(strategy, recipe, plan.seed, plan.time_limit)
+        made = initial_server_state(strategy, task, federation)
+        sent = form_of(download(strategy, broadcast(strategy, made), 0))
+        train = Train(strategy, recipe, plan.seed, plan.time_limit, is_downloaded=True)
         worker = Worker(task, data.to(self.device), self.device, graphs=True)
         state, notes = initial_client_state(strategy, task, plan.seed), tuple(notes_on(data, plan.examples))
         return Role(run, digest(text), parts, train, worker, state, sent, notes)

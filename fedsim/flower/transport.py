@@ -4,6 +4,8 @@ Rounding uses error feedback (Seide et al., 1-Bit Stochastic Gradient Descent, I
 al., Error Feedback Fixes SignSGD, ICML 2019): a client sends q(m + e) and keeps e' = m + e - q(m + e) for its next
 message, so that the sum of its messages differs from the exact sum by one rounding error at most.
 
+Of an entry of which a message covers only some positions, these are sent, and its mask as bits or as positions.
+
 Rounding is to the nearest: with error feedback it converges as stochastic rounding does, without random numbers.
 """
 
@@ -21,12 +23,14 @@ from torch import Tensor
 from fedsim.base.catalogue import unknown
 from fedsim.errors import one_line
 from fedsim.federated.aggregate import largest
+from fedsim.federated.positions import WHERE, mask_sizes
 from fedsim.types import State
 
 Transport = Literal["exact", "lossless", "bf16", "int8"]
 TRANSPORTS: tuple[Transport, ...] = get_args(Transport)
 ROUNDED: tuple[Transport, ...] = ("bf16", "int8")  # the others are exact
 
+MASKS = "bits", "indices"  # codings of masks
 BLOCK = 1024  # entries that share a scale in int8; smaller tensors are not rounded
 BUFFERS = "buffers"  # batch-norm statistics are not rounded: a variance must not become negative
 SAMPLE_BYTES = 2**15  # of a plane, compressed first to see whether compression is worth it
@@ -48,8 +52,8 @@ Bytes = npt.NDArray[np.uint8]
 class Coded(NamedTuple):
     """An encoded tensor: its dtype, its shape, and its bytes in a coding, which is the name of a transport.
 
-    `coding` may differ from the message's transport: some tensors are not compressed or rounded. Numbers are
-    little-endian.
+    `coding` may differ from the message's transport: some tensors are not compressed or rounded, and masks have
+    codings of their own. Numbers are little-endian.
     """
 
     dtype: str
@@ -72,14 +76,20 @@ def encode(state: State, transport: str, residual: State | None = None) -> tuple
         raise ValueError(f"transport: {unknown(transport, TRANSPORTS)}")
     encoded, left = Encoded(), State()
     for name, tensor in state.items():
-        value = tensor.detach().cpu()
-        dtype = str(value.dtype).removeprefix("torch.")
+        whole = tensor.detach().cpu()
+        dtype = str(whole.dtype).removeprefix("torch.")
         if dtype not in DTYPES:
             raise ValueError(f"{one_line(name)}: {dtype} cannot be sent; allowed: {', '.join(DTYPES)}")
+        if name.startswith(WHERE):
+            encoded[name] = _mask(whole)
+            continue
+        covered = state[WHERE + name].cpu().bool() if WHERE + name in state else None
+        value = whole if covered is None else whole[covered]
         coding, data = "exact", b""
-        if transport in ROUNDED and dtype == "float32" and name != BUFFERS and value.numel() >= BLOCK:
+        if transport in ROUNDED and dtype == "float32" and name != BUFFERS and whole.numel() >= BLOCK:
             coding = transport
-            data, left[name] = _rounded(name, value, coding, None if residual is None else residual.get(name))
+            before = None if residual is None else residual.get(name)
+            data, left[name] = _rounded(name, whole, coding, before, covered)
         elif transport == "lossless" and len(planes := _planes(value)) < value.nbytes:
             coding, data = "lossless", planes
         else:
@@ -103,6 +113,14 @@ def decode(encoded: Encoded, most: int | None = None) -> State:
             state[name] = DECODERS[coded.coding](coded).reshape(coded.shape)
         except ValueError as error:
             raise ValueError(f"{one_line(name)}: {error}") from None
+    for name in [name for name in state if name.startswith(WHERE)]:
+        mask, values = state[name].bool(), state.get(entry := name.removeprefix(WHERE))
+        if values is None or values.shape != (int(mask.sum()),):
+            raise ValueError(f"{one_line(name)}: there are not as many values as positions")
+        total += mask.numel() * values.itemsize
+        if most is not None and total > most:
+            raise ValueError(f"the message is larger than {most} bytes")
+        state[entry] = torch.zeros(mask.shape, dtype=values.dtype).masked_scatter_(mask, values)
     return state
 
 
@@ -118,11 +136,16 @@ def _checked_size(coded: Coded) -> int:
         raise ValueError(f"{one_line(repr(shape))} is not a shape of a tensor")
     if coding in ROUNDED and dtype != "float32":
         raise ValueError(f"{dtype} cannot be sent as {coding}")
+    if coding in MASKS and dtype != "uint8":
+        raise ValueError(f"{dtype} is no mask, and cannot be sent as {coding}")
     entries, size = prod(shape), prod(shape) * DTYPES[dtype].itemsize
     if coding == "lossless":
         fits = size <= MOST_COMPRESSION * len(data)
+    elif coding == "indices":
+        fits = len(data) % 4 == 0 and len(data) <= 4 * entries
     else:
-        fits = len(data) == {"exact": size, "bf16": 2 * entries, "int8": entries + 4 * _blocks(entries)}[coding]
+        lengths = {"exact": size, "bf16": 2 * entries, "int8": entries + 4 * _blocks(entries)}
+        fits = len(data) == (lengths | {"bits": -(-entries // 8)})[coding]
     if not fits:
         raise ValueError(f"{len(data)} bytes do not fit {dtype} {tuple(shape)} as {coding}")
     return size
@@ -204,20 +227,23 @@ def _inflated(plane: memoryview, entries: int) -> bytes:
 # Rounded
 
 
-def _rounded(name: str, value: Tensor, coding: str, residual: Tensor | None) -> tuple[bytes, Tensor]:
-    """q(m + e) in bytes, and the rounding error m + e - q(m + e)."""
+def _rounded(
+    name: str, value: Tensor, coding: str, residual: Tensor | None, covered: Tensor | None
+) -> tuple[bytes, Tensor]:
+    """q(m + e) in bytes, and the rounding error m + e - q(m + e); what is not covered waits with its e."""
     if residual is not None and residual.shape != value.shape:
         raise ValueError(
             f"{one_line(name)}: has shape {tuple(value.shape)}, but its residual has {tuple(residual.shape)}"
         )
     wanted = value if residual is None else value + residual.to(value)
-    if not isfinite(largest(wanted)):
+    sent = wanted if covered is None else wanted[covered]
+    if not isfinite(largest(sent)):
         raise ArithmeticError(f"{one_line(name)} is not finite")
-    data = (_to_bf16 if coding == "bf16" else _to_int8)(wanted.reshape(-1))
-    left = wanted - DECODERS[coding](Coded("float32", tuple(value.shape), coding, data)).reshape(value.shape)
+    data = (_to_bf16 if coding == "bf16" else _to_int8)(sent.reshape(-1))
+    left = sent - DECODERS[coding](Coded("float32", tuple(sent.shape), coding, data)).reshape(sent.shape)
     if not isfinite(largest(left)):
         raise ArithmeticError(f"{one_line(name)} is too large for {coding}")
-    return data, left
+    return data, left if covered is None else wanted.masked_scatter(covered, left)
 
 
 def _to_bf16(vector: Tensor) -> bytes:
@@ -231,7 +257,7 @@ def _bf16(coded: Coded) -> Tensor:
 
 def _to_int8(vector: Tensor) -> bytes:
     """Each block's scale, its largest magnitude / 127, as float32; then each entry / scale, rounded, as int8."""
-    blocks = torch.nn.functional.pad(vector, (0, -len(vector) % BLOCK)).reshape(-1, BLOCK)
+    blocks = torch.nn.functional.pad(vector, (0, -len(vector) % BLOCK)).reshape(_blocks(len(vector)), BLOCK)
     scales = blocks.abs().amax(1, keepdim=True) / 127
     levels = (blocks / scales.where(scales > 0, 1)).round_().clamp_(-127, 127).to(torch.int8)
     return _bytes(scales).tobytes() + _bytes(levels.reshape(-1)[: len(vector)]).tobytes()
@@ -251,9 +277,33 @@ def _blocks(entries: int) -> int:
     return -(-entries // BLOCK)
 
 
+# Masks of what a message covers
+
+
+def _mask(mask: Tensor) -> Coded:
+    """A mask in the coding that takes fewer bytes."""
+    sizes = mask_sizes(mask.numel(), int(mask.count_nonzero()))
+    coding, flat = min(sizes, key=sizes.__getitem__), mask.reshape(-1).numpy()
+    data = np.packbits(flat) if coding == "bits" else np.flatnonzero(flat).astype("<i4")
+    return Coded("uint8", tuple(mask.shape), coding, data.tobytes())
+
+
+def _bits(coded: Coded) -> Tensor:
+    return torch.from_numpy(np.unpackbits(np.frombuffer(coded.data, np.uint8), count=prod(coded.shape)))
+
+
+def _indices(coded: Coded) -> Tensor:
+    places = np.frombuffer(coded.data, "<i4").astype(np.int64)
+    if (np.diff(places, prepend=-1, append=prod(coded.shape)) <= 0).any():
+        raise ValueError("positions should ascend, within the entry")
+    return torch.zeros(prod(coded.shape), dtype=torch.uint8).index_fill_(0, torch.from_numpy(places), 1)
+
+
 DECODERS: dict[Any, Callable[[Coded], Tensor]] = {
     "exact": _exact,
     "lossless": _lossless,
     "bf16": _bf16,
     "int8": _int8,
+    "bits": _bits,
+    "indices": _indices,
 }

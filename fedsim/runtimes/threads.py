@@ -28,7 +28,7 @@ from fedsim.runtimes.window import in_window
 from fedsim.runtimes.worker import Worker
 from fedsim.training.graphs import CAPTURING
 from fedsim.training.task import Task
-from fedsim.types import Count, Job, Outcome, Report, State
+from fedsim.types import Count, Job, Outcome, Report, State, Update
 
 Result = TypeVar("Result")
 
@@ -88,8 +88,8 @@ class Threads(Runtime):
             if slot not in folds:
                 folds[slot] = Fold(aggregator)
             report = folds[slot].add(job, outcome, began)
-            if self.measuring and isinstance(work, Train) and report.error is None:
-                self._set_workers_by_memory(report.bytes_up)
+            if self.measuring and isinstance(work, Train) and isinstance(outcome, Update):
+                self._set_workers_by_memory(sum(value.nbytes for value in outcome.message.values()))
             return report
 
         with closing(self._each(work, server, jobs, fold)) as finished:

@@ -47,8 +47,9 @@ class FedRep(FedAvg):
             own_model(server, client, entries), only=head
         )
         y = local.train(with_head, only=~head)
+        private = {"private": with_head[entries]}
         delta = (y - x).index_fill(0, entries, 0)
-        return Update({"delta": delta}, weight=self.weight(local), client={"private": with_head[entries]})
+        return Update({"delta": delta}, self.weight(local), client=private, where={"delta": ~head})
 
     def entries(self, layout: Layout) -> Tensor:
         """The positions of the head's entries in the model."""

@@ -28,6 +28,7 @@ from fedsim import (
     Wrapper,
     matching,
 )
+from fedsim.federated.positions import masked
 from fedsim.federated.strategy import surveys
 
 from ..averaging.fedsgd import FedSGD
@@ -108,8 +109,8 @@ def update_with_private(
 ) -> Update:
     """Call `client_update` with the client's own model; its trained values at `entries` are kept under `name`.
 
-    In all other vectors (P,) of the message and the state, these entries are set to 0: the server sees no change
-    there, and control variates have no effect.
+    The message covers them in no vector (P,), so they are not sent, and the server sees no change there. In those
+    of the state they are set to 0: control variates have no effect.
     """
     x = own_model(server, client, entries, name)
     entries, recording = entries.to(x.device), RecordingObjective(local)
@@ -119,11 +120,17 @@ def update_with_private(
             f"personal layers need one call of local.train a round, not {len(recording.last_iterates)}"
         )
 
-    def shared(state: State) -> State:
-        return {n: v.index_fill(0, entries, 0) if v.shape == x.shape else v for n, v in state.items()}
-
+    kept = {n: v.index_fill(0, entries, 0) if v.shape == x.shape else v for n, v in update.client.items()}
     private = {name: recording.last_iterates[0][entries]}
-    return update._replace(message=shared(update.message), client=shared(update.client) | private)
+    return without(entries, update, x)._replace(client=kept | private)
+
+
+def without(entries: Tensor, update: Update, x: Tensor) -> Update:
+    """The update, whose message does not cover the positions `entries` in vectors of the form of the model `x`."""
+    update, ones = masked(update, x), torch.ones_like(x, dtype=torch.uint8)
+    vectors = [name for name, value in update.message.items() if value.shape == x.shape]
+    where = {name: update.where.get(name, ones).index_fill(0, entries, 0) for name in vectors}
+    return masked(update._replace(where=update.where | where), x)
 
 
 class RecordingObjective(ObjectiveWrapper):

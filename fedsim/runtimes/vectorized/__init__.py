@@ -148,7 +148,7 @@ class Vectorized(Runtime):
             network: Network = self.local.network
             with on_stream(self.local.stream):
                 servers = on_device[network.device]
-                clients = [Client(works[i], servers[i], job) for i, job in chunk]
+                clients = [Client(works[i], works[i].download(servers[i], job), job) for i, job in chunk]
                 began, done = perf_counter(), list[tuple[int, Report]]()
                 # Alone: PyTorch 2.15 may crash if two threads use convolutions for the first time.
                 with self.first_chunk:

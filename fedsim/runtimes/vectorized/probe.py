@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedsim.data import FederatedData
 from fedsim.errors import ConfigError, RoundError, located
-from fedsim.federated.client import PRIVATE, Train, download, initial_client_state, initial_server_state
+from fedsim.federated.client import PRIVATE, Train, broadcast, initial_client_state, initial_server_state
 from fedsim.federated.federation import Federation
 from fedsim.runtimes.vectorized.compute import Client, updates
 from fedsim.training.batched.layers import RaggedError
@@ -52,7 +52,7 @@ def check_batchable(network: Network, data: FederatedData, work: Train) -> None:
     """
     federation = Federation.of(data.sizes)
     made = initial_server_state(work.strategy, network.task, federation, network.device, work.seed)
-    server = download(work.strategy, made)
+    server = broadcast(work.strategy, made)
     network, clients = _reporting_all(network), _unequal(data, work.recipe)
     if len({size for n in np.unique(data.sizes) for size in work.recipe.batch_sizes(int(n))}) > 1:
         # Some batches will have padding.
@@ -87,7 +87,8 @@ def _compare(
     """The name of an entry that differs in round `number`, or None."""
     initial = initial_client_state(work.strategy, network.task, work.seed)
     state = {name: value.to(network.device) for name, value in initial.items()}
-    batch = [Client(work, server, Job(client, number, state)) for client in clients]
+    jobs = [Job(client, number, state) for client in clients]
+    batch = [Client(work, work.download(server, job), job) for job in jobs]
     try:
         replica = Replica(network.task, network.device)
         alone = [work(replica, data, server, client.job) for client in batch]
