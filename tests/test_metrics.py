@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from math import fsum, inf, nan
@@ -10,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import _digests, close, make_data, make_simulation, trace
+from forks import snapshots
 from lab import CONFIG as LAB
 from lab import Lab
-from small_run import CONFIG, left
+from small_run import CONFIG, left, rounds_logged
 from test_vectorized import pair
 
 import fedsim
@@ -411,6 +413,22 @@ def test_a_run_that_was_stopped_anywhere_ends_as_one_that_never_was(whole, tmp_p
     assert fedsim.run(settings, out=tmp_path / "run", hooks=[Interrupt()]).interrupted
     fedsim.resume(tmp_path / "run")
     assert left(tmp_path / "run") == left(other)
+
+
+def test_killed_at_any_change_to_a_file_in_its_last_round_a_run_ends_in_that_round(whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        for owner, name in [
+            (Path, "open"),
+            *((os, each) for each in ("fsync", "replace", "rename", "unlink", "mkdir")),
+        ]:
+            patch.setattr(owner, name, getattr(owner, name))  # which `snapshots` changes for good
+        snapshots(str(tmp_path / "run"), str(tmp_path / "moments"))
+        fedsim.run(CONFIG | TOLD, out=tmp_path / "run")
+    moments = [path for path in sorted((tmp_path / "moments").iterdir()) if rounds_logged(path) >= 2]
+    assert {rounds_logged(path) for path in moments} == {2, 3}
+    for moment in moments[::5]:
+        fedsim.resume(moment)
+        assert left(moment) == left(whole), moment
 
 
 def test_only_another_strategy_makes_a_run_longer_that_its_strategy_has_ended(tmp_path):
