@@ -263,7 +263,7 @@ def validated(schema: type[Schema], values: Mapping[str, Any], at: str = "") -> 
 def _written(options: Options) -> Spec:
     """Options as a config holds them; raises ConfigError naming one that it cannot hold, such as a default."""
     written: Spec = {}
-    for name in type(options).model_fields:
+    for name, _ in options:
         try:
             written |= options.model_dump(mode="json", include={name})
         except PydanticSerializationError as error:
