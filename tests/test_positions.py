@@ -122,7 +122,7 @@ def test_who_gives_no_mask_covers_all(triples, without, rng):
         )
         right, found = how.result(how.fold(a)), how.result(scattered(b, rng, how))
         assert bits(found) == bits({name: right[name] for name in found})
-        assert "where.w" in found or all(without[: len(triples)])
+        assert "where.w" in found or all(no for (*_, weight), no in zip(triples, without, strict=False) if weight)
 
 
 def test_a_long_entry_is_settled_piece_by_piece():
@@ -161,6 +161,10 @@ def test_positions_by_groups_are_means_of_each_group():
 MASK = torch.ones(2, dtype=torch.uint8)
 NO_MASKS = {
     "of nothing": ({"w": torch.ones(2), "where.v": MASK}, "where.v is .* no mask of an entry"),
+    "of statistics": (
+        {"buffers": torch.ones(2), "where.buffers": MASK},
+        "where.buffers is .* no mask of an entry",
+    ),
     "of another shape": ({"w": torch.ones(3), "where.w": MASK}, "where.w is .* no mask of an entry"),
     "of floats": ({"w": torch.ones(2), "where.w": torch.ones(2)}, "where.w is .* no mask of an entry"),
     "of twos": (

@@ -86,12 +86,12 @@ def packed(update: Update, like: Tensor) -> Update:
 
 
 def check_positions(message: State) -> None:
-    """Raise ArithmeticError unless each mask of a message is one of its entries."""
+    """Raise ArithmeticError unless each mask of a message is one of its entries, which statistics have not."""
     for name, mask in message.items():
         if not name.startswith(WHERE):
             continue
-        entry = name.removeprefix(WHERE)
-        if entry not in message or (mask.shape, mask.dtype) != (message[entry].shape, torch.uint8):
+        entry = None if name == WHERE + STATISTICS else message.get(name.removeprefix(WHERE))
+        if entry is None or (mask.shape, mask.dtype) != (entry.shape, torch.uint8):
             raise ArithmeticError(f"{name} is {mask.dtype} {tuple(mask.shape)}, which is no mask of an entry")
         if mask.numel() and int(mask.max()) > 1:
             raise ArithmeticError(f"{name} has a position twice, or one outside of 0 to {mask.numel() - 1}")
