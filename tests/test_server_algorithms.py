@@ -403,8 +403,3 @@ def test_afl_with_fixed_weights_is_the_unweighted_mean():
 def test_afl_needs_all_clients():
     with pytest.raises(ConfigError, match="AFL needs all clients, and a cohort has 4 clients"):
         make_simulation("afl", cohort={"name": "uniform", "size": 4})
-
-
-def test_an_option_that_afl_has_no_longer_is_refused_with_the_way_out():
-    with pytest.raises(ConfigError, match=r"^strategy\.clients: is no longer an option: .*; leave it out$"):
-        make_strategy("afl", clients=6)

@@ -69,8 +69,7 @@ class UnknownKeyError(ConfigError):
 class Catalogue:
     """The named entries of one package; `package.module:attribute` reaches any other callable.
 
-    `kind` is the config key that names an entry, such as data.partition. The attribute `removed` of an entry, if
-    it has one, says by name which options it had in earlier versions, and why it has them no longer.
+    `kind` is the config key that names an entry, such as data.partition.
     """
 
     def __init__(self, kind: str, package: str, entries: Mapping[str, str]):
@@ -129,9 +128,6 @@ class Catalogue:
         if "inner" in options:
             options["inner"] = self.resolve(options["inner"], f"{at}.inner")
         own = self.options(spec["name"], f"{at}.name")
-        for key, why in {} if own is AnyOptions else getattr(self.load(spec["name"]), "removed", {}).items():
-            if key in options:
-                raise ConfigError(f"{at}.{key}: is no longer an option: {why}; leave it out")
         if "name" in own.model_fields:
             taken = "has an option called name, which no config can set; rename it"
             raise ConfigError(f"{at}.name: {spec['name']} {taken}")
@@ -261,15 +257,17 @@ def validated(schema: type[Schema], values: Mapping[str, Any], at: str = "") -> 
 
 
 def _written(options: Options) -> Spec:
-    """Options as a config holds them; raises ConfigError naming one that it cannot hold, such as a default."""
-    written: Spec = {}
-    for name, _ in options:
-        try:
-            written |= options.model_dump(mode="json", include={name})
-        except PydanticSerializationError as error:
-            variable = f"declare a variable of the class as `{name}: ClassVar = ...`"
-            raise WrongReturnError(f"option {name}: {one_line(error)}; {variable}") from None
-    return written
+    """Options as a config holds them; raises WrongReturnError naming one that it cannot hold."""
+    try:
+        return options.model_dump(mode="json")
+    except PydanticSerializationError:
+        for name, _ in options:
+            try:
+                options.model_dump(mode="json", include={name})
+            except PydanticSerializationError as error:
+                variable = f"declare a variable of the class as `{name}: ClassVar = ...`"
+                raise WrongReturnError(f"option {name}: {one_line(error)}; {variable}") from None
+        raise
 
 
 def nearest(name: str, allowed: Iterable[str], similar: float = 0.6) -> list[str]:

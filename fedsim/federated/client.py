@@ -19,7 +19,7 @@ from fedsim.errors import ConfigError, RoundError, WrongReturnError, border, is_
 from fedsim.federated.aggregate import WEIGHTS, largest
 from fedsim.federated.claims import Bounds, StepsMethod, first_wrong, training_bounds, training_claims
 from fedsim.federated.federation import SAVED, Federation
-from fedsim.federated.message import answer_form, check_declared, check_form, message_form
+from fedsim.federated.message import answer_form, check_declared, form_fault, message_form
 from fedsim.federated.positions import WHERE, packed
 from fedsim.federated.strategy import (
     Strategy,
@@ -131,7 +131,8 @@ class Train:
             update = update._replace(client=update.client | {"buffers": local.buffers})
         update = _outgoing(self.strategy, "outgoing", server, client, update, local, draws)
         update = packed(update, server["model"])
-        check_form(update.message, self.form(server), f"{type(self.strategy).__name__}.sends")
+        if fault := form_fault(update.message, self.form(server), f"{type(self.strategy).__name__}.sends"):
+            raise UndeclaredError(fault)
         return update
 
     def form(self, server: State) -> Form | None:
@@ -166,7 +167,8 @@ class Survey:
             raise WrongReturnError(f"{whose}: gave a client state; what a client keeps comes from client_update")
         check_finite({}, {}, update.numbers()[1])
         update = packed(update, server["model"])
-        check_form(update.message, self.form(server), f"{type(strategy).__name__}.survey_sends")
+        if fault := form_fault(update.message, self.form(server), f"{type(strategy).__name__}.survey_sends"):
+            raise UndeclaredError(fault)
         bounds = self.bounds(len(data.rows(job.client_id)), dtype)
         where = f"round {job.round + 1}, client {job.client_id}"
         _check_claims(update, bounds, where, whose, "survey_steps")

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedsim.errors import ConfigError, WrongReturnError
+from fedsim.errors import ConfigError
 from fedsim.federated.aggregate import WeightedMean
 from fedsim.federated.positions import entries
 from fedsim.federated.strategy import Strategy, surveys
@@ -32,10 +32,11 @@ def _form(declared: Mapping[str, Entry], server: State) -> Form:
     return tuple((n, shapes[n], e.dtype or server[e.like].dtype) for n, e in sorted(declared.items()))
 
 
-def check_form(message: State, declared: Form | None, whose: str) -> None:
-    """Raise WrongReturnError if a message has another form than `whose` declares."""
-    if declared is not None and (found := form_of(entries(message))) != declared:
-        raise WrongReturnError(f"{whose}: a client sent {described(found)}; declared is {described(declared)}")
+def form_fault(message: State, declared: Form | None, whose: str) -> str | None:
+    """What is wrong where a message has another form than `whose` declares."""
+    if declared is None or (found := form_of(entries(message))) == declared:
+        return None
+    return f"{whose}: a client sent {described(found)}; declared is {described(declared)}"
 
 
 def check_declared(strategy: Strategy) -> None:

@@ -8,7 +8,6 @@ Differs: F_k is over all examples of a client, not over one mini-batch; the mode
 all rounds' (see `ema`).
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -30,7 +29,6 @@ class AFL(Strategy):
 
     broadcast: ClassVar[tuple[str, ...]] = ("model", "lambda")
     min_clients: ClassVar[Literal["all"]] = "all"
-    removed: ClassVar[Mapping[str, str]] = {"clients": "N is known without it"}
     sends = {"delta": CHANGE, "losses": Entry(like="lambda")}
 
     def init_server(self, model: Tensor, federation: Federation) -> State:  # type: ignore[override]
