@@ -18,8 +18,10 @@ from small_run import left, write
 from test_vectorized import assert_agree, pair
 from words import WORDS
 
+from fedsim import Strategy
 from fedsim.experiment.build import build
 from fedsim.experiment.config import load
+from fedsim.strategies import CATALOGUE
 
 RUNTIMES = [
     {"name": "threads", "workers": 1},
@@ -28,13 +30,13 @@ RUNTIMES = [
 ]
 
 
-NAMES = [word.__name__ for word in WORDS]
+NAMES = [*WORDS]
 SETTINGS = {"momentum": 0.5, "weight_decay": 0.01, "clip_norm": 0.5}
 DATA = {**LAB["data"], "public": 0.2}
 
 
 def of(name):
-    return next(word for word in WORDS if word.__name__ == name)()
+    return CATALOGUE.make(WORDS[name], Strategy)
 
 
 @cache
@@ -67,11 +69,10 @@ def test_a_word_means_the_same_in_a_batch_of_clients(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_word_means_the_same_on_nodes(name, tmp_path, monkeypatch):
     """Of all that the server and the nodes keep; some orders come twice."""
-    word = f"words:{name}"
-    config = load(LAB | {"data": DATA, "strategy": {"name": word}, "rounds": 2})
+    config = load(LAB | {"data": DATA, "strategy": WORDS[name], "rounds": 2})
     lab = Lab(tmp_path, monkeypatch, data=DATA, double=0.3)
     for node in lab.nodes.values():
-        allow = node.settings.allow.model_copy(update={"strategies": [word]})
+        allow = node.settings.allow.model_copy(update={"strategies": [WORDS[name]["name"], "fedavg"]})
         node.settings = node.settings.model_copy(update={"allow": allow})
     there, here = lab.simulation(config, wait=1e5, round_timeout=1e6), build(config)
     try:
@@ -106,7 +107,7 @@ def forks(tmp_path_factory):
 def test_a_run_with_a_word_has_the_same_end_after_a_kill(name, forks, tmp_path):
     """Within the files of the second round."""
     data = {"name": "synthetic", "examples": 60, "test_examples": 30, "classes": 3, "clients": 5, "public": 0.1}
-    write(tmp_path, rounds=3, strategy={"name": f"words:{name}"}, data=data, cohort={"name": "all"})
+    write(tmp_path, rounds=3, strategy=WORDS[name], data=data, cohort={"name": "all"})
     tests = Path(__file__).parent
 
     def run(*argv, kill=None):

@@ -61,7 +61,8 @@ def assert_agree(pair, rounds=3, near=close):
         one, other = serial.round(), vectorized.round()
         near(vectorized.server, serial.server)
         near(dict(vectorized.clients.items()), dict(serial.clients.items()))
-        near(torch.tensor(other.train_loss), torch.tensor(one.train_loss))
+        if (other.train_loss, one.train_loss) != (None, None):
+            near(torch.tensor(other.train_loss), torch.tensor(one.train_loss))
         assert (other.steps, other.bytes_up, other.cohort) == (one.steps, one.bytes_up, one.cohort)
 
 

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-from fedsim import Rows, Update
+import torch
+
+from fedsim import GroupMeans, Rows, Update, Wrapper
 from fedsim.strategies.averaging.fedavg import FedAvg
 
 
@@ -105,4 +107,98 @@ class Personalised(FedAvg):
         return own.train(server["model"]), own.buffers
 
 
-WORDS = [Objective, AllRows, PublicExamples, Surveyed, Personalised]
+@dataclass(frozen=True, kw_only=True)
+class Numbers(FedAvg):
+    """The clients tell how far they went; the server records it, and stops after some rounds."""
+
+    metrics = ("moved",)
+
+    def client_update(self, server, client, local):
+        update = super().client_update(server, client, local)
+        return update._replace(metrics={"moved": update.message["delta"].double().norm()})
+
+    def server_update(self, server, mean, info):
+        info.record("mean_moved", info.metrics["moved"] / len(info.cohort))
+        if info.number == 1:
+            info.stop("two rounds are enough")
+        return super().server_update(server, mean, info)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Groups(FedAvg):
+    """Two models; each client downloads and trains that of its group, which changes with the rounds."""
+
+    aggregator = GroupMeans(2)
+
+    def init_server(self, model):
+        return {"model": model, "models": torch.stack([model, 0.9 * model])}
+
+    def download(self, server, client_id):
+        return {"model": server["models"][client_id % 2], "number": server["models"].new_full((), client_id % 2)}
+
+    def client_update(self, server, client, local):
+        update = super().client_update(server, client, local)
+        return update._replace(group=server["number"].long())
+
+    def server_update(self, server, mean, info):
+        models = server["models"] + (info.group_weights > 0)[:, None] * mean["delta"]
+        return {"models": models, "model": models.mean(0)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Positions(FedAvg):
+    """Each client sends a half of its changes by a mask, and the largest tenth of its mean by positions."""
+
+    def init_server(self, model):
+        return {"model": model, "counted": torch.zeros_like(model)}
+
+    def client_update(self, server, client, local):
+        x = server["model"]
+        delta = local.train(x) - x
+        half = (torch.arange(len(x), device=x.device) + local.client_id + local.round) % 2 == 0
+        largest = delta.abs().topk(len(x) // 10).indices
+        where = {"delta": half, "most": largest}
+        return Update({"delta": delta, "most": delta[largest]}, local.num_examples, where=where)
+
+    def server_update(self, server, mean, info):
+        counted = server["counted"] + (info.covered["delta"] > 0) + (info.covered["most"] > 0)
+        return {
+            "model": server["model"] + mean["delta"] + 0.1 * mean["most"],
+            "counted": counted.to(mean["delta"]),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outgoing(Wrapper):
+    """Adds noise to all that leaves a client and keeps what was added; the loss is withheld."""
+
+    buffers_as_changes = True
+
+    def init_client(self, model, layout):
+        return super().init_client(model, layout) | {self.entry("added"): torch.zeros_like(model)}
+
+    def outgoing(self, server, client, update, local):
+        update = super().outgoing(server, client, update, local)
+        added = {name: 1e-3 * local.normal(value) for name, value in update.message.items()}
+        message = {name: value + added[name] for name, value in update.message.items()}
+        kept = update.client | {self.entry("added"): client[self.entry("added")] + added["delta"]}
+        metrics = {name: value for name, value in update.metrics.items() if name != "loss"}
+        return update._replace(message=message, client=kept, metrics=metrics)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Past(FedAvg):
+    """The server weighs by who trained when, and with which loss."""
+
+    def init_server(self, model, federation):
+        return {"model": model, "seen": model.new_zeros(federation.num_clients)}
+
+    def server_update(self, server, mean, info):
+        last = torch.from_numpy(info.federation.last_loss.copy()).nan_to_num(1.0).to(server["seen"])
+        seen = server["seen"] + last * torch.from_numpy(info.federation.last_round + 2.0).to(last)
+        return {"model": server["model"] + mean["delta"] / (1 + seen.mean()), "seen": seen}
+
+
+PLAIN = Objective, AllRows, PublicExamples, Surveyed, Personalised, Numbers, Groups, Positions, Past
+WORDS = {kind.__name__: {"name": f"words:{kind.__name__}"} for kind in PLAIN}  # as in a config
+WORDS["Nested"] = {"name": "words:Outgoing", "inner": {"name": "words:Outgoing", "inner": "fedavg"}}
