@@ -179,7 +179,7 @@ def test_the_servers_half_knows_the_clients():
 
 def test_a_wrapper_that_does_not_pass_the_federation_on_is_named():
     assert make_simulation(Passes(inner=FedAvg())).round()
-    with pytest.raises(ConfigError, match=r"Shares\.init_server needs the federation"):
+    with pytest.raises(ConfigError, match=r"Shares\.init_server needs federation"):
         make_simulation(Passes(inner=Shares()))
 
 

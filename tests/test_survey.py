@@ -269,7 +269,12 @@ def test_settings_that_a_correction_cannot_have_are_refused(name, recipe, at):
 
 @pytest.mark.parametrize(
     ("inner", "why"),
-    [("fedlin", "surveys the global model"), ("fltrust", "trains the global model on the server")],
+    [
+        ("fedlin", "surveys the global model"),
+        (f"{__name__}:Asks", "surveys the global model"),
+        ("fltrust", "trains the global model on the server"),
+        ("words:Groups", "trains several global models"),
+    ],
 )
 def test_personal_layers_are_not_around_what_needs_the_whole_global_model(inner, why):
     with pytest.raises(ConfigError, match=rf"^strategy\.inner: \w+ {why}"):
@@ -389,6 +394,18 @@ def test_a_client_may_train_the_model_that_it_evaluates(runtime):
 
 def test_before_the_first_round_too():
     assert len(make_simulation(Tuned()).evaluate_clients()) == len(SIZES)
+
+
+def test_clients_with_personal_layers_are_chosen_by_the_losses_of_their_own_models():
+    """Not by those of the global one, whose last layers never train."""
+    strategy = make_strategy("personal", layers=["fc*"], inner={"name": "power_of_choice", "size": 2})
+    simulation = make_simulation(strategy)
+    for _ in range(3):
+        simulation.round()
+    own = {k: each.loss for k, each in simulation.evaluate_clients().items()}
+    done = simulation.round()
+    trained = [client for client in done.cohort if str(client) not in done.absent]
+    assert set(trained) == {*sorted(own, key=lambda k: -own[k])[:2]}
 
 
 def test_personal_layers_are_not_around_such_a_strategy():

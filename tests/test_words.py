@@ -45,15 +45,13 @@ SAME = {"rtol": 0, "atol": 0}
 class Words(FedAvg):
     """A global model and one of each client's own, whose statistics (Q,) the client keeps, too."""
 
-    statistics: int  # Q
-
     broadcast = ("model", "personal")
 
     def init_server(self, model):
         return {"model": model, "personal": model}
 
-    def init_client(self, model, layout):
-        return {"personal": model, "statistics": model.new_ones(self.statistics)}
+    def init_client(self, model, layout, buffers):
+        return {"personal": model, "statistics": buffers}
 
     def client_update(self, server, client, local):
         x, personal = server["model"], local.separate("personal", buffers=client["statistics"], epochs=2, lr=0.03)
@@ -88,7 +86,7 @@ class Words(FedAvg):
         return 2 * num_steps
 
 
-WORDS = Words(statistics=6)
+WORDS = Words()
 SETTINGS = {"cohort": {"name": "uniform", "size": 4}, "momentum": 0.5, "weight_decay": 0.01, "clip_norm": 0.5}
 
 
@@ -122,7 +120,7 @@ def test_all_words_agree_in_a_batch_of_clients(sizes):
 
 def test_all_words_go_on_after_a_stop(tmp_path):
     config = CONFIG | {
-        "strategy": {"name": "test_words:Words", "statistics": 14},
+        "strategy": {"name": "test_words:Words"},
         "evaluate": {"every": 5},
         "hooks": [],
     }
@@ -135,7 +133,7 @@ def test_all_words_go_on_after_a_stop(tmp_path):
 
 def test_all_words_give_one_digest_on_nodes(tmp_path, monkeypatch):
     """The server keeps the mean of what the nodes keep."""
-    config = load(LAB | {"strategy": {"name": "test_words:Words", "statistics": 68}, "rounds": 2})
+    config = load(LAB | {"strategy": {"name": "test_words:Words"}, "rounds": 2})
 
     def played(simulation):
         records = [simulation.round() for _ in range(2)]

@@ -284,10 +284,9 @@ def check_methods(thing: object, base: type, at: str, more: Mapping[str, str] = 
     own = {name: method for name in methods if is_own(method := getattr(thing, name))}
     for name, method in own.items():
         _, *arguments = inspect.signature(methods[name]).parameters
-        signature = inspect.signature(method)
-        besides = {more[name]: None} if more.get(name) in signature.parameters else {}
+        besides = {more[name]: None} if name in more and asks(method, more[name]) else {}
         try:
-            signature.bind(*arguments, **besides)
+            inspect.signature(method).bind(*arguments, **besides)
         except TypeError as error:
             taken = f"{kind.__name__}.{name} does not take the arguments ({', '.join(arguments)})"
             raise ConfigError(f"{at}: {taken}: {error}") from None
@@ -301,6 +300,11 @@ def check_methods(thing: object, base: type, at: str, more: Mapping[str, str] = 
             near = nearest(name, _class_variables(base) - vars(part).keys(), 0.85)
             if near and name in _class_variables(part) and not hasattr(base, name):
                 raise ConfigError(f"{at}: {part.__name__}.{name} is never read; did you mean {near[0]!r}?")
+
+
+def asks(function: Callable[..., object], parameter: str) -> bool:
+    """Whether a function has this parameter, and so is given it."""
+    return parameter in inspect.signature(function).parameters
 
 
 def _public_methods(kind: type) -> dict[str, Callable[..., Any]]:

@@ -28,8 +28,8 @@ from fedsim.federated.strategy import (
     checked_update,
     defines,
     downloads,
+    initial,
     personalises,
-    server_state,
 )
 from fedsim.training.local import ClientObjective
 from fedsim.training.objective import KeyedObjective, LocalObjective
@@ -264,7 +264,7 @@ def initial_server_state(
         keyed_globals(seed, Stream.SERVER),
         border(f"strategy: {type(strategy).__name__}.init_server", ConfigError),
     ):
-        own = server_state(strategy, model, federation)
+        own = initial(strategy, "init_server", federation, model)
         check_state(own)
         if "model" not in own or form_of({"model": own["model"]}) != form_of({"model": model}):
             made, right = described(form_of(own)), described(form_of({"model": model}))
@@ -319,7 +319,7 @@ def initial_client_state(strategy: Strategy, task: Task, seed: int = 0) -> State
         keyed_globals(seed, Stream.NETWORK),
         border(f"strategy: {type(strategy).__name__}.init_client", ConfigError),
     ):
-        own = strategy.init_client(task.initial_model, task.layout)
+        own = initial(strategy, "init_client", task.initial_buffers, task.initial_model, task.layout)
         check_state(own)
         own = {name: value.detach().to(task.initial_model.device) for name, value in ordinary(own).items()}
     own |= _private_entries(task.initial_of("private"))

@@ -1,7 +1,6 @@
 """What the server knows of its clients between two rounds: how much each holds, and how its last training went."""
 
-import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -81,8 +80,3 @@ class Federation(NamedTuple):
             )
         shares: Floats = self.sizes / self.sizes.sum()
         return shares
-
-
-def asks(function: Callable[..., object]) -> bool:
-    """Whether a function has a parameter `federation`, and so is given one."""
-    return "federation" in inspect.signature(function).parameters

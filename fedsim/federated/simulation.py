@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from annotated_types import Ge
 
-from fedsim.base.catalogue import Spec
+from fedsim.base.catalogue import Spec, asks
 from fedsim.base.devices import one_thread
 from fedsim.base.files import uninterrupted
 from fedsim.base.global_draws import keyed_globals
@@ -47,7 +47,7 @@ from fedsim.federated.client import (
     initial_server_state,
 )
 from fedsim.federated.cohort import Cohort, ids, may_be_empty
-from fedsim.federated.federation import Federation, Past, asks
+from fedsim.federated.federation import Federation, Past
 from fedsim.federated.fold import cause
 from fedsim.federated.message import check_zeros, moved_statistics, zero_message
 from fedsim.federated.pace import Pace
@@ -264,7 +264,7 @@ class Simulation:
             check_zeros(self.strategy, self.server)
 
     def _drawn(self) -> list[int]:
-        more = {"federation": self.federation} if asks(self.cohort) else {}
+        more = {"federation": self.federation} if asks(self.cohort, "federation") else {}
         with keyed_globals(self.seed, Stream.COHORT, self.number):
             drawn = self.cohort(self.data.num_clients, random(self.seed, Stream.COHORT, self.number), **more)
         return ids(drawn, self.data.num_clients, empty=not self._needs[0])

@@ -4,15 +4,15 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from fedsim.base.catalogue import check_methods
+from fedsim.base.catalogue import asks, check_methods
 from fedsim.errors import ConfigError, WrongReturnError, one_line
 from fedsim.federated.aggregate import Aggregator, WeightedMean
-from fedsim.federated.federation import Federation, asks
+from fedsim.federated.federation import Federation
 from fedsim.federated.groups import GroupMeans
 from fedsim.federated.positions import fault_of
 from fedsim.federated.rows import mean_of_rows
@@ -23,6 +23,7 @@ from fedsim.types import METRIC_NAMES, Entry, RoundInfo, State, Update, is_metri
 
 Buffers = Literal["average", "private", "frozen", "recalibrated"]
 DECLARED = {"client_update": "sends", "survey": "survey_sends"}  # what is declared of what a method sends
+FURTHER = {"init_server": "federation", "init_client": "buffers"}  # a parameter that a method may have besides
 RESERVED_ENTRY = re.compile(r"buffers|group|where\..*")  # of a message
 
 
@@ -78,7 +79,10 @@ class Strategy(ABC):
         return {"model": model}
 
     def init_client(self, model: Tensor, layout: Layout) -> State:
-        """A client's state before it first takes part; each `Update.client` must have the same form."""
+        """A client's state before it first takes part; each `Update.client` must have the same form.
+
+        With a further parameter `buffers`, it is also given (Q,) the initial batch-norm statistics.
+        """
         return {}
 
     def download(self, server: State, client_id: int) -> State:
@@ -225,10 +229,10 @@ class Wrapper(Strategy):
         self.inner.check(recipe, layout)
 
     def init_server(self, model: Tensor, federation: Federation | None = None) -> State:
-        return server_state(self.inner, model, federation)
+        return initial(self.inner, "init_server", federation, model)
 
-    def init_client(self, model: Tensor, layout: Layout) -> State:
-        return self.inner.init_client(model, layout)
+    def init_client(self, model: Tensor, layout: Layout, buffers: Tensor | None = None) -> State:
+        return initial(self.inner, "init_client", buffers, model, layout)
 
     def download(self, server: State, client_id: int) -> State:
         return self.inner.download(server, client_id)
@@ -286,20 +290,29 @@ class Wrapper(Strategy):
         return f"wrapper{inside}.{name}"
 
 
-def server_state(strategy: Strategy, model: Tensor, federation: Federation | None) -> State:
-    """What `init_server` gives; raises ConfigError where a wrapper has not passed on the federation it needs."""
-    init: Callable[..., State] = strategy.init_server
-    if not asks(init):
-        return init(model)
-    if federation is None and not isinstance(strategy, Wrapper):
-        name = type(strategy).__name__
-        raise ConfigError(f"strategy: {name}.init_server needs the federation, which the strategy around it got")
-    return init(model, federation=federation)
+def initial(strategy: Strategy, method: Literal["init_server", "init_client"], more: Any, *given: Any) -> State:
+    """What a method gives that has these arguments, and `more` where it asks for that.
+
+    Raises ConfigError where a wrapper has not passed it on.
+    """
+    init: Callable[..., State] = getattr(strategy, method)
+    if not asks(init, name := FURTHER[method]):
+        return init(*given)
+    if more is None and not isinstance(strategy, Wrapper):
+        whose = f"{type(strategy).__name__}.{method}"
+        raise ConfigError(f"strategy: {whose} needs {name}, which the strategy around it got and did not pass on")
+    return init(*given, **{name: more})
 
 
 def surveys(strategy: Strategy) -> bool:
-    """Whether there is an exchange before the training."""
-    return defines(strategy, "survey")
+    """Whether there is an exchange before the training.
+
+    A wrapper that does nothing with the answers only passes the survey of the inner strategy on.
+    """
+    if not isinstance(strategy, Wrapper):
+        return defines(strategy, "survey")
+    uses_answers = any(_itself_defines(strategy, method) for method in ("surveyed", "select"))
+    return surveys(strategy.inner) or (uses_answers and _itself_defines(strategy, "survey"))
 
 
 def personalises(strategy: Strategy) -> bool:
@@ -325,7 +338,7 @@ def check_strategy(strategy: object) -> None:
     """Raise ConfigError unless it is a Strategy, whose methods, and those of its inner ones, can be called."""
     if not isinstance(strategy, Strategy):
         raise ConfigError(f"strategy: {strategy!r} is no Strategy")
-    check_methods(strategy, Strategy, "strategy", {"init_server": "federation"})
+    check_methods(strategy, Strategy, "strategy", FURTHER)
     if strategy.buffers not in get_args(Buffers):
         allowed = ", ".join(get_args(Buffers))
         raise ConfigError(f"strategy.buffers: {strategy.buffers!r} is unknown; allowed: {allowed}")

@@ -17,6 +17,7 @@ from torch import Tensor
 from fedsim import (
     Buffers,
     ConfigError,
+    GroupMeans,
     Layout,
     LocalObjective,
     ObjectiveWrapper,
@@ -29,7 +30,7 @@ from fedsim import (
     matching,
 )
 from fedsim.federated.positions import masked
-from fedsim.federated.strategy import surveys
+from fedsim.federated.strategy import downloads, initial, surveys
 
 from ..averaging.fedsgd import FedSGD
 
@@ -58,22 +59,26 @@ class Personal(Wrapper):
         for each in _with_inner(self.inner):
             if isinstance(each, FedSGD):
                 raise ConfigError("strategy.inner: fedsgd trains no layers at the client; use fedavg")
-            if surveys(each) or each.uses_public:
-                what = "surveys the global model" if surveys(each) else "trains the global model on the server"
-                raise ConfigError(f"strategy.inner: {type(each).__name__} {what}, without the personal layers")
+            if why := _needs_whole_model(each):
+                raise ConfigError(f"strategy.inner: {type(each).__name__} {why}, without the personal layers")
             own = type(each).client_model, type(each).personalise
             if not {*own} <= {getattr(kind, m) for kind in (Strategy, Wrapper) for m in PERSONAL}:
                 raise ConfigError(f"strategy.inner: {type(each).__name__} has personal models of its own")
         ones = torch.ones(sum(layout.sizes))
-        if any(v.shape == ones.shape and v.any() for v in self.inner.init_client(ones, layout).values()):
+        states = initial(self.inner, "init_client", ones.new_zeros(0), ones, layout)
+        if any(value.shape == ones.shape and value.any() for value in states.values()):
             raise ConfigError("strategy.inner: its clients store whole models, without the personal layers")
         super().check(recipe, layout)
 
-    def init_client(self, model: Tensor, layout: Layout) -> State:
-        return super().init_client(model, layout) | {self.entry("private"): model[self.entries(layout)]}
+    def init_client(self, model: Tensor, layout: Layout, buffers: Tensor | None = None) -> State:
+        return super().init_client(model, layout, buffers) | {self.entry("private"): model[self.entries(layout)]}
 
     def client_model(self, server: State, client: State, layout: Layout) -> Tensor:
         return own_model(server, client, self.entries(layout), self.entry("private"))
+
+    def survey(self, server: State, client: State, local: LocalObjective) -> Update:
+        own = self.client_model(server, client, local.layout)
+        return super().survey(server | {"model": own}, client, local)
 
     def client_update(self, server: State, client: State, local: LocalObjective) -> Update:
         entries, name = self.entries(local.layout), self.entry("private")
@@ -83,6 +88,18 @@ class Personal(Wrapper):
         """The positions of the personal entries in the model."""
         mask = layout.mask(matching(layout.shapes, self.layers, "strategy.layers").__contains__)
         return mask.nonzero().squeeze(1)
+
+
+def _needs_whole_model(strategy: Strategy) -> str | None:
+    """What a strategy does with the global model alone, if it does."""
+    sent = strategy.survey_sends
+    if surveys(strategy) and (sent is None or any(e.shape is None and e.like == "model" for e in sent.values())):
+        return "surveys the global model"
+    if strategy.uses_public:
+        return "trains the global model on the server"
+    if downloads(strategy) or isinstance(strategy.aggregator, GroupMeans):
+        return "trains several global models"
+    return None
 
 
 def refuse_recalibrated(buffers: Buffers) -> None:
