@@ -1,8 +1,10 @@
-"""A small run that knows all that a checkpoint holds, and what it leaves, in a form that compares."""
+"""A small run that knows all that a checkpoint holds, what it leaves in forms that compare, and how it goes on."""
 
 import json
 import os
+import shutil
 import struct
+from concurrent.futures import ThreadPoolExecutor
 
 import yaml
 from safetensors.torch import load_file
@@ -104,3 +106,49 @@ def rounds_logged(run):
 def contents(folder):
     """Every file with its bytes."""
     return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+# What stops, and goes on
+
+QUIET = ("", "fedsim: no checkpoint: starts with round 1\n")
+
+
+def whole(forks, folder, *settings, name="whole"):
+    """What a run never stopped leaves."""
+    done = forks.run("run", "c.yaml", *settings, f"--out={name}", cwd=folder)
+    assert (done.status, done.err) == (0, ""), str(done)
+    return left(folder / name)
+
+
+def resumed(forks, folder, name, *settings, warned=False):
+    """What is left once a run was resumed and went to its end, with no word of complaint unless `warned`."""
+    done = forks.run("resume", name, *settings, cwd=folder)
+    assert done.status == 0, str(done)
+    assert warned or done.err in QUIET, str(done)
+    return left(folder / name)
+
+
+def same(forks, folder, moments, expected, *settings, warned=False):
+    """Each of these folders of a stopped run, resumed, comes to what is expected."""
+
+    def end(moment):
+        return resumed(forks, folder, moment, *settings, warned=warned)
+
+    with ThreadPoolExecutor(3) as pool:
+        for moment, found in zip(moments, pool.map(end, moments), strict=True):
+            assert found == expected, moment
+            shutil.rmtree(moment)
+
+
+def refused(done, *said):
+    """It ended with status 2 and one line that says all of this."""
+    assert done.status == 2, str(done)
+    assert done.err.startswith("fedsim: "), str(done)
+    assert done.err.count("\n") == 1, str(done)
+    for each in said:
+        assert each in done.err
+
+
+def snapshots(folder):
+    """Folders as a kill would leave them, before and within each change to a file, in order."""
+    return sorted((folder / "at").iterdir())

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from covering import in_turn, sampled
 from torch import nn
 from torchvision.models import get_model
 from torchvision.ops import StochasticDepth
@@ -54,7 +55,7 @@ def test_parameters_have_the_names_and_shapes_of_torchvision(name, theirs, optio
     ("name", "theirs", "options"),
     [
         ("alexnet", "alexnet", {}),
-        ("vgg11", "vgg11", {}),
+        pytest.param("vgg11", "vgg11", {}, marks=pytest.mark.slow),
         ("vgg11", "vgg11_bn", {"batch_norm": True}),
         ("densenet121", "densenet121", {}),
     ],
@@ -137,8 +138,10 @@ def test_densenet_starts_as_he_has_it_its_first_convolution_too():
         assert conv.weight.std().item() == pytest.approx((2 / conv.weight[0].numel()) ** 0.5, rel=0.06)
 
 
-@pytest.mark.parametrize("name", ["alexnet", "vgg11", "densenet121"])
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+TRAINED = ["alexnet", "vgg11", "densenet121"], [None, torch.bfloat16]
+
+
+@pytest.mark.parametrize(("name", "dtype"), sampled(in_turn(*TRAINED), *TRAINED))
 def test_a_replica_trains_it_and_its_dropout_is_keyed(name, dtype):
     shape = (1, 16, 18)
     task = Task(make(name, shape), shape, 10, channels_last=True)

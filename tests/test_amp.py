@@ -1,5 +1,7 @@
 """Low precision: every backbone trains in it, and it keeps less for the backward pass."""
 
+from functools import cache
+
 import pytest
 import torch
 from test_models import build
@@ -60,12 +62,17 @@ def test_depthwise_convolutions_keep_their_precision_on_a_cpu():
     assert {p.dtype for p in replica.parameters if p.dim() == 4 and p.shape[1] == 1} == {torch.float32}
 
 
+@cache
+def resnet18():
+    return Task(build("resnet18", SHAPE, CLASSES), SHAPE, CLASSES)
+
+
 @pytest.mark.parametrize("precision", list(AUTOCAST))
 def test_low_precision_keeps_about_half(precision):
     """NVIDIA's claim, of the activations that a training step of ResNet-18 keeps, weights not counted."""
 
     def kept(dtype):
-        replica, sizes = Replica(Task(build("resnet18", SHAPE, CLASSES), SHAPE, CLASSES)), {}
+        replica, sizes = Replica(resnet18()), {}
         replica.begin_client(replica.task.initial_buffers, 0, dtype)
         own = {p.untyped_storage().data_ptr() for p in replica.parameters}
 

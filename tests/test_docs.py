@@ -1,6 +1,6 @@
 """What README.md and docs/ show works as it stands, and their tables name what there is.
 
-The commands in `bash` blocks are run, those in `sh` blocks and within sentences are only parsed.
+The commands in `bash` blocks are run, by default the README's; those in `sh` blocks and sentences are only parsed.
 """
 
 import json
@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import ray
 import yaml
+from covering import sampled
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -79,7 +80,7 @@ def test_the_readme_shows_what_a_simulation_needs():
     assert shown == {"run", "resume", "partition", "compare", "list", "bench", "profile", "export", "sweep"}
 
 
-@pytest.mark.parametrize("page", with_blocks("bash"))
+@pytest.mark.parametrize("page", sampled([("README.md",)], with_blocks("bash")))
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # of processes that Ray lets go of as it shuts down
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_commands_run(checkout, page):
@@ -91,9 +92,9 @@ def test_the_commands_run(checkout, page):
         ray.shutdown()  # which `auto` would try in other tests
 
 
-@pytest.mark.parametrize("page", with_blocks("sh"))
-def test_the_other_commands_are_ones_that_there_are(checkout, page):
-    for line in commands("sh", PAGES[page]):
+@pytest.mark.parametrize("page", PAGES)
+def test_all_commands_are_ones_that_there_are(checkout, page):
+    for line in [*commands("bash", PAGES[page]), *commands("sh", PAGES[page])]:
         _, name, *arguments = shlex.split(line, comments=True)
         with COMMANDS[name].make_context(name, arguments) as context:  # raises for options that it lacks
             if name in ("run", "partition", "bench"):

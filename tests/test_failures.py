@@ -669,9 +669,10 @@ def test_a_time_limit_that_nobody_reaches_changes_nothing(runtime, clock):
     assert trace(patient, rounds=2) == trace(make_simulation(Dawdles(sleep=clock.sleep)), rounds=2)
 
 
-@pytest.mark.parametrize("name", list(CATALOGUE))
-@both
-def test_every_strategy_minds_the_time(runtime, name, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "runtime"), sampled(in_turn(CATALOGUE, RUNTIMES[::3]), CATALOGUE, RUNTIMES[::3]), ids=str
+)
+def test_every_strategy_minds_the_time(name, runtime, monkeypatch):
     """Each asks before its batches, by `batches`, or `train`, or `gradient`."""
     asked = count()
     monkeypatch.setattr("fedsim.training.local.perf_counter", lambda: float(next(asked)))

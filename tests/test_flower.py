@@ -470,7 +470,10 @@ def on(federation, **options):
 SHORT = CONFIG | {"rounds": 2, "cohort": {"name": "uniform", "size": 2}, "evaluate": {"clients": True}}
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "scaffold", "fedbn", "fedadam", "mime"])
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("fedavg", "fedadam", "mime")]
+
+
+@pytest.mark.parametrize("strategy", ["scaffold", "fedbn", *OTHERS])
 def test_nodes_give_the_records_of_a_simulation(federation, strategy):
     """Round by round: cohort, losses, steps, fingerprint, tests, and each client's own accuracy."""
     config = SHORT | {"strategy": strategy}

@@ -72,24 +72,26 @@ def test_runtimes_agree_with_any_number_of_workers(name, reference, runtime):
 def test_a_run_repeats_itself_whatever_others_draw_and_compute_with(name, reference):
     torch.set_num_threads(2)
     simulation = make_simulation(name, cohort=cohort_for(name, SAMPLE))
-    for expected in reference:
+    for expected in reference[:2]:
         torch.manual_seed(expected["round"])
         np.random.seed(expected["round"])  # noqa: NPY002 - which is what must not matter
         assert trace(simulation, rounds=1) == [expected]
 
 
 def test_another_seed_is_another_model(name, reference):
-    other = trace(make_simulation(name, cohort=cohort_for(name, SAMPLE), seed=1))
-    assert all(a["fingerprint"] != b["fingerprint"] for a, b in zip(other, reference, strict=True))
+    (other,) = trace(make_simulation(name, cohort=cohort_for(name, SAMPLE), seed=1), rounds=1)
+    assert other["fingerprint"] not in {record["fingerprint"] for record in reference}
 
 
 def test_a_wrapper_that_does_nothing_changes_nothing(name, reference):
-    assert trace(make_simulation(Wrapper(inner=make_strategy(name)), cohort=cohort_for(name, SAMPLE))) == reference
+    wrapped = make_simulation(Wrapper(inner=make_strategy(name)), cohort=cohort_for(name, SAMPLE))
+    assert trace(wrapped, rounds=2) == reference[:2]
 
 
 def test_a_wrapper_agrees_in_all_runtimes(name):
     wrapped = Halved(inner=make_strategy(name))
-    assert trace(make_simulation(wrapped, runtime=THREADS[2])) == trace(make_simulation(wrapped))
+    runs = [make_simulation(wrapped, runtime=runtime) for runtime in ("serial", THREADS[2])]
+    assert trace(runs[0], rounds=2) == trace(runs[1], rounds=2)
 
 
 def augmentations(*names):
@@ -391,7 +393,7 @@ def test_everyone_learns(name):
     task = make_task(lambda: conv_net(dropout=0.1))
     simulation = make_simulation(name, task=task, data=make_data([30, 40, 50], noise=0.3, public=30), lr=0.1)
     before = own_loss(simulation)
-    for _ in range(20):
+    for _ in range(12):
         simulation.round()
     assert own_loss(simulation) < before / 2
 

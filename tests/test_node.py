@@ -171,7 +171,7 @@ def truth(strategy):
 
 
 def shown(simulation):
-    records = trace(simulation, 3)
+    records = trace(simulation, 2)
     return [{name: value for name, value in record.items() if name != "clients"} for record in records]
 
 

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, reduce
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -112,7 +113,7 @@ COUNTS = (1, 2, 4)
 
 
 def test_actors_agree_with_serial(name, reference):
-    count = COUNTS[list(CATALOGUE).index(name) % len(COUNTS)]
+    count = COUNTS[list(CATALOGUE).index(name) % 2]  # of the fewer, as each actor takes seconds to start
     assert trace(simulate(name, count, cohort=cohort_for(name, SAMPLE))) == reference
 
 
@@ -317,7 +318,10 @@ class Deadly(Wrapper):
         return super().client_update(server, client, local)
 
 
-@pytest.mark.parametrize(("count", "bad"), [pytest.param(1, {3}, marks=pytest.mark.slow), (2, {2, 5})])
+@pytest.mark.parametrize(
+    ("count", "bad"),
+    [pytest.param(1, {3}, marks=pytest.mark.slow), (2, {3}), pytest.param(2, {2, 5}, marks=pytest.mark.slow)],
+)
 def test_clients_of_an_actor_that_died_run_again(tmp_path, count, bad):
     """With the same model, and each reported once."""
     strategy = Deadly(inner=make_strategy("scaffold"), bad=bad, folder=tmp_path)
@@ -349,20 +353,23 @@ def test_an_actor_that_dies_with_its_sum_is_made_up_for():
 
 
 @pytest.mark.filterwarnings("ignore:runtime. the actor on .* died")  # with two clients it is not known whose fault
-def test_a_client_that_kills_every_actor_is_the_failure(tmp_path, monkeypatch):
-    monkeypatch.setattr("fedsim.runtimes.ray.dispatch.MAX_DEATHS", 2)
+@pytest.mark.parametrize("deaths", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_client_that_kills_every_actor_is_the_failure(deaths, tmp_path, monkeypatch):
+    monkeypatch.setattr("fedsim.runtimes.ray.dispatch.MAX_DEATHS", deaths)
     strategy = Deadly(inner=make_strategy("scaffold"), bad={3}, folder=tmp_path, times=9)
     simulation = simulate(strategy, failures=DROP)
-    with pytest.warns(RuntimeWarning, match="died, and"):
-        done = simulation.round()
+    done = simulation.round()
     assert done.failed.keys() == {"3"}
-    assert done.failed["3"].startswith("its Ray actor died 2 times (")
+    assert done.failed["3"].startswith(f"its Ray actor died {deaths} time")
     others = {"name": "fixed", "clients": [0, 1, 2, 4, 5]}
     assert done.fingerprint == make_simulation("scaffold", cohort=others).round().fingerprint
-    for file in tmp_path.iterdir():
-        file.unlink()
-    simulation = simulate(strategy)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:runtime. the actor on .* died")
+def test_a_client_that_kills_every_actor_ends_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr("fedsim.runtimes.ray.dispatch.MAX_DEATHS", 1)
+    simulation = simulate(Deadly(inner=make_strategy("scaffold"), bad={3}, folder=tmp_path, times=9))
     with pytest.raises(ClientError, match=r"^round 1, client 3: its Ray actor died 1"):
         simulation.round()
     assert simulation.number == 0
@@ -569,15 +576,14 @@ def test_a_cluster_that_does_not_answer_is_said_soon(by, said, monkeypatch):
     monkeypatch.setattr("fedsim.runtimes.ray.cluster.WAIT", 0.2)
     monkeypatch.setattr("ray._private.services.find_gcs_addresses", cache(set))
     with socket.create_server((LOOPBACK, 0)) as server, ThreadPoolExecutor() as beside:
-        address = f"{LOOPBACK}:{server.getsockname()[1]}"
+        address, told = f"{LOOPBACK}:{server.getsockname()[1]}", Event()
         monkeypatch.setattr("ray._private.utils.read_ray_address", lambda *_: address)
         monkeypatch.setenv("RAY_ADDRESS", address if by == "variable" else "")
 
         def serve():
             with suppress(ConnectionError), server.accept()[0] as connection:
                 connection.sendall(said)
-                while connection.recv(1000):
-                    pass
+                told.wait(60)  # gRPC itself would hold a silent connection for 20 s
 
         serving = beside.submit(serve)
         why = {
@@ -587,6 +593,7 @@ def test_a_cluster_that_does_not_answer_is_said_soon(by, said, monkeypatch):
         }[by] + (r" reached \(.*http1.*\)" if said else r" reached \(no answer in 0\.2 s\)")
         with pytest.raises(ConfigError, match=why):
             Ray(TASK, DATA, address=address if by == "address" else "auto")
+        told.set()
         serving.result()
 
 
@@ -690,7 +697,7 @@ def test_actors_of_a_run_that_failed_end_though_its_exception_is_kept():
     run, _ = new_run(config)
     (process,) = processes(run.simulation.runtime)
     object.__setattr__(run.simulation, "strategy", None)
-    with pytest.raises(AttributeError) as kept:
+    with pytest.raises(RoundError) as kept:
         execute(run)
     assert kept.value.__traceback__
     soon(lambda: not process.exists())

@@ -300,11 +300,12 @@ def check_nothing_is_lost(store, now):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a file that Python did not close
+@pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("action", ACTIONS)
-def test_an_interrupt_at_any_line_loses_nothing(action, small, tmp_path):
-    line, done = 0, False
+def test_an_interrupt_at_any_line_loses_nothing(action, step, small, tmp_path):
+    line, done = 1 - step, False
     while not done:
-        line += 1
+        line += step
         folder = tmp_path / str(line)
         folder.mkdir()
         store, now = used_store(folder, staged=action in ("stage", "discard", "commit"))

@@ -253,7 +253,7 @@ def test_a_killed_sweep_goes_on(place, fedsim_):
         assert left(Path("s", name))["rounds"] == left(Path("whole", name))["rounds"]
 
 
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("lost", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_rows_go_on_from_one_round(place, fedsim_, lost):
     """As after a kill between two points' checkpoints: the bits depend on who trains beside whom."""
     command = ["sweep", "c.yaml", "local.lr=0.05,0.1,0.2", f"runtime={ROWS}", "rounds=6", "--jobs=1"]
@@ -365,7 +365,7 @@ def test_rows_that_were_chosen_go_on_as_what_they_were(place, fedsim_, monkeypat
 # Rows of one batch
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "scaffold"])
+@pytest.mark.parametrize("strategy", [pytest.param("fedavg", marks=pytest.mark.slow), "scaffold"])
 def test_rows_of_a_batch_are_what_runs_apart_are(place, fedsim_, strategy):
     settings = [f"strategy={strategy}", "data.partition_seed=1", "data.holdout=0.2", "evaluate.clients=true"]
     grid = ["local.lr=0.05,0.1", "seed=0,1"]
