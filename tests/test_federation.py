@@ -14,7 +14,7 @@ from small_run import CONFIG, state
 from test_survey import Selects
 
 import fedsim
-from fedsim import ConfigError, Federation, RoundError, Update, Wrapper
+from fedsim import CHANGE, ConfigError, Entry, Federation, RoundError, Update, Wrapper
 from fedsim.base.files import write
 from fedsim.experiment.build import build
 from fedsim.experiment.checkpoint import _signed, read_checkpoint
@@ -438,3 +438,84 @@ def test_power_of_choice_trains_those_with_the_largest_loss():
 def test_of_fewer_candidates_all_train():
     simulation = make_simulation(make_strategy("power_of_choice", size=3), cohort={"name": "uniform", "size": 2})
     assert simulation.round().absent == {}
+
+
+def test_zeros_are_not_taken_for_right_in_a_server_half_of_ones_own():
+    """One that divides by what clients sent, say."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Divides(FedAvg):
+        def server_update(self, server, mean, info):
+            return {"model": server["model"] + mean["delta"] / mean["delta"].norm()}
+
+    assert Divides.min_clients == 1
+    with pytest.raises(ConfigError, match="Divides needs 1"):
+        make_simulation(Divides(), cohort={"name": "poisson", "rate": 0.1}, failures=Failures(min_clients=0))
+
+
+def test_clients_that_tell_no_loss_are_not_chosen_by_it():
+    @dataclass(frozen=True, kw_only=True)
+    class Silent(Wrapper):
+        def outgoing(self, server, client, update, local):
+            return update._replace(metrics={})
+
+    cohort = {"name": "largest_loss", "candidates": 4, "size": 2}
+    simulation = make_simulation(Silent(inner=FedAvg()), cohort=cohort)
+    simulation.round()
+    with pytest.raises(RoundError, match=r"largest_loss goes by the losses of trainings; client \d has trained"):
+        simulation.round()
+
+
+def test_who_drops_out_was_asked():
+    """As pairs of clients with common masks must know."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Asked(FedAvg):
+        sends = {"delta": CHANGE, "asked": Entry(shape=(len(SIZES),))}
+
+        def init_server(self, model):
+            return {"model": model, "asked": model.new_zeros(len(SIZES))}
+
+        def client_update(self, server, client, local):
+            update = super().client_update(server, client, local)
+            asked = torch.zeros_like(server["model"][: len(SIZES)]).index_fill(0, local.cohort, 1)
+            return update._replace(message=update.message | {"asked": asked})
+
+        def server_update(self, server, mean, info):
+            return {"asked": mean["asked"]}
+
+    for runtime in ("serial", "vectorized"):
+        simulation = make_simulation(Asked(), runtime=runtime)
+        simulation.availability = Availability(drop=0.5)
+        done = simulation.round()
+        assert done.absent
+        assert simulation.server["asked"].nonzero().flatten().tolist() == done.cohort
+
+
+def test_a_declared_form_is_that_of_the_download():
+    @dataclass(frozen=True, kw_only=True)
+    class Half(FedAvg):
+        broadcast = ("model", "own")
+        like: str = "own"
+
+        @property
+        def sends(self):
+            return {"delta": CHANGE, "sent": Entry(like=self.like)}
+
+        def init_server(self, model):
+            return {"model": model, "own": torch.stack([model, model])}
+
+        def download(self, server, client_id):
+            return {"model": server["model"], "own": server["own"][client_id % 2]}
+
+        def client_update(self, server, client, local):
+            update = super().client_update(server, client, local)
+            return update._replace(message=update.message | {"sent": server["own"]})
+
+        def server_update(self, server, mean, info):
+            assert mean["sent"].shape == server["model"].shape
+            return {"model": server["model"] + mean["delta"]}
+
+    make_simulation(Half()).round()
+    with pytest.raises(ConfigError, match=r"Half\.sends: 'sent' is like 'c', which clients do not download"):
+        make_simulation(Half(like="c"))

@@ -278,7 +278,7 @@ def test_a_wrong_number_of_groups_is_refused_at_the_start(groups):
     class Few(FedAvg):
         aggregator = GroupMeans(groups)
 
-    with pytest.raises(ConfigError, match=r"strategy\.aggregator: .* whole number of groups >= 1"):
+    with pytest.raises(ConfigError, match=r"strategy\.aggregator: .* should have from 1 to 65536 groups"):
         make_simulation(Few())
 
 

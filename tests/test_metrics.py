@@ -14,7 +14,7 @@ from conftest import _digests, close, make_data, make_simulation, trace
 from forks import snapshots
 from lab import CONFIG as LAB
 from lab import Lab
-from small_run import CONFIG, left, rounds_logged
+from small_run import CONFIG, contents, left, rounds_logged
 from test_vectorized import pair
 
 import fedsim
@@ -437,8 +437,12 @@ def test_only_another_strategy_makes_a_run_longer_that_its_strategy_has_ended(tm
     before = left(out)
     assert fedsim.resume(out).summary["stopped"] == "3 rounds are enough"
     assert left(out) == before
-    longer = execute(*resumed_run(out, {"rounds": 9, "hooks": []})).summary
-    assert (longer["rounds"], longer["stopped"]) == (3, "3 rounds are enough")
+    assert execute(*resumed_run(out, {"hooks": []})).summary["stopped"] == "3 rounds are enough"
+    files = contents(out)
+    with pytest.raises(ConfigError, match=r"^rounds: 9, and the strategy ended the run: 3 rounds are enough"):
+        resumed_run(out, {"rounds": 9})
+    assert contents(out) == files
+    assert "other settings of the strategy" in check_run(out).next
     with pytest.raises(ConfigError, match=r"strategy\.last: 5, and was 3: this changes the result"):
         fedsim.resume(out, {"strategy.last": 5})
     longer = execute(*resumed_run(out, {"strategy.last": 5}, force=True)).summary

@@ -1,6 +1,7 @@
 """Clients that are kept out of training, and evaluate their own models when the run has ended."""
 
 import json
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from fedsim.experiment.build import build, build_data, build_dataset, build_serv
 from fedsim.experiment.config import load, num_new_clients
 from fedsim.experiment.execute import execute
 from fedsim.experiment.start import resumed_run
+from fedsim.strategies.averaging.fedavg import FedAvg
 
 DATA = CONFIG["data"] | {"holdout": 0.0}
 SETTINGS = CONFIG | {"data": DATA, "strategy": "fedavg", "rounds": 2, "hooks": []}
@@ -129,3 +131,20 @@ def test_the_partition_shows_those_who_train(tmp_path, monkeypatch, fedsim_):
     assert shown.status == 0, shown.err
     assert "3 clients, 36 examples" in shown.out
     assert "new clients: 2 more, with 24 examples" in shown.out
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfEach(FedAvg):
+    """Has something for each client of the training."""
+
+    def init_server(self, model, federation):
+        return {"model": model, "own": model.new_zeros(federation.num_clients)}
+
+    def download(self, server, client_id):
+        return {"model": server["model"], "own": server["own"][client_id]}
+
+
+def test_what_new_clients_cannot_download_is_refused_at_the_start():
+    config = CONFIG | {"strategy": {"name": f"{__name__}:OfEach"}, "evaluate": {"new_clients": 0.4}}
+    with pytest.raises(ConfigError, match=r"^evaluate\.new_clients: OfEach\.download for client \d: IndexError"):
+        build(load(config))

@@ -507,3 +507,44 @@ BROKEN = {
 def test_masks_of_others_are_believed_in_nothing(values, mask):
     with pytest.raises(ValueError, match=r"^(where\.v|the message)"):
         decode(({} if values is None else {"v": values}) | {"where.v": mask}, 2000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Faulty(FedAvg):
+    """Gives positions that are none."""
+
+    places: tuple[int, ...] = (3, 3)
+    as_mask: bool = False
+
+    def client_update(self, server, client, local):
+        delta = local.train(server["model"]) - server["model"]
+        if self.as_mask:
+            return Update({"delta": delta}, 1.0, where={"delta": torch.full_like(delta, 2, dtype=torch.uint8)})
+        places = torch.tensor(self.places)
+        return Update({"delta": delta[: len(places)]}, 1.0, where={"delta": places})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"places": [3, 3]}, {"places": [-1, 3]}, {"places": [10**6, 3]}, {"as_mask": True}],
+    ids=["twice", "negative", "outside", "a mask of 2"],
+)
+def test_a_node_does_not_send_positions_that_are_none(settings, tmp_path, monkeypatch):
+    """Encoded, they would be a mask that covers all."""
+    config = load(LAB | {"strategy": {"name": f"{__name__}:Faulty"} | settings, "rounds": 1})
+    lab = Lab(tmp_path, monkeypatch)
+    lab.allowing(f"{__name__}:Faulty")
+    try:
+        with pytest.raises(ClientError, match=r"where\.delta has a position twice, or one outside of 0 to"):
+            lab.simulation(config).round()
+    finally:
+        lab.close()
+
+
+@given(in_part(), st.lists(st.floats(2.0**-30, 2.0**30), min_size=10, max_size=10))
+def test_where_all_cover_all_weights_of_many_digits_give_the_same_bits(triples, weights):
+    """In float64, whose sums are rounded."""
+    triples = [(values, [1] * LENGTH, weight) for (values, *_), weight in zip(triples, weights, strict=False)]
+    sent = covering(*triples, dtype=torch.float64)
+    plain = [(client, {"w": message["w"]}, weight) for client, message, weight in sent]
+    assert bits({"w": MEAN.result(MEAN.fold(sent))["w"]}) == bits(MEAN.result(MEAN.fold(plain)))

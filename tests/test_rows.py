@@ -193,7 +193,7 @@ def test_a_simulation_s_own_aggregator_wins(strategy, kind):
 
 
 def test_a_rule_that_needs_all_messages_is_given_no_mean():
-    said = r"^aggregator: Median needs all messages, and WeightedMean keeps none; leave it out, or give"
+    said = r"^aggregator: Median needs Rows, and was given WeightedMean; leave it out$"
     with pytest.raises(ConfigError, match=said):
         with_aggregator("median", WeightedMean())
 

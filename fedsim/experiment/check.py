@@ -115,7 +115,14 @@ class _Check:
         planned = self.settings.rounds if self.settings else None
         resumable = [] if self.parts[CONFIG].damaged else self.resumable
         return CheckedRun(
-            self.folder, self.state, [*self.parts.values()], self.rounds, planned, self.over, resumable
+            self.folder,
+            self.state,
+            [*self.parts.values()],
+            self.rounds,
+            planned,
+            self.over,
+            resumable,
+            ended_by_strategy=any("stopped" in record for record in self.log[0][-1:]),
         )
 
     def has(self, name: str) -> bool:

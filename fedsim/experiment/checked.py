@@ -18,6 +18,7 @@ RunState = Literal["finished", "interrupted", "killed", "running"]  # interrupte
 PartState = Literal["whole", "missing", "broken", "unusable", "left over", "not checked", "not written"]
 MAX_NAMED = 3  # faults that a line names
 PICTURE, EVENTS = "curves.png", "tensorboard/"  # of hooks
+OTHER_STRATEGY = "other settings of the strategy, and --force, make it longer"
 REWRITTEN = PARTITION, MODEL, EMA, PICTURE, EVENTS, SUMMARY  # by each resume, even if all rounds are done
 
 
@@ -89,6 +90,7 @@ class CheckedRun(Checked):
     planned: int | None  # rounds, by the config
     over: bool  # whether there are no rounds left: they are done, or a hook ended the run
     resumable: list[int]  # the rounds after which `fedsim resume` can go on, the last one first
+    ended_by_strategy: bool = False
 
     @property
     def extent(self) -> str:
@@ -119,7 +121,9 @@ class CheckedRun(Checked):
             return f"{resume} continues after round {done[0]}"
         if rewritten := [part.name for part in self.parts if part.damaged and part.name in REWRITTEN]:
             return f"{resume} writes {', '.join(rewritten)} anew"
-        return f"{resume} rounds=N makes it longer" if self.state == "finished" else f"{resume} writes its summary"
+        if self.state != "finished":
+            return f"{resume} writes its summary"
+        return OTHER_STRATEGY if self.ended_by_strategy else f"{resume} rounds=N makes it longer"
 
 
 def _listed(parts: list[Part]) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from glob import escape
 from math import isfinite
 from pathlib import Path
@@ -78,13 +79,23 @@ class RunFolder:
         log = self.path / LOG
         return log.is_file() and log.stat().st_size > 0
 
-    def go_on(self, config: Config, data: FederatedData, log: File | None) -> list[dict[str, Any]]:
-        """Write a resumed run's config, cut rounds.jsonl to `log`, and return its records; raises ConfigError."""
+    def go_on(
+        self,
+        config: Config,
+        data: FederatedData,
+        log: File | None,
+        check: Callable[[list[dict[str, Any]]], None] = lambda records: None,
+    ) -> list[dict[str, Any]]:
+        """Write a resumed run's config, cut rounds.jsonl to `log`, and return its records; raises ConfigError.
+
+        `check` is called with the records before anything is written.
+        """
         content = read(self.path, log) if log else b""
         try:
             records = list(read_rounds(content, data.num_clients))
         except ValueError as error:
             raise ConfigError(f"{self.path / LOG}: broken: {one_line(error)}") from None
+        check(records)
         if log and (self.path / LOG).stat().st_size > log.bytes:
             self._forget_end()
         self._log = RoundLog(self.path, content)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from fedsim.base.catalogue import Spec, validated
 from fedsim.base.own_code import unread
 from fedsim.errors import ConfigError, one_line
 from fedsim.experiment.build import build, build_hooks
+from fedsim.experiment.checked import OTHER_STRATEGY
 from fedsim.experiment.checkpoint import Checkpoint, changes, train_again, versions
 from fedsim.experiment.config import Config, load
 from fedsim.experiment.folder import RunFolder, read_config
@@ -84,7 +86,10 @@ def resumed_run(
         notes += _changed_runtime(checkpoint, simulation, RUNTIMES.resolve(config.runtime))
         notes += _changed_versions(checkpoint.versions)
         notes += _notes(config, simulation, checkpoint)
-        records = folder.go_on(config, simulation.data, checkpoint.log)  # last: what was refused changes nothing
+        check = partial(_check_not_ended, checkpoint.config, config)
+        records = folder.go_on(
+            config, simulation.data, checkpoint.log, check
+        )  # last: what was refused changes nothing
         # What hooks have ended may be made longer; what the strategy has ended, only by another strategy.
         ended = ("strategy",) if records and records[-1].get("stopped") else ("rounds", "hooks")
         same_end = all(getattr(config, key) == checkpoint.config.get(key) for key in ended)
@@ -93,6 +98,13 @@ def resumed_run(
     except BaseException:
         folder.close()
         raise
+
+
+def _check_not_ended(before: Mapping[str, Any], config: Config, records: list[dict[str, Any]]) -> None:
+    """Raise ConfigError where a run is to be longer that its strategy has ended, which only another one can."""
+    why = records[-1].get("stopped") if records else None
+    if why and config.strategy == before.get("strategy") and config.rounds != before.get("rounds"):
+        raise ConfigError(f"rounds: {config.rounds}, and the strategy ended the run: {why}; {OTHER_STRATEGY}")
 
 
 def _changed_settings(before: Mapping[str, Any], config: Config, others: list[str], force: bool) -> list[str]:

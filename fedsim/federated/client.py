@@ -20,7 +20,7 @@ from fedsim.federated.aggregate import WEIGHTS, largest
 from fedsim.federated.claims import Bounds, StepsMethod, first_wrong, training_bounds, training_claims
 from fedsim.federated.federation import SAVED, Federation
 from fedsim.federated.message import answer_form, check_declared, form_fault, message_form
-from fedsim.federated.positions import WHERE, packed
+from fedsim.federated.positions import WHERE, check_positions, packed
 from fedsim.federated.strategy import (
     Strategy,
     check_state,
@@ -103,6 +103,7 @@ class Train:
         a number can never be right; UndeclaredError, if it is larger than the strategy declares.
         """
         check_finite(update.client, job.client or {}, update.numbers()[1])
+        check_positions(update.message)
         whose, where = type(self.strategy).__name__, f"round {job.round + 1}, client {job.client_id}"
         with border(f"{where}: {whose}", UndeclaredError):
             bounds = self.bounds(num_examples, dtype)
@@ -167,6 +168,7 @@ class Survey:
             raise WrongReturnError(f"{whose}: gave a client state; what a client keeps comes from client_update")
         check_finite({}, {}, update.numbers()[1])
         update = packed(update, server["model"])
+        check_positions(update.message)
         if fault := form_fault(update.message, self.form(server), f"{type(strategy).__name__}.survey_sends"):
             raise UndeclaredError(fault)
         bounds = self.bounds(len(data.rows(job.client_id)), dtype)
@@ -277,10 +279,9 @@ def initial_server_state(
         raise ConfigError(
             f"strategy: {made}; it should be a tuple of names that init_server made: {', '.join(own)}"
         )
-    check_declared(strategy)
     own |= {"buffers": task.initial_buffers.to(home)}
     with border("strategy", ConfigError):
-        download(strategy, broadcast(strategy, own), 0)
+        check_declared(strategy, download(strategy, broadcast(strategy, own), 0))
     return own
 
 

@@ -67,7 +67,11 @@ def largest_loss(
     if size > candidates:
         raise ConfigError(f"cohort.size: {size} is more than cohort.candidates: {candidates}")
     drawn = _drawn_by_examples(num_clients, stream, federation, candidates, "candidates")
-    known = np.nan_to_num(federation.last_loss[drawn], nan=np.inf)
+    unknown = np.isnan(federation.last_loss)
+    if (silent := unknown & (federation.last_round >= 0)).any():
+        whose = f"client {int(silent.argmax())} has trained, and its strategy tells no loss"
+        raise ConfigError(f"largest_loss goes by the losses of trainings; {whose}")
+    known = np.where(unknown, np.inf, federation.last_loss)[drawn]
     order = np.argsort(-known, kind="stable")  # of equal ones, the first drawn
     return sorted(drawn[i] for i in order[:size])
 

@@ -43,6 +43,8 @@ class Past(NamedTuple):
             clients, *entries = (saved[name].numpy() for name in SAVED)
             if clients.size and clients.min() < 0:
                 raise IndexError(f"there is no client {clients.min()}")
+            if any(entry.shape != clients.shape for entry in entries):
+                raise ValueError("its entries have different lengths")
             for values, entry in zip(self, entries, strict=True):
                 values[clients] = entry
         except (KeyError, IndexError, ValueError) as error:

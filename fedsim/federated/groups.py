@@ -8,9 +8,10 @@ from torch import Tensor
 
 from fedsim.errors import RoundError
 from fedsim.federated.aggregate import Sum, add, checked, mean_of, most_common_form, other_forms
-from fedsim.federated.positions import GROUP, STATISTICS, WHERE, entries
+from fedsim.federated.positions import BUFFERS, GROUP, WHERE, entries
 from fedsim.types import Form, State, form_of
 
+MAX_GROUPS = 2**16
 ALL = -1  # in the place of a group: the sum of all clients' statistics
 Grouped = dict[Form, dict[int, Sum]]
 
@@ -29,8 +30,8 @@ class GroupMeans:
         total = {} if start is None else start
         for client, message, weight in updates:
             group = self._group(message)
-            own = {name: value for name, value in message.items() if name not in (GROUP, STATISTICS)}
-            statistics = {name: value for name, value in message.items() if name == STATISTICS}
+            own = {name: value for name, value in message.items() if name not in (GROUP, BUFFERS)}
+            statistics = {name: value for name, value in message.items() if name == BUFFERS}
             # All clients are in the first sum: it refuses one too many before any sum has changed.
             parts = {ALL: checked(client, statistics, weight), group: checked(client, own, weight)}
             _merge(total.setdefault(form_of(entries(message)), {}), parts)
@@ -49,7 +50,7 @@ class GroupMeans:
         sums = total.get(form, {ALL: Sum()})
         if not sums[ALL].weight:
             raise RoundError("no client's message has a weight above 0")
-        own = tuple(entry for entry in form if entry[0] != STATISTICS)
+        own = tuple(entry for entry in form if entry[0] != BUFFERS)
         weights = [float(sums[g].weight) if g in sums else 0.0 for g in range(self.groups)]
         means = {g: mean_of(sums[g], own) for g, weight in enumerate(weights) if weight}
         names = {name: value for mean in means.values() for name, value in mean.items()}
@@ -60,7 +61,7 @@ class GroupMeans:
             return [means.get(g, {}).get(name, torch.full_like(like, missing[g])) for g in range(self.groups)]
 
         found = {name: torch.stack(rows(name, like)) for name, like in names.items()}
-        found |= mean_of(sums[ALL], tuple(entry for entry in form if entry[0] == STATISTICS))
+        found |= mean_of(sums[ALL], tuple(entry for entry in form if entry[0] == BUFFERS))
         return found | {GROUP: torch.tensor(weights, dtype=torch.float64)}
 
     def _group(self, message: State) -> int:

@@ -39,12 +39,12 @@ def form_fault(message: State, declared: Form | None, whose: str) -> str | None:
     return f"{whose}: a client sent {described(found)}; declared is {described(declared)}"
 
 
-def check_declared(strategy: Strategy) -> None:
+def check_declared(strategy: Strategy, downloaded: State) -> None:
     """Raise ConfigError if an entry is declared like one that clients do not download."""
     for name in ("sends", "survey_sends"):
         for entry, about in (getattr(strategy, name) or {}).items():
-            if about.like not in strategy.broadcast:
-                like = f"is like {about.like!r}, which is not in {type(strategy).__name__}.broadcast"
+            if about.like not in downloaded:
+                like = f"is like {about.like!r}, which clients do not download"
                 raise ConfigError(f"strategy: {type(strategy).__name__}.{name}: {entry!r} {like}")
 
 

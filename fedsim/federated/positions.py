@@ -12,8 +12,8 @@ from fedsim.types import State, Update
 
 WHERE = "where."  # in a message, before the name of an entry: its mask, uint8
 GROUP = "group"  # in a message: the client's group, int64 ()
-STATISTICS = "buffers"  # in a message
-MASKS = torch.bool, torch.uint8
+BUFFERS = "buffers"  # in a message: batch-norm statistics
+MASK_TYPES = torch.bool, torch.uint8
 INTEGERS = torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
 MOST_INDEXED = 2**31  # entries of a tensor whose positions fit into int32
 
@@ -38,10 +38,10 @@ def fault_of(update: Update) -> str | None:
         made = f"{group.dtype} {tuple(group.shape)}" if isinstance(group, Tensor) else repr(group)
         return f"gave {made} as its group; it should be a whole number, or an int64 tensor ()"
     for name, places in update.where.items():
-        if name not in update.message or name == STATISTICS:
+        if name not in update.message or name == BUFFERS:
             return f"gave {name!r} in where; names there are those of its message, except of statistics"
         shape, whole = update.message[name].shape, places.dtype == torch.int64
-        if places.shape != shape or (whole and len(shape) != 1) or places.dtype not in (*MASKS, torch.int64):
+        if places.shape != shape or (whole and len(shape) != 1) or places.dtype not in (*MASK_TYPES, torch.int64):
             made = f"{places.dtype} {tuple(places.shape)} for {tuple(shape)}"
             right = "it should be a mask (bool) in the shape of the entry, or the positions int64 (m,) of m values"
             return f"gave {made} as where[{name!r}]; {right}"
@@ -90,7 +90,7 @@ def check_positions(message: State) -> None:
     for name, mask in message.items():
         if not name.startswith(WHERE):
             continue
-        entry = None if name == WHERE + STATISTICS else message.get(name.removeprefix(WHERE))
+        entry = None if name == WHERE + BUFFERS else message.get(name.removeprefix(WHERE))
         if entry is None or (mask.shape, mask.dtype) != (entry.shape, torch.uint8):
             raise ArithmeticError(f"{name} is {mask.dtype} {tuple(mask.shape)}, which is no mask of an entry")
         if mask.numel() and int(mask.max()) > 1:

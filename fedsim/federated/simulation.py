@@ -49,6 +49,7 @@ from fedsim.federated.client import (
 from fedsim.federated.cohort import Cohort, ids, may_be_empty
 from fedsim.federated.federation import Federation, Past
 from fedsim.federated.fold import cause
+from fedsim.federated.groups import GroupMeans
 from fedsim.federated.message import check_zeros, moved_statistics, zero_message
 from fedsim.federated.pace import Pace
 from fedsim.federated.recalibration import Recalibrate, Recalibration, check_recalibration
@@ -211,12 +212,16 @@ class Simulation:
         with border(f"runtime: {type(runtime).__name__}.check", ConfigError, lambda _: not is_own(runtime)):
             runtime.check(self.work)
         self.aggregator = strategy.aggregator if aggregator is None else aggregator
-        if isinstance(strategy.aggregator, Rows) and not isinstance(self.aggregator, Rows):
-            given = f"{type(strategy).__name__} needs all messages, and {type(aggregator).__name__} keeps none"
-            raise ConfigError(f"aggregator: {given}; leave it out, or give a fedsim.Rows")
+        needed = type(strategy.aggregator)
+        if needed in (Rows, GroupMeans) and not isinstance(self.aggregator, needed):
+            given = f"{type(strategy).__name__} needs {needed.__name__}, and was given {type(aggregator).__name__}"
+            raise ConfigError(f"aggregator: {given}; leave it out")
         self.recalibrate, self.decay = recalibrate, ema
         self.past = Past.none(data.num_clients)
         self.server: State = initial_server_state(strategy, task, self.federation, runtime.home, seed)
+        if data.new_clients:
+            with border("evaluate.new_clients", ConfigError):
+                download(strategy, broadcast(strategy, self.server), data.num_clients)
         if ema is not None:
             self.server |= {f"ema.{name}": self.server[name] for name in ("model", "buffers")}
         self.initial_client = runtime.placeholder_state(initial_client_state(strategy, task, seed))
@@ -252,8 +257,8 @@ class Simulation:
 
     def _check_cohort(self) -> None:
         """Raise ConfigError if no cohort can be drawn, or if one may be too small."""
-        size = len(self.sample())
-        size, has = (0, "may have no clients") if may_be_empty(self.cohort) else (size, f"has {size} clients")
+        size = 0 if may_be_empty(self.cohort) else len(self.sample())
+        has = f"has {size} clients" if size else "may have no clients"
         if (least := self.failures.min_clients) > size:
             way = "" if size else "; set it to 0 if the mean is then to be 0"
             raise ConfigError(f"failures.min_clients: {least}, and a cohort {has}{way}")
@@ -261,7 +266,7 @@ class Simulation:
             larger = "make the cohort larger, or change the strategy's options"
             raise ConfigError(f"strategy: {self._needs[1]}, and a cohort {has}; {larger}")
         if not self._needs[0]:
-            check_zeros(self.strategy, self.server)
+            check_zeros(self.strategy, self._first_download(self.server))
 
     def _drawn(self) -> list[int]:
         more = {"federation": self.federation} if asks(self.cohort, "federation") else {}
@@ -288,7 +293,7 @@ class Simulation:
         try:
             if len(attempt.reporting) >= self._needs[0]:
                 with one_thread():
-                    trained = self._train(attempt.reporting, records, after_client, before_client)
+                    trained = self._train(selected, attempt.reporting, records, after_client, before_client)
             server, reports, failed = trained.server, trained.reports, trained.failed
             counted = [report for report in reports if report.client_id not in failed]
             metrics = [report.metrics for report in counted]
@@ -406,7 +411,11 @@ class Simulation:
 
     def _size(self, server: State) -> int:
         """How many bytes a client downloads, which are as many for each."""
-        return sum(value.nbytes for value in download(self.strategy, broadcast(self.strategy, server), 0).values())
+        return sum(value.nbytes for value in self._first_download(server).values())
+
+    def _first_download(self, server: State) -> State:
+        """What client 0 downloads, in the form that it has for all; not copies."""
+        return download(self.strategy, broadcast(self.strategy, server), 0)
 
     def _attempt(self, cohort: list[int]) -> tuple[list[int], Attempt]:
         """The selected clients, and which of them report."""
@@ -425,29 +434,31 @@ class Simulation:
     def _train(
         self,
         selected: list[int],
+        reporting: list[int],
         records: Records,
         after_client: Callable[[Report], None],
         before_client: Callable[[int], None],
     ) -> "Trained":
         """What a round has changed; clients' new states are staged."""
-        failed = {client: self.left_out[client] for client in selected if client in self.left_out}
-        cohort = [client for client in selected if client not in failed]
+        failed = {client: self.left_out[client] for client in reporting if client in self.left_out}
+        cohort = [client for client in reporting if client not in failed]
+        asked = [client for client in selected if client not in self.left_out]
         self._check_min_clients(len(cohort), failed)
         before = Trained(self.server, failed=failed)
         if surveys(self.strategy):
-            before = self._survey(cohort, failed, records)
-            cohort = [client for client in cohort if client not in before.failed | before.absent]
+            before = self._survey(asked, cohort, failed, records)
+            asked = cohort = [client for client in cohort if client not in before.failed | before.absent]
         called = before_client, after_client
-        work = replace(self.work, cohort=tuple(cohort))
+        work = replace(self.work, cohort=tuple(asked))
         found = self._answers(work, before.server, cohort, before.failed, self.aggregator, *called)
         server = self._after("server_update", before.server, found, self.aggregator, records)
         server = self._with_ema_and_recalibration(server)
         return before._replace(server=server, reports=found.reports, failed=found.failed)
 
-    def _survey(self, cohort: list[int], failed: dict[int, str], records: Records) -> "Trained":
+    def _survey(self, asked: list[int], cohort: list[int], failed: dict[int, str], records: Records) -> "Trained":
         """What the survey has changed, and which clients do not train."""
         aggregator = self.strategy.survey_aggregator
-        work = Survey(replace(self.work, cohort=tuple(cohort)))
+        work = Survey(replace(self.work, cohort=tuple(asked)))
         found = self._answers(work, self.server, cohort, failed, aggregator)
         server = self._after("surveyed", self.server, found, aggregator, records)
         chosen = self._half("select", found, records).selected(server, found.aggregate)
@@ -470,7 +481,7 @@ class Simulation:
     ) -> "Answers":
         """What the clients of a cohort have answered; `failed` are those that will not be asked."""
         if not cohort:
-            return Answers(zero_message(self.strategy, server), [], failed)
+            return Answers(zero_message(self.strategy, self._first_download(server)), [], failed)
         total, reports, asked = aggregator.fold([]), list[Report](), len(cohort) + len(failed)
         sent, failed = self._download(server), dict(failed)
         # Results that are equal only up to rounding may depend on the order, so this must not depend on time.
@@ -513,10 +524,9 @@ class Simulation:
         failed = dict(sorted((failed | mismatched).items()))
         self._check_min_clients(asked - len(failed), failed)
         try:
-            none = len(failed) == asked
-            return Answers(
-                zero_message(self.strategy, server) if none else aggregator.result(total), reports, failed
-            )
+            if len(failed) == asked:
+                return Answers(zero_message(self.strategy, self._first_download(server)), reports, failed)
+            return Answers(aggregator.result(total), reports, failed)
         except RoundError as error:
             raise RoundError(f"round {self.number + 1}: {error}") from error
 

@@ -1,6 +1,5 @@
 """The base class of federated algorithms: hyper-parameters, and pure functions of states."""
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,8 +12,8 @@ from fedsim.base.catalogue import asks, check_methods
 from fedsim.errors import ConfigError, WrongReturnError, one_line
 from fedsim.federated.aggregate import Aggregator, WeightedMean
 from fedsim.federated.federation import Federation
-from fedsim.federated.groups import GroupMeans
-from fedsim.federated.positions import fault_of
+from fedsim.federated.groups import MAX_GROUPS, GroupMeans
+from fedsim.federated.positions import BUFFERS, fault_of, is_reserved
 from fedsim.federated.rows import mean_of_rows
 from fedsim.training.layout import Layout
 from fedsim.training.objective import LocalObjective
@@ -24,7 +23,6 @@ from fedsim.types import METRIC_NAMES, Entry, RoundInfo, State, Update, is_metri
 Buffers = Literal["average", "private", "frozen", "recalibrated"]
 DECLARED = {"client_update": "sends", "survey": "survey_sends"}  # what is declared of what a method sends
 FURTHER = {"init_server": "federation", "init_client": "buffers"}  # a parameter that a method may have besides
-RESERVED_ENTRY = re.compile(r"buffers|group|where\..*")  # of a message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +64,8 @@ class Strategy(ABC):
         for method, declaration in DECLARED.items():
             if method in vars(cls) and declaration not in vars(cls):
                 setattr(cls, declaration, None)  # what it inherits is about another method
+        if "server_update" in vars(cls) and "min_clients" not in vars(cls) and cls.min_clients == 0:
+            cls.min_clients = 1  # zeros may be wrong for it
 
     def check(self, recipe: Recipe, layout: Layout) -> None:  # noqa: B027 - most strategies accept all settings
         """Raise ConfigError, with the setting's name, if recipe or network violate the algorithm's assumptions."""
@@ -345,8 +345,8 @@ def check_strategy(strategy: object) -> None:
     for name in ("aggregator", "survey_aggregator"):
         if isinstance(kind := getattr(strategy, name), type) or not isinstance(kind, Aggregator):
             raise ConfigError(f"strategy.{name}: {kind!r} is no aggregator; fedsim.Rows() is one")
-        if isinstance(kind, GroupMeans) and not (type(kind.groups) is int and kind.groups >= 1):
-            raise ConfigError(f"strategy.{name}: {kind!r} should have a whole number of groups >= 1")
+        if isinstance(kind, GroupMeans) and not (type(kind.groups) is int and 1 <= kind.groups <= MAX_GROUPS):
+            raise ConfigError(f"strategy.{name}: {kind!r} should have from 1 to {MAX_GROUPS} groups")
     for name in DECLARED.values():
         _check_declaration(strategy, name)
     for name in () if surveys(strategy) else ("surveyed", "select"):
@@ -384,7 +384,7 @@ def _check_declaration(strategy: Strategy, name: str) -> None:
     for entry in declared:
         if not isinstance(entry, str):
             raise ConfigError(f"{whose} has {entry!r} as a name; names are strings")
-        if RESERVED_ENTRY.fullmatch(entry):
+        if entry == BUFFERS or is_reserved(entry):
             raise ConfigError(f"{whose} has {entry!r}, which is a reserved name")
 
 

@@ -96,7 +96,8 @@ class Dispatch:
         self.wait = federation.timing.wait if work.wait_for_absent else 0.0
         self.server = server
         self.dtype = server["model"].dtype  # of losses
-        self.form = None if isinstance(work, EvaluateClient) else work.form(server)  # of messages
+        downloaded = work.download(server, Job(0, 0, None))  # in the form that it has for all
+        self.form = None if isinstance(work, EvaluateClient) else work.form(downloaded)  # of messages
         self.most = MAX_ANSWER_EXTRA + MAX_ANSWER_RATIO * sum(value.nbytes for value in server.values())
         self.todo: list[Waiting] = []
         self.flights: dict[str, Flight] = {}  # by message

@@ -171,7 +171,7 @@ class ClientObjective(LocalObjective):
         record: bool = False,
     ) -> LocalObjective:
         received, private = self._received
-        start = checked_separate(name, self._model.names, buffers, received, epochs)
+        start = checked_separate(name, self._model.names, buffers, received, epochs, lr)
         other, path = copy(self), (*self._model.path, name)
         if epochs:
             other.recipe = replace(self.recipe, epochs=epochs, steps=None)

@@ -8,6 +8,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from copy import copy
+from math import inf
 from typing import Any, Self, TypedDict, TypeVar, Unpack
 
 import torch
@@ -77,7 +78,7 @@ def checked_gradient(made: object, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def checked_separate(
-    name: object, taken: set[str], buffers: Tensor | None, received: Tensor, epochs: object
+    name: object, taken: set[str], buffers: Tensor | None, received: Tensor, epochs: object, lr: object
 ) -> Tensor:
     """The statistics (Q,) that a separate model starts from; raises WrongReturnError for arguments that are wrong.
 
@@ -88,6 +89,8 @@ def checked_separate(
         raise WrongReturnError(f"local.separate: {name!r} {wrong}; each model needs a name of its own")
     if epochs is not None and not (isinstance(epochs, int) and epochs > 0):
         raise WrongReturnError(f"local.separate: epochs is {epochs!r}; it should be a whole number >= 1")
+    if not (lr is None or isinstance(lr, Tensor) or (isinstance(lr, int | float) and 0 <= lr < inf)):
+        raise WrongReturnError(f"local.separate: lr is {lr!r}; it should be a number >= 0")
     taken.add(name)
     if buffers is None:
         return received

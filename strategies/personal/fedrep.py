@@ -48,8 +48,7 @@ class FedRep(FedAvg):
         )
         y = local.train(with_head, only=~head)
         private = {"private": with_head[entries]}
-        delta = (y - x).index_fill(0, entries, 0)
-        return Update({"delta": delta}, self.weight(local), client=private, where={"delta": ~head})
+        return Update({"delta": y - x}, self.weight(local), client=private, where={"delta": ~head})
 
     def entries(self, layout: Layout) -> Tensor:
         """The positions of the head's entries in the model."""

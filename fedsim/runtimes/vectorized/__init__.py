@@ -122,7 +122,7 @@ class Vectorized(Runtime):
         alike: dict[object, list[int]] = {}
         for i, call in enumerate(calls):
             if isinstance(call.work, Train):
-                settings = repr((call.work.strategy, replace(call.work.recipe, lr=1.0)))
+                settings = repr((call.work.strategy, replace(call.work.recipe, lr=1.0), len(call.work.cohort)))
                 alike.setdefault(settings, []).append(i)
             else:
                 results[i] += self.threads.run(*call)

@@ -206,7 +206,7 @@ class BatchedObjective(LocalObjective):
         lr: float | Tensor | None = None,
         record: bool = False,
     ) -> LocalObjective:
-        start = checked_separate(name, self._model.names, buffers, self._received[0], epochs)
+        start = checked_separate(name, self._model.names, buffers, self._received[0], epochs, lr)
         other = copy.copy(self)
         if epochs:
             other.recipe, other._epochs = replace(self.recipe, epochs=epochs, steps=None), epochs
