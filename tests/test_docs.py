@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import fedsim.listing
 from fedsim.base.catalogue import options_of
 from fedsim.cli.commands import app
-from fedsim.errors import ClientError, RoundError
+from fedsim.errors import ClientError, ConfigError, RoundError
 from fedsim.experiment.config import Config, load, parse_overrides, resolve
 from fedsim.export.formats import FORMATS
 from fedsim.flower.node import NodeSettings
@@ -190,50 +190,84 @@ def test_the_strategies_of_groups_positions_and_downloads_run(checkout, monkeypa
             assert fedsim_(f"{line} strategy={module}:{name}").exit_code == 0
 
 
-WRONG = {  # an error in the walk-through's file, and the law that finds it
-    "info.participation * ": ("", "test_the_servers_c_is_the_mean_of_all"),
-    "g - c_k + c": ("g + c_k - c", "test_after_one_full_step_c_is_the_gradient_of_the_client"),
-    "torch.where(k_lr > 0, c_k - c + (x - y) / k_lr, c_k)": (
-        "c_k - c + (x - y) / k_lr",
-        "test_a_learning_rate_of_0_moves_nothing",
-    ),
-    '"delta": y - x': ('"delta": 2 * (y - x)', "test_one_full_step_of_everyone_is_fedavg"),
+WRONG = {  # by file of the walk-through an error in it, and the law that finds it
+    "my_scaffold": {
+        "info.participation * ": ("", "test_the_servers_c_is_the_mean_of_all"),
+        "g - c_k + c": ("g + c_k - c", "test_after_one_full_step_c_is_the_gradient_of_the_client"),
+        "torch.where(k_lr > 0, c_k - c + (x - y) / k_lr, c_k)": (
+            "c_k - c + (x - y) / k_lr",
+            "test_a_learning_rate_of_0_moves_nothing",
+        ),
+        '"delta": y - x': ('"delta": 2 * (y - x)', "test_one_full_step_of_everyone_is_fedavg"),
+    },
+    "my_wrappers": {
+        "buffers_as_changes: ClassVar = True": (
+            "buffers_as_changes: ClassVar = False",
+            "test_model_and_statistics_move_by_no_more_than_the_norm",
+        ),
+        "message[name] + client": ("2 * message[name] + client", "test_the_top_of_everything_is_everything"),
+        "whole.scatter(0, places, 0.0)": ("whole", "test_what_is_not_sent_is_kept"),
+    },
 }
 
 
 @pytest.fixture
 def walk_through(checkout, monkeypatch):
-    """docs/write-an-algorithm.md, its file, and its laws."""
+    """docs/write-an-algorithm.md, whose files are in the folder."""
     monkeypatch.syspath_prepend(checkout)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)  # it would hide a change of the same size and second
     page = PAGES["docs/write-an-algorithm.md"]
-    return page, *blocks("python", page)
+    for code in blocks("python", page):
+        (checkout / code.partition("\n")[0].removeprefix("# ")).write_text(code)
+    yield page
+    for module in [name for name in sys.modules if name.startswith("my_")]:
+        del sys.modules[module]
 
 
-def test_the_laws_of_the_walk_through_hold_and_find_errors(checkout, walk_through):
-    _, code, laws = walk_through
+@pytest.mark.parametrize("module", WRONG)
+def test_the_laws_of_the_walk_through_hold_and_find_errors(checkout, walk_through, module):
+    file, laws = checkout / f"{module}.py", (checkout / f"{module}_test.py").read_text()
+    code = file.read_text()
 
     def laws_of(code):
-        (checkout / "my_scaffold.py").write_text(code)
-        sys.modules.pop("my_scaffold", None)
+        file.write_text(code)
+        sys.modules.pop(module, None)
         made = {}
         exec(laws, made)
         return {name: law for name, law in made.items() if name.startswith("test_")}
 
-    for right, (wrong, found_by) in WRONG.items():
+    for right, (wrong, found_by) in WRONG[module].items():
         assert code.count(right) == 1
         with pytest.raises((AssertionError, ClientError)):
             laws_of(code.replace(right, wrong))[found_by]()
     right = laws_of(code)
-    assert right.keys() == {found_by for _, found_by in WRONG.values()}
+    assert right.keys() == {found_by for _, found_by in WRONG[module].values()}
     for law in right.values():
         law()
 
 
+def test_the_wrappers_of_the_walk_through_run_one_in_the_other(checkout, walk_through):
+    [line] = blocks("bash", walk_through)[1].splitlines()
+    assert fedsim_(f"{line.removeprefix('PYTHONPATH=. ')} runtime=serial hooks=[]").exit_code == 0
+
+
+def test_the_wrappers_of_the_walk_through_refuse_what_they_cannot_change(checkout, walk_through):
+    line = "fedsim run configs/quickstart.yaml runtime=serial --out run"
+    for strategy, error, said in (
+        (
+            "my_wrappers:Clip, inner: fednova",
+            ConfigError,
+            "changes of the model, and FedNova sends",
+        ),
+        ("my_wrappers:TopK, inner: {name: my_wrappers:TopK, inner: fedavg}", ClientError, "send all positions"),
+        ("my_wrappers:TopK, share: 2.0, inner: fedavg", ConfigError, "strategy.share: 2.0 should be above 0"),
+    ):
+        with pytest.raises(error, match=said):
+            fedsim_(f"{line} 'strategy={{name: {strategy}}}'")
+
+
 def test_the_runs_of_the_walk_through_have_one_fingerprint(checkout, walk_through):
-    page, code, _ = walk_through
-    (checkout / "my_scaffold.py").write_text(code)
-    for line in blocks("bash", page)[0].splitlines():
+    for line in blocks("bash", walk_through)[0].splitlines():
         assert fedsim_(line.removeprefix("PYTHONPATH=. ")).exit_code == 0
     one, two = (json.loads(Path(name, "summary.json").read_text())["fingerprint"] for name in ("one", "two"))
     assert one == two

@@ -1,6 +1,6 @@
 """Wrappers see all that leaves a client, keep their states apart, and refuse what they cannot change."""
 
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import pytest
@@ -8,8 +8,10 @@ import torch
 from conftest import _digests, close, make_simulation, make_strategy, make_task, trace
 from lab import CONFIG as LAB
 from lab import Lab, dropping
+from small_run import CONFIG as SMALL
 from test_vectorized import pair
 
+import fedsim
 from fedsim import CHANGE, ClientError, ConfigError, Entry, RoundError, Update, Wrapper, check_changes
 from fedsim.experiment.build import build
 from fedsim.experiment.config import load
@@ -511,3 +513,40 @@ def test_personal_layers_and_an_entry_of_the_inner_strategy_do_not_meet():
     simulation.round()
     assert torch.equal(simulation.clients[0]["private"], torch.ones(2))
     assert len(simulation.clients[0][simulation.strategy.entry("private")]) > 2
+
+
+# States that an earlier version stored, in which `personal` kept its layers as `private`
+
+PERSONAL = {"name": "personal", "layers": ["*1*"], "inner": "fedavg"}
+WAY_OUT = r"; finish the run with the version of fedsim and the settings that began it, or start a new one$"
+
+
+@contextmanager
+def before(monkeypatch):
+    """Names of entries are those of that version."""
+    with monkeypatch.context() as earlier:
+        earlier.setattr(Wrapper, "entry", lambda self, name: name)
+        yield
+
+
+def test_a_checkpoint_with_the_former_name_of_personal_layers_is_refused_with_the_way_out(tmp_path, monkeypatch):
+    config = SMALL | {"strategy": PERSONAL, "rounds": 2, "hooks": []}
+    with before(monkeypatch):
+        folder = fedsim.run(config, out=tmp_path / "run").folder
+    told = r"a client keeps private float32 \(\d+,\); by this config it would be wrapper0.private"
+    with pytest.raises(ConfigError, match=told + ".*" + WAY_OUT) as error:
+        fedsim.resume(folder, {"rounds": 3})
+    assert "\n" not in str(error.value)
+
+
+def test_a_node_with_the_former_name_of_personal_layers_says_the_way_out(tmp_path, monkeypatch):
+    config = load(LAB | {"strategy": PERSONAL, "rounds": 2})
+    lab, simulation = on_nodes(tmp_path, monkeypatch, config, "personal", "fedavg")
+    with closing(lab):
+        with before(monkeypatch):
+            simulation.round()
+        for node in lab.nodes.values():
+            node.role = None  # as after a new start
+        told = r"state 1 is private float32 \(\d+,\); by this config it would be wrapper0.private"
+        with pytest.raises(ClientError, match=told + ".*" + WAY_OUT):
+            simulation.round()

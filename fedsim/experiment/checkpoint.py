@@ -41,9 +41,10 @@ from fedsim.errors import ConfigError, one_line
 from fedsim.experiment.round_log import FIELDS
 from fedsim.experiment.round_log import NAME as LOG
 from fedsim.federated.federation import SAVED
+from fedsim.federated.message import check_stored
 from fedsim.federated.simulation import Round, Simulation
 from fedsim.federated.store import SEGMENT_NAME
-from fedsim.types import Form, State, described, form_of
+from fedsim.types import State, form_of
 
 MAX_BYTES = 2**25  # of N.json
 MIN_LINE_BYTES, MAX_LINE_BYTES = 100, 2**28  # of rounds.jsonl, whose names alone have more than the first
@@ -149,12 +150,12 @@ class Checkpoints:
         """Give a new simulation the state of a checkpoint; raises ConfigError where that has another form."""
         past = {name: server[name] for name in SAVED if name in server}
         server = {name: value for name, value in server.items() if name not in past}
-        _check_form(self.folder, "the server's state is", form_of(server), form_of(simulation.server))
-        if past:
-            try:
+        try:
+            check_stored("the server's state is", form_of(server), form_of(simulation.server))
+            if past:
                 simulation.past.restore(past)
-            except ValueError as error:
-                raise ConfigError(f"{self.folder}: {error}") from None
+        except ValueError as error:
+            raise ConfigError(f"{self.folder}: {error}") from None
         for path in self._found():
             if int(path.stem) > checkpoint.round:  # broken
                 remove(path)
@@ -182,15 +183,13 @@ class Checkpoints:
         clients.folder, clients.pinned = self.folder, set().union(*self._segments.values())
         try:
             clients.restore(files)
+            for client in list(clients)[:1]:
+                check_stored("a client keeps", form_of(clients[client]), form_of(simulation.initial_client))
         except ValueError as error:
             raise ConfigError(f"{self.folder}: {error}") from None
         for client in [*clients, *others]:
             if not 0 <= client < simulation.data.num_clients:
                 raise ConfigError(f"{self.folder}: knows of client {client}, and there is no such client")
-        for client in list(clients)[:1]:
-            _check_form(
-                self.folder, "a client keeps", form_of(clients[client]), form_of(simulation.initial_client)
-            )
 
     def _settle(self, simulation: Simulation) -> None:
         simulation.runtime.checkpointed_rounds([int(path.stem) for path in self._found()])
@@ -265,11 +264,6 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _check_form(folder: Path, what: str, found: Form, made: Form) -> None:
-    if found != made:
-        raise ConfigError(f"{folder}: {what} {described(found)}; by this config it would be {described(made)}")
 
 
 def _signed(checkpoint: Checkpoint) -> bytes:

@@ -91,3 +91,10 @@ def check_changes(strategy: Strategy, whose: str) -> None:
         why = f"{name} also surveys its clients"
     if why:
         raise ConfigError(f"strategy.inner: {whose} takes only changes of the model, and {why}")
+
+
+def check_stored(what: str, found: Form, made: Form) -> None:
+    """Raise ValueError unless a stored state has the form that this version of fedsim makes, by this config."""
+    if found != made:
+        way = "finish the run with the version of fedsim and the settings that began it, or start a new one"
+        raise ValueError(f"{what} {described(found)}; by this config it would be {described(made)}; {way}")
