@@ -165,10 +165,10 @@ def is_metric_name(name: object) -> bool:
 
 
 def is_number(value: object) -> bool:
-    """Whether it is one real number, plain or a tensor."""
+    """Whether it is one real number, plain or a tensor; not a whole one too large for a float."""
     if isinstance(value, Tensor):
         return value.numel() == 1 and not value.is_complex()
-    return isinstance(value, Real)
+    return isinstance(value, Real) and not (isinstance(value, int) and value.bit_length() > 1023)
 
 
 @dataclass

@@ -480,3 +480,15 @@ def test_the_data_of_one_is_enough():
     """One client, one number."""
     simulation = make_simulation(Own(values=(0.25,)), data=make_data((7,)))
     assert simulation.round().metrics == {"own": 0.25}
+
+
+def test_a_number_too_large_for_a_float_is_named():
+    @dataclass(frozen=True, kw_only=True)
+    class Huge(FedAvg):
+        metrics = ("m",)
+
+        def client_update(self, server, client, local):
+            return super().client_update(server, client, local)._replace(metrics={"m": 10**400})
+
+    with pytest.raises(ClientError, match=r"Huge\.client_update: gave the metric m, which is not one number"):
+        make_simulation(Huge()).round()

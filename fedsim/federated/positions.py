@@ -33,7 +33,11 @@ def fault_of(update: Update) -> str | None:
     if taken := [name for name in update.message if is_reserved(name)]:
         return f"gave {taken[0]!r} in its message; Update has the arguments group and where"
     group = update.group
-    whole = group.dtype in INTEGERS and not group.shape if isinstance(group, Tensor) else type(group) is int
+    whole = (
+        group.dtype in INTEGERS and not group.shape
+        if isinstance(group, Tensor)
+        else type(group) is int and group.bit_length() < 64
+    )
     if not (whole or group is None):
         made = f"{group.dtype} {tuple(group.shape)}" if isinstance(group, Tensor) else repr(group)
         return f"gave {made} as its group; it should be a whole number, or an int64 tensor ()"
