@@ -13,7 +13,7 @@ from lab import Lab
 from test_aggregate import MEAN, bits, scattered, updates
 from test_vectorized import assert_agree, pair
 
-from fedsim import ClientError, ConfigError, GroupMeans, RoundError, Rows, Strategy, Update, Wrapper
+from fedsim import CHANGE, ClientError, ConfigError, GroupMeans, RoundError, Rows, Strategy, Update, Wrapper
 from fedsim.experiment.build import build
 from fedsim.experiment.config import load
 from fedsim.federated.simulation import Failures
@@ -359,3 +359,29 @@ def test_downloads_of_two_forms_end_the_round_whoever_may_fail(runtime):
         RoundError, match=r"Larger.download for client 3: gave .*more float32 \(2,\); it should give"
     ):
         simulation.round()
+
+
+def test_groups_without_any_client_have_zeros():
+    @dataclass(frozen=True, kw_only=True)
+    class Grouped(FedAvg):
+        sends = {"delta": CHANGE}
+        aggregator = GroupMeans(3)
+        min_clients = 0
+
+        def client_update(self, server, client, local):
+            return super().client_update(server, client, local)._replace(group=local.client_id % 2)
+
+        def server_update(self, server, mean, info):
+            assert mean["delta"].shape == (3, len(server["model"]))
+            assert info.group_weights.tolist() == [0.0] * 3 or info.cohort
+            return {"model": server["model"] + mean["delta"].sum(0)}
+
+    cohort, failures = {"name": "poisson", "rate": 0.1}, Failures(min_clients=0)
+    simulation = make_simulation(Grouped(), cohort=cohort, failures=failures)
+    seen = set()
+    for _ in range(12):
+        before = simulation.fingerprint()
+        done = simulation.round()
+        assert (done.fingerprint == before) == (not done.cohort)
+        seen.add(bool(done.cohort))
+    assert seen == {True, False}

@@ -248,7 +248,7 @@ WRONG = {
     "no update": (lambda u, local: u.message, r"Odd.outgoing: gave dict; it should give fedsim.Update"),
     "a metric": (
         lambda u, local: u._replace(metrics=u.metrics | {"more": torch.ones(())}),
-        r"Odd.outgoing: gave the metrics 'more', which the update does not have",
+        r"Odd.outgoing: gave the metrics 'more', which neither the update has nor",
     ),
     "a vector": (
         lambda u, local: u._replace(metrics={"loss": torch.ones(2)}),
@@ -418,7 +418,7 @@ def declared(sends, **more):
         ({1: CHANGE}, r"Odd.sends has 1 as a name; names are strings"),
         ({"buffers": CHANGE}, r"Odd.sends has 'buffers', which is a reserved name"),
         ({"where.delta": CHANGE}, r"Odd.sends has 'where.delta', which is a reserved name"),
-        ({"delta": Entry(like="c")}, r"Odd.sends: 'delta' is like 'c', which is not in Odd.broadcast"),
+        ({"delta": Entry(like="c")}, r"Odd.sends: 'delta' is like 'c', which clients do not download"),
     ],
 )
 def test_a_declaration_that_cannot_be_is_one_line(sends, said):

@@ -112,9 +112,9 @@ def ids(drawn: object, num_clients: int, *, empty: bool = False) -> list[int]:
         and min(found) >= 0
         and max(found) < num_clients
     ):
-        raise WrongReturnError(
-            f"gave {one_line(repr(drawn))}; it must return a list of one or more ids from 0 to {num_clients - 1}"
-        )
+        way = "" if empty or not isinstance(found, list) or found else ", or none with failures.min_clients: 0"
+        right = f"it must return a list of one or more ids from 0 to {num_clients - 1}{way}"
+        raise WrongReturnError(f"gave {one_line(repr(drawn))}; {right}")
     if len(set(found)) < len(found):
         raise WrongReturnError(f"gave {one_line(repr(drawn))}, in which an id occurs twice")
     return [int(k) for k in found]

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fedsim.errors import ConfigError
 from fedsim.federated.aggregate import WeightedMean
-from fedsim.federated.positions import entries
+from fedsim.federated.groups import GroupMeans
+from fedsim.federated.positions import BUFFERS, GROUP, entries
 from fedsim.federated.strategy import Strategy, surveys
 from fedsim.training.layout import Layout
 from fedsim.types import Entry, Form, State, described, form_of
@@ -57,9 +58,10 @@ def moved_statistics(buffers: Tensor, change: Tensor, layout: Layout) -> Tensor:
 def check_zeros(strategy: Strategy, server: State) -> None:
     """Raise ConfigError where a strategy cannot have a round without clients."""
     zero_message(strategy, server)
-    if surveys(strategy) or not isinstance(strategy.aggregator, WeightedMean):
-        name, needs = type(strategy).__name__, "a survey" if surveys(strategy) else "more than a mean"
-        raise ConfigError(f"failures.min_clients: {name} needs {needs}, which zeros cannot stand for; set it to 1")
+    if surveys(strategy) or not isinstance(strategy.aggregator, WeightedMean | GroupMeans):
+        name, needs = type(strategy).__name__, "a survey" if surveys(strategy) else "more than means"
+        way = "set it to 1, and let cohorts have clients"
+        raise ConfigError(f"failures.min_clients: {name} needs {needs}, which zeros cannot stand for; {way}")
 
 
 def zero_message(strategy: Strategy, server: State) -> State:
@@ -73,6 +75,10 @@ def zero_message(strategy: Strategy, server: State) -> State:
         raise ConfigError(f"strategy: {whose} does not declare what its clients send, in {whose}.sends")
     device = server["model"].device
     zeros = {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape, dtype in form}
+    if isinstance(strategy.aggregator, GroupMeans):
+        groups = strategy.aggregator.groups
+        zeros = {n: v if n == BUFFERS else v.new_zeros(groups, *v.shape) for n, v in zeros.items()}
+        zeros[GROUP] = torch.zeros(groups, dtype=torch.float64)
     as_values = "buffers" in zeros and not strategy.buffers_as_changes
     return zeros | {"buffers": server["buffers"]} if as_values else zeros
 

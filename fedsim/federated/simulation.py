@@ -264,7 +264,8 @@ class Simulation:
             raise ConfigError(f"failures.min_clients: {least}, and a cohort {has}{way}")
         if self._needs[0] > size:
             larger = "make the cohort larger, or change the strategy's options"
-            raise ConfigError(f"strategy: {self._needs[1]}, and a cohort {has}; {larger}")
+            way = larger if size else "one for which a mean of zeros is right declares `min_clients: ClassVar = 0`"
+            raise ConfigError(f"strategy: {self._needs[1]}, and a cohort {has}; {way}")
         if not self._needs[0]:
             check_zeros(self.strategy, self._first_download(self.server))
 

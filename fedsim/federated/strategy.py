@@ -421,7 +421,9 @@ def checked_outgoing(strategy: Strategy, made: object, update: Update, method: s
     checked = _checked_parts(made, whose)
     may_add = strategy.metrics if method == "outgoing" else ()
     if invented := checked.metrics.keys() - update.metrics.keys() - {*may_add}:
-        raise WrongReturnError(f"{whose}gave the metrics {min(invented)!r}, which the update does not have")
+        raise WrongReturnError(
+            f"{whose}gave the metrics {min(invented)!r}, which neither the update has nor `metrics` declares"
+        )
     return checked
 
 
