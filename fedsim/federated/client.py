@@ -69,7 +69,8 @@ class Train:
     def __call__(self, replica: Replica, data: FederatedData, server: State, job: Job) -> Update:
         server = self.download(server, job)
         local = self.objective(replica, data, server, job)
-        update = self.client_update(server, job.client or {}, local, replica.draws if self.own_code else None)
+        draws = replica.draws if self.own_code else None
+        update = self.client_update(server, job.client or {}, local, draws, where=f"{_where(job)}: ")
         local.check_time()
         self.check_update(update, job, len(data.rows(job.client_id)), server["model"].dtype)
         return update
@@ -104,7 +105,7 @@ class Train:
         """
         check_finite(update.client, job.client or {}, update.numbers()[1])
         check_positions(update.message)
-        whose, where = type(self.strategy).__name__, f"round {job.round + 1}, client {job.client_id}"
+        whose, where = type(self.strategy).__name__, _where(job)
         with border(f"{where}: {whose}", UndeclaredError):
             bounds = self.bounds(num_examples, dtype)
         _check_claims(update, bounds, where, f"{whose}.client_update", "max_steps")
@@ -116,9 +117,17 @@ class Train:
         return own_code(self.strategy, recipe.label_loss, recipe.schedule, *recipe.augment)
 
     def client_update(
-        self, server: State, client: State, local: LocalObjective, draws: TorchFunctionMode | None
+        self,
+        server: State,
+        client: State,
+        local: LocalObjective,
+        draws: TorchFunctionMode | None,
+        where: str = "",
     ) -> Update:
-        """The update of the strategy, which draws from `draws`, with metrics and batch-norm statistics."""
+        """The update of the strategy, which draws from `draws`, with metrics and batch-norm statistics.
+
+        `where` is what a line begins with that says that it is not of the declared form.
+        """
         made = _with_draws(partial(self.strategy.client_update, server, client), local, draws)
         update = checked_update(self.strategy, made)
         sums = {name: _double(value, server["model"]) for name, value in update.metrics.items()}
@@ -133,7 +142,7 @@ class Train:
         update = _outgoing(self.strategy, "outgoing", server, client, update, local, draws)
         update = packed(update, server["model"])
         if fault := form_fault(update.message, self.form(server), f"{type(self.strategy).__name__}.sends"):
-            raise UndeclaredError(fault)
+            raise UndeclaredError(where + fault)
         return update
 
     def form(self, server: State) -> Form | None:
@@ -170,9 +179,9 @@ class Survey:
         update = packed(update, server["model"])
         check_positions(update.message)
         if fault := form_fault(update.message, self.form(server), f"{type(strategy).__name__}.survey_sends"):
-            raise UndeclaredError(fault)
+            raise UndeclaredError(f"{_where(job)}: {fault}")
         bounds = self.bounds(len(data.rows(job.client_id)), dtype)
-        where = f"round {job.round + 1}, client {job.client_id}"
+        where = _where(job)
         _check_claims(update, bounds, where, whose, "survey_steps")
         return update
 
@@ -207,6 +216,10 @@ class Survey:
     def cohort(self) -> tuple[int, ...]:
         """As in Train."""
         return self.train.cohort
+
+
+def _where(job: Job) -> str:
+    return f"round {job.round + 1}, client {job.client_id}"
 
 
 def _with_draws(
