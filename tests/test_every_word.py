@@ -5,22 +5,26 @@ variates and further models are in no fingerprint.
 """
 
 import gc
+import json
 from functools import cache
 from pathlib import Path
 
 import pytest
 from conftest import _digests, close, make_simulation, trace
 from covering import in_turn, sampled
+from flowers import Federation, tail, until
 from forks import Forks
 from lab import CONFIG as LAB
-from lab import Lab
+from lab import Lab, shown
 from small_run import left, write
 from test_vectorized import assert_agree, pair
 from words import WORDS
 
+import fedsim
 from fedsim import Strategy
-from fedsim.experiment.build import build
+from fedsim.experiment.build import build, build_data
 from fedsim.experiment.config import load
+from fedsim.flower.shards import client_name, write_shards
 from fedsim.strategies import CATALOGUE
 
 RUNTIMES = [
@@ -31,6 +35,7 @@ RUNTIMES = [
 
 
 NAMES = [*WORDS]
+NODES = [client_name(k, 3) for k in range(3)]
 SETTINGS = {"momentum": 0.5, "weight_decay": 0.01, "clip_norm": 0.5}
 DATA = {**LAB["data"], "public": 0.2}
 
@@ -90,6 +95,37 @@ def test_a_word_means_the_same_on_nodes(name, tmp_path, monkeypatch):
         }
     finally:
         lab.close()
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory):
+    """A SuperLink and three nodes that allow these strategies, as processes."""
+    folder = tmp_path_factory.mktemp("nodes")
+    write_shards(build_data(load(LAB | {"data": DATA})), folder / "shards")
+    allow = {"strategies": [*{spec["name"] for spec in WORDS.values()}, "fedavg"]}
+    with Federation(folder / "federation") as made:
+        made.env["PYTHONPATH"] = str(Path(__file__).parent)
+        for k, name in enumerate(NODES):
+            data = {"name": "npz", "path": str(folder / "shards" / f"{k}.npz"), "channels": "first", "classes": 3}
+            node = made.node(name, {"data": data, "allow": allow})
+            until(lambda node=node: "connected" in tail(node), "node", process=node)
+        yield made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_word_means_the_same_on_processes(name, nodes, tmp_path):
+    config = LAB | {"data": DATA, "strategy": WORDS[name], "rounds": 2, "evaluate": {"clients": True}}
+    about = {"superlink": nodes.address, "ca": str(nodes.ca), "nodes": NODES, "wait": 60.0}
+    fedsim.run(config, out=tmp_path / "here")
+    fedsim.run(config | {"runtime": {"name": "flower", **about}}, out=tmp_path / "there")
+    here, there = (
+        [json.loads(line) for line in (tmp_path / place / "rounds.jsonl").read_text().splitlines()]
+        for place in ("here", "there")
+    )
+    assert [shown(record) for record in there] == [shown(record) for record in here]
+    (model,) = {(tmp_path / place / "model.safetensors").read_bytes() for place in ("here", "there")}
+    assert model
 
 
 def _shown(done):
