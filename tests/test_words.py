@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 import fedsim
 from fedsim import ClientError, ConfigError, ObjectiveWrapper, Update, Wrapper
+from fedsim.errors import WrongReturnError
 from fedsim.experiment.build import build
 from fedsim.experiment.config import load
 from fedsim.experiment.execute import execute
@@ -678,3 +679,21 @@ def test_a_wrapper_that_knows_two_words_refuses_the_others_in_a_line():
     with pytest.raises(ClientError, match=r"train\(\) got an unexpected keyword argument 'gradient'") as error:
         make_simulation(Damped(inner=Given())).round()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("rule", ["gradient", "correct"])
+def test_a_rule_that_writes_to_the_model_is_refused(rule):
+    """Or the step would begin elsewhere, without a word."""
+
+    def gradient(w, batch):
+        found = local.gradient(w, batch)
+        w.mul_(0.5)
+        return found
+
+    def correct(g, w):
+        w.mul_(0.5)
+        return g
+
+    local = make_local(make_task())
+    with pytest.raises(WrongReturnError, match=f"^local.train: {rule} wrote to w in place"):
+        local.train(local.replica.task.initial_model, **{rule: {"gradient": gradient, "correct": correct}[rule]})

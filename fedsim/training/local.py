@@ -34,6 +34,7 @@ from fedsim.training.objective import (
     checked_vector,
     exact,
     key_of,
+    only_read,
 )
 from fedsim.training.optim import LossScale, clipped
 from fedsim.training.part import Part, part_of
@@ -79,6 +80,7 @@ class Training(NamedTuple):
 class GivenStep:
     """A step whose gradient the strategy gives."""
 
+    w: Tensor  # the iterate, as the strategy is given it
     before: Snapshot
     after: Snapshot | None = None  # a training pass at the iterate
     draws: Tensor | None = None  # the generator before the first gradient; the others have the same random numbers
@@ -250,7 +252,7 @@ class ClientObjective(LocalObjective):
             step.draws = now
         elif now is not None:
             replica.generator.set_state(step.draws)
-        if w is replica.flat and batch is not None:
+        if w is step.w and batch is not None:
             with torch.enable_grad():
                 f = self.loss(replica.w, batch)
             g, f, step.after = self._backward(f, flat_gradient=True)[0].clone(), f.detach(), replica.snapshot()
@@ -352,7 +354,8 @@ class ClientObjective(LocalObjective):
                 gradients = unscaled
             if training.correct:
                 after = replica.snapshot()
-                gradients = [training.correct(gradients[0], replica.flat)]
+                with only_read(replica.flat.data, "correct") as w:
+                    gradients = [training.correct(gradients[0], w)]
                 replica.restore(after)
             if training.fixed:
                 gradients = [training.fixed.part.of(gradients[0], torch.zeros_like(gradients[0]))]
@@ -518,9 +521,10 @@ class ClientObjective(LocalObjective):
     def _given_gradient(self, gradient: Gradient, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """() the loss and the gradient (P,) that a strategy's `gradient` gives."""
         replica, model = self.replica, self._model
-        step = model.step = GivenStep(replica.snapshot())
+        step = model.step = GivenStep(replica.flat.data, replica.snapshot())
         try:
-            g, f = checked_gradient(gradient(replica.flat, batch), replica.flat)
+            with only_read(step.w, "gradient"):
+                g, f = checked_gradient(gradient(step.w, batch), replica.flat)
         finally:
             model.step = None
         if step.after:

@@ -7,6 +7,7 @@ Two classes implement it: `fedsim.training.local.ClientObjective` for one client
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from math import inf
 from typing import Any, Self, TypedDict, TypeVar, Unpack
@@ -75,6 +76,18 @@ def checked_gradient(made: object, like: Tensor) -> tuple[Tensor, Tensor]:
         )
     g, f = made
     return checked_vector(g, like, "gradient"), checked_vector(f, like.new_empty(()), "the loss of gradient")
+
+
+@contextmanager
+def only_read(w: Tensor, rule: str) -> Iterator[Tensor]:
+    """Raise WrongReturnError if the code inside, which is the `rule` of a step, writes to the model in place.
+
+    `w` is a tensor of its own with the model's memory: it counts none of fedsim's writes.
+    """
+    before = w._version
+    yield w
+    if w._version != before:
+        raise WrongReturnError(f"local.train: {rule} wrote to w in place; return what changes, or use after_step")
 
 
 def checked_separate(
