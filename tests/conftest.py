@@ -1,9 +1,11 @@
 """A small federation that every law is tried on, made of the parts a config would name."""
 
+import gc
 import hashlib
 import os
 import signal
 import sys
+import tempfile
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
@@ -12,7 +14,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from forks import Forks
 from hypothesis import HealthCheck, settings
+from small_run import IN_MEMORY, write
 from torch import nn
 
 import fedsim.cli
@@ -64,6 +68,22 @@ def _no_modules_of_other_tests(tmp_path_factory):
     for name, module in [*sys.modules.items()]:
         if (getattr(module, "__file__", None) or "").startswith(written):
             del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    """Starts `fedsim` commands as processes, at once."""
+    forks = Forks(tmp_path_factory.mktemp("forks"))
+    yield forks
+    forks.close()
+
+
+@pytest.fixture
+def folder():
+    """With the config of a small run. In memory where that can be: a kill does not ask whether a disk has it."""
+    with tempfile.TemporaryDirectory(dir=IN_MEMORY) as name:
+        write(Path(name))
+        yield Path(name)
 
 
 @pytest.fixture
@@ -174,6 +194,16 @@ def make_local(task, data=None, *, client=0, number=0, seed=0, replica=None, **r
     recipe = Recipe(**{"lr": 0.05, "batch_size": 4} | recipe)
     replica = replica or Replica(task)
     return ClientObjective(replica, data, Job(client, number, {}), task.initial_buffers, recipe, seed)
+
+
+def trace_on_ray(strategy, **settings):
+    """The same in Ray's runtime, of which no process is left."""
+    ray = pytest.importorskip("ray")
+    try:
+        return trace(make_simulation(strategy, runtime={"name": "ray", "actors": 2, "cpus": 0.2}, **settings))
+    finally:
+        ray.shutdown()
+        gc.collect()
 
 
 def trace(simulation, rounds=3):

@@ -13,7 +13,6 @@ import pytest
 from conftest import _digests, close, make_simulation, trace
 from covering import in_turn, sampled
 from flowers import Federation, tail, until
-from forks import Forks
 from lab import CONFIG as LAB
 from lab import Lab, shown
 from small_run import left, write
@@ -130,13 +129,6 @@ def test_a_word_means_the_same_on_processes(name, nodes, tmp_path):
 
 def _shown(done):
     return done._replace(seconds=0.0, bytes_up=0)
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    forks = Forks(tmp_path_factory.mktemp("forks"))
-    yield forks
-    forks.close()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,11 +1,10 @@
 """Laws of the mean by groups, and of what each client downloads: exact, and in every runtime the same."""
 
-import gc
 from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import SIZES, _digests, close, make_simulation, trace
+from conftest import SIZES, _digests, close, make_simulation, trace, trace_on_ray
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from lab import CONFIG as LAB
@@ -199,13 +198,7 @@ def test_groups_agree_in_a_batch_of_clients(strategy):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Ray's, about its own processes
 @pytest.mark.parametrize("strategy", TRIED.values(), ids=TRIED)
 def test_groups_give_one_digest_on_ray(strategy):
-    ray = pytest.importorskip("ray")
-    try:
-        found = trace(make_simulation(strategy, cohort=SAMPLE, runtime={"name": "ray", "actors": 2, "cpus": 0.2}))
-    finally:
-        ray.shutdown()
-        gc.collect()
-    assert found == trace(make_simulation(strategy, cohort=SAMPLE))
+    assert trace_on_ray(strategy, cohort=SAMPLE) == trace(make_simulation(strategy, cohort=SAMPLE))
 
 
 @pytest.mark.parametrize("name", ["Clusters", "Own"])

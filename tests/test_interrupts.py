@@ -7,29 +7,11 @@ import os
 import random
 import shutil
 import signal
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from forks import Forks
-from small_run import IN_MEMORY, left, refused, resumed, rounds_done, rounds_logged, snapshots, whole, write
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    forks = Forks(tmp_path_factory.mktemp("forks"))
-    yield forks
-    forks.close()
-
-
-@pytest.fixture
-def folder():
-    """In memory where that can be: a kill does not ask whether a disk has it."""
-    with tempfile.TemporaryDirectory(dir=IN_MEMORY) as name:
-        write(Path(name))
-        yield Path(name)
-
+from small_run import left, refused, resumed, rounds_done, rounds_logged, snapshots, whole, write
 
 # Interrupts
 

@@ -1,6 +1,5 @@
 """A strategy's own numbers: what clients give, what the server records, and the reason for which it ends a run."""
 
-import gc
 import json
 import os
 from contextlib import closing, suppress
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import _digests, close, make_data, make_simulation, trace
+from conftest import _digests, close, make_data, make_simulation, trace, trace_on_ray
 from forks import snapshots
 from lab import CONFIG as LAB
 from lab import Lab
@@ -143,13 +142,7 @@ def test_numbers_are_the_same_on_threads(expected, workers):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Ray's, about its own processes
 def test_numbers_are_the_same_on_ray(expected):
-    ray = pytest.importorskip("ray")
-    try:
-        found = trace(make_simulation(Everywhere(last=2), runtime={"name": "ray", "actors": 2, "cpus": 0.2}))
-    finally:
-        ray.shutdown()
-        gc.collect()
-    assert found == expected
+    assert trace_on_ray(Everywhere(last=2)) == expected
 
 
 def test_numbers_agree_in_a_batch_of_clients():

@@ -1,13 +1,12 @@
 """Laws of messages that cover only some positions: each has the mean of those who sent it, and no more is sent."""
 
-import gc
 from dataclasses import dataclass
 from fractions import Fraction
 from math import inf
 
 import pytest
 import torch
-from conftest import SIZES, _digests, close, make_simulation, make_strategy, make_task, trace
+from conftest import SIZES, _digests, close, make_simulation, make_strategy, make_task, trace, trace_on_ray
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from lab import CONFIG as LAB
@@ -292,13 +291,7 @@ def test_positions_agree_in_a_batch_of_clients(strategy):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Ray's, about its own processes
 @pytest.mark.parametrize("strategy", TRIED.values(), ids=TRIED)
 def test_positions_give_one_digest_on_ray(strategy):
-    ray = pytest.importorskip("ray")
-    try:
-        found = trace(make_simulation(strategy, cohort=SAMPLE, runtime={"name": "ray", "actors": 2, "cpus": 0.2}))
-    finally:
-        ray.shutdown()
-        gc.collect()
-    assert found == trace(make_simulation(strategy, cohort=SAMPLE))
+    assert trace_on_ray(strategy, cohort=SAMPLE) == trace(make_simulation(strategy, cohort=SAMPLE))
 
 
 @pytest.mark.parametrize("name", ["Slices", "TopK"])

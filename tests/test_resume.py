@@ -9,19 +9,15 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from covering import in_turn
-from forks import Forks
 from small_run import (
-    IN_MEMORY,
     QUIET,
     contents,
     left,
@@ -37,21 +33,6 @@ from small_run import (
 )
 
 COMMAND = [sys.executable, "-P", "-c", "from fedsim.cli import main; main()"]  # -P: not from where one is
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    forks = Forks(tmp_path_factory.mktemp("forks"))
-    yield forks
-    forks.close()
-
-
-@pytest.fixture
-def folder():
-    """In memory where that can be: a kill does not ask whether a disk has it."""
-    with tempfile.TemporaryDirectory(dir=IN_MEMORY) as name:
-        write(Path(name))
-        yield Path(name)
 
 
 def test_a_process_that_forks_is_one_thread(forks):

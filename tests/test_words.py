@@ -1,7 +1,6 @@
 """The words of `local` for strategies: the law of each, and one strategy of all of them in every runtime."""
 
 import copy
-import gc
 from dataclasses import dataclass
 
 import pytest
@@ -17,6 +16,7 @@ from conftest import (
     make_strategy,
     make_task,
     trace,
+    trace_on_ray,
 )
 from lab import CONFIG as LAB
 from lab import Lab
@@ -105,13 +105,7 @@ def test_all_words_give_one_digest_on_threads(expected, workers):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Ray's, about its own processes
 def test_all_words_give_one_digest_on_ray(expected):
-    ray = pytest.importorskip("ray")
-    try:
-        found = trace(make_simulation(WORDS, runtime={"name": "ray", "actors": 2, "cpus": 0.2}, **SETTINGS))
-    finally:
-        ray.shutdown()
-        gc.collect()
-    assert found == expected
+    assert trace_on_ray(WORDS, **SETTINGS) == expected
 
 
 @pytest.mark.parametrize("sizes", [SIZES, (8, 8, 8, 8)], ids=["padded", "even"])

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import _digests, close, make_simulation, make_strategy, make_task, trace
+from conftest import _digests, close, make_simulation, make_strategy, make_task, trace, trace_on_ray
 from lab import CONFIG as LAB
 from lab import Lab, dropping
 from small_run import CONFIG as SMALL
@@ -155,11 +155,7 @@ def test_a_nest_gives_one_digest_on_threads(expected):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Ray's, about its own processes
 def test_a_nest_gives_one_digest_on_ray(expected):
-    ray = pytest.importorskip("ray")
-    try:
-        assert trace(make_simulation(NEST, runtime={"name": "ray", "actors": 2, "cpus": 0.2}, **SOME)) == expected
-    finally:
-        ray.shutdown()
+    assert trace_on_ray(NEST, **SOME) == expected
 
 
 @pytest.mark.parametrize("strategy", [NEST.inner, NEST], ids=["told", "withheld"])

@@ -87,9 +87,8 @@ def resumed_run(
         notes += _changed_versions(checkpoint.versions)
         notes += _notes(config, simulation, checkpoint)
         check = partial(_check_not_ended, checkpoint.config, config)
-        records = folder.go_on(
-            config, simulation.data, checkpoint.log, check
-        )  # last: what was refused changes nothing
+        # Last: what was refused changes nothing.
+        records = folder.go_on(config, simulation.data, checkpoint.log, check)
         # What hooks have ended may be made longer; what the strategy has ended, only by another strategy.
         ended = ("strategy",) if records and records[-1].get("stopped") else ("rounds", "hooks")
         same_end = all(getattr(config, key) == checkpoint.config.get(key) for key in ended)

@@ -20,7 +20,7 @@ from fedsim.federated.aggregate import WEIGHTS, largest
 from fedsim.federated.claims import Bounds, StepsMethod, first_wrong, training_bounds, training_claims
 from fedsim.federated.federation import SAVED, Federation
 from fedsim.federated.message import answer_form, check_declared, form_fault, message_form
-from fedsim.federated.positions import WHERE, check_positions, packed
+from fedsim.federated.positions import WHERE, packed
 from fedsim.federated.strategy import (
     Strategy,
     check_state,
@@ -65,6 +65,7 @@ class Train:
     _bounds: dict[tuple[int, torch.dtype, str], Bounds] = field(
         default_factory=dict, init=False, compare=False, repr=False
     )
+    _downloaded: list[Form] = field(default_factory=list, init=False, compare=False, repr=False)  # by client 0
 
     def __call__(self, replica: Replica, data: FederatedData, server: State, job: Job) -> Update:
         server = self.download(server, job)
@@ -77,7 +78,11 @@ class Train:
 
     def download(self, server: State, job: Job) -> State:
         """What the client of a job downloads of the broadcast."""
-        return server if self.is_downloaded else download(self.strategy, server, job.client_id)
+        if self.is_downloaded or not downloads(self.strategy):
+            return server
+        if not self._downloaded:  # once for all clients
+            self._downloaded.append(form_of(download(self.strategy, server, 0)))
+        return download(self.strategy, server, job.client_id, self._downloaded[0])
 
     def objective(
         self, replica: Replica, data: FederatedData, server: State, job: Job, path: tuple[str, ...] = ()
@@ -104,7 +109,6 @@ class Train:
         a number can never be right; UndeclaredError, if it is larger than the strategy declares.
         """
         check_finite(update.client, job.client or {}, update.numbers()[1])
-        check_positions(update.message)
         whose, where = type(self.strategy).__name__, _where(job)
         with border(f"{where}: {whose}", UndeclaredError):
             bounds = self.bounds(num_examples, dtype)
@@ -177,11 +181,10 @@ class Survey:
             raise WrongReturnError(f"{whose}: gave a client state; what a client keeps comes from client_update")
         check_finite({}, {}, update.numbers()[1])
         update = packed(update, server["model"])
-        check_positions(update.message)
-        if fault := form_fault(update.message, self.form(server), f"{type(strategy).__name__}.survey_sends"):
-            raise UndeclaredError(f"{_where(job)}: {fault}")
-        bounds = self.bounds(len(data.rows(job.client_id)), dtype)
         where = _where(job)
+        if fault := form_fault(update.message, self.form(server), f"{type(strategy).__name__}.survey_sends"):
+            raise UndeclaredError(f"{where}: {fault}")
+        bounds = self.bounds(len(data.rows(job.client_id)), dtype)
         _check_claims(update, bounds, where, whose, "survey_steps")
         return update
 
@@ -304,26 +307,23 @@ def broadcast(strategy: Strategy, server: State) -> State:
     return {name: server[name] for name in (*names, "buffers")}
 
 
-def download(strategy: Strategy, server: State, client: int) -> State:
-    """What a client downloads of what `broadcast` gives; raises CommonError."""
+def download(strategy: Strategy, server: State, client: int, right: Form | None = None) -> State:
+    """What a client downloads of what `broadcast` gives, in the form `right` of client 0; raises CommonError."""
     if not downloads(strategy):
         return server
     with border(f"{type(strategy).__name__}.download for client {client}", CommonError):
-        found = _download(strategy, server, client)
+        own = {name: value for name, value in server.items() if name not in RESERVED}
+        found = strategy.download(own, client)
+        check_state(found)
         if "model" not in found or form_of({"model": found["model"]}) != form_of({"model": server["model"]}):
-            made, right = described(form_of(found)), described(form_of({"model": server["model"]}))
-            raise WrongReturnError(f"gave {made}; it should give {right}, and what else clients need")
+            made, wanted = described(form_of(found)), described(form_of({"model": server["model"]}))
+            raise WrongReturnError(f"gave {made}; it should give {wanted}, and what else clients need")
         if taken := [name for name in RESERVED if name in found]:
             raise WrongReturnError(f"gave {taken[0]!r}, which is a reserved name")
-        if form_of(found) != (first := form_of(_download(strategy, server, 0))):
-            made, right = described(form_of(found)), described(first)
-            raise WrongReturnError(f"gave {made}; it should give {right}, as for client 0")
-    return found | {"buffers": server["buffers"]}
-
-
-def _download(strategy: Strategy, server: State, client: int) -> State:
-    found = strategy.download({name: value for name, value in server.items() if name not in RESERVED}, client)
-    check_state(found)
+        found = found | {"buffers": server["buffers"]}
+        if right is not None and form_of(found) != right:
+            made = described(form_of(found))
+            raise WrongReturnError(f"gave {made}; it should give {described(right)}, as for client 0")
     return found
 
 

@@ -221,7 +221,7 @@ class Simulation:
         self.server: State = initial_server_state(strategy, task, self.federation, runtime.home, seed)
         if data.new_clients:
             with border("evaluate.new_clients", ConfigError):
-                download(strategy, broadcast(strategy, self.server), data.num_clients)
+                self.work.download(broadcast(strategy, self.server), Job(data.num_clients, 0, None))
         if ema is not None:
             self.server |= {f"ema.{name}": self.server[name] for name in ("model", "buffers")}
         self.initial_client = runtime.placeholder_state(initial_client_state(strategy, task, seed))

@@ -38,6 +38,7 @@ from fedsim.federated.client import (
 from fedsim.federated.federation import Federation
 from fedsim.federated.fold import cause, compact
 from fedsim.federated.message import check_stored
+from fedsim.federated.positions import check_positions
 from fedsim.flower.meaning import check_meaning, notes_on
 from fedsim.flower.messages import NAME, Answer, Finished, Invitation, Joined, Order, failure
 from fedsim.flower.plan import Allow, Examples, Parts, Plan, digest, parts_of
@@ -239,6 +240,7 @@ class Node:
             return failure(cause(update), seconds=perf_counter() - began)
         metrics = {name: float(value) for name, value in update.metrics.items()}
         message = {name: compact(value.detach()) for name, value in update.message.items()}
+        check_positions(message)  # encoded, wrong ones would be others
         encoded, left = encode(message, order.transport, _below("residual", kept.state))
         examples = 0 if order.task == "evaluate" else len(self.dataset.y_train)
         answer = Answer(encoded, float(update.weight), metrics, examples, 0, 0, perf_counter() - began)
